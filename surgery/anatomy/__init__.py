@@ -1,0 +1,1 @@
+"""Read the attention of a model from its graph."""

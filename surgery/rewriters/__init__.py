@@ -1,0 +1,1 @@
+"""Weights in, weights out: one file per method."""

@@ -1,0 +1,181 @@
+"""What a converted layer needs to know of itself: where its weights are, and how its cache looks.
+
+Pure frozen data, JSON round-trippable. It lives in the runtime because exported checkpoints carry it in
+`config.surgery` and rebuild their attention from it; anatomy writes `AttentionSite`s, plan writes `LayerPlan`s.
+
+Shape suffixes of the whole project: `B` batch, `T` new tokens, `S` cached tokens, `N` query heads, `K` KV heads,
+`G = N/K`, `H` head dim, `R` latent rank, `D` model dim, `L` layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """Which rows of which parameter make the heads of q, k or v; for `o`, which input columns read them.
+
+    `head_rows[h]` is the first output row of head `h` (for `o`: the first input column); the head's rows follow
+    contiguously. A fused parameter is described by three projections with the same `weight`.
+    """
+
+    weight: str
+    """Name in the model's state dict, for example `model.layers.0.self_attn.q_proj.weight`."""
+    head_rows: tuple[int, ...]
+    bias: str | None = None
+    transposed: bool = False
+    """True where the parameter is stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadNorm:
+    """A norm between the projection and the score (q/k norm; a few models also norm v)."""
+
+    kind: Literal["rms", "layer"]
+    span: Literal["head", "all"]
+    """`head`: statistics over one head's dims. `all`: over the concatenated heads (OLMo-2)."""
+    eps: float
+    weight: str | None = None
+    """Gain; [H] shared by all heads, or one row per head ([N, H] or [N*H])."""
+    bias: str | None = None
+    weight_offset: float = 0.0
+    """The effective gain is `weight_offset + weight` (Gemma: 1)."""
+    after_rotary: bool = False
+    """True where the norm comes after the rotation (Hunyuan)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotary position embedding of one layer: channels [start, start + dims) of each head turn with the position."""
+
+    dims: int
+    inv_freq: tuple[float, ...]
+    """Angle per position of each pair, radians; dims / 2 entries."""
+    interleaved: bool = False
+    """Pairs are (2j, 2j+1); otherwise (j, j + dims/2)."""
+    start: int = 0
+    scaling: float = 1.0
+    """Factor on cos and sin (the attention factor of YaRN and longrope)."""
+    length_dependent: bool = False
+    """True where the frequencies change with the sequence length (dynamic NTK, longrope)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One softmax attention of a decoder, as the graph shows it."""
+
+    layer: int
+    """Index of the KV-cache layer that it writes."""
+    module: str
+    """Qualified name of the attention module, for example `model.layers.0.self_attn`."""
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
+    v_norm: HeadNorm | None = None
+    rotary: Rotary | None = None
+    scale: float
+    """Factor on q k^T. Where the model scales q itself, that factor is included here."""
+    softcap: float | None = None
+    window: int | None = None
+    """Number of newest tokens visible, the query's own included; None where all are."""
+    sinks: str | None = None
+    """Parameter with one learned sink logit per query head (GPT-OSS)."""
+    alibi_slopes: tuple[float, ...] | None = None
+    """One slope per query head; the score of key position n seen from m gains slope * (n - m)."""
+    clip_qkv: float | None = None
+    """Projections are clamped to [-clip, clip] before anything else (OLMo, DBRX, MPT)."""
+    gated_output: bool = False
+    """True where something multiplies the head outputs before `o`: nothing can be folded into `o` then."""
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def kv_dims(self) -> int:
+        """Numbers that one token adds to this layer's cache."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AttentionSite:
+        kinds: dict[str, type] = {
+            "q": Projection, "k": Projection, "v": Projection, "o": Projection,
+            "q_norm": HeadNorm, "k_norm": HeadNorm, "v_norm": HeadNorm, "rotary": Rotary,
+        }  # fmt: skip
+        return cls(**{name: _build(kinds.get(name), value) for name, value in data.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Project axis: K and V heads of full width. `groups[a]` lists the query heads that read KV head `a`."""
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def dims(self) -> int:
+        """Numbers per cached token."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def is_uniform(self) -> bool:
+        """True where every group has the same size and holds consecutive query heads: what `repeat_kv` undoes."""
+        size = len(self.groups[0])
+        return all(g == tuple(range(i * size, (i + 1) * size)) for i, g in enumerate(self.groups))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """How one layer makes, shares, keeps and stores its cache (architecture: the four axes)."""
+
+    layer: int
+    project: Heads
+    owner: int
+    """Share axis: index of the layer whose cache is read; its own index where it owns one."""
+    window: int | None = None
+    """Retain axis: newest tokens kept; None keeps all."""
+    dtype: str = "bfloat16"
+    """Store axis: format of one number."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token adds to the cache while the window, if any, is not full."""
+        return self.project.dims * _BYTES[self.dtype] if self.owner == self.layer else 0
+
+    def bytes_at(self, tokens: int) -> int:
+        """Bytes of this layer's cache after `tokens` tokens."""
+        return self.bytes_per_token * (tokens if self.window is None else min(tokens, self.window))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
+        return cls(**{name: _build(Heads if name == "project" else None, value) for name, value in data.items()})
+
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _build(kind: type | None, value: Any) -> Any:
+    """Undo `dataclasses.asdict` and JSON: dicts become dataclasses, lists become tuples."""
+    if kind is not None and isinstance(value, dict):
+        return kind(**{name: _build(None, v) for name, v in value.items()})
+    return tuple(_build(None, v) for v in value) if isinstance(value, (list, tuple)) else value
