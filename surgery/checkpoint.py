@@ -1,0 +1,293 @@
+"""Checkpoints on disk: checked before use, read one tensor at a time, written complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def local_folder(model: str | Path, weights: bool = True) -> Path:
+    """The folder of a checkpoint: `model` itself where it is one, else the Hub's copy of that id.
+
+    Args:
+        model: folder, or Hub id (`owner/name`, `owner/name@revision`).
+        weights: also fetch the safetensors files; False fetches the small files only.
+
+    Raises:
+        CheckpointError: neither a folder nor to be had from the Hub.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.suffix == ".json" and not weights:
+        return path.parent
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file. Give the folder that holds config.json.")
+    name, _, revision = str(model).partition("@")
+    patterns = list(_COMPANIONS) + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except HFValidationError:
+        raise CheckpointError(f"{model}: no such folder.") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(f"{model}: no such folder, and the Hub cannot be reached to look for that id.") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{model}: no such folder, and the Hub says: {reason}") from None
+
+
+class Checkpoint:
+    """The tensors of a safetensors checkpoint, read lazily by name.
+
+    Opening checks that the index is readable, that every shard is there, is not cut short, and holds what the index
+    says. Nothing is read into memory before `get`.
+
+    Raises:
+        CheckpointError: names the file or the tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: has no config.json. Give the folder of a transformers checkpoint.")
+        expected = self._index()
+        self._file_of: dict[str, str] = {}
+        self._shape_of: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(expected.values())) if expected else [SINGLE]:
+            with self._open(file) as shard:
+                for name in shard.keys():
+                    self._file_of[name] = file
+                    self._shape_of[name] = tuple(shard.get_slice(name).get_shape())
+        for name, file in expected.items():
+            if self._file_of.get(name) != file:
+                raise CheckpointError(f"{folder / INDEX}: says that {name} is in {file}, which does not hold it.")
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        if not path.is_file():
+            if (self.folder / SINGLE).is_file():
+                return {}
+            others = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(
+                p.name for p in self.folder.glob("*.pt*")
+            )
+            advice = (
+                f" {others[0]} is a pickle, which runs code when it is read: convert it to safetensors first."
+                if others
+                else ""
+            )
+            raise CheckpointError(f"{self.folder}: has neither {SINGLE} nor {INDEX}.{advice}")
+        try:
+            index = json.loads(path.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+            raise CheckpointError(f"{path}: not a readable index. Fetch the checkpoint again.") from None
+        return dict(index)
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError(f"{path}: this shard is missing. Fetch the checkpoint again.")
+        try:
+            with safe_open(path, framework="pt") as shard:
+                yield shard
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged or cut short ({error}). Fetch the file again.") from None
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the files."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        return self._shape_of[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: absent, not a floating-point weight of 16 or 32 bits, or with NaN or inf in it.
+        """
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder}: no tensor {name} in its safetensors files.")
+        with self._open(self._file_of[name]) as shard:
+            tensor = shard.get_tensor(name)
+        check_weight(name, tensor, self.folder / self._file_of[name])
+        return tensor
+
+
+def check_weight(name: str, tensor: Tensor, where: Path | str) -> None:
+    """Raise CheckpointError where `tensor` is no usable weight."""
+    if tensor.is_floating_point():
+        if tensor.dtype not in _WEIGHT_DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{where}: {name} is {kind}, needs float32, bfloat16 or float16. Dequantise the checkpoint first."
+            )
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(f"{where}: {name} has {bad} values that are NaN or inf. The checkpoint is damaged.")
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Raise CheckpointError where a parameter of `model` is no usable weight."""
+    for name, parameter in model.named_parameters():
+        check_weight(name, parameter.detach(), "model")
+
+
+@contextmanager
+def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that appears at `target` complete, or not at all.
+
+    Yields a temporary sibling to write into. On success it is renamed to `target`; on any error, Ctrl-C included, it
+    is removed and an older `target` stays as it was.
+
+    Raises:
+        CheckpointError: `target` exists and is not empty (without `overwrite`), cannot be written, or the disk fills.
+    """
+    target = Path(target).absolute()
+    check_output(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}).") from None
+    try:
+        yield sibling
+        sibling.chmod(0o755)
+        if target.exists():
+            # Two renames, not remove-then-rename: an interrupt between them leaves both versions on disk.
+            old = sibling.with_suffix(".old")
+            target.rename(old)
+            sibling.rename(target)
+            shutil.rmtree(old)
+        else:
+            sibling.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(sibling, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CheckpointError(f"{target}: the disk is full. Nothing was written.") from None
+        raise CheckpointError(f"{target}: cannot be written ({error}). Nothing was written.") from error
+    except BaseException:
+        shutil.rmtree(sibling, ignore_errors=True)
+        raise
+
+
+def check_output(target: str | Path, overwrite: bool = False) -> None:
+    """Raise CheckpointError where `new_folder` would refuse `target`: asked before long work is begun."""
+    target = Path(target).absolute()
+    if target.is_file():
+        raise CheckpointError(f"{target}: is a file. Name a folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"{target}: exists and is not empty. Choose another folder, or pass --overwrite.")
+    above = next(p for p in target.parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{target}: {above} cannot be written.")
+
+
+def check_space(target: str | Path, bytes_needed: int) -> None:
+    """Raise CheckpointError where the disk of `target` has less than `bytes_needed` free."""
+    above = next(p for p in Path(target).absolute().parents if p.exists())
+    free = shutil.disk_usage(above).free
+    if free < bytes_needed:
+        raise CheckpointError(
+            f"{target}: needs {bytes_needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Choose another disk."
+        )
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1_000_000_000) -> None:
+    """Write a stream of tensors as safetensors shards with an index, holding one shard at a time in memory.
+
+    Args:
+        tensors: (name, tensor) in the order of writing.
+        shard_bytes: size at which a shard is closed.
+    """
+    shard: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    size, written, count = 0, 0, 0
+
+    def close() -> None:
+        nonlocal shard, size, count
+        count += 1
+        name = f"shard-{count}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        bytes_here = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_here > shard_bytes:
+            close()
+        shard[name] = tensor.contiguous()
+        size += bytes_here
+        written += bytes_here
+    close()
+    # The number of shards is known only now; the names follow the convention of the Hub.
+    names = {f"shard-{i}.safetensors": f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)}
+    if count == 1:
+        names = {"shard-1.safetensors": SINGLE}
+    for old, new in names.items():
+        (folder / old).rename(folder / new)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": written},
+            "weight_map": {name: names[file] for name, file in weight_map.items()},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config, chat template and licence beside the new weights; never weights or config."""
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if file.name not in ("config.json", INDEX, "surgery.json") and not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`.
+
+    Raises:
+        CheckpointError: absent, not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds {type(data).__name__}, needs an object.")
+    return data
+
+
+def human_bytes(count: float) -> str:
+    """`1536` to `1.5 KiB`."""
+    if count < 1024:
+        return f"{count:.0f} B"
+    power = min(int(math.log(count, 1024)), 4)
+    return f"{count / 1024**power:.1f} {'B KiB MiB GiB TiB'.split()[power]}"

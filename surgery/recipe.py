@@ -1,0 +1,345 @@
+"""Recipes: what to do to a model, as plain data from a name, a YAML file, a dict, or Python. Knows no tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .errors import RecipeError
+
+Init = Literal[
+    "rank1", "aligned", "mean", "sqrt_g", "first", "random", "weighted", "key_norm", "asym", "qcqa", "dha"
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One rewriter and its options. `layers` selects by index, for example `0-3,8`; None means every layer."""
+
+    rewriter: str
+    layers: str | None = None
+
+    def selects(self, layer: int) -> bool:
+        """Whether this step rewrites decoder layer `layer`."""
+        return self.layers is None or layer in parse_layers(self.layers)
+
+    def validate(self, where: str) -> None:
+        """Raise RecipeError for values that no model could satisfy."""
+        if self.layers is not None:
+            parse_layers(self.layers, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityStep(Step):
+    """Replace every attention by ours and change nothing: the proof of the anatomy, and a debugging tool."""
+
+    rewriter: Literal["identity"] = "identity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GqaStep(Step):
+    """Merge KV heads into fewer, each shared by a group of query heads."""
+
+    rewriter: Literal["gqa"] = "gqa"
+    kv_heads: int | str | None = None
+    """KV heads to keep: a number, or a fraction of the parent's such as `1/2`. Not needed beside `groups`."""
+    init: Init = "rank1"
+    """How the merged heads are made. `rank1` minimises the error of scores and outputs under the calibration text."""
+    grouping: Literal["search", "neighbour"] = "search"
+    """Which heads merge: chosen per layer by the error that merging them costs, or simply neighbours."""
+    groups: tuple[tuple[int, ...], ...] | None = None
+    """Explicit groups of the parent's KV heads, sizes may differ: `[[0, 3], [1], [2]]`."""
+    renorm: bool = True
+    """`aligned` only: restore the norm that averaging takes from the keys."""
+    refit_output: bool = True
+    """Refit `o_proj` by ridge regression to the parent's attention output. Needs calibration text."""
+    gain_fit: bool = True
+    """Fit one gain per query head on q and on o by KL to the parent, then fold. Needs calibration text."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if self.groups is not None:
+            heads = [head for group in self.groups for head in group]
+            if not heads or not all(self.groups) or sorted(heads) != list(range(len(heads))):
+                raise RecipeError(
+                    f"{where}.groups: {[list(g) for g in self.groups]} must hold every KV head of the parent exactly "
+                    "once and no empty group, for example [[0, 3], [1], [2]]."
+                )
+            if self.kv_heads is not None and self.kv_heads != len(self.groups):
+                raise RecipeError(f"{where}: kv_heads {self.kv_heads} beside {len(self.groups)} groups. Leave one out.")
+        elif self.kv_heads is None:
+            raise RecipeError(f"{where}: needs `kv_heads` (a number, or a fraction such as 1/2) or `groups`.")
+        else:
+            self._fraction(where)
+
+    def _fraction(self, where: str) -> Fraction | int:
+        message = (
+            f"{where}.kv_heads: {self.kv_heads!r} must be a whole number >= 1 or a fraction of the parent's heads "
+            "between 0 and 1, such as 1/2."
+        )
+        if isinstance(self.kv_heads, int):
+            if self.kv_heads < 1:
+                raise RecipeError(message)
+            return self.kv_heads
+        try:
+            fraction = Fraction(str(self.kv_heads))
+        except (ValueError, ZeroDivisionError):
+            raise RecipeError(message) from None
+        if not 0 < fraction <= 1:
+            raise RecipeError(message)
+        return fraction
+
+    def kv_heads_of(self, parent_kv_heads: int) -> int | None:
+        """KV heads to keep of `parent_kv_heads`; None where the fraction does not give a whole number."""
+        if self.groups is not None:
+            return len(self.groups)
+        wanted = self._fraction("kv_heads")
+        if isinstance(wanted, int):
+            return wanted
+        kept = wanted * parent_kv_heads
+        return int(kept) if kept.denominator == 1 else None
+
+
+STEPS: dict[str, type[Step]] = {"identity": IdentityStep, "gqa": GqaStep}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uptrain:
+    """How much training the recipe asks for after conversion. Conversion itself never trains."""
+
+    tokens: int
+    learning_rate: float = 1e-4
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    train: Literal["converted", "attention", "all"] = "converted"
+
+    def validate(self, where: str) -> None:
+        for name in ("tokens", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"{where}.{name}: {getattr(self, name)} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Steps in order, and the training that follows. Build one with `Recipe.load`."""
+
+    steps: tuple[Step, ...]
+    name: str = "recipe"
+    description: str = ""
+    uptrain: Uptrain | None = None
+
+    @classmethod
+    def load(cls, source: Any, overrides: Sequence[str] = ()) -> Recipe:
+        """Read and validate a recipe.
+
+        Args:
+            source: a shipped name (`gqa-2x`), a path to a YAML file, a dict, or a Recipe.
+            overrides: `key=value` strings. A bare key (`kv_heads=2`) sets that option in every step that has it;
+                `steps.0.kv_heads=2` and `uptrain.tokens=1e6` set one place.
+
+        Raises:
+            RecipeError: names the file, the key, the nearest valid key and the allowed values.
+        """
+        if isinstance(source, Recipe):
+            data, where = source.to_dict(), source.name
+        elif isinstance(source, Mapping):
+            data, where = dict(source), "recipe"
+        else:
+            data, where = _read(source)
+        for override in overrides:
+            _override(data, override)
+        return _recipe(data, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `Recipe.load` reads back to an equal recipe."""
+        return _plain(self)
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML document."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Names of the recipes that come with the package, with their descriptions."""
+    found = {}
+    for file in resources.files("surgery.recipes").iterdir():
+        if file.name.endswith(".yaml"):
+            found[file.name.removesuffix(".yaml")] = str(yaml.safe_load(file.read_text()).get("description", ""))
+    return dict(sorted(found.items()))
+
+
+def parse_layers(text: str, where: str = "layers") -> frozenset[int]:
+    """`"0-3,8"` to {0, 1, 2, 3, 8}.
+
+    Raises:
+        RecipeError: not of that form.
+    """
+    chosen: set[int] = set()
+    for part in str(text).split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and (not last.isdigit() or int(last) < int(first))):
+            raise RecipeError(f"{where}.layers: {text!r} is not a list of layers. Write for example 0-3,8.")
+        chosen |= set(range(int(first), int(last or first) + 1))
+    return frozenset(chosen)
+
+
+def _read(source: str | Path) -> tuple[dict[str, Any], str]:
+    """The document and the place that errors name."""
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise RecipeError(f"{path}: no such recipe file.")
+        text, where = path.read_text(), str(path)
+    else:
+        known = shipped_recipes()
+        if str(source) not in known:
+            near = _nearest(str(source), known)
+            raise RecipeError(f"{source}: no recipe of that name.{near} Shipped: {', '.join(known)}. Or give a path.")
+        where = f"{source}.yaml"
+        text = resources.files("surgery.recipes").joinpath(where).read_text()
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: holds {type(data).__name__}, needs a mapping with `steps`.")
+    data.setdefault("name", path.stem)
+    return data, where
+
+
+def _recipe(data: dict[str, Any], where: str) -> Recipe:
+    data = dict(data)
+    _check_keys(data, [f.name for f in dataclasses.fields(Recipe)], where)
+    steps = data.pop("steps", None)
+    uptrain = data.pop("uptrain", None)
+    if not isinstance(steps, (list, tuple)) or not steps:
+        raise RecipeError(f"{where}: needs `steps`, a list with at least one rewriter.")
+    built = []
+    for i, step in enumerate(steps):
+        at = f"{where}: steps[{i}]"
+        if not isinstance(step, Mapping) or "rewriter" not in step:
+            raise RecipeError(f"{at}: needs `rewriter`, one of {', '.join(STEPS)}.")
+        if step["rewriter"] not in STEPS:
+            near = _nearest(str(step["rewriter"]), STEPS)
+            raise RecipeError(f"{at}.rewriter: no rewriter {step['rewriter']!r}.{near} Known: {', '.join(STEPS)}.")
+        built.append(_build(STEPS[step["rewriter"]], step, at))
+    training = None if uptrain is None else _build(Uptrain, uptrain, f"{where}: uptrain")
+    return _build(Recipe, {**data, "steps": tuple(built), "uptrain": training}, where)
+
+
+def _build(kind: type, data: Any, where: str) -> Any:
+    """An instance of dataclass `kind` from a mapping, every key and value checked against its fields."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where}: holds {data!r}, needs a mapping.")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+    _check_keys(data, fields, where)
+    missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in data]
+    if missing:
+        raise RecipeError(f"{where}: needs {', '.join(f'`{name}`' for name in missing)}.")
+    built = kind(**{key: _coerce(value, fields[key], f"{where}.{key}") for key, value in data.items()})
+    if hasattr(built, "validate"):
+        built.validate(where)
+    return built
+
+
+def _check_keys(data: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    for key in data:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown key {key!r}.{_nearest(str(key), known)} Known: {', '.join(known)}.")
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as `hint`, or RecipeError. Only widening is done: int to float, list to tuple, layers: 3 to "3"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return _coerce(value, option, where)
+            except RecipeError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+        near = _nearest(str(value), [str(a) for a in arguments])
+        raise RecipeError(f"{where}: {value!r} is not allowed.{near} Allowed: {', '.join(map(str, arguments))}.")
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_coerce(item, arguments[0], where) for item in value)
+    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    elif hint is int and isinstance(value, str):
+        try:
+            if float(value).is_integer():
+                return int(float(value))  # and 1e6 too
+        except ValueError:
+            pass
+    elif hint is str and where.endswith(".layers") and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    name = getattr(hint, "__name__", None) if origin is None else None
+    raise RecipeError(f"{where}: {value!r} is of type {type(value).__name__}, needs {name or _spell(hint)}.")
+
+
+def _spell(hint: Any) -> str:
+    return str(hint).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {text}: write key=value, for example --set kv_heads=2.")
+    value = yaml.safe_load(raw) if raw else ""
+    data["steps"] = [dict(step) if isinstance(step, Mapping) else step for step in data.get("steps") or []]
+    if "." not in key:
+        owners = [step for step in data["steps"] if key in _fields(step)]
+        if not owners:
+            known = {name: None for step in data["steps"] for name in _fields(step) if name != "rewriter"}
+            raise RecipeError(f"--set {text}: no step has {key!r}.{_nearest(key, known)} Known: {', '.join(known)}.")
+        for step in owners:
+            step[key] = value
+        return
+    head, *rest = key.split(".")
+    if head == "steps" and len(rest) == 2 and rest[0].isdigit() and int(rest[0]) < len(data["steps"]):
+        data["steps"][int(rest[0])][rest[1]] = value
+    elif head == "uptrain" and len(rest) == 1:
+        data["uptrain"] = {**(data.get("uptrain") or {}), rest[0]: value}
+    else:
+        raise RecipeError(
+            f"--set {text}: no such place. Write kv_heads=2, steps.0.kv_heads=2 (the recipe has {len(data['steps'])} "
+            "steps, counted from 0) or uptrain.tokens=1000000."
+        )
+
+
+def _fields(step: Any) -> list[str]:
+    kind = STEPS.get(step.get("rewriter", "")) if isinstance(step, Mapping) else None
+    return [f.name for f in dataclasses.fields(kind)] if kind else []
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to dicts without fields that hold their default (except the rewriter), tuples to lists."""
+    if dataclasses.is_dataclass(value):
+        return {
+            f.name: _plain(getattr(value, f.name))
+            for f in sorted(dataclasses.fields(value), key=lambda f: f.name not in ("name", "description", "rewriter"))
+            if f.name in ("rewriter", "name") or getattr(value, f.name) != f.default
+        }
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
