@@ -77,7 +77,7 @@ class Checkpoint:
         self._shape_of: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(expected.values())) if expected else [SINGLE]:
             with self._open(file) as shard:
-                for name in shard.keys():
+                for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     self._file_of[name] = file
                     self._shape_of[name] = tuple(shard.get_slice(name).get_shape())
         for name, file in expected.items():
@@ -290,4 +290,4 @@ def human_bytes(count: float) -> str:
     if count < 1024:
         return f"{count:.0f} B"
     power = min(int(math.log(count, 1024)), 4)
-    return f"{count / 1024**power:.1f} {'B KiB MiB GiB TiB'.split()[power]}"
+    return f"{count / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,0 +1,266 @@
+"""Anatomy and recipe give a Plan: what each layer will cache, what that costs in bytes, and who can load it.
+
+Everything that can be refused is refused here, before a weight is touched.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .anatomy import Anatomy, examine
+from .checkpoint import human_bytes
+from .errors import PlanError
+from .native import native_config
+from .recipe import GqaStep, Recipe, Step, parse_layers
+from .runtime.layout import AttentionSite, Heads, LayerPlan
+
+CONTEXTS = {"4k": 4096, "32k": 32768, "128k": 131072}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The cache of every attention layer before and after, and what the result is.
+
+    `print(plan)` is the table that a user decides from.
+    """
+
+    recipe: Recipe
+    anatomy: Anatomy
+    before: tuple[LayerPlan, ...]
+    after: tuple[LayerPlan, ...]
+    native: bool
+    """The result is the parent's own class: every library that loads the parent loads it."""
+    parameters: int
+    """Parameters of the result."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token adds to the cache of the result, all layers, windows not yet full."""
+        return sum(layer.bytes_per_token for layer in self.after)
+
+    @property
+    def parent_bytes_per_token(self) -> int:
+        """The same of the parent."""
+        return sum(layer.bytes_per_token for layer in self.before)
+
+    def cache_bytes(self, tokens: int, parent: bool = False) -> int:
+        """Bytes of the whole cache of one sequence after `tokens` tokens."""
+        return sum(layer.bytes_at(tokens) for layer in (self.before if parent else self.after))
+
+    @property
+    def engines(self) -> str:
+        """Who can load the result."""
+        if self.native:
+            return f"everything that loads the parent (stock {self.anatomy.architecture})"
+        return "transformers with surgery installed"
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether text makes the result better: all but `mean`-like inits and identity."""
+        return any(
+            isinstance(s, GqaStep) and s.init not in ("mean", "sqrt_g", "first", "random") for s in self.recipe.steps
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `surgery.json`."""
+        return {
+            "bytes_per_token": self.bytes_per_token,
+            "parent_bytes_per_token": self.parent_bytes_per_token,
+            "parameters": self.parameters,
+            "parent_parameters": self.anatomy.parameters,
+            "native": self.native,
+            "layers": [layer.to_dict() for layer in self.after],
+        }
+
+    def __str__(self) -> str:
+        return render(self.tables())
+
+    def tables(self) -> list[Any]:
+        """What `print(plan)` shows, as rich renderables."""
+        return [_headline(self), _layers(self), _totals(self), *_notes(self)]
+
+
+def plan(model_or_path: Any, recipe: Any) -> Plan:
+    """Decide what `recipe` does to a model, without touching or loading a weight.
+
+    Args:
+        model_or_path: model, config, Anatomy, folder or Hub id.
+        recipe: what `Recipe.load` takes.
+
+    Raises:
+        RecipeError, UnsupportedModel, PlanError: before any work is done.
+    """
+    recipe = Recipe.load(recipe)
+    anatomy = model_or_path if isinstance(model_or_path, Anatomy) else examine(model_or_path)
+    before = tuple(_current(site, anatomy.dtype) for site in anatomy.sites)
+    after = before
+    for i, step in enumerate(recipe.steps):
+        after = _apply(step, f"{recipe.name}: steps[{i}]", anatomy, after)
+    kv_heads = {layer.project.kv_heads for layer in after}
+    native = (
+        not any(step.rewriter == "identity" for step in recipe.steps)
+        and all(layer.project.is_uniform for layer in after)
+        and len(kv_heads) == 1
+        and native_config(anatomy.config, anatomy.sites, min(kv_heads)) is not None
+    )
+    removed = sum(
+        _kv_parameters(site, b) - _kv_parameters(site, a)
+        for site, b, a in zip(anatomy.sites, before, after, strict=True)
+    )
+    return Plan(
+        recipe=recipe,
+        anatomy=anatomy,
+        before=before,
+        after=after,
+        native=native,
+        parameters=anatomy.parameters - removed,
+    )
+
+
+def _current(site: AttentionSite, dtype: str) -> LayerPlan:
+    """The plan that changes nothing."""
+    return LayerPlan(
+        layer=site.layer, project=_heads(site, site.kv_heads), owner=site.layer, window=site.window, dtype=dtype
+    )
+
+
+def _heads(site: AttentionSite, kv_heads: int, sizes: tuple[int, ...] | None = None) -> Heads:
+    """Consecutive groups of query heads; `sizes` where they differ, else as even as can be."""
+    if sizes is None:
+        sizes = tuple(site.heads // kv_heads + (i < site.heads % kv_heads) for i in range(kv_heads))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    groups = tuple(tuple(range(start, start + size)) for start, size in zip(starts, sizes, strict=True))
+    return Heads(kv_heads=kv_heads, head_dim=site.head_dim, value_dim=site.value_dim, groups=groups)
+
+
+def _kv_parameters(site: AttentionSite, layer: LayerPlan) -> int:
+    """Parameters that make K and V, biases included."""
+    biases = (site.head_dim if site.k.bias else 0) + (site.value_dim if site.v.bias else 0)
+    return layer.project.kv_heads * (site.hidden_size * (site.head_dim + site.value_dim) + biases)
+
+
+def _apply(step: Step, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+    if step.layers is not None:
+        present = {site.layer for site in anatomy.sites}
+        absent = sorted(parse_layers(step.layers, where) - present)
+        if absent:
+            raise PlanError(
+                f"{where}.layers: the model has no attention layer {absent[0]}; it has {spans(sorted(present))}."
+            )
+    if not isinstance(step, GqaStep):
+        return layers
+    return tuple(
+        _merge_heads(step, where, site, layer) if step.selects(site.layer) else layer
+        for site, layer in zip(anatomy.sites, layers, strict=True)
+    )
+
+
+def _merge_heads(step: GqaStep, where: str, site: AttentionSite, layer: LayerPlan) -> LayerPlan:
+    old = layer.project.kv_heads
+    divisors = ", ".join(str(d) for d in range(1, old + 1) if old % d == 0)
+    kv_heads = step.kv_heads_of(old)
+    if kv_heads is None:
+        raise PlanError(
+            f"layer {site.layer}: {step.kv_heads} of {old} KV heads is no whole number. Use one of {divisors}."
+        )
+    if kv_heads > old:
+        raise PlanError(
+            f"layer {site.layer}: the recipe asks for {kv_heads} KV heads, the parent has {old}. Use one of {divisors}."
+        )
+    if step.groups is not None:
+        members = sum(len(group) for group in step.groups)
+        if members != old:
+            raise PlanError(f"layer {site.layer}: {where}.groups place {members} KV heads, the parent has {old}.")
+        sizes = [len(group) * site.heads // old for group in step.groups]
+        return replace(layer, project=_heads(site, kv_heads, tuple(sizes)))
+    if old % kv_heads:
+        raise PlanError(
+            f"layer {site.layer}: cannot group {old} KV heads into {kv_heads} ({old} % {kv_heads} != 0). "
+            f"Use one of {divisors}, or write the groups out: groups: [[0, 1], [2], ...]."
+        )
+    return replace(layer, project=_heads(site, kv_heads))
+
+
+def spans(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] to `0-2,5`, the form that `layers:` takes."""
+    runs = []
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
+        runs.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
+    return ",".join(runs)
+
+
+def render(parts: list[Any], width: int = 100) -> str:
+    """Rich renderables as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    for part in parts:
+        console.print(part, highlight=False)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def _headline(plan: Plan) -> str:
+    a = plan.anatomy
+    return f"[bold]{plan.recipe.name}[/bold] on {a.architecture}, {count(a.parameters)} parameters, {a.dtype}"
+
+
+def _layers(plan: Plan) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("layers", "attention", "KV heads", "window", "bytes/token", "saved"):
+        table.add_column(name, justify="left" if name in ("layers", "attention") else "right")
+
+    def row(site: AttentionSite, b: LayerPlan, a: LayerPlan) -> tuple[str, ...]:
+        sizes = sorted({len(group) for group in a.project.groups})
+        uneven = "" if len(sizes) == 1 else f" ({'/'.join(map(str, sizes))} q each)"
+        saved = 1 - a.bytes_per_token / b.bytes_per_token if b.bytes_per_token else 0
+        return (
+            f"{site.heads} q heads x {site.head_dim}",
+            f"{b.project.kv_heads} → {a.project.kv_heads}{uneven}",
+            "all" if site.window is None else str(site.window),
+            f"{b.bytes_per_token:,} → {a.bytes_per_token:,}",
+            f"{saved:.0%}",
+        )
+
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for site, b, a in zip(plan.anatomy.sites, plan.before, plan.after, strict=True):
+        rows.setdefault(row(site, b, a), []).append(site.layer)
+    for cells, layers in rows.items():
+        table.add_row(spans(layers), *cells)
+    return table
+
+
+def _totals(plan: Plan) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    columns = {"1 token": 1, **CONTEXTS}
+    for i, name in enumerate(("KV cache, one sequence", *columns)):
+        table.add_column(name, justify="right" if i else "left")
+    for name, parent in (("before", True), ("after", False)):
+        table.add_row(name, *(human_bytes(plan.cache_bytes(tokens, parent)) for tokens in columns.values()))
+    ratios = (plan.cache_bytes(t, True) / max(plan.cache_bytes(t), 1) for t in columns.values())
+    table.add_row("smaller by", *(f"{ratio:.2f}x" for ratio in ratios))
+    return table
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = [f"parameters: {count(plan.anatomy.parameters)} → {count(plan.parameters)}", f"loads in: {plan.engines}"]
+    if plan.wants_calibration:
+        notes.append("asks for: calibration text (a few hundred documents); without it, quality falls")
+    if plan.recipe.uptrain:
+        notes.append(f"uptraining afterwards: {count(plan.recipe.uptrain.tokens)} tokens suggested")
+    return notes
+
+
+def count(number: float) -> str:
+    """7240000000 to `7.24B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
