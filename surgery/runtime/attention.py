@@ -1,0 +1,370 @@
+"""Attention of a converted layer: any norm, rotation and mask of an `AttentionSite`, under any `Heads` plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers.initialization as init
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .calling import BIAS_NAMES, CACHE_NAMES, CallingConvention, once
+from .layout import AttentionSite, HeadNorm, LayerPlan, Projection
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The weights of one attention under the names and in the layout of `SurgeryAttention`, as fresh tensors.
+
+    Head h of `q_proj`, `k_proj`, `v_proj` has rows [h*H, (h+1)*H), and columns of `o_proj` likewise, whether the
+    parent keeps them apart, fused or transposed. `get_tensor` maps a name in the parent's state dict to its tensor.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, projection, width in (
+        ("q", site.q, site.head_dim), ("k", site.k, site.head_dim), ("v", site.v, site.value_dim),
+    ):  # fmt: skip
+        weight = get_tensor(projection.weight)
+        rows = _head_index(projection, width, weight.device)
+        weights[f"{name}_proj.weight"] = (weight.t() if projection.transposed else weight).index_select(0, rows)
+        if projection.bias is not None:
+            weights[f"{name}_proj.bias"] = get_tensor(projection.bias).index_select(0, rows)
+    weight = get_tensor(site.o.weight)
+    columns = _head_index(site.o, site.value_dim, weight.device)
+    weights["o_proj.weight"] = (weight.t() if site.o.transposed else weight).index_select(1, columns)
+    if site.o.bias is not None:
+        weights["o_proj.bias"] = get_tensor(site.o.bias).clone()
+    for name, norm in (("q_norm", site.q_norm), ("k_norm", site.k_norm), ("v_norm", site.v_norm)):
+        if norm is not None and norm.weight is not None:
+            weights[f"{name}.weight"] = get_tensor(norm.weight).clone()
+        if norm is not None and norm.bias is not None:
+            weights[f"{name}.bias"] = get_tensor(norm.bias).clone()
+    if site.sinks is not None:
+        weights["sinks"] = get_tensor(site.sinks).clone()
+    return {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+
+
+class SurgeryHeadNorm(nn.Module):
+    """RMS or layer norm of [B, T, N, H], over each head or over all of them."""
+
+    def __init__(self, norm: HeadNorm, weight: tuple[int, ...] | None, bias: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = None if weight is None else nn.Parameter(torch.full(weight, 1.0 - norm.weight_offset))
+        self.bias = None if bias is None else nn.Parameter(torch.zeros(bias))
+
+    def reset(self) -> None:
+        """Initialise what no checkpoint has filled."""
+        if self.weight is not None:
+            init.constant_(self.weight, 1.0 - self.norm.weight_offset)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x_BTNH: Tensor) -> Tensor:
+        heads, width = x_BTNH.shape[-2:]
+        dims = (-2, -1) if self.norm.span == "all" else (-1,)
+        x = x_BTNH.float()
+        if self.norm.kind == "layer":
+            x = x - x.mean(dims, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + self.norm.eps)
+        if self.weight is not None:
+            x = x * (self.norm.weight_offset + _per_head(self.weight, heads, width).float())
+        if self.bias is not None:
+            x = x + _per_head(self.bias, heads, width).float()
+        return x.to(x_BTNH.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.norm.kind}, span={self.norm.span}, eps={self.norm.eps}"
+
+
+class SurgeryAttention(nn.Module):
+    """Softmax attention of one converted layer, called and answering as the parent's module was.
+
+    Args:
+        config: the config that carries `_attn_implementation`.
+        site: what the parent computed there; names of parameters are not used.
+        plan: KV heads and who reads them.
+        call: arguments and result of the parent's module.
+        shapes: shape of each parameter by name, as `canonical_weights` names them. Optional ones (biases, gains,
+            `sinks`, `post_norm_scale`) exist where they are listed. `post_norm_scale` multiplies q after its norm:
+            [N, H] per channel, or [N, dims/2, 2] as real and imaginary part per rotary pair.
+
+    Departs from parents in one thing: dropout on weights and output is kept, other dropout inside attention is not.
+    """
+
+    def __init__(
+        self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
+    ) -> None:
+        super().__init__()
+        _check(site, plan)
+        self.config, self.site, self.plan, self.call = config, site, plan, call
+        self.layer_idx = site.layer
+        self.is_causal = True
+        self.head_dim = site.head_dim
+        self.scaling = site.scale
+        self.sliding_window = site.window
+        heads = plan.project
+        # repeat_kv undoes uniform groups inside the attention function; others are spread by an index before it.
+        self.num_key_value_groups = site.heads // heads.kv_heads if heads.is_uniform else 1
+
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            rows, columns = shapes[f"{name}.weight"]
+            setattr(self, name, nn.Linear(columns, rows, bias=f"{name}.bias" in shapes))
+        for name, norm in (("q_norm", site.q_norm), ("k_norm", site.k_norm), ("v_norm", site.v_norm)):
+            module = SurgeryHeadNorm(norm, shapes.get(f"{name}.weight"), shapes.get(f"{name}.bias")) if norm else None
+            setattr(self, name, module)
+        for name in ("sinks", "post_norm_scale"):
+            self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])) if name in shapes else None)
+        self.build_tables(self.q_proj.weight.device)
+        self.reset()
+
+    def build_tables(self, device: torch.device) -> None:
+        """Put the constants of the layer, which no state dict has, on `device`."""
+        for name, value in self._tables().items():
+            self.register_buffer(name, value.to(device), persistent=False)
+
+    def _tables(self) -> dict[str, Tensor]:
+        """Constants of the layer. Floats are kept as their bits: `.to(torch.bfloat16)` must not round them."""
+        tables = {}
+        heads = self.plan.project
+        if not heads.is_uniform:
+            reads = {query: kv for kv, group in enumerate(heads.groups) for query in group}
+            tables["kv_of_query"] = torch.tensor([reads[query] for query in range(self.site.heads)], device="cpu")
+        if self.site.rotary is not None and self.call.rotary_layout is None:
+            tables["inv_freq_bits"] = _bits(self.site.rotary.inv_freq)
+        if self.site.alibi_slopes is not None:
+            tables["slope_bits"] = _bits(self.site.alibi_slopes)
+        return tables
+
+    def reset(self) -> None:
+        """Fill the tables and initialise what no checkpoint has filled (projections are initialised by the parent)."""
+        for name, value in self._tables().items():
+            init.copy_(getattr(self, name), value)
+        if self.sinks is not None:
+            init.zeros_(self.sinks)
+        if self.post_norm_scale is not None:
+            init.ones_(self.post_norm_scale)
+            if self.post_norm_scale.ndim == 3 and not getattr(self.post_norm_scale, "_is_hf_initialized", False):
+                init.zeros_(self.post_norm_scale[..., 1])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = self.call.bind(args, kwargs)
+        hidden_states: Tensor = named.pop("hidden_states")
+        mask: Tensor | None = named.pop("attention_mask", None)
+        residual: Tensor | None = named.pop("residual", None)
+        position_embeddings = named.pop("position_embeddings", None)
+        position_ids: Tensor | None = named.get("position_ids")
+        cache = next((c for c in [named.pop(name, None) for name in CACHE_NAMES] if c is not None), None)
+        for name in BIAS_NAMES:
+            named.pop(name, None)
+
+        tokens = hidden_states.shape[1]
+        # Counted before the update: a static cache counts in place.
+        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        key_start = 0 if cache is None else cache.get_mask_sizes(tokens, self.layer_idx)[1]
+        query_positions = torch.arange(tokens, device=hidden_states.device) + past
+
+        q = self._project(self.q_proj, hidden_states, self.site.head_dim)
+        k = self._project(self.k_proj, hidden_states, self.site.head_dim)
+        v = self._project(self.v_proj, hidden_states, self.site.value_dim)
+        q, k, v = _norm(self.q_norm, q, False), _norm(self.k_norm, k, False), _norm(self.v_norm, v, False)
+        if self.post_norm_scale is not None:
+            q = self._scale(q, self.post_norm_scale)
+        if self.site.rotary is not None:
+            positions = query_positions[None] if position_ids is None else position_ids
+            cos, sin = self._cos_sin(position_embeddings, positions, q.dtype)
+            q, k = self._turn(q, cos, sin), self._turn(k, cos, sin)
+        q, k = _norm(self.q_norm, q, True), _norm(self.k_norm, k, True)
+        query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if not self.plan.project.is_uniform:
+            key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and (self.site.softcap is not None or self.sinks is not None):
+            attention_interface = eager_attention_forward
+        if attention_interface is eager_attention_forward or implementation == "sdpa":
+            skippable = attention_interface is not eager_attention_forward
+            mask = self._mask(mask, query, key, query_positions, key_start, skippable)
+        elif self.site.alibi_slopes is not None:
+            raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
+
+        named.pop("use_cache", None)
+        if self.site.softcap is not None:
+            named["softcap"] = self.site.softcap
+        if self.sinks is not None:
+            named["s_aux"] = self.sinks
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.call.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **named,
+        )
+        output = self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1))
+        if self.call.output_dropout:
+            output = nn.functional.dropout(output, self.call.output_dropout, self.training)
+        if self.call.adds_residual:
+            output = output + residual
+        if self.call.returns is None:
+            return output
+        answers = {"output": output, "weights": attn_weights, "cache": cache, "none": None}
+        return tuple(answers[place] for place in self.call.returns)
+
+    def _project(self, projection: nn.Module, hidden_states: Tensor, width: int) -> Tensor:
+        x = projection(hidden_states)
+        if self.site.clip_qkv is not None:
+            x = x.clamp(-self.site.clip_qkv, self.site.clip_qkv)
+        return x.unflatten(-1, (-1, width))
+
+    def _scale(self, q_BTNH: Tensor, scale: Tensor) -> Tensor:
+        if scale.ndim == 3:
+            return self._turn(q_BTNH, scale[..., 0], scale[..., 1])
+        return q_BTNH * scale.to(q_BTNH.dtype)
+
+    def _cos_sin(self, position_embeddings: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of each rotary pair, [B, T, 1, dims/2]."""
+        rotary = self.site.rotary
+        assert rotary is not None
+        if self.call.rotary_layout is not None:
+            cos, sin = (once(t, self.call.rotary_layout, len(rotary.inv_freq)) for t in position_embeddings)
+        else:
+            angles = positions[..., None].float() * self.inv_freq_bits.view(torch.float32)
+            cos, sin = (angles.cos() * rotary.scaling).to(dtype), (angles.sin() * rotary.scaling).to(dtype)
+        return cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def _turn(self, x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Multiply rotary pair (a, b), read as a + ib, by cos + i sin."""
+        rotary = self.site.rotary
+        assert rotary is not None
+        end = rotary.start + rotary.dims
+        before, turning, after = x_BTNH[..., : rotary.start], x_BTNH[..., rotary.start : end], x_BTNH[..., end:]
+        if rotary.interleaved:
+            a, b = turning[..., 0::2], turning[..., 1::2]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        else:
+            a, b = turning.chunk(2, dim=-1)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        turned = turned.to(x_BTNH.dtype)
+        return turned if turned.shape == x_BTNH.shape else torch.cat((before, turned, after), dim=-1)
+
+    def _mask(
+        self, mask: Tensor | None, query: Tensor, key: Tensor, positions: Tensor, key_start: Any, skippable: bool
+    ) -> Tensor | None:
+        """The mask that eager and sdpa need: the parent's, with causality, window and ALiBi added where it lacks them.
+
+        `skippable`: the attention function is causal of its own where there is no mask.
+        """
+        tokens, length = query.shape[2], key.shape[2]
+        if mask is not None:
+            mask = mask[..., :length]
+            if mask.dtype == torch.bool and self.call.mask_true_hides:
+                mask = ~mask
+        if mask is None and skippable and self.site.alibi_slopes is None:
+            return None
+        window = self.site.window
+        # Some parents keep the window inside their attention (GPT-Neo); where the mask has it, this changes nothing.
+        windowed = window is not None and length > window
+        if self.site.alibi_slopes is None and not windowed and (mask is not None or tokens == 1):
+            return mask
+        distance = positions[:, None] - (torch.arange(length, device=key.device) + key_start)
+        visible = distance >= 0
+        if windowed:
+            visible = visible & (distance < window)
+        low = torch.finfo(query.dtype).min
+        if mask is not None:
+            # Half of the lowest number: parents that write ALiBi into the mask (Falcon) keep small numbers there.
+            visible = visible & (mask if mask.dtype == torch.bool else mask > low / 2)
+        else:
+            visible = visible[None, None]
+        if self.site.alibi_slopes is None:
+            if mask is None or mask.dtype == torch.bool:
+                return visible
+            return torch.where(visible, mask, low)
+        bias = -self.slope_bits.view(torch.float32)[:, None, None] * distance
+        return torch.where(visible, bias.to(query.dtype), low)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain torch, softmax in float32: soft cap, sinks, additive or boolean (True is visible) mask.
+
+    query [B, N, T, H], key and value [B, K, S, H]; returns [B, T, N, H] and the weights [B, N, T, S].
+    """
+    groups = module.num_key_value_groups
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _check(site: AttentionSite, plan: LayerPlan) -> None:
+    where = f"{site.module} (layer {site.layer})"
+    heads = plan.project
+    if site.gated_output:
+        raise ValueError(f"{where}: gates its head outputs, which this runtime cannot do")
+    if plan.layer != site.layer:
+        raise ValueError(f"{where}: was given the plan of layer {plan.layer}")
+    if plan.owner != plan.layer:
+        raise ValueError(f"{where}: reads the cache of layer {plan.owner}; sharing needs a runtime that has it")
+    if plan.window not in (None, site.window):
+        raise ValueError(f"{where}: keeps {plan.window} tokens where its attention sees {site.window}")
+    if sorted(query for group in heads.groups for query in group) != list(range(site.heads)):
+        raise ValueError(f"{where}: groups {heads.groups} do not name each of {site.heads} query heads once")
+    if len(heads.groups) != heads.kv_heads or (heads.head_dim, heads.value_dim) != (site.head_dim, site.value_dim):
+        raise ValueError(
+            f"{where}: plans {heads.kv_heads} KV heads of {heads.head_dim} + {heads.value_dim} in {len(heads.groups)} "
+            f"groups; head width must stay {site.head_dim} + {site.value_dim}, with one group per head"
+        )
+
+
+def _bits(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(torch.int32)
+
+
+def _head_index(projection: Projection, width: int, device: torch.device) -> Tensor:
+    starts = torch.tensor(projection.head_rows, device=device)
+    return (starts[:, None] + torch.arange(width, device=device)).flatten()
+
+
+def _per_head(weight: Tensor, heads: int, width: int) -> Tensor:
+    return weight if weight.shape == (width,) else weight.view(heads, width)
+
+
+def _norm(norm: SurgeryHeadNorm | None, x_BTNH: Tensor, after_rotary: bool) -> Tensor:
+    return x_BTNH if norm is None or norm.norm.after_rotary is not after_rotary else norm(x_BTNH)

@@ -1,0 +1,194 @@
+"""How a parent's decoder layer calls its attention module, and what it expects back.
+
+Decoder layers differ in argument names, in what they return, in the meaning of a boolean mask, in whether the
+attention adds the residual. None of that is looked up by family: `record_calls` runs the first layers of the parent
+once on three tokens, watches, and writes down a `CallingConvention` that `config.surgery` keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .layout import AttentionSite, Rotary
+
+CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+BIAS_NAMES = ("alibi", "position_bias")
+"""Arguments that carry the parent's own ALiBi; ours comes from the slopes of the site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallingConvention:
+    """What a decoder layer passes to its attention module and reads from the result."""
+
+    arguments: tuple[str, ...]
+    """Parameter names of the parent's attention forward, in order; the first one is the layer's input."""
+    returns: tuple[str, ...] | None = ("output", "weights")
+    """One of `output`, `weights`, `cache`, `none` per place of the returned tuple; None for a bare tensor."""
+    adds_residual: bool = False
+    mask_true_hides: bool = False
+    """True where a boolean mask marks what is hidden (MPT), not what is visible."""
+    rotary_layout: str | None = None
+    """How `position_embeddings` repeat the angle of pair j: `halves` (at j and j + dims/2), `pairs` (at 2j and
+    2j + 1), `once`; None where cos and sin are not passed and are computed from the site."""
+    attention_dropout: float = 0.0
+    output_dropout: float = 0.0
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of one call by name, with the layer's input under `hidden_states`."""
+        named = dict(zip(self.arguments, args, strict=False)) | kwargs
+        named["hidden_states"] = named.pop(self.arguments[0])
+        return named
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CallingConvention:
+        return cls(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in data.items()})
+
+
+def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[CallingConvention]:
+    """Run `model` on a few tokens and write down how it calls the attention of each site.
+
+    Hooks are global, not the model's own, and the run stops after the last kind of attention has been seen: two
+    modules of one class, both with or both without rotary embedding, are called alike.
+
+    Raises:
+        ValueError: the model is on the meta device, or an attention's output is not that of its output projection.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("cannot record how attention is called on the meta device: load the parent's weights first")
+    modules = dict(model.named_modules())
+    kinds = {_kind(modules[site.module], site): site for site in reversed(sites)}
+    projections = {id(modules[site.o.weight.rpartition(".")[0]]): site.module for site in kinds.values()}
+    attentions = {id(modules[site.module]): (kind, site) for kind, site in kinds.items()}
+    outputs: dict[str, Tensor] = {}
+    found: dict[tuple[type, bool], CallingConvention] = {}
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if id(module) in projections:
+            outputs[projections[id(module)]] = output
+        if id(module) in attentions:
+            kind, site = attentions[id(module)]
+            found[kind] = _read_call(module, site, args, kwargs, output, outputs[site.module])
+            if len(found) == len(kinds):
+                raise _Seen
+
+    training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    tokens = torch.ones(2, 3, dtype=torch.long, device=device)
+    # One padded row, so that no mask function may leave the mask out.
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
+    handle = nn.modules.module.register_module_forward_hook(watch, with_kwargs=True)  # type: ignore[arg-type]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+        for module, flag in training.items():
+            module.training = flag
+    missing = [site.module for kind, site in kinds.items() if kind not in found]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: not called in a forward pass of {type(model).__name__}")
+    return [found[_kind(modules[site.module], site)] for site in sites]
+
+
+class _Seen(Exception):
+    """Ends the recorded run early."""
+
+
+def _kind(module: nn.Module, site: AttentionSite) -> tuple[type, bool]:
+    return type(module), site.rotary is None
+
+
+def _read_call(
+    module: nn.Module,
+    site: AttentionSite,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    projected: Tensor,
+) -> CallingConvention:
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    named = CallingConvention(arguments=names).bind(args, kwargs)
+    places = output if isinstance(output, (tuple, list)) else (output,)
+    residual = named.get("residual")
+    returns, adds_residual = [], False
+    for value in places:
+        if isinstance(value, Tensor) and value.numel() == projected.numel() and "output" not in returns:
+            adds_residual = _same(value, projected, residual)
+            returns.append("output")
+        elif isinstance(value, Cache):
+            returns.append("cache")
+        elif "output" in returns and "weights" not in returns:
+            returns.append("weights")
+        else:
+            returns.append("none")
+    if "output" not in returns:
+        raise ValueError(f"{site.module}: returns no tensor of the shape of its output projection {site.o.weight}")
+    mask = named.get("attention_mask")
+    boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4
+    return CallingConvention(
+        arguments=names,
+        returns=tuple(returns) if isinstance(output, (tuple, list)) else None,
+        adds_residual=adds_residual,
+        # The first query of the unpadded row must not see the last key.
+        mask_true_hides=bool(boolean and mask[-1, 0, 0, -1]),
+        rotary_layout=_rotary_layout(site.rotary, named.get("position_embeddings")),
+        attention_dropout=_dropout(module, "attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop"),
+        output_dropout=_dropout(module, "resid_dropout", *(["hidden_dropout"] if adds_residual else [])),
+    )
+
+
+def _same(value: Tensor, projected: Tensor, residual: Tensor | None) -> bool:
+    """Whether `value` is the projection's output with the residual (True) or without (False)."""
+    value, projected = value.flatten().float(), projected.flatten().float()
+    if torch.allclose(value, projected, rtol=1e-3, atol=1e-5):
+        return False
+    if residual is not None and torch.allclose(value, projected + residual.flatten(), rtol=1e-2, atol=1e-3):
+        return True
+    raise ValueError("the attention's output is neither its output projection's nor that plus the residual")
+
+
+def _rotary_layout(rotary: Rotary | None, position_embeddings: Any) -> str | None:
+    if rotary is None or not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
+        return None
+    cos, sin = position_embeddings
+    if not isinstance(cos, Tensor) or cos.is_complex() or cos.ndim != 3:
+        return None
+    angles = torch.arange(cos.shape[1], device=cos.device)[:, None] * torch.tensor(rotary.inv_freq, device=cos.device)
+    for layout in ("halves", "pairs", "once"):
+        if (cos.shape[-1] == len(rotary.inv_freq)) != (layout == "once"):
+            continue
+        got = [once(t, layout, len(rotary.inv_freq))[-1].float() for t in (cos, sin)]
+        want = [angles.cos() * rotary.scaling, angles.sin() * rotary.scaling]
+        if all(g.shape == w.shape and torch.allclose(g, w, atol=2e-2) for g, w in zip(got, want, strict=True)):
+            return layout
+    return None
+
+
+def once(table: Tensor, layout: str, pairs: int) -> Tensor:
+    """[B, T, pairs] out of a cos or sin that repeats every angle."""
+    return table[..., ::2][..., :pairs] if layout == "pairs" else table[..., :pairs]
+
+
+def _dropout(module: nn.Module, *names: str) -> float:
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, nn.Dropout):
+            return value.p
+        if isinstance(value, (int, float)):
+            return float(value)
+    return 0.0

@@ -1,0 +1,37 @@
+"""Config of a converted model: the parent's config with one more field, `surgery`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+PREFIX = "surgery_"
+
+
+@cache
+def config_class(parent: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of models converted from those of `parent`; its `model_type` is `surgery_<parent's>`.
+
+    The field `surgery` is a JSON dict: `parent` (model type and architecture), `layers` (one entry per converted
+    attention: `site`, `plan`, `call`, `shapes`) and `provenance`.
+    """
+    namespace: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": f"{parent.__name__} of a model whose attention was rewritten.",
+        "__annotations__": {"surgery": dict | None},
+        "surgery": None,
+        "model_type": PREFIX + parent.model_type,
+    }
+    return strict(type(f"Surgery{parent.__name__}", (parent,), namespace))
+
+
+def converted_config(parent: PreTrainedConfig, surgery: dict[str, Any]) -> PreTrainedConfig:
+    """A copy of the parent's config that carries `surgery`; the parent's own object stays as it is."""
+    fields = parent.to_dict()
+    fields.pop("model_type", None)
+    config = config_class(type(parent))(**{**fields, "surgery": surgery})
+    config._attn_implementation = parent._attn_implementation
+    return config

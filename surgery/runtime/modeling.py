@@ -1,0 +1,197 @@
+"""Model classes `Surgery<Parent>`: the parent's model with the attention instances replaced that its config names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .attention import SurgeryAttention, SurgeryHeadNorm, canonical_weights
+from .calling import CallingConvention, record_calls
+from .configuration import config_class, converted_config
+from .layout import AttentionSite, LayerPlan
+
+
+class SurgeryMixin:
+    """Before a `PreTrainedModel` in the bases: builds it, then swaps attention as `config.surgery` says."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        layers = config.surgery["layers"]
+        swap_attention(
+            self,  # type: ignore[arg-type]
+            [AttentionSite.from_dict(layer["site"]) for layer in layers],
+            [LayerPlan.from_dict(layer["plan"]) for layer in layers],
+            [CallingConvention.from_dict(layer["call"]) for layer in layers],
+            [layer["shapes"] for layer in layers],
+        )
+
+    def initialize_weights(self) -> None:
+        """Initialise as the parent does, then our own modules, which the parent's sub-models know nothing of."""
+        super().initialize_weights()  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, (SurgeryAttention, SurgeryHeadNorm)):
+                module.reset()
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Shapes of a static cache come from its first keys and values, not from the parent's head count."""
+        return None
+
+
+@cache
+def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of models converted from `parent`, registered with transformers' Auto classes."""
+    parent_config = parent.config_class
+    if parent_config is None:
+        raise ValueError(f"{parent.__name__} names no config class")
+    config = config_class(parent_config)
+    cls = type(
+        f"Surgery{parent.__name__}",
+        (SurgeryMixin, parent),
+        {"__module__": __name__, "__doc__": f"{parent.__name__} with rewritten attention.", "config_class": config},
+    )
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    auto = AutoModelForCausalLM if parent.can_generate() else AutoModel
+    auto.register(config, cls, exist_ok=True)
+    return cls
+
+
+def swap_attention(
+    model: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    plans: Sequence[LayerPlan],
+    calls: Sequence[CallingConvention],
+    shapes: Sequence[dict[str, Sequence[int]]],
+) -> None:
+    """Put a `SurgeryAttention` in the place of each site's module, in this model instance only."""
+    for site, plan, call, sizes in zip(sites, plans, calls, shapes, strict=True):
+        name = site.module
+        if not hasattr(model, model.base_model_prefix):  # a base model: names there lack the prefix
+            name = name.removeprefix(model.base_model_prefix + ".")
+        owner_name, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        replaced = getattr(owner, attribute)
+        config = getattr(replaced, "config", None)
+        if not isinstance(config, PreTrainedConfig):
+            config = model.config.get_text_config(decoder=True)
+        attention = SurgeryAttention(config, site, plan, call, {k: tuple(v) for k, v in sizes.items()})
+        parameter = next(replaced.parameters())
+        attention.to(dtype=parameter.dtype)
+        setattr(owner, attribute, attention.train(replaced.training))
+
+
+def from_parent(
+    model: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    plans: Sequence[LayerPlan],
+    provenance: dict[str, Any] | None = None,
+    weights: dict[int, dict[str, Tensor]] | None = None,
+) -> PreTrainedModel:
+    """Build the converted model from its parent in memory.
+
+    Args:
+        model: the parent; it is not changed. The result shares the tensors of all parameters that are not attention's
+            with it: copy the parent first where it must stay a fixed teacher.
+        sites: attentions to replace.
+        plans: one per site.
+        provenance: JSON about the conversion, kept in `config.surgery["provenance"]`.
+        weights: canonical weights (see `canonical_weights`) by layer; layers not named keep the parent's.
+
+    Raises:
+        ValueError: a plan and its weights do not fit, or the model cannot be called as its sites say.
+    """
+    tensors = dict(model.state_dict())
+    calls = record_calls(model, sites)
+    replacing: dict[str, Tensor] = {}
+    layers = []
+    for site, plan, call in zip(sites, plans, calls, strict=True):
+        canonical = (weights or {}).get(site.layer)
+        if canonical is None:
+            canonical = canonical_weights(site, tensors.__getitem__)
+        _check_shapes(site, plan, canonical)
+        shapes = {name: list(tensor.shape) for name, tensor in canonical.items()}
+        layers.append({"site": site.to_dict(), "plan": plan.to_dict(), "call": call.to_dict(), "shapes": shapes})
+        replacing |= {f"{site.module}.{name}": tensor for name, tensor in canonical.items()}
+    surgery = {
+        "parent": {"model_type": model.config.model_type, "architecture": type(model).__name__},
+        "layers": layers,
+        "provenance": provenance or {},
+    }
+    config = converted_config(model.config, _as_json(surgery))
+    with torch.device("meta"):
+        converted = surgery_class(type(model))(config)
+    swapped = tuple(site.module + "." for site in sites)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(swapped)}
+    converted.load_state_dict(kept | replacing, assign=True)
+    converted.tie_weights()
+    _copy_buffers(model, converted)
+    for module in converted.modules():
+        if isinstance(module, SurgeryAttention):
+            module.build_tables(module.q_proj.weight.device)
+    left = [name for name, t in [*converted.named_parameters(), *converted.named_buffers()] if t.is_meta]
+    if left:
+        raise ValueError(f"{type(converted).__name__}: nothing fills {', '.join(left)}")
+    flags = dict(model.named_parameters())
+    for name, parameter in converted.named_parameters():
+        parameter.requires_grad_(flags[name].requires_grad if name in flags else True)
+    if model.can_generate():
+        converted.generation_config = copy.deepcopy(model.generation_config)
+    return converted.train(model.training)
+
+
+def load_converted(path: str, **kwargs: Any) -> PreTrainedModel:
+    """Load what `save_pretrained` of a converted model wrote; `kwargs` go to `from_pretrained`.
+
+    Raises:
+        ValueError: there is no converted model at `path`.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(path)
+    surgery = fields.get("surgery")
+    if not surgery:
+        raise ValueError(f"{path}: config.json has no 'surgery' section; load it with transformers")
+    parent = surgery["parent"]
+    architecture = getattr(transformers, parent["architecture"], None)
+    if architecture is None or parent["model_type"] not in CONFIG_MAPPING:
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no {parent['architecture']}")
+    return surgery_class(architecture).from_pretrained(path, **kwargs)
+
+
+def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tensor]) -> None:
+    heads = plan.project
+    rows = {
+        "q_proj": site.heads * site.head_dim,
+        "k_proj": heads.kv_heads * site.head_dim,
+        "v_proj": heads.kv_heads * site.value_dim,
+    }
+    for name, count in rows.items():
+        found = weights[f"{name}.weight"].shape[0]
+        if found != count:
+            raise ValueError(
+                f"layer {site.layer}: {name}.weight has {found} rows, its plan asks for {count} "
+                f"({heads.kv_heads} KV heads)"
+            )
+
+
+def _copy_buffers(parent: nn.Module, converted: nn.Module) -> None:
+    """Non-persistent buffers (rotary tables, embedding scales) are in no state dict."""
+    modules = dict(parent.named_modules())
+    for name, module in converted.named_modules():
+        if name not in modules or isinstance(module, SurgeryAttention):
+            continue
+        for key, buffer in modules[name].named_buffers(recurse=False):
+            if key in module._buffers and key in module._non_persistent_buffers_set:
+                module._buffers[key] = buffer.clone()
+
+
+def _as_json(value: Any) -> Any:
+    """Tuples as lists: a config compares equal to itself after a round trip."""
+    if isinstance(value, dict):
+        return {key: _as_json(v) for key, v in value.items()}
+    return [_as_json(v) for v in value] if isinstance(value, (list, tuple)) else value
