@@ -94,6 +94,19 @@ class SurgeryAttention(nn.Module):
     Departs from parents in one thing: dropout on weights and output is kept, other dropout inside attention is not.
     """
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: SurgeryHeadNorm | None
+    k_norm: SurgeryHeadNorm | None
+    v_norm: SurgeryHeadNorm | None
+    sinks: nn.Parameter | None
+    post_norm_scale: nn.Parameter | None
+    kv_of_query: Tensor
+    inv_freq_bits: Tensor
+    slope_bits: Tensor
+
     def __init__(
         self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
     ) -> None:
@@ -273,14 +286,13 @@ class SurgeryAttention(nn.Module):
                 mask = ~mask
         if mask is None and skippable and self.site.alibi_slopes is None:
             return None
-        window = self.site.window
         # Some parents keep the window inside their attention (GPT-Neo); where the mask has it, this changes nothing.
-        windowed = window is not None and length > window
-        if self.site.alibi_slopes is None and not windowed and (mask is not None or tokens == 1):
+        window = self.site.window if self.site.window is not None and length > self.site.window else None
+        if self.site.alibi_slopes is None and window is None and (mask is not None or tokens == 1):
             return mask
         distance = positions[:, None] - (torch.arange(length, device=key.device) + key_start)
         visible = distance >= 0
-        if windowed:
+        if window is not None:
             visible = visible & (distance < window)
         low = torch.finfo(query.dtype).min
         if mask is not None:
@@ -312,9 +324,9 @@ def eager_attention_forward(
 
     query [B, N, T, H], key and value [B, K, S, H]; returns [B, T, N, H] and the weights [B, N, T, S].
     """
-    groups = module.num_key_value_groups
+    groups: int = module.num_key_value_groups  # type: ignore[assignment]
     if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)  # type: ignore[arg-type]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

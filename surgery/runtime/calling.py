@@ -52,7 +52,8 @@ class CallingConvention:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CallingConvention:
-        return cls(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in data.items()})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        return cls(**fields)
 
 
 def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[CallingConvention]:
@@ -70,7 +71,7 @@ def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[Calli
     kinds = {_kind(modules[site.module], site): site for site in reversed(sites)}
     projections = {id(modules[site.o.weight.rpartition(".")[0]]): site.module for site in kinds.values()}
     attentions = {id(modules[site.module]): (kind, site) for kind, site in kinds.items()}
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {}
     found: dict[tuple[type, bool], CallingConvention] = {}
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -87,7 +88,7 @@ def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[Calli
     tokens = torch.ones(2, 3, dtype=torch.long, device=device)
     # One padded row, so that no mask function may leave the mask out.
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
-    handle = nn.modules.module.register_module_forward_hook(watch, with_kwargs=True)  # type: ignore[arg-type]
+    handle = nn.modules.module.register_module_forward_hook(watch, with_kwargs=True)
     try:
         model.eval()
         with torch.no_grad():
@@ -145,7 +146,7 @@ def _read_call(
         returns=tuple(returns) if isinstance(output, (tuple, list)) else None,
         adds_residual=adds_residual,
         # The first query of the unpadded row must not see the last key.
-        mask_true_hides=bool(boolean and mask[-1, 0, 0, -1]),
+        mask_true_hides=mask is not None and boolean and bool(mask[-1, 0, 0, -1]),
         rotary_layout=_rotary_layout(site.rotary, named.get("position_embeddings")),
         attention_dropout=_dropout(module, "attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop"),
         output_dropout=_dropout(module, "resid_dropout", *(["hidden_dropout"] if adds_residual else [])),

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 PREFIX = "surgery_"
+_MADE: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
 
 
-@cache
 def config_class(parent: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of models converted from those of `parent`; its `model_type` is `surgery_<parent's>`.
 
     The field `surgery` is a JSON dict: `parent` (model type and architecture), `layers` (one entry per converted
     attention: `site`, `plan`, `call`, `shapes`) and `provenance`.
     """
+    if parent in _MADE:
+        return _MADE[parent]
     namespace: dict[str, Any] = {
         "__module__": __name__,
         "__doc__": f"{parent.__name__} of a model whose attention was rewritten.",
@@ -25,7 +26,8 @@ def config_class(parent: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "surgery": None,
         "model_type": PREFIX + parent.model_type,
     }
-    return strict(type(f"Surgery{parent.__name__}", (parent,), namespace))
+    _MADE[parent] = strict(type(f"Surgery{parent.__name__}", (parent,), namespace))
+    return _MADE[parent]
 
 
 def converted_config(parent: PreTrainedConfig, surgery: dict[str, Any]) -> PreTrainedConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from .calling import CallingConvention, record_calls
 from .configuration import config_class, converted_config
 from .layout import AttentionSite, LayerPlan
 
+_MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
 
 class SurgeryMixin:
     """Before a `PreTrainedModel` in the bases: builds it, then swaps attention as `config.surgery` says."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         layers = config.surgery["layers"]
         swap_attention(
             self,  # type: ignore[arg-type]
@@ -45,9 +46,10 @@ class SurgeryMixin:
         return None
 
 
-@cache
 def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of models converted from `parent`, registered with transformers' Auto classes."""
+    if parent in _MADE:
+        return _MADE[parent]
     parent_config = parent.config_class
     if parent_config is None:
         raise ValueError(f"{parent.__name__} names no config class")
@@ -60,6 +62,7 @@ def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     AutoConfig.register(config.model_type, config, exist_ok=True)
     auto = AutoModelForCausalLM if parent.can_generate() else AutoModel
     auto.register(config, cls, exist_ok=True)
+    _MADE[parent] = cls
     return cls
 
 
