@@ -1,1 +1,32 @@
 """Rewrite the attention of pretrained language models so that their KV cache gets small."""
+
+__version__ = "0.1.0"
+
+from .anatomy import Anatomy, examine
+from .convert import convert, convert_checkpoint
+from .errors import CheckpointError, PlanError, RecipeError, SurgeryError, UnsupportedModel
+from .evaluate import Report, evaluate
+from .generate import generate
+from .plan import Plan, plan
+from .recipe import Recipe
+from .storage import load, save
+
+__all__ = [
+    "Anatomy",
+    "CheckpointError",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "SurgeryError",
+    "UnsupportedModel",
+    "convert",
+    "convert_checkpoint",
+    "evaluate",
+    "examine",
+    "generate",
+    "load",
+    "plan",
+    "save",
+]

@@ -22,7 +22,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class OutputMoments:
-    """Moments for refitting `o`: `yo_DP` = E[y oᵀ] [D, N*Hv], `oo_PP` = E[o oᵀ]; y is the parent's output, bias-free."""
+    """Moments for refitting `o`: `yo_DP` = E[y oᵀ] [D, N*Hv], `oo_PP` = E[o oᵀ]; y is the parent's, without bias."""
 
     yo_DP: Tensor
     oo_PP: Tensor

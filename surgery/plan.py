@@ -40,6 +40,15 @@ class Plan:
     parameters: int
     """Parameters of the result."""
 
+    def changed(self, step: Step | None = None) -> list[tuple[AttentionSite, LayerPlan]]:
+        """The layers that `step` (default: any) rewrites. One that keeps its heads is left alone, to the last bit."""
+        layers = zip(self.anatomy.sites, self.before, self.after, strict=True)
+        return [
+            (site, after)
+            for site, before, after in layers
+            if before.project != after.project and (step is None or step.selects(site.layer))
+        ]
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one more token adds to the cache of the result, all layers, windows not yet full."""
@@ -156,6 +165,9 @@ def _apply(step: Step, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ..
             )
     if not isinstance(step, GqaStep):
         return layers
+    for site, layer in zip(anatomy.sites, layers, strict=True):
+        if step.selects(site.layer) and layer.project.kv_heads != site.kv_heads:
+            raise PlanError(f"{where}: layer {site.layer} is merged by an earlier step already. Select other layers.")
     return tuple(
         _merge_heads(step, where, site, layer) if step.selects(site.layer) else layer
         for site, layer in zip(anatomy.sites, layers, strict=True)

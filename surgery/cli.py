@@ -1,0 +1,191 @@
+"""The command line: `surgery inspect | plan | convert | eval | generate | demo`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .errors import SurgeryError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Rewrite the attention of a pretrained language model so that its KV cache gets small.",
+)
+
+Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id (owner/name, owner/name@revision).")]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="Shipped name (gqa-2x, gqa-4x, mqa, identity) or path to a YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override an option of the recipe; may be given several times."),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0 done, 1 a bug, 2 wrong input (one line on stderr), 130 interrupted."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        code = app(arguments, standalone_mode=False)
+    except SurgeryError as error:
+        if debug:
+            raise
+        _fail(f"{type(error).__name__}: {error}")
+        code = 2
+    except typer.Abort:
+        _fail("Interrupted. Nothing was written.")
+        code = 130
+    except KeyboardInterrupt:
+        _fail("Interrupted. Nothing was written.")
+        code = 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line itself
+            _fail(error.format_message() + " Try --help.")
+            code = 2
+        elif debug:
+            raise
+        else:
+            _fail(f"{type(error).__name__}: {error} (this is a bug; run again with --debug for the traceback)")
+            code = 1
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(" ".join(message.split()), style="red", markup=False)
+
+
+def _out(*parts: object) -> None:
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """`--debug` is taken by `main`, wherever it stands; it is declared here for the help text."""
+
+
+@app.command(epilog="Examples: surgery inspect ./my-model | surgery inspect ./config.json --json anatomy.json")
+def inspect(model: Model, json_file: Json = None) -> None:
+    """Show how every attention layer of a model is built. Reads the config only, no weights."""
+    from .anatomy import examine
+
+    anatomy = examine(model)
+    _out(str(anatomy))
+    _write_json(json_file, anatomy.to_dict())
+
+
+@app.command(epilog="Examples: surgery plan ./my-model -r gqa-2x | surgery plan ./my-model -r gqa-4x --set kv_heads=2")
+def plan(model: Model, recipe: RecipeOption, set_: SetOption = None, json_file: Json = None) -> None:
+    """Show what a recipe would do: bytes per token before and after, who can load the result. Changes nothing."""
+    from .plan import plan as make_plan
+    from .recipe import Recipe
+
+    made = make_plan(model, Recipe.load(recipe, set_ or ()))
+    _out(*made.tables())
+    _write_json(json_file, made.to_dict())
+
+
+@app.command(
+    epilog="Examples: surgery convert ./my-model -r gqa-2x --calibration text.jsonl -o ./smaller | "
+    "surgery convert ./my-model -r gqa-4x --set kv_heads=2 --set layers=8-31 -o ./smaller"
+)
+def convert(
+    model: Model,
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist, or be empty.")],
+    set_: SetOption = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text (.txt, .jsonl with field text, .parquet) to calibrate on.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many windows of calibration text.")] = 256,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+) -> None:
+    """Convert a checkpoint: a new folder that loads like its parent and caches less."""
+    from .convert import convert_checkpoint
+    from .recipe import Recipe
+
+    made = convert_checkpoint(
+        model,
+        Recipe.load(recipe, set_ or ()),
+        out,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    _out(*made.tables(), f"[bold]written to {out}[/bold]")
+
+
+@app.command(
+    name="eval",
+    epilog="Example: surgery eval ./smaller --baseline ./my-model --text held-out.jsonl --json result.json",
+)
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Held-out text (.txt, .jsonl with field text, .parquet).")],
+    baseline: Annotated[str | None, typer.Option(help="The parent, for loss beside it and KL to it.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="At most so many windows.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Measure nats per token, KL to the baseline, and the bytes that the cache really holds."""
+    from .evaluate import evaluate as score
+    from .storage import load
+
+    parent = None if baseline is None else load(baseline)
+    report = score(load(model), baseline=parent, text=text, length=length, samples=samples)
+    _out(str(report))
+    _write_json(json_file, report.to_dict())
+
+
+@app.command(epilog='Example: surgery generate ./smaller --prompt "Once upon a time" --tokens 100')
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text."""
+    from .generate import generate as continue_text
+
+    _out(continue_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed))
+
+
+@app.command(epilog="Example: surgery demo -o ./demo")
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the checkpoints in this folder.")] = None,
+) -> None:
+    """Pretrain a small model in half a minute, convert it in several ways, and show what each costs and saves."""
+    from .demo import run
+
+    run(out)
+
+
+def _write_json(path: Path | None, data: dict[str, object]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

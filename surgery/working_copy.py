@@ -1,0 +1,123 @@
+"""A copy of the parent in which layers are converted one after another, each calibrated on the converted prefix."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy
+from .errors import PlanError
+from .rewriters.attention_weights import AttentionWeights, read_attention, write_attention
+from .runtime.attention import canonical_weights
+from .runtime.layout import Heads
+
+
+class WorkingCopy:
+    """The parent in float32, its attentions replaced in place; the parent itself is only read.
+
+    A converted layer keeps the parent's form: each new KV head is repeated in the places of the heads that it
+    replaces. That is the same function, so every family can be run with any of its layers converted.
+
+    `teacher` is the parent in float32 for statistics and losses; `model` is the copy that changes.
+    """
+
+    def __init__(self, parent: nn.Module, anatomy: Anatomy) -> None:
+        self.sites = {site.layer: site for site in anatomy.sites}
+        self.teacher = parent if _is_float32(parent) else copy.deepcopy(parent).float()
+        self.model = copy.deepcopy(self.teacher).eval()
+        self._groups: dict[int, tuple[tuple[int, ...], ...]] = {}
+
+    def read(self, layer: int) -> AttentionWeights:
+        """The layer's weights as they are now, with as many KV heads as it really has."""
+        weights = read_attention(self.sites[layer], self.tensor)
+        return collapse(weights, self._groups[layer]) if layer in self._groups else weights
+
+    def write(self, layer: int, weights: AttentionWeights) -> None:
+        """Replace the layer's weights."""
+        site = self.sites[layer]
+        with torch.no_grad():
+            for name, value in write_attention(expand(weights, site.kv_heads, layer), site, self.tensor).items():
+                self.model.get_parameter(name).copy_(value)
+        self._groups[layer] = weights.groups
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter of the copy."""
+        return self.model.get_parameter(name).detach()
+
+    def canonical(self, layer: int) -> dict[str, Tensor]:
+        """The layer under the names and in the layout of `SurgeryAttention`."""
+        site = self.sites[layer]
+        tensors = canonical_weights(site, self.tensor)
+        if layer in self._groups:
+            slots = [group[0] // site.group_size for group in self._groups[layer]]
+            for name, tensor in tensors.items():
+                per_head = name.startswith(("k_proj", "v_proj")) or (
+                    name.startswith("k_norm") and tensor.numel() == site.kv_heads * site.head_dim and site.kv_heads > 1
+                )
+                if per_head:
+                    width = tensor.numel() // site.kv_heads
+                    kept = tensor.reshape(site.kv_heads, width)[slots]
+                    tensors[name] = kept.reshape(-1, *tensor.shape[1:])
+        return tensors
+
+    def heads(self, layer: int) -> Heads:
+        """The project axis that the layer has now."""
+        weights = self.read(layer)
+        return Heads(
+            kv_heads=weights.kv_heads, head_dim=weights.head_dim, value_dim=weights.value_dim, groups=weights.groups
+        )
+
+    @property
+    def converted(self) -> list[int]:
+        """Layers written so far."""
+        return sorted(self._groups)
+
+
+def _is_float32(model: nn.Module) -> bool:
+    return all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def expand(weights: AttentionWeights, kv_heads: int, layer: int) -> AttentionWeights:
+    """Repeat KV heads until `kv_heads` equal groups of consecutive queries read them: the same function.
+
+    Raises:
+        PlanError: a group of queries would have to be split between two slots.
+    """
+    size = weights.heads // kv_heads
+    kv_of = weights.kv_of()
+    sources = kv_of[::size]
+    if any(kv_of[h] != sources[h // size] for h in range(weights.heads)):
+        sizes = [len(group) for group in weights.groups]
+        raise PlanError(
+            f"layer {layer}: groups of {sizes} query heads do not fall on the parent's {kv_heads} groups of {size}. "
+            "Use an init whose groups are made of whole KV heads."
+        )
+    groups = tuple(tuple(range(a * size, (a + 1) * size)) for a in range(kv_heads))
+    return _select(weights, sources, groups)
+
+
+def collapse(weights: AttentionWeights, groups: tuple[tuple[int, ...], ...]) -> AttentionWeights:
+    """Undo `expand`: keep one copy of each KV head."""
+    kv_of = weights.kv_of()
+    return _select(weights, [kv_of[group[0]] for group in groups], groups)
+
+
+def _select(weights: AttentionWeights, sources: list[int], groups: tuple[tuple[int, ...], ...]) -> AttentionWeights:
+    """KV heads `sources`, in that order, read by `groups`."""
+
+    def take(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[sources]
+
+    return replace(
+        weights,
+        k_KHD=weights.k_KHD[sources],
+        v_KVD=weights.v_KVD[sources],
+        k_bias_KH=take(weights.k_bias_KH),
+        v_bias_KV=take(weights.v_bias_KV),
+        k_norm_KH=take(weights.k_norm_KH),
+        k_norm_bias_KH=take(weights.k_norm_bias_KH),
+        groups=groups,
+    )
