@@ -38,9 +38,9 @@ class HeadNorm:
     span: Literal["head", "all"]
     """`head`: statistics over one head's dims. `all`: over the concatenated heads (OLMo-2)."""
     eps: float
-    weight: str | None = None
-    """Gain; [H] shared by all heads, or one row per head ([N, H] or [N*H])."""
-    bias: str | None = None
+    weight: str | tuple[str, ...] | None = None
+    """Gain; [H] shared by all heads, or one row per head ([N, H] or [N*H]); or one [H] parameter per head (StableLM)."""
+    bias: str | tuple[str, ...] | None = None
     weight_offset: float = 0.0
     """The effective gain is `weight_offset + weight` (Gemma: 1)."""
     after_rotary: bool = False

@@ -1,0 +1,482 @@
+"""Capture a decoder as a graph without weights, and run pieces of that graph on real numbers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import logging
+import operator
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from surgery.errors import UnsupportedModel
+
+PROBE = "surgery_anatomy"
+"""Name under which the recording attention is registered with transformers."""
+
+
+@torch.library.custom_op("surgery_anatomy::attention", mutates_args=())
+def _attention_op(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, tag: int
+) -> Tensor:  # pragma: no cover - the op stands in a graph and is never run
+    raise NotImplementedError
+
+
+@_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, tag: int) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+@torch.library.custom_op("surgery_anatomy::mask", mutates_args=())
+def _mask_op(like: Tensor, tag: int, batch: int, queries: int, keys: int) -> Tensor:  # pragma: no cover
+    raise NotImplementedError
+
+
+@_mask_op.register_fake
+def _(like: Tensor, tag: int, batch: int, queries: int, keys: int) -> Tensor:
+    return like.new_empty(batch, 1, queries, keys, dtype=torch.bool)
+
+
+@torch.library.custom_op("surgery_anatomy::stub", mutates_args=())
+def _stub_op(x: Tensor) -> Tensor:  # pragma: no cover
+    raise NotImplementedError
+
+
+@_stub_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+ATTENTION = torch.ops.surgery_anatomy.attention.default
+MASK = torch.ops.surgery_anatomy.mask.default
+STUB = torch.ops.surgery_anatomy.stub.default
+
+
+@dataclasses.dataclass
+class Call:
+    """Arguments of one recorded attention call that are not tensors, and names of tensors that we do not know."""
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+    window: int | None
+    causal: bool
+    unknown: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class _Recording:
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    masks: list[Callable[..., Any]] = dataclasses.field(default_factory=list)
+
+
+_recording: ContextVar[_Recording] = ContextVar("surgery_anatomy_recording")
+
+
+def _record_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    record = _recording.get()
+    # Integer tensors (position ids, cumulative lengths) do not enter the scores; a floating one would.
+    unknown = tuple(n for n, x in others.items() if isinstance(x, Tensor) and x.is_floating_point())
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    record.calls.append(Call(module, scale, softcap, sliding_window, is_causal, unknown))
+    out = torch.ops.surgery_anatomy.attention(query, key, value, attention_mask, s_aux, len(record.calls) - 1)
+    return out, None
+
+
+def _record_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    device: Any = "meta",
+    **others: Any,
+) -> Tensor:
+    record = _recording.get()
+    assert mask_function is not None
+    record.masks.append(mask_function)
+    like = torch.empty(0, device=device) if attention_mask is None else attention_mask
+    return torch.ops.surgery_anatomy.mask(like, len(record.masks) - 1, batch_size, int(q_length), int(kv_length))
+
+
+@dataclasses.dataclass
+class Source:
+    """Where a graph input comes from."""
+
+    kind: str
+    """parameter, buffer, constant or input."""
+    name: str
+
+
+class Graph:
+    """An exported decoder: nodes in order, what its inputs are, and the values that are known without weights."""
+
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        twin: PreTrainedModel,
+        values: Mapping[str, Tensor],
+        recording: _Recording,
+        tokens: int,
+        rope_types: Mapping[str, Any],
+    ) -> None:
+        self.twin = twin
+        self.rope_types = rope_types
+        self.tokens = tokens
+        self.calls = recording.calls
+        self.masks = recording.masks
+        self.nodes = list(program.graph_module.graph.nodes)
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.sources: dict[fx.Node, Source] = {}
+        self.values: dict[fx.Node, Tensor] = {}
+        signature = program.graph_signature
+        for node in self.nodes:
+            if node.op != "placeholder":
+                continue
+            if name := signature.inputs_to_parameters.get(node.name):
+                self.sources[node] = Source("parameter", name)
+            elif name := signature.inputs_to_buffers.get(node.name):
+                self.sources[node] = Source("buffer", name)
+                if name in values:
+                    self.values[node] = values[name]
+            elif name := signature.inputs_to_lifted_tensor_constants.get(node.name):
+                self.sources[node] = Source("constant", name)
+                constant = program.constants.get(name)
+                if isinstance(constant, Tensor) and not constant.is_meta:
+                    self.values[node] = constant.detach().cpu()
+            else:
+                self.sources[node] = Source("input", node.name)
+                if "mask" in node.name:
+                    self.values[node] = torch.ones(shape(node), dtype=node.meta["val"].dtype)
+        # In-place operations change what earlier nodes hold: for each, the node that owns the memory.
+        self._writes = [(n, self._root(n.args[0])) for n in self.nodes if _writes_in_place(n)]
+
+    def _root(self, node: Any) -> fx.Node:
+        while node.op == "call_function" and (_is_view(node) or _writes_in_place(node)):
+            node = node.args[0]
+        return node
+
+    def between(self, targets: Iterable[fx.Node], bound: Iterable[fx.Node]) -> list[fx.Node]:
+        """Every node that `targets` need when the values of `bound` are given, in order of execution."""
+        known, needed = set(bound), set(targets)
+        last = max(self.order[t] for t in needed)
+
+        def close(pending: list[fx.Node]) -> None:
+            while pending:
+                node = pending.pop()
+                if node not in known:
+                    fresh = [a for a in node.all_input_nodes if a not in needed]
+                    needed.update(fresh)
+                    pending.extend(fresh)
+
+        close(list(needed))
+        while True:
+            late = [
+                w
+                for w, root in self._writes
+                if w not in needed and self.order[w] < last and (root in needed or w.args[0] in needed)
+                # what happened to the memory before a bound value was taken is part of that value
+                and not any(self.order[w] < self.order[b] for b in known if self._root(b) is root)
+            ]
+            if not late:
+                break
+            needed.update(late)
+            close(late)
+        return sorted(needed, key=self.order.__getitem__)
+
+    def runner(self, targets: Sequence[fx.Node], bound: Sequence[fx.Node]) -> Callable[..., list[Tensor]]:
+        """A function of the values of `bound` (tensors, in order; then a dict by node) that gives `targets`."""
+        nodes = self.between(targets, bound)
+
+        def run(*given: Tensor, more: Mapping[fx.Node, Tensor] | None = None) -> list[Tensor]:
+            env: dict[fx.Node, Any] = {n: x.clone() for n, x in zip(bound, given, strict=True)}
+            env.update({n: x.clone() for n, x in (more or {}).items()})
+            with torch.no_grad():
+                for node in nodes:
+                    if node not in env:
+                        env[node] = self._execute(node, env)
+            return [env[t].clone() for t in targets]
+
+        return run
+
+    def _execute(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "placeholder":
+            if node in self.values:
+                return self.values[node].clone()
+            source = self.sources[node]
+            raise UnsupportedModel(
+                f"{source.kind} {source.name!r}: its value is needed to read an attention but cannot be known "
+                "without the weights."
+            )
+        if node.op != "call_function":
+            raise UnsupportedModel(f"graph node {node.name!r}: cannot run a {node.op} node.")
+        if node.target is MASK:
+            _, tag, batch, queries, keys = node.args
+            return self.mask_values(cast(int, tag), cast(int, queries), cast(int, keys)).expand(
+                cast(int, batch), 1, queries, keys
+            )
+        if node.target in (ATTENTION, STUB):
+            raise UnsupportedModel(f"graph node {node.name!r}: an attention reads what another module makes.")
+        if "assert" in str(node.target):
+            return None
+
+        def real(x: Any) -> Any:
+            if isinstance(x, fx.Node):
+                return env[x]
+            return torch.device("cpu") if isinstance(x, torch.device) else x
+
+        args = fx.node.map_aggregate(node.args, real)
+        kwargs = fx.node.map_aggregate(dict(node.kwargs), real)
+        return cast(Callable[..., Any], node.target)(*cast(Any, args), **cast(Any, kwargs))
+
+    def mask_values(self, tag: int, queries: int, keys: int) -> Tensor:
+        """Boolean [queries, keys] of a recorded mask function: True where the key is visible."""
+        return self.visible(tag, torch.arange(queries)[:, None], torch.arange(keys)[None, :])
+
+    def visible(self, tag: int, query: Tensor, key: Tensor) -> Tensor:
+        """Whether a query position sees a key position, by the mask function that the model built."""
+        zero = torch.zeros((), dtype=torch.long)
+        try:
+            seen = self.masks[tag](zero, zero, query, key)
+            return torch.as_tensor(seen).expand(torch.broadcast_shapes(query.shape, key.shape)).clone()
+        except (RuntimeError, NotImplementedError, IndexError, TypeError) as error:
+            raise UnsupportedModel(f"attention mask {tag}: cannot evaluate its mask function ({error}).") from error
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's tensor value."""
+    return tuple(int(n) for n in node.meta["val"].shape)
+
+
+def module_name(node: fx.Node) -> str:
+    """Qualified name of the innermost module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def is_call(node: Any, *names: str) -> bool:
+    """Whether a node calls one of these aten operators, in whichever overload."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet is not None and packet.__name__ in names
+
+
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None) if node.op == "call_function" else None
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    schema = _schema(node)
+    first = schema.arguments[0].alias_info if schema is not None and schema.arguments else None
+    return first is not None and first.is_write
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    schema = _schema(node)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def make_twin(source: PreTrainedModel | PretrainedConfig, implementation: str) -> PreTrainedModel:
+    """A copy of the architecture on the meta device, float32, with the named attention implementation."""
+    config = copy.deepcopy(source.config if isinstance(source, PreTrainedModel) else source)
+    # A checkpoint's quantisation says how weights are stored, which a copy without weights does not need.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    arguments = {"attn_implementation": implementation, "dtype": torch.float32}
+    with torch.device("meta"):
+        if isinstance(source, PreTrainedModel):
+            return type(source)._from_config(config, **arguments).eval()
+        return AutoModelForCausalLM.from_config(config, **arguments).eval()
+
+
+def buffer_values(twin: PreTrainedModel, model: PreTrainedModel | None) -> dict[str, Tensor]:
+    """Real values of the buffers: the user's own where there are any, else what the model's own init computes."""
+    values = {n: b.detach().cpu() for n, b in model.named_buffers() if not b.is_meta} if model is not None else {}
+    for prefix, module in twin.named_modules():
+        own = dict(module.named_buffers(recurse=False))
+        names = {name: f"{prefix}.{name}" if prefix else name for name in own}
+        if not own or all(full in values for full in names.values()):
+            continue
+        for name, buffer in own.items():
+            fill = float("nan") if buffer.is_floating_point() else 0
+            module._buffers[name] = torch.full(buffer.shape, fill, dtype=buffer.dtype, device="cpu")
+        with torch.no_grad():
+            twin._init_weights(module)
+        for name, buffer in own.items():
+            filled = module._buffers[name]
+            if isinstance(filled, Tensor) and not filled.isnan().any():
+                values.setdefault(names[name], filled.detach().clone())
+            module._buffers[name] = buffer
+    return values
+
+
+def hold_frequencies_still(twin: PreTrainedModel) -> dict[str, Any]:
+    """Keep `dynamic` rotary modules of our own twin at their starting frequencies: a graph cannot hold the branch.
+
+    Returns:
+        What each rotary module's `rope_type` was, by module name.
+    """
+    kinds = {}
+    for name, module in twin.named_modules():
+        kind = getattr(module, "rope_type", None)
+        if kind is None:
+            continue
+        kinds[name] = kind
+        if isinstance(kind, str) and "dynamic" in kind:
+            cast(Any, module).rope_type = "default"
+        elif isinstance(kind, dict):
+            cast(Any, module).rope_type = {n: "default" if "dynamic" in str(k) else k for n, k in kind.items()}
+    return kinds
+
+
+def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
+    """Export the decoder's forward without a cache, on the meta device.
+
+    Raises:
+        UnsupportedModel: the model cannot be built or traced; the message carries the cause.
+    """
+    AttentionInterface.register(PROBE, cast(Any, _record_attention))
+    AttentionMaskInterface.register(PROBE, cast(Any, _record_mask))
+    first: Exception | None = None
+    for implementation, most in ((PROBE, 32), ("eager", 512)):
+        try:
+            graph = _capture(source, implementation, most)
+        except UnsupportedModel:
+            raise
+        except Exception as error:  # whatever a stranger's modelling code may raise
+            first = first or error
+            continue
+        if implementation != PROBE or any(n.target is ATTENTION for n in graph.nodes):
+            return graph
+    config = source.config if isinstance(source, PreTrainedModel) else source
+    raise UnsupportedModel(
+        f"{type(source).__name__} ({config.model_type}): cannot capture its graph with torch.export: "
+        f"{type(first).__name__}: {_first_line(first)}"
+    ) from first
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, most: int) -> Graph:
+    twin = make_twin(source, implementation)
+    values = buffer_values(twin, source if isinstance(source, PreTrainedModel) else None)
+    rope_types = hold_frequencies_still(twin)
+    limit = getattr(twin.config.get_text_config(), "max_position_embeddings", None)
+    tokens = min(most, limit) if isinstance(limit, int) and limit > 1 else most
+    accepted = inspect.signature(twin.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, tokens, dtype=torch.long, device="meta")}
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if "attention_mask" in accepted:
+        inputs["attention_mask"] = torch.ones(1, tokens, dtype=torch.long, device="meta")
+    stubs: set[type] = set()
+    while True:
+        recording = _Recording()
+        token = _recording.set(recording)
+        try:
+            with torch.no_grad(), _quiet():
+                program = torch.export.export(twin, (), inputs, strict=False)
+            return Graph(program, twin, values, recording, tokens, rope_types)
+        except Exception as error:
+            kind = _stubbable(error, twin, {id(c.module) for c in recording.calls}, stubs)
+            if kind is None or len(stubs) >= 4:
+                raise
+            stubs.add(kind)
+            for module in twin.modules():
+                if type(module) is kind:
+                    cast(Any, module).forward = _stub
+        finally:
+            _recording.reset(token)
+
+
+def _stub(*args: Any, **kwargs: Any) -> Tensor:
+    x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    return cast(Tensor, torch.ops.surgery_anatomy.stub(x))
+
+
+def _stubbable(error: BaseException, twin: nn.Module, attentions: set[int], done: set[type]) -> type | None:
+    """The class of the innermost module that cannot be traced, where leaving it out leaves the attentions whole.
+
+    Mixtures of experts may branch on data, which no graph can hold and no attention needs. The stub stays visible in
+    the graph, so that a walk which does need the module refuses.
+    """
+    inside: list[nn.Module] = []
+    known = {id(m) for m in twin.modules()}
+    cause: BaseException | None = error
+    while cause is not None and not inside:
+        trace = cause.__traceback__
+        while trace is not None:
+            owner = trace.tb_frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in known:
+                inside.append(owner)
+            trace = trace.tb_next
+        cause = cause.__cause__ or cause.__context__
+    for module in reversed(inside):
+        if type(module) in done or not type(module).__module__.startswith(("transformers", "transformers_modules")):
+            continue
+        holds_attention = any(id(m) in attentions for m in module.modules())
+        return None if holds_attention or not attentions else type(module)
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export's own reports of a failed trace off the user's screen: our error carries the cause."""
+    loggers = [logging.getLogger(n) for n in ("torch.fx", "torch._export", "torch._dynamo", "torch.export", "torch")]
+    before = [(logger, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)
+
+
+def subpaths(name: str) -> types.SimpleNamespace:
+    """Split `model.layers.3.self_attn` into container, index and rest at the first number."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return types.SimpleNamespace(container=".".join(parts[:i]), index=int(part), rest=".".join(parts[i + 1 :]))
+    return types.SimpleNamespace(container="", index=None, rest=name)

@@ -1,0 +1,170 @@
+"""Attention from its description alone: the reference that every description is proved against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.errors import UnsupportedModel
+from surgery.runtime.layout import AttentionSite, HeadNorm, Projection, Rotary
+
+
+def project_qkv(
+    site: AttentionSite, params: Mapping[str, Tensor], x_BTD: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of one layer, from its description and its weights.
+
+    Factors that the model itself puts on queries or keys are left out: `site.scale` holds them.
+
+    Args:
+        site: the description.
+        params: state dict of the model, or as much of it as the site names.
+        x_BTD: what the projections read.
+        positions: [T] or [B, T]; 0..T-1 where None.
+
+    Returns:
+        q_BNTH, k_BKTH, v_BKTH in the dtype of `x_BTD`.
+    """
+    if positions is None:
+        positions = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+    q = heads_of(site.q, params, x_BTD, site.head_dim, site.clip_qkv)
+    k = heads_of(site.k, params, x_BTD, site.head_dim, site.clip_qkv)
+    v = heads_of(site.v, params, x_BTD, site.value_dim, site.clip_qkv)
+    q = finish_heads(q, params, site.q_norm, site.rotary, positions)
+    k = finish_heads(k, params, site.k_norm, site.rotary, positions)
+    return q, k, finish_heads(v, params, site.v_norm, None, positions)
+
+
+def heads_of(
+    projection: Projection, params: Mapping[str, Tensor], x_BTD: Tensor, dim: int, clip: float | None = None
+) -> Tensor:
+    """The projection's heads, clamped where `clip` is given: [B, heads, T, dim]."""
+    rows = torch.tensor(projection.head_rows)[:, None] + torch.arange(dim)
+    weight = params[projection.weight]
+    rows = rows.flatten().to(weight.device)
+    weight = weight[:, rows].T if projection.transposed else weight[rows]
+    bias = params[projection.bias][rows].to(x_BTD) if projection.bias is not None else None
+    y = F.linear(x_BTD, weight.to(x_BTD), bias).unflatten(-1, (-1, dim)).transpose(1, 2)
+    return y if clip is None else y.clamp(-clip, clip)
+
+
+def finish_heads(
+    y_BNTH: Tensor, params: Mapping[str, Tensor], norm: HeadNorm | None, rotary: Rotary | None, positions: Tensor
+) -> Tensor:
+    """Norm and rotation of projected heads, in the order that the norm says."""
+    if norm is not None and not norm.after_rotary:
+        y_BNTH = apply_norm(norm, params, y_BNTH)
+    if rotary is not None:
+        y_BNTH = apply_rotary(rotary, y_BNTH, positions)
+    if norm is not None and norm.after_rotary:
+        y_BNTH = apply_norm(norm, params, y_BNTH)
+    return y_BNTH
+
+
+def apply_norm(norm: HeadNorm, params: Mapping[str, Tensor], y_BNTH: Tensor) -> Tensor:
+    """q or k norm over each head or over all heads together, statistics in float32 at least."""
+    heads, dim = y_BNTH.shape[1], y_BNTH.shape[3]
+    y = y_BNTH.transpose(1, 2).to(torch.promote_types(y_BNTH.dtype, torch.float32))
+    if norm.span == "all":
+        y = y.flatten(2)
+    if norm.kind == "layer":
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + norm.eps)
+    y = y.reshape(*y_BNTH.shape[:1], y_BNTH.shape[2], heads, dim)
+    if norm.weight is not None:
+        y = y * (norm.weight_offset + per_head(norm.weight, params, heads, dim).to(y))
+    if norm.bias is not None:
+        y = y + per_head(norm.bias, params, heads, dim).to(y)
+    return y.transpose(1, 2).to(y_BNTH.dtype)
+
+
+def per_head(names: str | tuple[str, ...], params: Mapping[str, Tensor], heads: int, dim: int) -> Tensor:
+    """A norm's gain or bias as [heads, dim], or [1, dim] where the heads share it."""
+    if not isinstance(names, str):
+        return torch.stack([params[n].reshape(dim) for n in names])
+    return params[names].reshape(-1, dim)
+
+
+def apply_rotary(rotary: Rotary, y_BNTH: Tensor, positions: Tensor) -> Tensor:
+    """Turn the rotary channels by their angle at each position; angles in float32 as transformers has them."""
+    wide = torch.promote_types(y_BNTH.dtype, torch.float32)
+    inv_freq = torch.tensor(rotary.inv_freq, dtype=wide, device=y_BNTH.device)
+    angle = positions.to(wide)[..., None] * inv_freq
+    angle = angle[:, None] if positions.ndim == 2 else angle
+    cos, sin = angle.cos() * rotary.scaling, angle.sin() * rotary.scaling
+    before, y, after = y_BNTH.to(wide).split(
+        [rotary.start, rotary.dims, y_BNTH.shape[-1] - rotary.start - rotary.dims], -1
+    )
+    if rotary.interleaved:
+        a, b = y[..., 0::2], y[..., 1::2]
+        y = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = y.chunk(2, -1)
+        y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([before, y, after], -1).to(y_BNTH.dtype)
+
+
+def attend_heads(
+    site: AttentionSite, params: Mapping[str, Tensor], q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor
+) -> Tensor:
+    """Causal softmax attention of whole sequences (positions 0..T-1), as the description has it: [B, N, T, H]."""
+    k = k_BKSH.repeat_interleave(q_BNTH.shape[1] // k_BKSH.shape[1], 1)
+    v = v_BKSH.repeat_interleave(q_BNTH.shape[1] // v_BKSH.shape[1], 1)
+    scores = q_BNTH @ k.transpose(-1, -2) * site.scale
+    if site.softcap is not None:
+        scores = torch.tanh(scores / site.softcap) * site.softcap
+    token = torch.arange(q_BNTH.shape[2], device=q_BNTH.device)
+    behind = token[:, None] - token
+    if site.alibi_slopes is not None:
+        slopes = torch.tensor(site.alibi_slopes, dtype=scores.dtype, device=scores.device)
+        scores = scores - slopes[:, None, None] * behind
+    hidden = behind < 0
+    if site.window is not None:
+        hidden = hidden | (behind >= site.window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if site.sinks is not None:
+        sink = params[site.sinks].to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
+    return scores.softmax(-1) @ v
+
+
+def attend(
+    site: AttentionSite, params: Mapping[str, Tensor], x_BTD: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """Output of one attention layer, output projection included, from its description and its weights.
+
+    Args:
+        site: the description.
+        params: state dict of the model, or as much of it as the site names.
+        x_BTD: what the projections read.
+        positions: rotary positions, [T] or [B, T]; 0..T-1 where None.
+
+    Returns:
+        [B, T, D].
+
+    Raises:
+        UnsupportedModel: the output is gated; the description does not hold the gate.
+    """
+    if site.gated_output:
+        raise UnsupportedModel(f"module {site.module}: its output is gated; the gate is not part of the description.")
+    q, k, v = project_qkv(site, params, x_BTD, positions)
+    return project_out(site, params, attend_heads(site, params, q, k, v))
+
+
+def project_out(site: AttentionSite, params: Mapping[str, Tensor], heads_BNTH: Tensor) -> Tensor:
+    """The output projection of head outputs: [B, T, D]."""
+    weight = params[site.o.weight]
+    weight = weight.T if site.o.transposed else weight
+    columns = (torch.tensor(site.o.head_rows)[:, None] + torch.arange(site.value_dim)).flatten().to(weight.device)
+    bias = params[site.o.bias].to(heads_BNTH) if site.o.bias is not None else None
+    return F.linear(heads_BNTH.transpose(1, 2).flatten(2), weight[:, columns].to(heads_BNTH), bias)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest magnitude; infinite where anything is not finite."""
+    if got.shape != wanted.shape or not (got.isfinite().all() and wanted.isfinite().all()):
+        return float("inf")
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))

@@ -1,0 +1,368 @@
+"""The main path: graph -> attentions -> paths -> readings -> descriptions, each proved before it is returned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from surgery.anatomy.graph import Graph, capture, shape, subpaths
+from surgery.anatomy.probe import Reading, read_out, read_path, read_scores
+from surgery.anatomy.proof import (
+    attend_heads,
+    finish_heads,
+    heads_of,
+    project_out,
+    relative_error,
+)
+from surgery.anatomy.walk import Found, OutPath, Path, find_attentions, origin, path_from, path_to
+from surgery.errors import UnsupportedModel
+from surgery.runtime.layout import AttentionSite, HeadNorm, Projection
+
+_TOLERANCE = 1e-5
+_FRESH_HINT = "This library rewrites decoders with softmax attention."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherLayer:
+    """A decoder layer without softmax attention (Mamba, linear attention); it is left alone."""
+
+    layer: int
+    module: str
+    kind: str
+    """Class name of the layer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """What `examine` found in a decoder."""
+
+    architecture: str
+    model_type: str
+    num_layers: int
+    """Decoder layers in all, those without attention included."""
+    sites: tuple[AttentionSite, ...]
+    other_layers: tuple[OtherLayer, ...]
+    parameters: int
+    dtype: str
+    max_positions: int | None
+    vocab_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anatomy:
+    """Read where a decoder's attention layers have their weights, and how they work, from its graph.
+
+    No weight is loaded, and a model that is passed is left as it is. Each description is proved: queries, keys,
+    values, scores and outputs computed from it alone equal the graph's, on random weights, to 1e-5.
+
+    Args:
+        source: a model, a config, or the path of a config.json or of a directory that has one.
+
+    Raises:
+        UnsupportedModel: the decoder has no softmax attention, or one that cannot be described; the message names
+            the module and what was found there.
+    """
+    target = _load_config(source) if isinstance(source, str | FilePath) else source
+    if not isinstance(target, PreTrainedModel | PretrainedConfig):
+        raise TypeError(f"examine() takes a transformers model, a config or a path, not {type(target).__name__}.")
+    config = target.config if isinstance(target, PreTrainedModel) else target
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{config.model_type}: it is an encoder-decoder; only decoders can be read.")
+    with torch.random.fork_rng(devices=[]):
+        graph = capture(target)
+    if isinstance(target, PreTrainedModel):
+        _check_twin(graph.twin, target)
+    found = find_attentions(graph)
+    if not found:
+        raise UnsupportedModel(
+            f"{type(graph.twin).__name__} ({config.model_type}): its graph has no softmax attention, so there is no "
+            f"KV cache to reduce. {_FRESH_HINT}"
+        )
+    sites = _read_sites(graph, found)
+    num_layers, others = _other_layers(graph, sites)
+    text = config.get_text_config()
+    dtype = target.dtype if isinstance(target, PreTrainedModel) else getattr(config, "dtype", None) or torch.float32
+    limit = getattr(text, "max_position_embeddings", None)
+    return Anatomy(
+        architecture=type(graph.twin).__name__,
+        model_type=config.model_type,
+        num_layers=num_layers,
+        sites=sites,
+        other_layers=others,
+        parameters=sum(p.numel() for p in graph.twin.parameters()),
+        dtype=str(dtype).removeprefix("torch."),
+        max_positions=limit if isinstance(limit, int) else None,
+        vocab_size=int(text.vocab_size),
+    )
+
+
+def _load_config(path: str | FilePath) -> PretrainedConfig:
+    path = FilePath(path)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no config.json there. Pass a model directory or the file itself.")
+    try:
+        return AutoConfig.from_pretrained(file)
+    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        raise UnsupportedModel(f"{file}: transformers cannot read this config: {error}") from error
+
+
+def _check_twin(twin: PreTrainedModel, model: PreTrainedModel) -> None:
+    ours = {n: tuple(p.shape) for n, p in twin.named_parameters()}
+    theirs = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    if ours != theirs:
+        name = min(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
+        raise UnsupportedModel(
+            f"parameter {name}: shape {theirs.get(name)} in the model, {ours.get(name)} by its config. The model was "
+            "changed after it was built (quantised, adapted or edited); pass the original."
+        )
+
+
+@dataclasses.dataclass
+class _Paths:
+    q: Path
+    k: Path
+    v: Path
+    o: OutPath
+
+
+def _read_sites(graph: Graph, found: list[Found]) -> tuple[AttentionSite, ...]:
+    """Describe every attention; those with the same piece of graph share one reading and one proof."""
+    known: dict[Any, tuple[AttentionSite, list[fx.Node]]] = {}
+    sites: list[AttentionSite] = []
+    for number, f in enumerate(found):
+        paths = _Paths(path_to(graph, f, "q"), path_to(graph, f, "k"), path_to(graph, f, "v"), path_from(graph, f))
+        key, parameters = _fingerprint(graph, f, paths)
+        if key not in known:
+            known[key] = (_read_site(graph, f, paths), parameters)
+        site, originals = known[key]
+        names = {graph.sources[a].name: graph.sources[b].name for a, b in zip(originals, parameters, strict=True)}
+        sites.append(dataclasses.replace(_rename(site, names), layer=_layer_of(graph, f, number), module=f.module))
+    layers = [s.layer for s in sites]
+    if len(set(layers)) != len(layers):
+        twice = next(s for s in sites if layers.count(s.layer) > 1)
+        raise UnsupportedModel(f"module {twice.module}: layer {twice.layer} has more than one attention.")
+    return tuple(sorted(sites, key=lambda s: s.layer))
+
+
+def _fingerprint(graph: Graph, found: Found, paths: _Paths) -> tuple[Any, list[fx.Node]]:
+    """A key that is equal for attentions of equal structure, and the parameters in the order of the graph."""
+    ends = [found.q, found.k, found.v, paths.o.linear.out]
+    extra = [n for n in (found.mask, found.sinks, found.scores) if n is not None]
+    starts = [paths.q.linear.x, paths.k.linear.x, paths.v.linear.x, *paths.o.gates]
+    number: dict[fx.Node, int] = {}
+    lines: list[Any] = []
+    parameters: list[fx.Node] = []
+    for i, node in enumerate(dict.fromkeys(origin(s) for s in starts)):
+        number[node] = -1 - i
+    for node in graph.between([*ends, *extra], [*number]):
+        if node in number:
+            continue
+        number[node] = len(number)
+        source = graph.sources.get(node)
+        if source is not None and source.kind == "parameter":
+            parameters.append(node)
+            lines.append(("parameter", shape(node), subpaths(source.name).rest))
+        elif source is not None:
+            value = graph.values.get(node)
+            lines.append((source.kind, source.name if value is None else _digest(value)))
+        else:
+            arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: ("node", number[n]))
+            if node is found.out and found.call is not None:
+                arguments = [number.get(n, 0) for n in node.all_input_nodes]
+            lines.append((str(node.target), str(arguments)))
+    call = found.call and dataclasses.astuple(dataclasses.replace(found.call, module=None))  # type: ignore[arg-type]
+    roles = tuple(number[n] for n in (*ends, *extra))
+    return (str(lines), str(call), roles), parameters
+
+
+def _digest(value: Tensor) -> Any:
+    data = value.detach().cpu().contiguous()
+    return tuple(data.shape), hash(data.view(torch.uint8).numpy().tobytes()) if data.ndim else data.item()
+
+
+def _rename(site: AttentionSite, names: Mapping[str, str]) -> AttentionSite:
+    def new(x: Any) -> Any:
+        if isinstance(x, str):
+            return names.get(x, x)
+        return tuple(new(n) for n in x) if isinstance(x, tuple) else x
+
+    def inside(part: Any) -> Any:
+        return part and dataclasses.replace(part, weight=new(part.weight), bias=new(part.bias))
+
+    parts = {f: inside(getattr(site, f)) for f in ("q", "k", "v", "o", "q_norm", "k_norm", "v_norm")}
+    return dataclasses.replace(site, sinks=new(site.sinks), **parts)
+
+
+def _layer_of(graph: Graph, found: Found, number: int) -> int:
+    index = getattr(graph.twin.get_submodule(found.module), "layer_idx", None)
+    if isinstance(index, int):
+        return index
+    index = subpaths(found.module).index
+    return number if index is None else index
+
+
+def _other_layers(graph: Graph, sites: tuple[AttentionSite, ...]) -> tuple[int, tuple[OtherLayer, ...]]:
+    places = [subpaths(s.module) for s in sites]
+    containers = {p.container for p in places}
+    if len(containers) != 1 or any(p.index is None for p in places):
+        return len(sites), ()
+    (container,) = containers
+    layers = list(graph.twin.get_submodule(container).children())
+    taken = {p.index for p in places}
+    return len(layers), tuple(
+        OtherLayer(layer=i, module=f"{container}.{i}", kind=type(layer).__name__)
+        for i, layer in enumerate(layers)
+        if i not in taken
+    )
+
+
+def _read_site(graph: Graph, found: Found, paths: _Paths) -> AttentionSite:
+    """Describe one attention and prove the description."""
+    where = f"module {found.module}"
+    generator = torch.Generator().manual_seed(0)
+    origins = {origin(p.linear.x) for p in (paths.q, paths.k, paths.v)}
+    if len(origins) != 1:
+        raise UnsupportedModel(
+            f"{where}: queries, keys and values are projected from different inputs "
+            f"({', '.join(sorted(n.name for n in origins))}); latent or shared attention is not understood."
+        )
+    q, k, v = (read_path(graph, found, getattr(paths, role), role, generator) for role in "qkv")
+    if q.rotary != k.rotary:
+        raise UnsupportedModel(f"{where}: queries and keys are rotated differently.")
+    if q.dim != k.dim or q.order != k.order or v.order != tuple(range(v.dim)):
+        raise UnsupportedModel(f"{where}: queries, keys and values order their channels differently.")
+    if q.repeats != 1 or len(k.first_rows) != len(v.first_rows) or len(q.first_rows) % len(k.first_rows):
+        raise UnsupportedModel(
+            f"{where}: {len(q.first_rows)} query, {len(k.first_rows)} key and {len(v.first_rows)} value heads; "
+            "key and value heads must be as many, and divide the query heads."
+        )
+    if len({q.clip, k.clip, v.clip}) != 1:
+        raise UnsupportedModel(f"{where}: only some of queries, keys and values are clamped.")
+    if v.factor != 1.0:
+        raise UnsupportedModel(f"{where}: its values are multiplied by {v.factor:g}; no description holds that.")
+    scores = read_scores(graph, found, len(q.first_rows), generator)
+    site = AttentionSite(
+        layer=0, module=found.module, hidden_size=paths.q.linear.inputs,
+        heads=len(q.first_rows), kv_heads=len(k.first_rows), head_dim=q.dim, value_dim=v.dim,
+        q=_projection(graph, paths.q, q.first_rows), k=_projection(graph, paths.k, k.first_rows),
+        v=_projection(graph, paths.v, v.first_rows),
+        o=_projection(graph, paths.o, read_out(graph, found, paths.o, generator)),
+        q_norm=q.norm, k_norm=k.norm, v_norm=v.norm, rotary=q.rotary,
+        scale=scores.scale * q.factor * k.factor, softcap=scores.softcap, window=scores.window, sinks=scores.sinks,
+        alibi_slopes=scores.alibi_slopes, clip_qkv=q.clip, gated_output=bool(paths.o.gates),
+    )  # fmt: skip
+    return _prove(graph, found, paths, site, (q, k, v), generator)
+
+
+def _projection(graph: Graph, path: Path | OutPath, rows: tuple[int, ...]) -> Projection:
+    linear = path.linear
+    bias = graph.sources[linear.bias].name if linear.bias is not None else None
+    return Projection(weight=graph.sources[linear.weight].name, bias=bias, head_rows=rows, transposed=linear.transposed)
+
+
+def _prove(
+    graph: Graph,
+    found: Found,
+    paths: _Paths,
+    site: AttentionSite,
+    readings: tuple[Reading, Reading, Reading],
+    generator: torch.Generator,
+) -> AttentionSite:
+    """Compare every step with the graph on random weights; decides whether norms come before or after rotation."""
+    positions = torch.arange(graph.tokens)
+    x_BTD = torch.randn(1, graph.tokens, site.hidden_size, generator=generator)
+    for role, reading in zip("qkv", readings, strict=True):
+        path: Path = getattr(paths, role)
+        linear = path.linear
+        spread = 2 * (site.clip_qkv or 1.0)
+        weights = _random_weights(graph, linear, path.parameters, spread, generator)
+        run = graph.runner([path.target], [linear.x, *weights])
+        got = run(x_BTD.reshape(shape(linear.x)), *weights.values())[0].float()
+        got = got.transpose(-1, -2) if found.k_transposed and role == "k" else got
+        got = got.reshape(1, -1, *got.shape[-2:])[:, :: reading.repeats][..., list(reading.order)]
+        params = {graph.sources[n].name: w for n, w in weights.items()}
+        heads = heads_of(getattr(site, role), params, x_BTD, reading.dim, site.clip_qkv)
+        rotary = None if role == "v" else site.rotary
+        best = float("inf")
+        for norm in _orders(reading.norm, rotary is not None):
+            mine = reading.factor * finish_heads(heads, params, norm, rotary, positions)
+            best = min(best, relative_error(mine, got))
+            if best <= _TOLERANCE:
+                if norm is not None:
+                    site = dataclasses.replace(site, **{f"{role}_norm": norm})
+                break
+        else:
+            raise UnsupportedModel(
+                f"module {found.module}: its {dict(q='queries', k='keys', v='values')[role]} differ from what the "
+                f"description gives (relative error {best:.1e})."
+            )
+        del params, weights, run
+    _prove_scores(graph, found, site, readings, generator)
+    _prove_out(graph, found, paths.o, site, generator)
+    return site
+
+
+def _orders(norm: HeadNorm | None, rotates: bool) -> Iterable[HeadNorm | None]:
+    yield norm
+    if norm is not None and rotates:
+        yield dataclasses.replace(norm, after_rotary=True)
+
+
+def _random_weights(
+    graph: Graph, linear: Any, others: Iterable[fx.Node], spread: float, generator: torch.Generator
+) -> dict[fx.Node, Tensor]:
+    """Random values for a linear and for what follows it; outputs get about the given spread."""
+    limit = spread * (3 / linear.inputs) ** 0.5
+    weights = {linear.weight: torch.empty(shape(linear.weight)).uniform_(-limit, limit, generator=generator)}
+    if linear.bias is not None:
+        weights[linear.bias] = spread * torch.randn(shape(linear.bias), generator=generator)
+    for node in others:
+        weights[node] = 1 + 0.5 * torch.randn(shape(node), generator=generator)
+    return weights
+
+
+def _prove_scores(
+    graph: Graph, found: Found, site: AttentionSite, readings: tuple[Reading, ...], generator: torch.Generator
+) -> None:
+    """Where the graph itself computes the attention, compare its output (the interface's is defined by its call)."""
+    if found.scores is None:
+        return
+    q, k, v = (torch.randn(shape(n), generator=generator) for n in (found.q, found.k, found.v))
+    got = graph.runner([found.out], [found.q, found.k, found.v])(q, k, v)[0].float()
+    q, k, v = (t.reshape(1, -1, *t.shape[-2:]) for t in (q, k.transpose(-1, -2), v))
+    alone = dataclasses.replace(site, scale=site.scale / (readings[0].factor * readings[1].factor))
+    # The graph's keys may be repeated already; attend_heads repeats by what is left.
+    error = relative_error(attend_heads(alone, {}, q, k, v), got.reshape(1, -1, *got.shape[-2:]))
+    # ALiBi that the model rounds to bfloat16 (Falcon) is met to that rounding.
+    if error > (_TOLERANCE if site.alibi_slopes is None else 5e-2):
+        raise UnsupportedModel(
+            f"module {found.module}: its attention differs from what the description gives (relative error {error:.1e})."
+        )
+
+
+def _prove_out(
+    graph: Graph, found: Found, path: OutPath, site: AttentionSite, generator: torch.Generator
+) -> None:
+    linear = path.linear
+    heads_BNTH = torch.randn(1, site.heads, graph.tokens, site.value_dim, generator=generator)
+    weights = _random_weights(graph, linear, (), 1.0, generator)
+    given = (heads_BNTH.transpose(1, 2) if found.tokens_first else heads_BNTH).reshape(shape(found.out))
+    gates = {g: torch.ones(shape(g)) for g in path.gates}
+    run = graph.runner([linear.out], [found.out, *weights, *gates])
+    got = run(given, *weights.values(), *gates.values())[0]
+    mine = project_out(site, {graph.sources[n].name: w for n, w in weights.items()}, heads_BNTH)
+    error = relative_error(mine, got.reshape(mine.shape).float())
+    if error > _TOLERANCE:
+        raise UnsupportedModel(
+            f"module {found.module}: its output differs from what the description gives (relative error {error:.1e})."
+        )
