@@ -37,10 +37,11 @@ def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) 
     if site.o.bias is not None:
         weights["o_proj.bias"] = get_tensor(site.o.bias).clone()
     for name, norm in (("q_norm", site.q_norm), ("k_norm", site.k_norm), ("v_norm", site.v_norm)):
-        if norm is not None and norm.weight is not None:
-            weights[f"{name}.weight"] = get_tensor(norm.weight).clone()
-        if norm is not None and norm.bias is not None:
-            weights[f"{name}.bias"] = get_tensor(norm.bias).clone()
+        for part, source in (("weight", norm and norm.weight), ("bias", norm and norm.bias)):
+            if source is not None:
+                # One parameter per head (StableLM) becomes one row per head.
+                tensor = get_tensor(source) if isinstance(source, str) else torch.stack([get_tensor(n) for n in source])
+                weights[f"{name}.{part}"] = tensor.clone()
     if site.sinks is not None:
         weights["sinks"] = get_tensor(site.sinks).clone()
     return {name: tensor.detach().contiguous() for name, tensor in weights.items()}

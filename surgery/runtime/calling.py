@@ -79,6 +79,8 @@ def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[Calli
             outputs[projections[id(module)]] = output
         if id(module) in attentions:
             kind, site = attentions[id(module)]
+            if site.module not in outputs:
+                raise ValueError(f"{site.module}: does not call its output projection {site.o.weight} itself")
             found[kind] = _read_call(module, site, args, kwargs, output, outputs[site.module])
             if len(found) == len(kinds):
                 raise _Seen

@@ -1,0 +1,332 @@
+"""Invariants of converted models. Rows are in `methods.py`; the parent's own abilities decide what is skipped."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from methods import METHODS, REPRESENTATIVE, converted, parent, sites
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from surgery.errors import UnsupportedModel
+from surgery.runtime.attention import SurgeryAttention, eager_attention_forward
+from surgery.runtime.layout import LayerPlan
+from surgery.runtime.modeling import from_parent, load_converted, surgery_class
+
+matrix = pytest.mark.parametrize(
+    ("method", "family"), [(method, family) for method in METHODS for family in REPRESENTATIVE]
+)
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+
+
+def tokens(batch: int = 2, length: int = 14, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = tokens(), torch.ones(2, 14, dtype=torch.long)
+    ids[0, :5], mask[0, :5] = 0, 0
+    return ids, mask
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5) -> None:
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def parent_or_skip(family: str, **arguments: object) -> None:
+    """Skip where the parent itself cannot generate so, or contradicts its own greedy search."""
+    model, ids = parent(family), tokens()
+    try:
+        got = model.generate(ids, **GREEDY, **arguments)
+    except Exception as error:
+        pytest.skip(f"the parent cannot: {type(error).__name__}: {str(error)[:80]}")
+    if arguments.get("num_beams") is None and not torch.equal(got, model.generate(ids, **GREEDY)):
+        pytest.skip("the parent differs from its own greedy search")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_identity_keeps_logits_equal(family: str) -> None:
+    try:
+        sites(family)
+    except UnsupportedModel as refusal:
+        pytest.skip(f"examine refuses: {refusal}")
+    if any(site.gated_output for site in sites(family)):
+        pytest.skip("gates its head outputs")
+    model, child, ids = parent(family), converted("identity", family), tokens(length=20)
+    padded, mask = left_padded()
+    with torch.no_grad():
+        assert_close(child(ids).logits, model(ids).logits)
+        want = model(padded, attention_mask=mask).logits[mask.bool()]
+        assert_close(child(padded, attention_mask=mask).logits[mask.bool()], want)
+
+
+@matrix
+@torch.no_grad()
+def test_token_by_token_equals_prefill(method: str, family: str) -> None:
+    model, ids = converted(method, family), tokens()
+    cache = DynamicCache(config=model.config)
+    steps = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(ids.shape[1])]
+    assert_close(torch.cat(steps, dim=1), model(ids, use_cache=False).logits)
+
+
+@matrix
+@torch.no_grad()
+def test_prefill_in_two_chunks_equals_one(method: str, family: str) -> None:
+    model, ids = converted(method, family), tokens()
+    cache = DynamicCache(config=model.config)
+    chunks = [model(part, past_key_values=cache, use_cache=True).logits for part in (ids[:, :9], ids[:, 9:])]
+    assert_close(torch.cat(chunks, dim=1), model(ids, use_cache=False).logits)
+
+
+@matrix
+def test_dynamic_static_and_no_cache_generate_the_same(method: str, family: str) -> None:
+    model, ids = converted(method, family), tokens()
+    dynamic = model.generate(ids, **GREEDY)
+    assert torch.equal(dynamic, model.generate(ids, **GREEDY, use_cache=False))
+    parent_or_skip(family, cache_implementation="static")
+    assert torch.equal(dynamic, model.generate(ids, **GREEDY, cache_implementation="static"))
+
+
+@matrix
+def test_left_padding_changes_nothing(method: str, family: str) -> None:
+    model = converted(method, family)
+    ids, mask = left_padded()
+    batched = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(batched[:1, 5:], model.generate(ids[:1, 5:], **GREEDY))
+    assert torch.equal(batched[1:], model.generate(ids[1:], **GREEDY))
+
+
+@matrix
+def test_assisted_decoding_equals_greedy(method: str, family: str) -> None:
+    model, ids = converted(method, family), tokens(batch=1).repeat(1, 2)
+    parent_or_skip(family)
+    try:
+        parent(family).generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
+    except Exception as error:
+        pytest.skip(f"the parent cannot: {type(error).__name__}: {str(error)[:80]}")
+    assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), model.generate(ids, **GREEDY))
+
+
+@matrix
+def test_beam_search_is_the_same_with_and_without_cache(method: str, family: str) -> None:
+    parent_or_skip(family, num_beams=3)
+    model, ids = converted(method, family), tokens()
+    beams = model.generate(ids, **GREEDY, num_beams=3)
+    assert torch.equal(beams, model.generate(ids, **GREEDY, num_beams=3, use_cache=False))
+
+
+@matrix
+@torch.no_grad()
+def test_planned_bytes_are_what_the_cache_holds(method: str, family: str) -> None:
+    model, length = converted(method, family), 6
+    cache = DynamicCache(config=model.config)
+    model(tokens(batch=1, length=length), past_key_values=cache, use_cache=True)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    plans = [LayerPlan.from_dict(layer["plan"]) for layer in model.config.surgery["layers"]]
+    assert held == sum(plan.bytes_at(length) for plan in plans)
+
+
+@matrix
+@torch.no_grad()
+def test_compiled_decode_equals_eager_without_recompiling(method: str, family: str) -> None:
+    if not parent(family)._can_compile_fullgraph:
+        pytest.skip("the parent does not compile")
+    model, ids = converted(method, family), tokens()
+    want = model(ids).logits
+
+    def decode(step: object) -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        outputs = [model(ids[:, :4], past_key_values=cache, use_cache=True).logits]
+        for i in range(4, ids.shape[1]):
+            position = torch.full((2, 1), i)
+            logits = step(ids[:, i : i + 1], past_key_values=cache, position_ids=position, use_cache=True).logits
+            outputs.append(logits)
+        return torch.cat(outputs, dim=1)
+
+    torch.compiler.reset()
+    frames: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        frames.append(1)
+        return graph.forward
+
+    got = decode(torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False))
+    assert_close(got, want)
+    torch.compiler.reset()
+    ours = len(frames)
+    frames.clear()
+    if ours > 1:
+        theirs = parent(family)
+        model = theirs
+        decode(torch.compile(theirs.forward, backend=backend, fullgraph=True, dynamic=False))
+        torch.compiler.reset()
+        assert ours <= len(frames), f"{ours} compilations, the parent has {len(frames)}"
+
+
+@matrix
+def test_every_new_parameter_has_a_gradient_also_under_checkpointing(method: str, family: str) -> None:
+    model, ids = converted(method, family), tokens()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, SurgeryAttention):
+            object.__setattr__(module.call, "attention_dropout", 0.0)
+            object.__setattr__(module.call, "output_dropout", 0.0)
+    model.train()
+    ours = {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, SurgeryAttention)
+        for key, parameter in module.named_parameters()
+    }
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    plain = {name: parameter.grad for name, parameter in ours.items()}
+    # A key bias moves every score of a query alike: its gradient is zero, but it is there.
+    assert all(grad is not None and grad.isfinite().all() for grad in plain.values())
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in ours.items():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-6)
+
+
+RELOAD = """
+import sys, torch
+from pathlib import Path
+from surgery.runtime.modeling import load_converted
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = load_converted(str(folder)).eval()
+    torch.save(model(torch.load(sys.argv[2])).logits.detach(), folder / "logits.pt")
+    model.save_pretrained(folder / "again")
+    assert (folder / "again" / "config.json").read_text() == (folder / "config.json").read_text(), folder
+"""
+
+
+def test_saved_models_give_the_same_logits_in_a_fresh_process(tmp_path: Path) -> None:
+    ids, models = tokens(), {}
+    torch.save(ids, tmp_path / "ids.pt")
+    for method in METHODS:
+        for family in REPRESENTATIVE:
+            models[f"{method}-{family}"] = model = converted(method, family)
+            model.save_pretrained(tmp_path / "models" / f"{method}-{family}")
+    code = [sys.executable, "-c", RELOAD, str(tmp_path / "models"), str(tmp_path / "ids.pt")]
+    run = subprocess.run(code, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name, model in models.items():
+        folder = tmp_path / "models" / name
+        with torch.no_grad():
+            want = model(ids).logits
+        assert torch.equal(torch.load(folder / "logits.pt"), want), name
+        assert torch.equal(load_converted(str(folder / "again"))(ids).logits, want), name
+
+
+def test_reloading_in_bfloat16_keeps_frequencies_and_slopes_exact(tmp_path: Path) -> None:
+    for family in ("gptj", "bloom"):
+        model = converted("identity", family)
+        model.save_pretrained(tmp_path / family)
+        loaded = load_converted(str(tmp_path / family), dtype=torch.bfloat16).to(torch.bfloat16)
+        for ours, theirs in zip(model.modules(), loaded.modules(), strict=True):
+            for name, table in ours.named_buffers(recurse=False):
+                if isinstance(ours, SurgeryAttention):
+                    assert torch.equal(table, theirs.get_buffer(name))
+
+
+def test_differently_converted_models_coexist() -> None:
+    ids = tokens()
+    models = {method: converted(method, "llama") for method in METHODS}
+    with torch.no_grad():
+        alone = {method: model(ids).logits for method, model in models.items()}
+        for _ in range(2):
+            for method, model in models.items():
+                assert torch.equal(model(ids).logits, alone[method])
+    assert_close(alone["identity"], parent("llama")(ids).logits)
+    assert not torch.allclose(alone["identity"], alone["unequal_groups"])
+
+
+@pytest.mark.parametrize("family", REPRESENTATIVE)
+def test_the_parent_is_untouched(family: str) -> None:
+    model = tiny_model(family).train()
+    tensors = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    state = [
+        (name, type(module), module.training, len(module._forward_hooks)) for name, module in model.named_modules()
+    ]
+    config = copy.deepcopy(model.config.to_dict())
+    child = METHODS["unequal_groups"].convert(model, sites(family))
+    assert child.training
+    assert model.config.to_dict() == config
+    after = [
+        (name, type(module), module.training, len(module._forward_hooks)) for name, module in model.named_modules()
+    ]
+    assert after == state
+    found = dict([*model.named_parameters(), *model.named_buffers()])
+    assert tensors.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_class_names_and_registration_follow_the_parent() -> None:
+    cls = surgery_class(type(parent("llama")))
+    assert cls.__name__ == "SurgeryLlamaForCausalLM"
+    assert cls.config_class.model_type == "surgery_llama"
+    assert surgery_class(type(parent("llama"))) is cls
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    model = converted("per_layer_heads", "gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_post_norm_scale_turns_and_stretches_queries() -> None:
+    model, ids = parent("qwen3"), tokens()
+    plans = [METHODS["identity"].plan(site) for site in sites("qwen3")]
+    base = converted("identity", "qwen3")
+    site = sites("qwen3")[0]
+    assert site.rotary is not None
+    pairs = torch.randn(site.heads, site.rotary.dims // 2, 2, generator=torch.Generator().manual_seed(1))
+    weights = {0: {k: v.clone() for k, v in base.model.layers[0].self_attn.state_dict().items()}}
+    weights[0]["post_norm_scale"] = pairs
+    child = from_parent(model, sites("qwen3"), plans, None, weights)
+    attention = child.model.layers[0].self_attn
+    q = torch.randn(2, 3, site.heads, site.head_dim)
+    first, second = q.chunk(2, dim=-1)
+    want = torch.complex(first, second) * torch.view_as_complex(pairs)
+    torch.testing.assert_close(attention._scale(q, attention.post_norm_scale), torch.cat((want.real, want.imag), -1))
+    neutral = torch.stack((torch.ones_like(pairs[..., 0]), torch.zeros_like(pairs[..., 0])), dim=-1)
+    weights[0]["post_norm_scale"] = neutral
+    same = from_parent(model, sites("qwen3"), plans, None, weights)
+    with torch.no_grad():
+        assert_close(same(ids).logits, model(ids).logits)
+        assert not torch.allclose(child(ids).logits, model(ids).logits)
+
+
+def test_plans_that_the_runtime_cannot_run_are_refused() -> None:
+    model, found = parent("llama"), sites("llama")
+    plans = [METHODS["identity"].plan(site) for site in found]
+    for wrong, message in (({"owner": 1}, "sharing"), ({"window": 4}, "keeps 4 tokens"), ({"layer": 5}, "layer 5")):
+        data = {**plans[0].to_dict(), **wrong}
+        with pytest.raises(ValueError, match=message):
+            from_parent(model, found, [LayerPlan.from_dict(data), *plans[1:]])
+    fewer = METHODS["unequal_groups"].plan(found[0])
+    bare = LayerPlan.from_dict({**fewer.to_dict(), "project": {**fewer.to_dict()["project"], "groups": ((0,), (1,))}})
+    with pytest.raises(ValueError, match="once"):
+        from_parent(model, found, [bare, *plans[1:]])
+
+
+def test_eager_attention_agrees_with_sdpa() -> None:
+    model: PreTrainedModel = converted("unequal_groups", "llama")
+    padded, mask = left_padded()
+    with torch.no_grad():
+        want = model(padded, attention_mask=mask).logits[mask.bool()]
+        model.set_attn_implementation("eager")
+        assert_close(model(padded, attention_mask=mask).logits[mask.bool()], want)
+    assert callable(eager_attention_forward)
