@@ -16,6 +16,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -121,7 +123,7 @@ def _record_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
-    device: Any = "meta",
+    device: Any = "cpu",
     **others: Any,
 ) -> Tensor:
     record = _recording.get()
@@ -174,7 +176,7 @@ class Graph:
             elif name := signature.inputs_to_lifted_tensor_constants.get(node.name):
                 self.sources[node] = Source("constant", name)
                 constant = program.constants.get(name)
-                if isinstance(constant, Tensor) and not constant.is_meta:
+                if isinstance(constant, Tensor) and not isinstance(constant, FakeTensor):
                     self.values[node] = constant.detach().cpu()
             else:
                 self.sources[node] = Source("input", node.name)
@@ -252,13 +254,7 @@ class Graph:
         if "assert" in str(node.target):
             return None
 
-        def real(x: Any) -> Any:
-            if isinstance(x, fx.Node):
-                return env[x]
-            return torch.device("cpu") if isinstance(x, torch.device) else x
-
-        args = fx.node.map_aggregate(node.args, real)
-        kwargs = fx.node.map_aggregate(dict(node.kwargs), real)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
         return cast(Callable[..., Any], node.target)(*cast(Any, args), **cast(Any, kwargs))
 
     def mask_values(self, tag: int, queries: int, keys: int) -> Tensor:
@@ -312,7 +308,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def make_twin(source: PreTrainedModel | PretrainedConfig, implementation: str) -> PreTrainedModel:
-    """A copy of the architecture on the meta device, float32, with the named attention implementation."""
+    """A copy of the architecture on the meta device, in float32, with the named attention implementation."""
     config = copy.deepcopy(source.config if isinstance(source, PreTrainedModel) else source)
     # A checkpoint's quantisation says how weights are stored, which a copy without weights does not need.
     if hasattr(config, "quantization_config"):
@@ -364,8 +360,29 @@ def hold_frequencies_still(twin: PreTrainedModel) -> dict[str, Any]:
     return kinds
 
 
+def make_fake(twin: nn.Module, mode: FakeTensorMode) -> None:
+    """Turn a meta model into one of CPU tensors without memory, so that constants of the trace keep their values."""
+    made: dict[int, Tensor] = {}
+
+    def fake(x: Tensor) -> Tensor:
+        if id(x) not in made:
+            with mode:
+                empty = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+            made[id(x)] = nn.Parameter(empty, requires_grad=False) if isinstance(x, nn.Parameter) else empty
+        return made[id(x)]
+
+    originals = []  # keeps them alive: ids stay unique
+    for module in twin.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for table in tables:
+            for name, x in list(table.items()):
+                if isinstance(x, Tensor):
+                    originals.append(x)
+                    table[name] = fake(x)
+
+
 def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
-    """Export the decoder's forward without a cache, on the meta device.
+    """Export the decoder's forward without a cache, on tensors that have shapes and no memory.
 
     Raises:
         UnsupportedModel: the model cannot be built or traced; the message carries the cause.
@@ -373,7 +390,8 @@ def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
     AttentionInterface.register(PROBE, cast(Any, _record_attention))
     AttentionMaskInterface.register(PROBE, cast(Any, _record_mask))
     first: Exception | None = None
-    for implementation, most in ((PROBE, 32), ("eager", 512)):
+    # Own code is given more tokens: a window in it shows in its mask only. Some accept no more than their config says.
+    for implementation, most in ((PROBE, 32), ("eager", 512), ("eager", 64), ("eager", 16)):
         try:
             graph = _capture(source, implementation, most)
         except UnsupportedModel:
@@ -402,17 +420,21 @@ def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, mo
     limit = getattr(twin.config.get_text_config(), "max_position_embeddings", None)
     tokens = min(most, limit) if isinstance(limit, int) and limit > 1 else most
     accepted = inspect.signature(twin.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, tokens, dtype=torch.long, device="meta")}
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    make_fake(twin, mode)
+    with mode:
+        ones = torch.ones(1, tokens, dtype=torch.long)
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(1, tokens, dtype=torch.long)}
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "attention_mask" in accepted:
-        inputs["attention_mask"] = torch.ones(1, tokens, dtype=torch.long, device="meta")
+        inputs["attention_mask"] = ones
     stubs: set[type] = set()
     while True:
         recording = _Recording()
         token = _recording.set(recording)
         try:
-            with torch.no_grad(), _quiet():
+            with torch.no_grad(), _quiet(), mode:
                 program = torch.export.export(twin, (), inputs, strict=False)
             return Graph(program, twin, values, recording, tokens, rope_types)
         except Exception as error:

@@ -21,9 +21,12 @@ from surgery.anatomy.proof import (
     project_out,
     relative_error,
 )
+from surgery.anatomy.table import anatomy_tables
 from surgery.anatomy.walk import Found, OutPath, Path, find_attentions, origin, path_from, path_to
-from surgery.errors import UnsupportedModel
+from surgery.checkpoint import local_folder
+from surgery.errors import CheckpointError, UnsupportedModel
 from surgery.runtime.layout import AttentionSite, HeadNorm, Projection
+from surgery.show import render
 
 _TOLERANCE = 1e-5
 _FRESH_HINT = "This library rewrites decoders with softmax attention."
@@ -53,9 +56,19 @@ class Anatomy:
     dtype: str
     max_positions: int | None
     vocab_size: int
+    config: PretrainedConfig = dataclasses.field(repr=False, compare=False)
+    """The model's config, for building relatives of it; not part of `to_dict`."""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain data: everything but the config."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "config"}
+
+    def __str__(self) -> str:
+        return render(self.tables())
+
+    def tables(self) -> list[Any]:
+        """What `print(anatomy)` and `surgery inspect` show, as rich renderables."""
+        return anatomy_tables(self)
 
 
 def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anatomy:
@@ -71,7 +84,7 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
         UnsupportedModel: the decoder has no softmax attention, or one that cannot be described; the message names
             the module and what was found there.
     """
-    target = _load_config(source) if isinstance(source, str | FilePath) else source
+    target = _load_config(local_folder(source, weights=False)) if isinstance(source, str | FilePath) else source
     if not isinstance(target, PreTrainedModel | PretrainedConfig):
         raise TypeError(f"examine() takes a transformers model, a config or a path, not {type(target).__name__}.")
     config = target.config if isinstance(target, PreTrainedModel) else target
@@ -91,7 +104,7 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     num_layers, others = _other_layers(graph, sites)
     text = config.get_text_config()
     dtype = target.dtype if isinstance(target, PreTrainedModel) else getattr(config, "dtype", None) or torch.float32
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return Anatomy(
         architecture=type(graph.twin).__name__,
         model_type=config.model_type,
@@ -102,14 +115,21 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
         dtype=str(dtype).removeprefix("torch."),
         max_positions=limit if isinstance(limit, int) else None,
         vocab_size=int(text.vocab_size),
+        config=config,
     )
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _load_config(path: str | FilePath) -> PretrainedConfig:
     path = FilePath(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: no config.json there. Pass a model directory or the file itself.")
+        raise CheckpointError(f"{path}: has no config.json. Give a model folder, or the file itself.")
     try:
         return AutoConfig.from_pretrained(file)
     except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
