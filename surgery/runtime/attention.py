@@ -174,12 +174,6 @@ class SurgeryAttention(nn.Module):
         for name in BIAS_NAMES:
             named.pop(name, None)
 
-        tokens = hidden_states.shape[1]
-        # Counted before the update: a static cache counts in place.
-        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        key_start = 0 if cache is None else cache.get_mask_sizes(tokens, self.layer_idx)[1]
-        query_positions = torch.arange(tokens, device=hidden_states.device) + past
-
         q = self._project(self.q_proj, hidden_states, self.site.head_dim)
         k = self._project(self.k_proj, hidden_states, self.site.head_dim)
         v = self._project(self.v_proj, hidden_states, self.site.value_dim)
@@ -187,8 +181,10 @@ class SurgeryAttention(nn.Module):
         if self.post_norm_scale is not None:
             q = self._scale(q, self.post_norm_scale)
         if self.site.rotary is not None:
-            positions = query_positions[None] if position_ids is None else position_ids
-            cos, sin = self._cos_sin(position_embeddings, positions, q.dtype)
+            if position_ids is None and self.call.rotary_layout is None:
+                past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+                position_ids = past + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+            cos, sin = self._cos_sin(position_embeddings, position_ids, q.dtype)
             q, k = self._turn(q, cos, sin), self._turn(k, cos, sin)
         q, k = _norm(self.q_norm, q, True), _norm(self.k_norm, k, True)
         query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -205,8 +201,7 @@ class SurgeryAttention(nn.Module):
         if implementation == "sdpa" and (self.site.softcap is not None or self.sinks is not None):
             attention_interface = eager_attention_forward
         if attention_interface is eager_attention_forward or implementation == "sdpa":
-            skippable = attention_interface is not eager_attention_forward
-            mask = self._mask(mask, query, key, query_positions, key_start, skippable)
+            mask = self._mask(mask, query, key, cache, attention_interface is not eager_attention_forward)
         elif self.site.alibi_slopes is not None:
             raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
 
@@ -247,13 +242,14 @@ class SurgeryAttention(nn.Module):
             return self._turn(q_BTNH, scale[..., 0], scale[..., 1])
         return q_BTNH * scale.to(q_BTNH.dtype)
 
-    def _cos_sin(self, position_embeddings: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, position_embeddings: Any, positions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of each rotary pair, [B, T, 1, dims/2]."""
         rotary = self.site.rotary
         assert rotary is not None
         if self.call.rotary_layout is not None:
             cos, sin = (once(t, self.call.rotary_layout, len(rotary.inv_freq)) for t in position_embeddings)
         else:
+            assert positions is not None
             angles = positions[..., None].float() * self.inv_freq_bits.view(torch.float32)
             cos, sin = (angles.cos() * rotary.scaling).to(dtype), (angles.sin() * rotary.scaling).to(dtype)
         return cos.unsqueeze(2), sin.unsqueeze(2)
@@ -273,9 +269,7 @@ class SurgeryAttention(nn.Module):
         turned = turned.to(x_BTNH.dtype)
         return turned if turned.shape == x_BTNH.shape else torch.cat((before, turned, after), dim=-1)
 
-    def _mask(
-        self, mask: Tensor | None, query: Tensor, key: Tensor, positions: Tensor, key_start: Any, skippable: bool
-    ) -> Tensor | None:
+    def _mask(self, mask: Tensor | None, query: Tensor, key: Tensor, cache: Any, skippable: bool) -> Tensor | None:
         """The mask that eager and sdpa need: the parent's, with causality, window and ALiBi added where it lacks them.
 
         `skippable`: the attention function is causal of its own where there is no mask.
@@ -285,13 +279,17 @@ class SurgeryAttention(nn.Module):
             mask = mask[..., :length]
             if mask.dtype == torch.bool and self.call.mask_true_hides:
                 mask = ~mask
-        if mask is None and skippable and self.site.alibi_slopes is None:
+        elif skippable and self.site.alibi_slopes is None:
             return None
         # Some parents keep the window inside their attention (GPT-Neo); where the mask has it, this changes nothing.
-        window = self.site.window if self.site.window is not None and length > self.site.window else None
+        # A sliding cache layer drops old keys, and the mask made for it knows which are left.
+        sliding = cache is not None and getattr(cache.layers[self.layer_idx], "is_sliding", False)
+        window = None if sliding or length <= (self.site.window or length) else self.site.window
         if self.site.alibi_slopes is None and window is None and (mask is not None or tokens == 1):
             return mask
-        distance = positions[:, None] - (torch.arange(length, device=key.device) + key_start)
+        past = 0 if cache is None else cache.get_seq_length(self.layer_idx) - tokens
+        positions = past + torch.arange(tokens, device=key.device)
+        distance = positions[:, None] - torch.arange(length, device=key.device)
         visible = distance >= 0
         if window is not None:
             visible = visible & (distance < window)
@@ -349,6 +347,8 @@ def eager_attention_forward(
 def _check(site: AttentionSite, plan: LayerPlan) -> None:
     where = f"{site.module} (layer {site.layer})"
     heads = plan.project
+    if site.alibi_slopes is not None and site.window is not None:
+        raise ValueError(f"{where}: has ALiBi and a window; the positions in a sliding cache are not known here")
     if site.gated_output:
         raise ValueError(f"{where}: gates its head outputs, which this runtime cannot do")
     if plan.layer != site.layer:
