@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .progress import progress
 from .rewriters.attention_weights import AttentionWeights
 from .runtime.layout import AttentionSite, HeadNorm, Projection
+from .show import progress
 from .text import Windows
 
 BATCH = 8

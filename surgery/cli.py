@@ -86,7 +86,7 @@ def inspect(model: Model, json_file: Json = None) -> None:
     from .anatomy import examine
 
     anatomy = examine(model)
-    _out(str(anatomy))
+    _out(*anatomy.tables())
     _write_json(json_file, anatomy.to_dict())
 
 

@@ -24,7 +24,7 @@ from .rewriters.attention_weights import write_attention
 from .runtime.modeling import from_parent
 from .storage import load, save
 from .streaming import can_stream, stream
-from .text import Windows, load_tokenizer, load_windows
+from .text import Windows, load_tokenizer, load_windows, tokenizer_of
 from .working_copy import WorkingCopy
 
 
@@ -76,7 +76,7 @@ def _windows(calibration: Any, config: Any, tokenizer: Any, length: int | None, 
     if calibration is None:
         return None
     if not isinstance(calibration, (Tensor, Windows)) and tokenizer is None:
-        tokenizer = load_tokenizer(config.name_or_path, config.vocab_size)
+        tokenizer = tokenizer_of(config)
     length = length or min(getattr(config, "max_position_embeddings", None) or 512, 512)
     return load_windows(calibration, tokenizer, vocab_size=config.vocab_size, length=length, samples=samples)
 
@@ -110,6 +110,7 @@ def _own(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin: dict[s
 
 
 def _finish(child: PreTrainedModel, parent: PreTrainedModel) -> PreTrainedModel:
+    child.config.name_or_path = ""  # it lies nowhere yet
     if parent.can_generate():
         child.generation_config = copy.deepcopy(parent.generation_config)
     return child.to(parent.device).train(parent.training)

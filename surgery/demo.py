@@ -1,4 +1,4 @@
-"""`surgery demo`: a small pretrained model made on the spot, converted in several ways, and what each cost and saved."""
+"""`surgery demo`: a small model pretrained on the spot, converted in several ways; what each cost and saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .convert import convert
 from .evaluate import Report, evaluate
 from .plan import plan
-from .progress import progress
+from .show import progress
 from .storage import save
 from .text import Windows, load_windows
 
@@ -64,7 +64,9 @@ def run(out: Path | None = None) -> list[Report]:
         console.print(_table(rows))
         if out is not None:
             console.print(f"Kept in {out}. Try: surgery generate {out / 'gqa-2x'} --prompt 'def '")
-        console.print("No training was done after conversion. Loss is on text that neither training nor calibration saw.")
+        console.print(
+            "No training was done after conversion. Loss is on text that neither training nor calibration saw."
+        )
     return [report for _, report, _ in rows]
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
 from .errors import PlanError
-from .plan import render
-from .progress import progress
-from .text import Windows, load_tokenizer, load_windows
+from .provenance import versions
+from .show import progress, render
+from .text import Windows, load_windows, tokenizer_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ def evaluate(
             f"baseline knows {baseline.config.vocab_size} tokens, the model {config.vocab_size}: not parent and child."
         )
     if not isinstance(text, (Tensor, Windows)) and tokenizer is None:
-        tokenizer = load_tokenizer(config.name_or_path, config.vocab_size)
+        tokenizer = tokenizer_of(config)
     length = length or min(getattr(config, "max_position_embeddings", None) or 512, 512)
     windows = load_windows(
         text, tokenizer, vocab_size=config.vocab_size, length=length, samples=samples, where="evaluation text"
@@ -161,15 +159,3 @@ def cache_bytes(model: nn.Module, ids_BT: Tensor) -> int:
         cache = model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=True).past_key_values
     tensors = {id(t): t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def versions() -> dict[str, str]:
-    """What a number depends on beside the code."""
-    from . import __version__
-
-    return {
-        "surgery": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

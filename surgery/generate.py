@@ -9,7 +9,7 @@ from torch import nn
 
 from .errors import CheckpointError
 from .storage import load
-from .text import load_tokenizer
+from .text import tokenizer_of
 
 
 def generate(
@@ -26,7 +26,7 @@ def generate(
         CheckpointError: the model or its tokenizer cannot be loaded, or the prompt is empty.
     """
     model = model if isinstance(model, nn.Module) else load(model)
-    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path, model.config.vocab_size)
+    tokenizer = tokenizer or tokenizer_of(model.config)
     if tokenizer is None:
         raise CheckpointError(f"{model.config.name_or_path}: no tokenizer beside the model; pass tokenizer=...")
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

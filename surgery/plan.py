@@ -5,21 +5,18 @@ Everything that can be refused is refused here, before a weight is touched.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from .anatomy import Anatomy, examine
-from .checkpoint import human_bytes
 from .errors import PlanError
 from .native import native_config
 from .recipe import GqaStep, Recipe, Step, parse_layers
 from .runtime.layout import AttentionSite, Heads, LayerPlan
+from .show import count, human_bytes, render, spans
 
 CONTEXTS = {"4k": 4096, "32k": 32768, "128k": 131072}
 
@@ -200,25 +197,6 @@ def _merge_heads(step: GqaStep, where: str, site: AttentionSite, layer: LayerPla
     return replace(layer, project=_heads(site, kv_heads))
 
 
-def spans(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] to `0-2,5`, the form that `layers:` takes."""
-    runs = []
-    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        members = [number for _, number in run]
-        runs.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
-    return ",".join(runs)
-
-
-def render(parts: list[Any], width: int = 100) -> str:
-    """Rich renderables as plain text."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    for part in parts:
-        console.print(part, highlight=False)
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
-
-
 def _headline(plan: Plan) -> str:
     a = plan.anatomy
     return f"[bold]{plan.recipe.name}[/bold] on {a.architecture}, {count(a.parameters)} parameters, {a.dtype}"
@@ -268,11 +246,3 @@ def _notes(plan: Plan) -> list[str]:
     if plan.recipe.uptrain:
         notes.append(f"uptraining afterwards: {count(plan.recipe.uptrain.tokens)} tokens suggested")
     return notes
-
-
-def count(number: float) -> str:
-    """7240000000 to `7.24B`."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:g}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from transformers import PreTrainedModel
 
 from .errors import CheckpointError
-from .evaluate import versions
 from .plan import Plan
 from .recipe import Recipe
 from .text import Windows
@@ -49,3 +51,15 @@ def write_provenance(folder: Path, data: dict[str, Any]) -> None:
     """Write `recipe.yaml` and `surgery.json`."""
     (folder / RECIPE_FILE).write_text(Recipe.load(data["recipe"]).to_yaml())
     (folder / FILE).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """What a number depends on beside the code."""
+    from . import __version__
+
+    return {
+        "surgery": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -13,11 +13,11 @@ from .anatomy import examine
 from .checkpoint import Checkpoint, copy_companions, new_folder, write_shards
 from .native import native_config
 from .plan import Plan
-from .progress import progress
 from .provenance import provenance, write_provenance
 from .rewriters import rewriter_for
 from .rewriters.attention_weights import read_attention, write_attention
 from .runtime.layout import AttentionSite
+from .show import progress
 
 
 def can_stream(plan: Plan, checkpoint: Checkpoint) -> bool:

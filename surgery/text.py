@@ -173,6 +173,18 @@ def load_windows(
     return Windows(ids_BT, mask_BT, digest)
 
 
+def tokenizer_of(config: Any) -> Any:
+    """The tokenizer beside a model in memory: in its folder, or in its parent's where it was just converted."""
+    surgery = getattr(config, "surgery", None) or {}
+    origin = surgery.get("provenance", surgery)
+    for name in (config.name_or_path, origin.get("parent")):
+        if name:
+            tokenizer = load_tokenizer(name, config.vocab_size)
+            if tokenizer is not None:
+                return tokenizer
+    return None
+
+
 def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> Any:
     """The tokenizer beside a model, or None where there is none.
 

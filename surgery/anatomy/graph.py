@@ -390,8 +390,9 @@ def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
     AttentionInterface.register(PROBE, cast(Any, _record_attention))
     AttentionMaskInterface.register(PROBE, cast(Any, _record_mask))
     first: Exception | None = None
-    # Own code is given more tokens: a window in it shows in its mask only. Some accept no more than their config says.
-    for implementation, most in ((PROBE, 32), ("eager", 512), ("eager", 64), ("eager", 16)):
+    # A model's own code is given more tokens: a window in it shows in its mask only. Some accept no more than their
+    # config says. sdpa goes before eager, because it is what users run: Falcon's eager form adds ALiBi twice.
+    for implementation, most in ((PROBE, 32), ("sdpa", 512), ("eager", 512), ("sdpa", 16), ("eager", 16)):
         try:
             graph = _capture(source, implementation, most)
         except UnsupportedModel:
@@ -399,7 +400,8 @@ def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
         except Exception as error:  # whatever a stranger's modelling code may raise
             first = first or error
             continue
-        if implementation != PROBE or any(n.target is ATTENTION for n in graph.nodes):
+        wanted = {PROBE: ("attention",), "sdpa": ("scaled_dot_product_attention",)}.get(implementation)
+        if wanted is None or any(is_call(n, *wanted) for n in graph.nodes):
             return graph
     config = source.config if isinstance(source, PreTrainedModel) else source
     raise UnsupportedModel(

@@ -1,0 +1,62 @@
+"""What every benchmark records beside its numbers, and where the reference checkpoints are."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.provenance import versions
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = Path(os.environ.get("SURGERY_REFERENCE", ROOT.parent / "shared" / "reference"))
+
+
+def reference(*parts: str) -> Path:
+    """A file of the reference folder; ends the script with a sentence where it is absent."""
+    path = REFERENCE.joinpath(*parts)
+    if not path.exists():
+        sys.exit(f"{path} is absent. Point SURGERY_REFERENCE to the folder with checkpoints/ and text/.")
+    return path
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Hardware, versions, commit, seed."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit.stdout.strip(),
+        "seed": seed,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write(name: str, data: dict[str, Any]) -> None:
+    """Write `results/<name>.json`."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def peak_gigabytes() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,104 @@
+"""GQA without training: loss of every init on real checkpoints, the parent and mean pooling in the same run.
+
+    python benchmarks/gqa_quality.py            # all rows, about 10 minutes on one core
+    python benchmarks/gqa_quality.py --fast     # the oracle and the main rows
+
+Text: stories 400 onward for evaluation, the first 200 for calibration, lower-cased for the character model, first 256
+tokens each. Options were chosen on stories 200 to 399.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from common import environment, reference, write
+from rich.console import Console
+from rich.table import Table
+
+import surgery
+
+SEED = 0
+PLAIN = {"grouping": "neighbour", "refit_output": False, "gain_fit": False}
+ROWS: dict[str, dict[str, Any]] = {
+    "mean (published)": {"init": "mean", **PLAIN},
+    "sqrt_g": {"init": "sqrt_g", **PLAIN},
+    "first": {"init": "first", **PLAIN},
+    "random": {"init": "random", **PLAIN},
+    "weighted": {"init": "weighted", **PLAIN},
+    "key_norm": {"init": "key_norm", **PLAIN},
+    "asym": {"init": "asym", **PLAIN},
+    "qcqa": {"init": "qcqa", **PLAIN},
+    "dha": {"init": "dha", **PLAIN},
+    "aligned": {"init": "aligned", **PLAIN, "renorm": False},
+    "aligned + renorm": {"init": "aligned", **PLAIN},
+    "aligned + renorm + search": {"init": "aligned", **PLAIN, "grouping": "search"},
+    "rank1": {"init": "rank1", **PLAIN},
+    "rank1 + search": {"init": "rank1", **PLAIN, "grouping": "search"},
+    "rank1 + search + refit": {"init": "rank1", "grouping": "search", "refit_output": True, "gain_fit": False},
+    "rank1 + search + gain": {"init": "rank1", "grouping": "search", "refit_output": False, "gain_fit": True},
+    "default (all of it)": {"init": "rank1"},
+}
+FAST = ("mean (published)", "aligned + renorm", "rank1", "default (all of it)")
+
+
+def stories(lower: bool) -> list[str]:
+    lines = reference("text", "tinystories-917.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    return [text.lower() for text in texts] if lower else texts
+
+
+def measure(name: str, kv_heads: list[int], lower: bool, rows: tuple[str, ...]) -> dict[str, Any]:
+    parent = surgery.load(reference("checkpoints", name)).float()
+    texts = stories(lower)
+    found: dict[str, Any] = {"rows": []}
+    for heads in kv_heads:
+        for label in rows:
+            begun = time.monotonic()
+            recipe = {"steps": [{"rewriter": "gqa", "kv_heads": heads, **ROWS[label]}]}
+            try:
+                child = surgery.convert(parent, recipe, calibration=texts[:200], length=256, seed=SEED)
+            except surgery.SurgeryError as error:
+                found["rows"].append({"kv_heads": heads, "init": label, "refused": str(error)})
+                continue
+            seconds = time.monotonic() - begun
+            report = surgery.evaluate(child, baseline=parent, text=texts[400:], length=256, batch_size=32)
+            assert report.baseline is not None
+            found |= {"parent": report.baseline.nats_per_token, "text": report.text_digest, "tokens": report.tokens}
+            row = {"kv_heads": heads, "init": label, "nats_per_token": report.model.nats_per_token, "gap": report.gap}
+            row |= {"kl": report.kl, "kv_bytes_per_token": report.model.kv_bytes_per_token, "seconds": seconds}
+            found["rows"].append(row)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true")
+    fast = parser.parse_args().fast
+    torch.manual_seed(SEED)
+    rows = FAST if fast else tuple(ROWS)
+    results = {
+        "stories260K-mha-hf": measure("stories260K-mha-hf", [4], False, ("default (all of it)", "rank1 + search", "mean (published)")),
+        "stories940K-tok105-hf": measure("stories940K-tok105-hf", [2, 1], True, rows),
+    }  # fmt: skip
+    console = Console(width=100)
+    for name, result in results.items():
+        table = Table(title=f"{name}, parent {result['parent']:.4f} nats/token, no training")
+        for column in ("KV heads", "init", "nats/token", "gap", "KL", "s"):
+            table.add_column(column, justify="left" if column == "init" else "right")
+        for row in result["rows"]:
+            if "refused" in row:
+                table.add_row(str(row["kv_heads"]), row["init"], "refused", "", "", "")
+                continue
+            numbers = [f"{row[key]:.4f}" for key in ("nats_per_token", "gap", "kl")]
+            table.add_row(str(row["kv_heads"]), row["init"], *numbers, f"{row['seconds']:.0f}")
+        console.print(table)
+    if not fast:
+        write("gqa_quality", {**environment(SEED), "results": results})
+
+
+if __name__ == "__main__":
+    main()

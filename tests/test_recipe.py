@@ -1,0 +1,87 @@
+"""Recipes: what is read, and how errors name the place."""
+
+import pytest
+
+from surgery import Recipe, RecipeError
+from surgery.recipe import GqaStep, parse_layers, shipped_recipes
+
+
+def test_every_shipped_recipe_loads_and_survives_a_round_trip():
+    assert {"gqa-2x", "gqa-4x", "mqa", "identity"} <= set(shipped_recipes())
+    for name, description in shipped_recipes().items():
+        recipe = Recipe.load(name)
+        assert recipe.name == name
+        assert description
+        assert Recipe.load(recipe.to_dict()) == recipe
+
+
+def test_yaml_file_and_dict_give_the_same_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps:\n- {rewriter: gqa, kv_heads: 4, layers: 0-3}\n")
+    assert (
+        Recipe.load(file).steps == Recipe.load({"steps": [{"rewriter": "gqa", "kv_heads": 4, "layers": "0-3"}]}).steps
+    )
+
+
+def test_overrides_reach_steps_and_uptrain():
+    recipe = Recipe.load("gqa-2x", ["kv_heads=2", "steps.0.init=aligned", "uptrain.tokens=1e6"])
+    step = recipe.steps[0]
+    assert isinstance(step, GqaStep)
+    assert (step.kv_heads, step.init) == (2, "aligned")
+    assert recipe.uptrain is not None
+    assert recipe.uptrain.tokens == 1_000_000
+
+
+def test_layers_are_spans():
+    assert parse_layers("0-3,8") == {0, 1, 2, 3, 8}
+
+
+def test_fraction_of_heads_must_be_whole():
+    assert Recipe.load("gqa-4x").steps[0].kv_heads_of(8) == 2
+    assert Recipe.load("gqa-4x").steps[0].kv_heads_of(6) is None
+
+
+def gqa(**options):
+    return {"steps": [{"rewriter": "gqa", "kv_heads": 2, **options}]}
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "words"),
+    [
+        ({"stps": []}, [], ["unknown key 'stps'", "Did you mean 'steps'"]),
+        ({}, [], ["needs `steps`"]),
+        ({"steps": [{"kv_heads": 2}]}, [], ["steps[0]", "needs `rewriter`"]),
+        ({"steps": [{"rewriter": "gqaa"}]}, [], ["Did you mean 'gqa'", "identity"]),
+        (gqa(kvheads=3), [], ["steps[0]", "unknown key 'kvheads'", "Did you mean 'kv_heads'"]),
+        (gqa(init="ranq1"), [], ["init", "Did you mean 'rank1'", "aligned"]),
+        (gqa(kv_heads=True), [], ["kv_heads", "bool"]),
+        (gqa(kv_heads=2.5), [], ["kv_heads", "float"]),
+        (gqa(kv_heads=0), [], ["kv_heads", ">= 1"]),
+        (gqa(kv_heads="3/2"), [], ["kv_heads", "between 0 and 1"]),
+        (gqa(gain_fit="perhaps"), [], ["gain_fit", "needs bool"]),
+        (gqa(layers="3-1"), [], ["layers", "0-3,8"]),
+        (gqa(layers="all"), [], ["layers", "'all'"]),
+        ({"steps": [{"rewriter": "gqa"}]}, [], ["needs `kv_heads`"]),
+        ({"steps": [{"rewriter": "gqa", "groups": [[0], [2]]}]}, [], ["groups", "exactly"]),
+        ({"steps": [{"rewriter": "identity"}], "uptrain": {"tokens": -1}}, [], ["uptrain.tokens", "positive"]),
+        ({"steps": [{"rewriter": "identity"}], "uptrain": {"token": 1}}, [], ["uptrain", "Did you mean 'tokens'"]),
+        ("gqa-3x", [], ["no recipe of that name", "gqa-4x"]),
+        ("missing.yaml", [], ["missing.yaml", "no such recipe file"]),
+        ("gqa-2x", ["kv_heads"], ["--set kv_heads", "key=value"]),
+        ("gqa-2x", ["kv_head=2"], ["Did you mean 'kv_heads'"]),
+        ("gqa-2x", ["steps.4.kv_heads=2"], ["no such place", "1 steps"]),
+    ],
+)
+def test_bad_recipes_name_the_place_and_the_way_out(source, overrides, words):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(source, overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["steps: [", "- a\n- b\n"])
+def test_bad_yaml_names_the_file(tmp_path, text):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match="broken.yaml"):
+        Recipe.load(file)
