@@ -13,10 +13,10 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from surgery.linalg import (
     top_eigenvector,
 )
 from surgery.rewriters.attention_weights import AttentionWeights, attend, rotation, turn
+from surgery.runtime.layout import AttentionSite
 
 Init = Literal[
     "mean", "sqrt_g", "first", "medoid", "random", "weighted", "key_norm", "asym", "qcqa", "dha", "aligned", "rank1"
@@ -790,7 +791,7 @@ class OutputFit:
         self.tokens = 0
 
     def add(self, out_BTNV: Tensor, target_BTD: Tensor, mask_BT: Tensor) -> None:
-        """Args: the student's head outputs (input of `o`), the wanted output without `o`'s bias, True at real tokens."""
+        """Head outputs of the student (input of `o`), the wanted output without `o`'s bias, True at real tokens."""
         o, y = out_BTNV.flatten(2)[mask_BT], target_BTD[mask_BT]
         self.cross_DP = self.cross_DP + y.double().T @ o.double()
         self.moment_PP = self.moment_PP + o.double().T @ o.double()
@@ -834,39 +835,30 @@ class QueryFit:
         self.metric: list[Tensor] = []
         self.target: list[Tensor] = []
 
-    def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor, tokens: int | None = None) -> None:
-        """Both streams' inputs of the projections; at most `tokens` of the batch's queries, evenly spread."""
+    def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor, stride: int = 1) -> None:
+        """Both streams' inputs of the projections; every `stride`-th position serves as a query."""
         parent, student = attend(self.parent, x_parent_BTD), attend(self.student, x_student_BTD)
-        p = parent.probs_BNTT[:, self.order]
-        s = parent.scores_BNTT[:, self.order]
+        time = slice(None, None, stride)
+        p, s = parent.probs_BNTT[:, self.order, time], parent.scores_BNTT[:, self.order, time]
         k = student.k_BKTH[:, self.student.kv_of()]
         if self.student.alibi_slopes is not None:
-            slopes = torch.tensor(self.student.alibi_slopes).to(s)
             steps = torch.arange(s.shape[-1])
-            s = s - slopes[:, None, None] * (steps[None] - steps[:, None])
+            s = s - torch.tensor(self.student.alibi_slopes).to(s)[:, None, None] * (steps[None] - steps[time, None])
         p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)  # a sink takes no part in the comparison of keys
-        batch, time = mask_BT.nonzero(as_tuple=True)
-        if tokens is not None and len(batch) > tokens:
-            pick = torch.linspace(0, len(batch) - 1, tokens).long()
-            batch, time = batch[pick], time[pick]
-        cos, sin = rotation(self.student, x_student_BTD.shape[1], x_student_BTD)
-        scale = self.student.scale
+        keep = mask_BT[:, time]
+        cos, sin = (y[time, None] for y in rotation(self.student, x_student_BTD.shape[1], x_student_BTD))
         metric, target = [], []
         for n in range(self.student.heads):
-            p_tS, k_tSH = p[batch, n, time], k[:, n]
-            mean = torch.stack([p_tS[i] @ k_tSH[b] for i, b in enumerate(batch)])
-            outer = torch.einsum("bsi,bsj->bsij", k_tSH, k_tSH).flatten(2)
-            M = torch.stack([p_tS[i] @ outer[b] for i, b in enumerate(batch)]).unflatten(1, (k.shape[-1],) * 2)
-            M = M - mean[:, :, None] * mean[:, None, :]
-            s_tS = s[batch, n, time]
-            centred = p_tS * (s_tS - (p_tS * s_tS).sum(-1, keepdim=True))
-            v = torch.stack([centred[i] @ k_tSH[b] for i, b in enumerate(batch)])
+            mean = p[:, n] @ k[:, n]
+            outer = torch.einsum("bsi,bsj->bsij", k[:, n], k[:, n])
+            M = (p[:, n] @ outer.flatten(2)).unflatten(-1, outer.shape[-2:]) - mean[..., :, None] * mean[..., None, :]
+            centred = p[:, n] * (s[:, n] - (p[:, n] * s[:, n]).sum(-1, keepdim=True))
             # Keys were met where the query stands; W_q x comes before the rotation: turn back by its position.
-            c, z = cos[time], -sin[time]
-            M = turn(self.student, turn(self.student, M, c[:, None], z[:, None]).mT, c[:, None], z[:, None])
-            metric.append(M * scale**2)
-            target.append(turn(self.student, v, c, z) * scale)
-        self.x.append(x_student_BTD[batch, time])
+            M = turn(self.student, turn(self.student, M, cos, -sin).mT, cos, -sin)
+            v = turn(self.student, centred @ k[:, n], cos[:, 0], -sin[:, 0])
+            metric.append(M[keep] * self.student.scale**2)
+            target.append(v[keep] * self.student.scale)
+        self.x.append(x_student_BTD[:, time][keep])
         self.metric.append(torch.stack(metric))
         self.target.append(torch.stack(target))
 
@@ -923,3 +915,273 @@ def _solve_rows(
         rz, old = (r * z).sum(), rz
         p = z + rz / old * p
     return W
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Groups of the named methods
+
+
+def cluster_heads(weights: AttentionWeights, moments: Moments, kv_heads: int) -> Groups:
+    """AsymGQA (arXiv:2406.14963): heads with similar activations together, sizes free.
+
+    Average-link clustering on the cosine between keys plus that between values, as they are (no alignment).
+    """
+    blocks = ((rotated_block(weights, moments), unrotated_block(weights, moments)), (value_block(weights, moments),))
+    everyone = list(range(weights.kv_heads))
+    likeness = torch.zeros(len(everyone), len(everyone), dtype=torch.float64)
+    for kind in blocks:
+        gram = torch.stack([scalar_gram(b, everyone)[0] for b in kind]).sum(0)
+        size = gram.diagonal().clamp_min(1e-300).sqrt()
+        likeness += gram / size[:, None] / size
+    clusters = [[a] for a in everyone]
+    while len(clusters) > kv_heads:
+        one, two = max(
+            itertools.combinations(range(len(clusters)), 2),
+            key=lambda ab: float(likeness[clusters[ab[0]]][:, clusters[ab[1]]].mean()),
+        )
+        clusters[one] = sorted(clusters[one] + clusters.pop(two))
+    return tuple(sorted(tuple(c) for c in clusters))
+
+
+def evolve_groups(
+    weights: AttentionWeights, kv_heads: int, *, population: int = 100, generations: int = 60, seed: int = 0
+) -> Groups:
+    """QCQA (arXiv:2406.10247): a genetic search over group ids, sizes free, for the least Σ_gΣ_a‖W_a - mean_g‖² (K, V).
+
+    The number of groups is fixed by the plan here, so the second objective of the source (cache size) drops out.
+    Crossover .9, mutation 1/K, the best tenth survives.
+    """
+    K = weights.kv_heads
+    rows = torch.cat([weights.with_bias("k").flatten(1), weights.with_bias("v").flatten(1)], 1)
+    gram = rows @ rows.T
+    rng = random.Random(seed)
+
+    @lru_cache(maxsize=None)
+    def cost(ids: tuple[int, ...]) -> float:
+        total = float(gram.trace())
+        for g in range(kv_heads):
+            members = [a for a in range(K) if ids[a] == g]
+            if not members:
+                return math.inf
+            total -= float(gram[members][:, members].sum()) / len(members)
+        return total
+
+    people = [tuple(rng.randrange(kv_heads) for _ in range(K)) for _ in range(population)]
+    people[0] = tuple(a * kv_heads // K for a in range(K))
+    for _ in range(generations):
+        people.sort(key=cost)
+        children = people[: max(1, population // 10)]
+        while len(children) < population:
+            mother, father = (min(rng.sample(people, 3), key=cost) for _ in range(2))
+            child = [m if rng.random() < 0.5 else f for m, f in zip(mother, father, strict=True)]
+            child = child if rng.random() < 0.9 else list(mother)
+            children.append(tuple(rng.randrange(kv_heads) if rng.random() < 1 / K else c for c in child))
+        people = children
+    best = min(people, key=cost)
+    return tuple(sorted(tuple(a for a in range(K) if best[a] == g) for g in range(kv_heads)))
+
+
+def allocate_queries(key_norms: Sequence[float], heads: int) -> Groups:
+    """KDGQA: query heads per KV head in proportion to the keys' norm; each at least one, largest remainders first.
+
+    The published min-max form gives the smallest group no query at all, and is 0/0 where the norms are equal.
+    """
+    K = len(key_norms)
+    if heads < K:
+        raise RecipeError(f"{heads} query heads cannot give each of {K} KV heads one.")
+    total = sum(key_norms)
+    share = [heads * x / total if total > 0 else heads / K for x in key_norms]
+    counts = [max(1, math.floor(x)) for x in share]
+    while sum(counts) < heads:
+        counts[max(range(K), key=lambda a: (share[a] - counts[a], -a))] += 1
+    while sum(counts) > heads:
+        counts[max((a for a in range(K) if counts[a] > 1), key=lambda a: (counts[a] - share[a], a))] -= 1
+    ends = list(itertools.accumulate(counts, initial=0))
+    return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(ends))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The rewriter
+
+
+class Pooled(NamedTuple):
+    """A rewritten attention and where its heads came from."""
+
+    weights: AttentionWeights
+    groups: Groups
+    """Source KV heads of each new one: for refits, and for the record."""
+
+
+class Activations(NamedTuple):
+    """One calibration batch at one layer, in the parent's stream and in the converted prefix's."""
+
+    x_parent_BTD: Tensor
+    """Input of the projections, after the norm."""
+    x_student_BTD: Tensor
+    gap_BTD: Tensor
+    """Residual stream of the parent minus that of the student, before this layer: 0 in the first."""
+    mask_BT: Tensor
+    """True at real tokens; padding on the right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupHeads:
+    """Pool the KV heads of one layer to `kv_heads`, then repair what closed forms can.
+
+    Per layer: `needs` says what to stream; `rewrite(weights, moments)` pools; `refit(parent, pooled, activations)`
+    solves for W_q and W_o. After the last layer: `fit_gains` for the whole model.
+    """
+
+    kv_heads: int
+    init: Init = "rank1"
+    grouping: Grouping = "search"
+    """Ignored by `asym`, `qcqa` (their own groups, unequal) unless `equal_groups`."""
+    groups: Groups | None = None
+    """Explicit groups win over everything."""
+    equal_groups: bool = False
+    renorm: bool = False
+    seed: int = 0
+    post_norm: bool = False
+    query_ridge: float | None = 1e-3
+    """Damping of the query refit; None leaves W_q as pooled."""
+    output_ridge: float | None = 1e-3
+    query_tokens: int = 10_000
+    """Calibration tokens for the query refit: it keeps N·H·(H+1) numbers for each."""
+
+    def needs(self, weights: AttentionWeights) -> Literal["input", "heads"]:
+        """`input`: E[x~ x~ᵀ] for `Moments.of_weights`; `heads`: stream `Moments` themselves, behind the q/k norms."""
+        return "input" if weights.q_norm is None and weights.k_norm is None else "heads"
+
+    def choose_groups(self, weights: AttentionWeights, moments: Moments) -> Groups:
+        """The source KV heads of each new one."""
+        if self.groups is not None:
+            return self.groups
+        if self.init in ("asym", "qcqa") and not self.equal_groups and weights.permutable:
+            if self.init == "asym":
+                return cluster_heads(weights, moments, self.kv_heads)
+            return evolve_groups(weights, self.kv_heads, seed=self.seed)
+        check_divides(weights.kv_heads, self.kv_heads)
+        if self.grouping == "neighbour" or self.init == "key_norm" or not weights.permutable:
+            return neighbour_groups(weights.kv_heads, self.kv_heads)
+        return search_groups(rank1_cost(weights, moments), weights.kv_heads, self.kv_heads, seed=self.seed)
+
+    def rewrite(self, weights: AttentionWeights, moments: Moments) -> Pooled:
+        """The pooled attention, before refits."""
+        groups = self.choose_groups(weights, moments)
+        queries = None
+        if self.init == "key_norm" and not self.equal_groups and len(groups) < weights.kv_heads:
+            norms = to_double(moments.k_KHKH).diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).sum(-1).sqrt()
+            queries = allocate_queries([float(norms[list(g)].mean()) for g in groups], weights.heads)
+        pooled = pool_heads(
+            weights,
+            moments,
+            groups,
+            self.init,
+            renorm=self.renorm,
+            seed=self.seed,
+            post_norm=self.post_norm,
+            query_groups=queries,
+        )
+        return Pooled(pooled, groups)
+
+    def refit(
+        self, parent: AttentionWeights, pooled: Pooled, activations: Callable[[], Iterable[Activations]]
+    ) -> AttentionWeights:
+        """W_q by the parent's logits, then W_o by its output; two passes over `activations()`.
+
+        Leaves a layer alone that pooling left alone, query rows behind a norm or a soft cap, and W_o of a gated output.
+        """
+        student = pooled.weights
+        if student is parent:
+            return parent
+        linear = student.q_norm is None and student.softcap is None and self.init != "key_norm"
+        if self.query_ridge is not None and linear:
+            fit = QueryFit(parent, student, pooled.groups)
+            total = sum(int(a.mask_BT.sum()) for a in activations())
+            for a in activations():
+                fit.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT, stride=max(1, total // self.query_tokens))
+            student = fit.solve(self.query_ridge)
+        if self.output_ridge is not None and not student.gated_output:
+            output = OutputFit()
+            for a in activations():
+                y = torch.einsum("btnv,dnv->btd", attend(parent, a.x_parent_BTD).out_BTNV, parent.o_DNV)
+                output.add(attend(student, a.x_student_BTD).out_BTNV, y + a.gap_BTD, a.mask_BT)
+            student = output.solve(student, self.output_ridge)
+        return student
+
+
+def fit_gains(
+    student: torch.nn.Module,
+    parent: torch.nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    sites: Sequence[AttentionSite],
+    *,
+    steps: int = 60,
+    lr: float = 0.02,
+) -> list[float]:
+    """Learn one factor on W_q and one on W_o per query head by KL(parent ‖ student), and fold them. In place.
+
+    2N numbers per layer, Adam, all weights frozen: the remedy for logits that least squares shrank.
+
+    Args:
+        batches: keyword arguments of both models' forward (`input_ids`, and `attention_mask` where there is padding).
+        sites: the converted attentions, as they are in `student`. Behind a q norm only W_o gets a factor: the norm
+            would undo the other.
+
+    Returns:
+        The loss of each step, in nats per token.
+    """
+    parameters = {name: p.detach() for name, p in student.named_parameters()}
+    device = next(iter(parameters.values())).device
+    gains = [(torch.ones(s.heads, device=device), torch.ones(s.heads, device=device)) for s in sites]
+    learned = [g for site, (q, o) in zip(sites, gains, strict=True) for g in ((o,) if site.q_norm else (q, o))]
+    for g in learned:
+        g.requires_grad_()
+
+    def scaled() -> dict[str, Tensor]:
+        out = dict(parameters)
+        for site, (q, o) in zip(sites, gains, strict=True):
+            if site.q_norm is None:
+                for name in (site.q.weight, site.q.bias):
+                    if name is not None:
+                        axis = -1 if site.q.transposed else 0
+                        out[name] = _scale_heads(out[name], site.q.head_rows, site.head_dim, q, axis)
+            axis = 0 if site.o.transposed else -1
+            out[site.o.weight] = _scale_heads(out[site.o.weight], site.o.head_rows, site.value_dim, o, axis)
+        return out
+
+    def logits(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
+        found = model(**batch, use_cache=False).logits.float().log_softmax(-1)
+        mask = batch.get("attention_mask")
+        return found.flatten(0, 1) if mask is None else found[mask.bool()]
+
+    optimizer = torch.optim.Adam(learned, lr=lr, betas=(0.9, 0.95))
+    losses: list[float] = []
+    for step in range(steps):
+        batch = batches[step % len(batches)]
+        with torch.no_grad():
+            target = logits(parent, batch)
+        weights = scaled()
+        found = logits(lambda _w=weights, **kw: torch.func.functional_call(student, _w, (), kw), batch)
+        loss = (target.exp() * (target - found)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        optimizer.step()
+        losses.append(float(loss))
+    with torch.no_grad():
+        own = dict(student.named_parameters())
+        for name, w in scaled().items():
+            if w is not parameters[name]:
+                own[name].copy_(w)
+    return losses
+
+
+def _scale_heads(w: Tensor, rows: Sequence[int], dim: int, gain_N: Tensor, axis: int) -> Tensor:
+    """`w` with the rows (or columns) of head h times gain_N[h]; what belongs to no head stays."""
+    axis = axis % w.ndim
+    index = torch.cat([torch.arange(r, r + dim) for r in rows]).to(w.device)
+    factor = torch.ones(w.shape[axis], device=w.device).index_put((index,), gain_N.repeat_interleave(dim))
+    shape = [-1 if a == axis else 1 for a in range(w.ndim)]
+    return w * factor.reshape(shape).to(w.dtype)
