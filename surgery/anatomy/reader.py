@@ -254,7 +254,7 @@ def _read_site(graph: Graph, found: Found, paths: _Paths) -> AttentionSite:
     if len(origins) != 1:
         raise UnsupportedModel(
             f"{where}: queries, keys and values are projected from different inputs "
-            f"({', '.join(sorted(n.name for n in origins))}); latent or shared attention is not understood."
+            f"({', '.join(sorted(n.name for n in origins))}); latent (MLA) or shared attention is not understood."
         )
     q, k, v = (read_path(graph, found, getattr(paths, role), role, generator) for role in "qkv")
     if q.rotary != k.rotary:
