@@ -147,15 +147,20 @@ def read_attention(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> 
         b = get_tensor(p.bias)
         return torch.stack([b[r : r + dim] for r in p.head_rows])
 
-    def gain(name: str | None, heads: int, offset: float) -> Tensor | None:
+    def gain(name: str | tuple[str, ...] | None, heads: int, offset: float) -> Tensor | None:
         if name is None:
             return None
-        w = get_tensor(name) + offset if offset else get_tensor(name)
-        return (w.expand(heads, -1) if w.numel() == site.head_dim else w.reshape(heads, site.head_dim))[:, order]
+        w = get_tensor(name) if isinstance(name, str) else torch.stack([get_tensor(n) for n in name])
+        w = w + offset if offset else w
+        if isinstance(name, str) and w.numel() == site.head_dim:
+            return w.expand(heads, -1)[:, order]
+        return w.reshape(heads, site.head_dim)[:, order]
 
     def shared(norm: HeadNorm | None) -> bool:
-        # One head and one gain of its size: nothing to tell apart, and a gain per head is the freer reading.
-        return norm is None or norm.weight is None or get_tensor(norm.weight).numel() == site.head_dim
+        # Names of one parameter per head say that heads may differ, and so does a gain longer than one head.
+        if norm is None or norm.weight is None:
+            return True
+        return isinstance(norm.weight, str) and get_tensor(norm.weight).numel() == site.head_dim
 
     def norms(norm: HeadNorm | None, heads: int) -> tuple[Tensor | None, Tensor | None]:
         if norm is None:
@@ -359,6 +364,9 @@ def write_attention(
             continue
         for parameter, value, base in ((norm.weight, gain, norm.weight_offset), (norm.bias, shift, 0.0)):
             if parameter is not None and value is not None:
+                if not isinstance(parameter, str):
+                    out.update(zip(parameter, value[:, back] - base, strict=True))
+                    continue
                 full = _norm_parameter(value[:, back], shared, f"{where}: {parameter}") - base
                 out[parameter] = full.reshape(-1) if norm.span == "all" else full
     if site.sinks is not None and weights.sinks_N is not None:

@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -315,7 +315,7 @@ def search_groups(
     """
     check_divides(heads, kv_heads)
     size = heads // kv_heads
-    cached = lru_cache(maxsize=None)(cost)
+    cached = cache(cost)
 
     def total(groups: Groups) -> float:
         return sum(cached(g) for g in groups)
@@ -956,7 +956,7 @@ def evolve_groups(
     gram = rows @ rows.T
     rng = random.Random(seed)
 
-    @lru_cache(maxsize=None)
+    @cache
     def cost(ids: tuple[int, ...]) -> float:
         total = float(gram.trace())
         for g in range(kv_heads):
@@ -1065,8 +1065,9 @@ class GroupHeads:
             return neighbour_groups(weights.kv_heads, self.kv_heads)
         return search_groups(rank1_cost(weights, moments), weights.kv_heads, self.kv_heads, seed=self.seed)
 
-    def rewrite(self, weights: AttentionWeights, moments: Moments) -> Pooled:
-        """The pooled attention, before refits."""
+    def rewrite(self, weights: AttentionWeights, moments: Moments | None = None) -> Pooled:
+        """The pooled attention, before refits; without moments the input counts as white (data-free)."""
+        moments = Moments.of_weights(weights) if moments is None else moments
         groups = self.choose_groups(weights, moments)
         queries = None
         if self.init == "key_norm" and not self.equal_groups and len(groups) < weights.kv_heads:
@@ -1169,7 +1170,7 @@ def fit_gains(
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     with torch.no_grad():
         own = dict(student.named_parameters())
         for name, w in scaled().items():
