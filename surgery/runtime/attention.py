@@ -37,11 +37,10 @@ def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) 
     if site.o.bias is not None:
         weights["o_proj.bias"] = get_tensor(site.o.bias).clone()
     for name, norm in (("q_norm", site.q_norm), ("k_norm", site.k_norm), ("v_norm", site.v_norm)):
-        for part, source in (("weight", norm and norm.weight), ("bias", norm and norm.bias)):
-            if source is not None:
-                # One parameter per head (StableLM) becomes one row per head.
-                tensor = get_tensor(source) if isinstance(source, str) else torch.stack([get_tensor(n) for n in source])
-                weights[f"{name}.{part}"] = tensor.clone()
+        if norm is not None and norm.weight is not None:
+            weights[f"{name}.weight"] = _gain(norm.weight, get_tensor)
+        if norm is not None and norm.bias is not None:
+            weights[f"{name}.bias"] = _gain(norm.bias, get_tensor)
     if site.sinks is not None:
         weights["sinks"] = get_tensor(site.sinks).clone()
     return {name: tensor.detach().contiguous() for name, tensor in weights.items()}
@@ -364,6 +363,11 @@ def _check(site: AttentionSite, plan: LayerPlan) -> None:
             f"{where}: plans {heads.kv_heads} KV heads of {heads.head_dim} + {heads.value_dim} in {len(heads.groups)} "
             f"groups; head width must stay {site.head_dim} + {site.value_dim}, with one group per head"
         )
+
+
+def _gain(names: str | tuple[str, ...], get_tensor: Callable[[str], Tensor]) -> Tensor:
+    """One parameter per head (StableLM) becomes one row per head."""
+    return get_tensor(names).clone() if isinstance(names, str) else torch.stack([get_tensor(n) for n in names])
 
 
 def _bits(values: tuple[float, ...]) -> Tensor:

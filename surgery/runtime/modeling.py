@@ -108,8 +108,11 @@ def from_parent(
         weights: canonical weights (see `canonical_weights`) by layer; layers not named keep the parent's.
 
     Raises:
-        ValueError: a plan and its weights do not fit, or the model cannot be called as its sites say.
+        ValueError: the model is a converted one, a plan and its weights do not fit, or the model does not call its
+            attention as the sites say.
     """
+    if isinstance(model, SurgeryMixin):
+        raise ValueError(f"{type(model).__name__} is converted already; convert its parent with all steps at once")
     tensors = dict(model.state_dict())
     calls = record_calls(model, sites)
     replacing: dict[str, Tensor] = {}
