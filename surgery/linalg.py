@@ -135,7 +135,7 @@ def factorise(
     elif split != "right":
         raise ValueError(f"split must be 'right' or 'sqrt', not {split!r}")
     if balance:
-        latent = (down.conj() * (down if C is None else down @ C.mT)).sum(-1).real
+        latent = (down.conj() * (down if C is None else down @ C)).sum(-1).real
         std = torch.where(latent > latent.max() * 1e-14, latent, torch.ones_like(latent)).sqrt()
         up, down = up * std, down / std[:, None]
     return Factors(up, down, energies[rank:].sum(), energies)
