@@ -7,25 +7,28 @@ L/2 forward passes over the calibration text, and memory does not grow with the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .rewriters.attention_weights import AttentionWeights
-from .runtime.layout import AttentionSite, HeadNorm, Projection
+from .runtime.layout import AttentionSite, Projection
 from .show import progress
 from .text import Windows
 
 BATCH = 8
 
 
-@dataclass(frozen=True)
-class OutputMoments:
-    """Moments for refitting `o`: `yo_DP` = E[y oᵀ] [D, N*Hv], `oo_PP` = E[o oᵀ]; y is the parent's, without bias."""
+class Activations(NamedTuple):
+    """One calibration batch at one layer, in the parent's stream and in the converted prefix's."""
 
-    yo_DP: Tensor
-    oo_PP: Tensor
+    x_parent_BTD: Tensor
+    """Input of the projections, after the norm."""
+    x_student_BTD: Tensor
+    gap_BTD: Tensor
+    """Residual stream of the parent minus that of the student before this layer, in units of attention output."""
+    mask_BT: Tensor
+    """True at real tokens; padding on the right."""
 
 
 def input_moments(model: nn.Module, site: AttentionSite, windows: Windows, with_bias: bool = False) -> Tensor:
@@ -49,35 +52,73 @@ def projection_inputs(model: nn.Module, site: AttentionSite, windows: Windows) -
             advance(len(ids))
 
 
-def normed_projections(weights: AttentionWeights, x_PD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [P, N, H], k [P, K, H], v [P, K, Hv] in float64 as the score reads them before rotation: q/k norms applied."""
-    x = x_PD.double()
-    if weights.has_bias:
-        x = torch.cat([x, torch.ones_like(x[:, :1])], -1)
-    q, k, v = (torch.einsum("pd,nhd->pnh", x, weights.with_bias(name)) for name in "qkv")
-    q = _norm(q, weights.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH)
-    k = _norm(k, weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH)
-    return q, k, v
-
-
-def output_moments(student: nn.Module, parent: nn.Module, site: AttentionSite, windows: Windows) -> OutputMoments:
-    """What refitting `o` of `site` needs: the student's head outputs against the parent's attention output."""
-    yo: Tensor | None = None
-    oo: Tensor | None = None
-    module = module_of(site.o)
-    bias = None if site.o.bias is None else parent.get_parameter(site.o.bias).detach().double().cpu()
-    with progress(f"layer {site.layer}: reading outputs", len(windows)) as advance:
+def layer_activations(
+    parent: nn.Module, student: nn.Module, site: AttentionSite, windows: Windows
+) -> Iterator[Activations]:
+    """Both models' inputs of one attention, batch by batch, and how far their residual streams are apart before it."""
+    factor = residual_factor(parent, site, windows)
+    with progress(f"layer {site.layer}: refitting", len(windows)) as advance:
         for ids, mask in windows.batches(BATCH):
-            _, y = run_to(parent, module, ids)
-            o, _ = run_to(student, module, ids)
-            o, y = (t.reshape(*mask.shape, -1)[mask.to(t.device)].double().cpu() for t in (o, y))
-            if bias is not None:
-                y = y - bias
-            yo = y.T @ o if yo is None else yo + y.T @ o
-            oo = o.T @ o if oo is None else oo + o.T @ o
+            (x, h), (x_s, h_s) = (_stream_at(model, site, ids) for model in (parent, student))
+            gap = torch.zeros_like(h) if factor is None else (h - h_s) / factor
+            yield Activations(x, x_s, gap, mask)
             advance(len(ids))
-    assert yo is not None and oo is not None
-    return OutputMoments(yo / windows.tokens, oo / windows.tokens)
+
+
+def residual_factor(model: nn.Module, site: AttentionSite, windows: Windows) -> float | None:
+    """c where the decoder layer adds c times the attention's output to the residual stream (1; Granite: less).
+
+    None where something else stands between (a norm of the output, as in OLMo-2 and Gemma): then no attention output
+    can stand for a difference of residual streams. Found by looking for h + c y among what the layer computes.
+    """
+    ids = windows.ids_BT[:1, : min(32, int(windows.mask_BT[0].sum()))]
+    layer = model.get_submodule(site.module.rpartition(".")[0])
+    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.extend(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor):
+            outputs.append(output)
+            if module is layer:
+                seen.extend([output, *(output - other for other in outputs if other.shape == output.shape)])
+
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in layer.modules()]
+    try:
+        _, h = _stream_at(model, site, ids)  # stops early: what matters is run below
+        seen.clear()
+        outputs.clear()
+        _, y = run_to(model, module_of(site.o), ids)
+        with torch.no_grad():
+            model(input_ids=ids.to(h.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    y = y.reshape(h.shape)
+    for t in seen:
+        if t.shape == h.shape and t.is_floating_point():
+            difference = t - h
+            c = float((difference * y).sum() / y.square().sum().clamp_min(1e-30))
+            if c > 1e-3 and float((difference - c * y).norm()) < 1e-3 * float((c * y).norm()):
+                return c
+    return None
+
+
+def _stream_at(model: nn.Module, site: AttentionSite, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Input of the projections, and the residual stream that enters the decoder layer; both [B, T, D]."""
+    entered: list[Tensor] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    layer = model.get_submodule(site.module.rpartition(".")[0])
+    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        x, _ = run_to(model, module_of(site.q), ids_BT)
+    finally:
+        handle.remove()
+    return x, entered[-1].reshape(*ids_BT.shape, -1)
 
 
 class _Reached(Exception):
@@ -107,14 +148,3 @@ def run_to(model: nn.Module, module: str, ids_BT: Tensor) -> tuple[Tensor, Tenso
 def module_of(projection: Projection) -> str:
     """Qualified name of the module that owns the projection's weight."""
     return projection.weight.rpartition(".")[0]
-
-
-def _norm(x_PNH: Tensor, norm: HeadNorm | None, gain_NH: Tensor | None, bias_NH: Tensor | None) -> Tensor:
-    if norm is None:
-        return x_PNH
-    x = x_PNH.flatten(1) if norm.span == "all" else x_PNH
-    if norm.kind == "layer":
-        x = x - x.mean(-1, keepdim=True)
-    x = (x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()).reshape(x_PNH.shape)
-    x = x if gain_NH is None else x * gain_NH.double()
-    return x if bias_NH is None else x + bias_NH.double()

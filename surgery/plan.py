@@ -111,7 +111,7 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         after = _apply(step, f"{recipe.name}: steps[{i}]", anatomy, after)
     kv_heads = {layer.project.kv_heads for layer in after}
     native = (
-        not any(step.rewriter == "identity" for step in recipe.steps)
+        not any(step.rewriter == "identity" or _is_uneven(step) for step in recipe.steps)
         and all(layer.project.is_uniform for layer in after)
         and len(kv_heads) == 1
         and native_config(anatomy.config, anatomy.sites, min(kv_heads)) is not None
@@ -128,6 +128,11 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         native=native,
         parameters=anatomy.parameters - removed,
     )
+
+
+def _is_uneven(step: Step) -> bool:
+    """Whether the calibration text decides on groups of unequal size."""
+    return isinstance(step, GqaStep) and not step.equal_groups and step.init in ("asym", "qcqa", "key_norm")
 
 
 def _current(site: AttentionSite, dtype: str) -> LayerPlan:
@@ -189,6 +194,13 @@ def _merge_heads(step: GqaStep, where: str, site: AttentionSite, layer: LayerPla
             raise PlanError(f"layer {site.layer}: {where}.groups place {members} KV heads, the parent has {old}.")
         sizes = [len(group) * site.heads // old for group in step.groups]
         return replace(layer, project=_heads(site, kv_heads, tuple(sizes)))
+    if _is_uneven(step):
+        if step.init == "key_norm" and site.heads != old:
+            raise PlanError(
+                f"layer {site.layer}: {where}: `key_norm` shares queries out one by one, and the KV heads here have "
+                f"{site.heads // old} each already. Set equal_groups: true."
+            )
+        return replace(layer, project=_heads(site, kv_heads))
     if old % kv_heads:
         raise PlanError(
             f"layer {site.layer}: cannot group {old} KV heads into {kv_heads} ({old} % {kv_heads} != 0). "

@@ -61,6 +61,10 @@ class GqaStep(Step):
     """Explicit groups of the parent's KV heads, sizes may differ: `[[0, 3], [1], [2]]`."""
     renorm: bool = True
     """`aligned` only: restore the norm that averaging takes from the keys."""
+    equal_groups: bool = True
+    """False lets `asym`, `qcqa` and `key_norm` make groups of unequal size, which only our own runtime can run."""
+    refit_queries: bool = True
+    """Refit `q_proj` by least squares to the parent's attention scores. Needs calibration text."""
     refit_output: bool = True
     """Refit `o_proj` by ridge regression to the parent's attention output. Needs calibration text."""
     gain_fit: bool = True

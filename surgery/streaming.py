@@ -64,7 +64,7 @@ def _rewritten(
             weights = read_attention(site, checkpoint.get)
             for step, rewriter in rewriters:
                 if step.selects(site.layer):
-                    weights = rewriter.rewrite(weights, heads_of[site.layer], None)
+                    weights = rewriter.rewrite(weights, heads_of[site.layer])
             yield from write_attention(weights, targets[site.layer], checkpoint.get).items()
 
 

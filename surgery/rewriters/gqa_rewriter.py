@@ -1,67 +1,79 @@
-"""The `gqa` step: which heads merge, how, and what is refitted around them."""
+"""The `gqa` step: merge KV heads layer by layer, refit what closed forms can, and fit gains over the whole model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from surgery.calibrate import OutputMoments, input_moments, normed_projections, output_moments, projection_inputs
+from surgery.calibrate import input_moments, layer_activations, projection_inputs
 from surgery.recipe import GqaStep
-from surgery.rewriters.attention_weights import AttentionWeights
-from surgery.rewriters.gqa import Groups, Moments, neighbour_groups, pool_heads, rank1_cost, search_groups
+from surgery.rewriters.attention_weights import AttentionWeights, apply_norm
+from surgery.rewriters.gqa import GroupHeads, Moments, Pooled, fit_gains
 from surgery.runtime.layout import Heads
 from surgery.text import Windows
 from surgery.working_copy import WorkingCopy
 
+GAIN_WINDOWS = 64
+GAIN_BATCH = 8
+
 
 class Gqa:
-    """Merges KV heads layer by layer, each on statistics of the already converted prefix (error compensation)."""
+    """Merges KV heads, each layer on statistics of the already converted prefix (error compensation)."""
 
     def __init__(self, step: GqaStep, seed: int = 0) -> None:
         self.step, self.seed = step, seed
 
     def convert_layer(self, copy: WorkingCopy, layer: int, heads: Heads, windows: Windows | None) -> None:
-        """Merge the heads of one layer, and refit its output."""
+        """Merge the heads of one layer, and refit its queries and output to the parent's."""
         weights = copy.read(layer)
-        moments = None if windows is None else stream_moments(copy, layer, weights, windows)
-        merged = self.rewrite(weights, heads, moments)
-        copy.write(layer, merged)
-        if windows is not None and self.step.refit_output and not weights.gated_output:
-            statistics = output_moments(copy.model, copy.teacher, copy.sites[layer], windows)
-            copy.write(layer, refit_output(merged, statistics))
+        method = self._method(heads, weights)
+        if windows is None:
+            copy.write(layer, method.rewrite(weights, Moments.of_weights(weights)).weights)
+            return
+        pooled: Pooled = method.rewrite(weights, stream_moments(copy, layer, weights, windows))
+        copy.write(layer, pooled.weights)
+        site = copy.sites[layer]
+        if (self.step.refit_queries or self.step.refit_output) and site.clip_qkv is None and not site.gated_output:
+            refitted = method.refit(weights, pooled, lambda: layer_activations(copy.teacher, copy.model, site, windows))
+            copy.write(layer, refitted)
 
-    def rewrite(self, weights: AttentionWeights, heads: Heads, moments: Moments | None) -> AttentionWeights:
-        """`weights` with `heads.kv_heads` KV heads; without moments as if the input were white."""
-        moments = moments or Moments.of_weights(weights)
-        return pool_heads(
-            weights,
-            moments,
-            self._groups(weights, heads.kv_heads, moments),
-            self.step.init,
-            renorm=self.step.renorm and self.step.init == "aligned",
-            seed=self.seed,
-        )
-
-    def _groups(self, weights: AttentionWeights, kv_heads: int, moments: Moments) -> Groups:
-        if self.step.groups is not None:
-            return self.step.groups
-        if self.step.grouping == "neighbour" or not weights.permutable:
-            return neighbour_groups(weights.kv_heads, kv_heads)
-        return search_groups(rank1_cost(weights, moments), weights.kv_heads, kv_heads, seed=self.seed)
+    def rewrite(self, weights: AttentionWeights, heads: Heads) -> AttentionWeights:
+        """The data-free form: as if the input of the projections were white."""
+        return self._method(heads, weights).rewrite(weights, Moments.of_weights(weights)).weights
 
     def finish(self, copy: WorkingCopy, windows: Windows | None) -> None:
-        """Fit the gains of all layers together."""
+        """Fit one gain per query head on q and on o, in all converted layers together, by KL to the parent."""
+        if windows is None or not self.step.gain_fit or not copy.converted:
+            return
+        batches = [
+            {"input_ids": ids, "attention_mask": mask.long()}
+            for ids, mask in windows.take(GAIN_WINDOWS).batches(GAIN_BATCH)
+        ]
+        sites = [copy.sites[layer] for layer in copy.converted]
+        fit_gains(copy.model, copy.teacher, batches, [site for site in sites if not site.gated_output])
+
+    def _method(self, heads: Heads, weights: AttentionWeights) -> GroupHeads:
+        step = self.step
+        return GroupHeads(
+            kv_heads=heads.kv_heads,
+            init=step.init,
+            grouping=step.grouping,
+            groups=step.groups,
+            equal_groups=step.equal_groups,
+            renorm=step.renorm and step.init == "aligned",
+            seed=self.seed,
+            query_ridge=1e-3 if step.refit_queries and not weights.gated_output else None,
+            output_ridge=1e-3 if step.refit_output else None,
+        )
 
 
 def stream_moments(copy: WorkingCopy, layer: int, weights: AttentionWeights, windows: Windows) -> Moments:
-    """Moments of q, k, v over the calibration text, as the score reads them."""
+    """Moments of q, k, v over the calibration text as the score reads them: behind q/k norms, before rotation."""
     site = copy.sites[layer]
     if weights.q_norm is None and weights.k_norm is None:
         return Moments.of_weights(weights, input_moments(copy.model, site, windows, weights.has_bias))
     sums: list[torch.Tensor] = []
     for x_PD in projection_inputs(copy.model, site, windows):
-        q, k, v = normed_projections(weights, x_PD)
+        q, k, v = _normed(weights, x_PD)
         parts = [
             torch.einsum("pah,pbj->ahbj", k, k),
             torch.einsum("pnh,pnj->nhj", q, q),
@@ -72,11 +84,19 @@ def stream_moments(copy: WorkingCopy, layer: int, weights: AttentionWeights, win
     return Moments(k_KHKH=k_KHKH, q_NHH=q_NHH, v_KVKV=v_KVKV)
 
 
-def refit_output(weights: AttentionWeights, moments: OutputMoments, ridge: float = 1e-3) -> AttentionWeights:
-    """`o` by ridge regression to the parent's attention output, shrinking to the folded `o` and not to zero."""
-    D, N, V = weights.o_DNV.shape
-    o_DP = weights.o_DNV.reshape(D, N * V).double()
-    mu = ridge * moments.oo_PP.diagonal().mean()
-    eye = torch.eye(N * V, dtype=torch.float64)
-    new_DP = torch.linalg.solve(moments.oo_PP + mu * eye, (moments.yo_DP + mu * o_DP).T).T
-    return replace(weights, o_DNV=new_DP.reshape(D, N, V).to(weights.o_DNV.dtype))
+def _normed(weights: AttentionWeights, x_PD: torch.Tensor) -> list[torch.Tensor]:
+    """q [P, N, H], k [P, K, H], v [P, K, Hv] in float64."""
+    x = x_PD.double()
+    if weights.has_bias:
+        x = torch.cat([x, torch.ones_like(x[:, :1])], -1)
+    found = []
+    for name, norm, gain, shift in (
+        ("q", weights.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH),
+        ("k", weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH),
+        ("v", None, None, None),
+    ):
+        y_BNTH = torch.einsum("pd,nhd->nph", x, weights.with_bias(name))[None]
+        if norm is not None:
+            y_BNTH = apply_norm(y_BNTH, norm, gain, shift)
+        found.append(y_BNTH[0].transpose(0, 1))
+    return found
