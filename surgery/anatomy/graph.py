@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -27,6 +28,8 @@ from transformers import (
 )
 
 from surgery.errors import UnsupportedModel
+
+_TOKENS, _MANY_TOKENS = 32, 512
 
 PROBE = "surgery_anatomy"
 """Name under which the recording attention is registered with transformers."""
@@ -253,9 +256,15 @@ class Graph:
             raise UnsupportedModel(f"graph node {node.name!r}: an attention reads what another module makes.")
         if "assert" in str(node.target):
             return None
-
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-        return cast(Callable[..., Any], node.target)(*cast(Any, args), **cast(Any, kwargs))
+        args, kwargs = cast(Any, fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__))
+        try:
+            if str(node.target) == "aten.view.default" and not args[0].is_contiguous():
+                args = (args[0].contiguous(), args[1])  # strides of chosen numbers may differ from the traced ones
+            return cast(Callable[..., Any], node.target)(*args, **kwargs)
+        except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
+            raise UnsupportedModel(
+                f"graph node {node.name!r} of module {module_name(node)!r}: cannot run it to see what it does ({error})."
+            ) from error
 
     def mask_values(self, tag: int, queries: int, keys: int) -> Tensor:
         """Boolean [queries, keys] of a recorded mask function: True where the key is visible."""
@@ -390,19 +399,25 @@ def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
     AttentionInterface.register(PROBE, cast(Any, _record_attention))
     AttentionMaskInterface.register(PROBE, cast(Any, _record_mask))
     first: Exception | None = None
-    # A model's own code is given more tokens: a window in it shows in its mask only. Some accept no more than their
-    # config says. sdpa goes before eager, because it is what users run: Falcon's eager form adds ALiBi twice.
-    for implementation, most in ((PROBE, 32), ("sdpa", 512), ("eager", 512), ("sdpa", 16), ("eager", 16)):
+    # sdpa goes before eager, because it is what users run: Falcon's eager form adds ALiBi twice.
+    for implementation in (PROBE, "sdpa", "eager"):
         try:
-            graph = _capture(source, implementation, most)
+            graph = _capture(source, implementation, _TOKENS)
         except UnsupportedModel:
             raise
         except Exception as error:  # whatever a stranger's modelling code may raise
             first = first or error
             continue
-        wanted = {PROBE: ("attention",), "sdpa": ("scaled_dot_product_attention",)}.get(implementation)
-        if wanted is None or any(is_call(n, *wanted) for n in graph.nodes):
+        if not any(is_call(n, "attention", "scaled_dot_product_attention", "softmax", "_softmax") for n in graph.nodes):
             return graph
+        wanted = {PROBE: ("attention",), "sdpa": ("scaled_dot_product_attention",)}.get(implementation)
+        if wanted is not None and not any(is_call(n, *wanted) for n in graph.nodes):
+            continue
+        if implementation != PROBE:
+            # A window in a model's own code shows in its mask only, and only where there are tokens beyond it.
+            with contextlib.suppress(Exception):
+                return _capture(source, implementation, _MANY_TOKENS)
+        return graph
     config = source.config if isinstance(source, PreTrainedModel) else source
     raise UnsupportedModel(
         f"{type(source).__name__} ({config.model_type}): cannot capture its graph with torch.export: "
