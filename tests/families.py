@@ -37,6 +37,7 @@ _LONGROPE = {
 }  # fmt: skip
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
+# fmt: off
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": _make("LlamaConfig"),
     "llama_yarn": _make("LlamaConfig", rope_parameters=_YARN),
@@ -60,12 +61,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "opt": _only(
         "OPTConfig", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96, init_std=0.2,
         max_position_embeddings=256, word_embed_proj_dim=64,
-    ),  # fmt: skip
+    ),
     "gemma": _make("GemmaConfig", head_dim=32, num_key_value_heads=1),
     "gemma2": _make("Gemma2Config", head_dim=32, sliding_window=8, query_pre_attn_scalar=24),
     "gemma3": _make("Gemma3TextConfig", head_dim=32, sliding_window=8, num_hidden_layers=3,
                     layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-                    query_pre_attn_scalar=24),  # fmt: skip
+                    query_pre_attn_scalar=24),
     "olmo": _make("OlmoConfig", clip_qkv=1.0),
     "olmo2": _make("Olmo2Config"),
     "olmo3": _make("Olmo3Config", sliding_window=8, num_hidden_layers=4),
@@ -80,8 +81,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mpt": _only("MptConfig", d_model=64, n_heads=4, n_layers=2, max_seq_len=256, expansion_ratio=2),
     "gptj": _only("GPTJConfig", n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=256),
     "codegen": _only("CodeGenConfig", n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=256, n_ctx=256),
-    "gpt_neo": _only("GPTNeoConfig", hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
-                     window_size=8, max_position_embeddings=256, intermediate_size=96),  # fmt: skip
+    "gpt_neo": _only("GPTNeoConfig", hidden_size=64, num_layers=2, num_heads=4, window_size=8,
+                     attention_types=[[["global", "local"], 1]], max_position_embeddings=256, intermediate_size=96),
     "gpt_bigcode": _only("GPTBigCodeConfig", n_embd=64, n_layer=2, n_head=4, n_positions=256, n_inner=96),
     "cohere": _make("CohereConfig", logit_scale=0.5),
     "cohere_qk_norm": _make("CohereConfig", use_qk_norm=True),
@@ -89,7 +90,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "granite": _make("GraniteConfig", attention_multiplier=0.1, residual_multiplier=0.5),
     "smollm3": _make("SmolLM3Config", num_hidden_layers=4),
     "gpt_oss": _make("GptOssConfig", head_dim=16, num_local_experts=4, sliding_window=8,
-                     layer_types=["sliding_attention", "full_attention"]),  # fmt: skip
+                     layer_types=["sliding_attention", "full_attention"]),
     "mixtral": _make("MixtralConfig", num_local_experts=4),
     "qwen3_moe": _make("Qwen3MoeConfig", head_dim=16, **_MOE),
     "nemotron": _make("NemotronConfig", partial_rotary_factor=0.5),
@@ -98,16 +99,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "persimmon": _make("PersimmonConfig", _COMMON, partial_rotary_factor=0.5),
     "hunyuan": _make("HunYuanDenseV1Config", head_dim=16),
     "bamba": _make("BambaConfig", num_hidden_layers=3, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16,
-                   mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=8),  # fmt: skip
+                   mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=8),
     "jamba": _make("JambaConfig", num_hidden_layers=3, attn_layer_offset=1, attn_layer_period=2, num_experts=2,
                    expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
-                   use_mamba_kernels=False),  # fmt: skip
+                   use_mamba_kernels=False),
     "dbrx": _only(
         "DbrxConfig", d_model=64, n_heads=4, n_layers=2, max_seq_len=256,
         attn_config={"clip_qkv": 2.0, "kv_n_heads": 2, "rope_theta": 10000.0},
         ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1},
-    ),  # fmt: skip
+    ),
 }
+# fmt: on
 
 
 def tiny_model(name: str, seed: int = 0) -> hf.PreTrainedModel:

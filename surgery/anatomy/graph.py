@@ -211,7 +211,9 @@ class Graph:
             late = [
                 w
                 for w, root in self._writes
-                if w not in needed and self.order[w] < last and (root in needed or w.args[0] in needed)
+                if w not in needed
+                and self.order[w] < last
+                and (root in needed or w.args[0] in needed)
                 # what happened to the memory before a bound value was taken is part of that value
                 and not any(self.order[w] < self.order[b] for b in known if self._root(b) is root)
             ]
@@ -248,10 +250,8 @@ class Graph:
         if node.op != "call_function":
             raise UnsupportedModel(f"graph node {node.name!r}: cannot run a {node.op} node.")
         if node.target is MASK:
-            _, tag, batch, queries, keys = node.args
-            return self.mask_values(cast(int, tag), cast(int, queries), cast(int, keys)).expand(
-                cast(int, batch), 1, queries, keys
-            )
+            _, tag, batch, queries, keys = cast(Any, node.args)
+            return self.mask_values(tag, queries, keys).expand(batch, 1, queries, keys)
         if node.target in (ATTENTION, STUB):
             raise UnsupportedModel(f"graph node {node.name!r}: an attention reads what another module makes.")
         if "assert" in str(node.target):
@@ -263,7 +263,7 @@ class Graph:
             return cast(Callable[..., Any], node.target)(*args, **kwargs)
         except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
             raise UnsupportedModel(
-                f"graph node {node.name!r} of module {module_name(node)!r}: cannot run it to see what it does ({error})."
+                f"graph node {node.name!r} of module {module_name(node)!r}: cannot be run by itself ({error})."
             ) from error
 
     def mask_values(self, tag: int, queries: int, keys: int) -> Tensor:

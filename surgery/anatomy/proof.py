@@ -131,9 +131,7 @@ def attend_heads(
     return scores.softmax(-1) @ v
 
 
-def attend(
-    site: AttentionSite, params: Mapping[str, Tensor], x_BTD: Tensor, positions: Tensor | None = None
-) -> Tensor:
+def attend(site: AttentionSite, params: Mapping[str, Tensor], x_BTD: Tensor, positions: Tensor | None = None) -> Tensor:
     """Output of one attention layer, output projection included, from its description and its weights.
 
     Args:

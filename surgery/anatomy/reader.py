@@ -196,7 +196,7 @@ def _fingerprint(graph: Graph, found: Found, paths: _Paths) -> tuple[Any, list[f
             value = graph.values.get(node)
             lines.append((source.kind, source.name if value is None else _digest(value)))
         else:
-            arguments = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: ("node", number[n]))
+            arguments: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: ("node", number[n]))
             if node is found.out and found.call is not None:
                 arguments = [number.get(n, 0) for n in node.all_input_nodes]
             lines.append((str(node.target), str(arguments)))
@@ -319,7 +319,8 @@ def _prove(
             best = min(best, relative_error(mine, got))
             if best <= _TOLERANCE:
                 if norm is not None:
-                    site = dataclasses.replace(site, **{f"{role}_norm": norm})
+                    changed: dict[str, Any] = {f"{role}_norm": norm}
+                    site = dataclasses.replace(site, **changed)
                 break
         else:
             raise UnsupportedModel(
@@ -366,13 +367,11 @@ def _prove_scores(
     # ALiBi that the model rounds to bfloat16 (Falcon) is met to that rounding.
     if error > (_TOLERANCE if site.alibi_slopes is None else 5e-2):
         raise UnsupportedModel(
-            f"module {found.module}: its attention differs from what the description gives (relative error {error:.1e})."
+            f"module {found.module}: its attention differs from what the description gives (error {error:.1e})."
         )
 
 
-def _prove_out(
-    graph: Graph, found: Found, path: OutPath, site: AttentionSite, generator: torch.Generator
-) -> None:
+def _prove_out(graph: Graph, found: Found, path: OutPath, site: AttentionSite, generator: torch.Generator) -> None:
     linear = path.linear
     heads_BNTH = torch.randn(1, site.heads, graph.tokens, site.value_dim, generator=generator)
     weights = _random_weights(graph, linear, (), 1.0, generator)
