@@ -427,7 +427,10 @@ def pool_heads(
 
     Raises:
         RecipeError: groups that are not a partition of the KV heads, or an unknown init.
-        PlanError: query heads would move and cannot (`permutable`), or a value fold with a gated output was asked for.
+        PlanError: query heads would move and cannot (`permutable`).
+
+    With a gated output or a v norm nothing folds into `o`: `rank1` and `aligned` then take the plain mean of values
+    under the output metric. Clamped projections (`clip_qkv`) are not modelled.
     """
     if init not in get_args(Init):
         raise RecipeError(f"unknown init {init!r}. Use one of {', '.join(get_args(Init))}.")
