@@ -157,6 +157,8 @@ class Graph:
         tokens: int,
         rope_types: Mapping[str, Any],
     ) -> None:
+        self.wide: Graph | None = None
+        """The same model on more tokens, where its masks have to be read from numbers."""
         self.twin = twin
         self.rope_types = rope_types
         self.tokens = tokens
@@ -274,9 +276,11 @@ class Graph:
         """Whether a query position sees a key position, by the mask function that the model built."""
         zero = torch.zeros((), dtype=torch.long)
         try:
-            seen = self.masks[tag](zero, zero, query, key)
-            return torch.as_tensor(seen).expand(torch.broadcast_shapes(query.shape, key.shape)).clone()
-        except (RuntimeError, NotImplementedError, IndexError, TypeError) as error:
+            seen = torch.as_tensor(self.masks[tag](zero, zero, query, key))
+            if isinstance(seen, FakeTensor):
+                raise TypeError("it depends on the tokens")
+            return seen.expand(torch.broadcast_shapes(query.shape, key.shape)).clone()
+        except Exception as error:  # a stranger's code, which may hold on to tensors of the trace
             raise UnsupportedModel(f"attention mask {tag}: cannot evaluate its mask function ({error}).") from error
 
 
@@ -322,6 +326,8 @@ def make_twin(source: PreTrainedModel | PretrainedConfig, implementation: str) -
     # A checkpoint's quantisation says how weights are stored, which a copy without weights does not need.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
     arguments = {"attn_implementation": implementation, "dtype": torch.float32}
     with torch.device("meta"):
         if isinstance(source, PreTrainedModel):
@@ -415,8 +421,8 @@ def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
             continue
         if implementation != PROBE:
             # A window in a model's own code shows in its mask only, and only where there are tokens beyond it.
-            with contextlib.suppress(Exception):
-                return _capture(source, implementation, _MANY_TOKENS)
+            with contextlib.suppress(Exception):  # some accept fewer tokens; the window is then read within those
+                graph.wide = _capture(source, implementation, _MANY_TOKENS)
         return graph
     config = source.config if isinstance(source, PreTrainedModel) else source
     raise UnsupportedModel(

@@ -429,6 +429,7 @@ def read_scores(graph: Graph, found: Found, heads: int, generator: torch.Generat
 
 def _measure_scores(graph: Graph, found: Found, generator: torch.Generator) -> tuple[float, Tensor]:
     assert found.scores is not None
+    _refuse_learned(graph, found, graph.between([found.scores], [found.q, found.k]))
     run = graph.runner([found.scores], [found.q, found.k])
     q = torch.randn(shape(found.q), generator=generator)
     k = torch.randn(shape(found.k), generator=generator)
@@ -461,6 +462,7 @@ def _read_mask(graph: Graph, found: Found, heads: int) -> tuple[int | None, tupl
             raise UnsupportedModel(f"module {found.module}: its attention is not causal.")
         return call.window, None
     pieces = graph.between([found.mask], [])
+    _refuse_learned(graph, found, pieces)
     tags = [n.args[1] for n in pieces if n.target is MASK]
     value = graph.runner([found.mask], [])()[0]
     if value.dtype == torch.bool:
@@ -474,6 +476,15 @@ def _read_mask(graph: Graph, found: Found, heads: int) -> tuple[int | None, tupl
             )
         window = widths[0]
     return window, slopes
+
+
+def _refuse_learned(graph: Graph, found: Found, nodes: Sequence[fx.Node]) -> None:
+    for node in nodes:
+        if (source := graph.sources.get(node)) is not None and source.kind == "parameter":
+            raise UnsupportedModel(
+                f"module {found.module}: its mask or the bias on its scores is computed from {source.name}; only fixed "
+                "patterns (causal, window, ALiBi) are understood."
+            )
 
 
 def _window_at(graph: Graph, found: Found, tag: int, far: int) -> int | None:
@@ -505,6 +516,8 @@ def _read_bias(module: str, bias_NTS: Tensor, heads: int) -> tuple[int | None, t
     token = torch.arange(tokens)
     behind = token[:, None] - token
     width = int(seen[0, -1].sum())
+    if tokens > 1 and seen[0, 0, -1]:
+        raise UnsupportedModel(f"module {module}: its attention is not causal.")
     if not torch.equal(seen[0], (behind >= 0) & (behind < width)):
         raise UnsupportedModel(f"module {module}: its mask is neither causal nor a sliding window.")
     window = None if width == tokens else width
@@ -543,8 +556,8 @@ def read_out(graph: Graph, found: Found, path: OutPath, generator: torch.Generat
     refusal = UnsupportedModel(
         f"module {found.module}: its heads do not reach {graph.sources[path.linear.weight].name} unchanged."
     )
-    run = graph.runner([path.linear.x], [found.out, *path.gates])
-    gates = [torch.ones(shape(g)) for g in path.gates]
+    run = graph.runner([path.linear.x], [found.out, *path.others])
+    gates = [torch.ones(shape(g)) for g in path.others]
     size = shape(found.out)
     dim = size[-1]
     heads = torch.Size(size).numel() // (graph.tokens * dim)

@@ -178,7 +178,7 @@ def _fingerprint(graph: Graph, found: Found, paths: _Paths) -> tuple[Any, list[f
     """A key that is equal for attentions of equal structure, and the parameters in the order of the graph."""
     ends = [found.q, found.k, found.v, paths.o.linear.out]
     extra = [n for n in (found.mask, found.sinks, found.scores) if n is not None]
-    starts = [paths.q.linear.x, paths.k.linear.x, paths.v.linear.x, *paths.o.gates]
+    starts = [paths.q.linear.x, paths.k.linear.x, paths.v.linear.x, *paths.o.others]
     number: dict[fx.Node, int] = {}
     lines: list[Any] = []
     parameters: list[fx.Node] = []
@@ -270,7 +270,11 @@ def _read_site(graph: Graph, found: Found, paths: _Paths) -> AttentionSite:
         raise UnsupportedModel(f"{where}: only some of queries, keys and values are clamped.")
     if v.factor != 1.0:
         raise UnsupportedModel(f"{where}: its values are multiplied by {v.factor:g}; no description holds that.")
-    scores = read_scores(graph, found, len(q.first_rows), generator)
+    wide_graph, wide_found = graph, found
+    if graph.wide is not None:
+        wide_graph = graph.wide
+        wide_found = next(f for f in find_attentions(wide_graph) if f.module == found.module)
+    scores = read_scores(wide_graph, wide_found, len(q.first_rows), generator)
     site = AttentionSite(
         layer=0, module=found.module, hidden_size=paths.q.linear.inputs,
         heads=len(q.first_rows), kv_heads=len(k.first_rows), head_dim=q.dim, value_dim=v.dim,
@@ -281,6 +285,7 @@ def _read_site(graph: Graph, found: Found, paths: _Paths) -> AttentionSite:
         scale=scores.scale * q.factor * k.factor, softcap=scores.softcap, window=scores.window, sinks=scores.sinks,
         alibi_slopes=scores.alibi_slopes, clip_qkv=q.clip, gated_output=bool(paths.o.gates),
     )  # fmt: skip
+    _prove_scores(wide_graph, wide_found, site, (q, k, v), generator)
     return _prove(graph, found, paths, site, (q, k, v), generator)
 
 
@@ -328,7 +333,6 @@ def _prove(
                 f"description gives (relative error {best:.1e})."
             )
         del params, weights, run
-    _prove_scores(graph, found, site, readings, generator)
     _prove_out(graph, found, paths.o, site, generator)
     return site
 
@@ -376,7 +380,7 @@ def _prove_out(graph: Graph, found: Found, path: OutPath, site: AttentionSite, g
     heads_BNTH = torch.randn(1, site.heads, graph.tokens, site.value_dim, generator=generator)
     weights = _random_weights(graph, linear, (), 1.0, generator)
     given = (heads_BNTH.transpose(1, 2) if found.tokens_first else heads_BNTH).reshape(shape(found.out))
-    gates = {g: torch.ones(shape(g)) for g in path.gates}
+    gates = {g: torch.ones(shape(g)) for g in path.others}
     run = graph.runner([linear.out], [found.out, *weights, *gates])
     got = run(given, *weights.values(), *gates.values())[0]
     mine = project_out(site, {graph.sources[n].name: w for n, w in weights.items()}, heads_BNTH)

@@ -70,6 +70,8 @@ class OutPath:
     nodes: tuple[fx.Node, ...]
     gates: tuple[fx.Node, ...]
     """What multiplies the head outputs on the way."""
+    others: tuple[fx.Node, ...]
+    """`gates`, and tensors that lend their shape only."""
 
 
 def find_attentions(graph: Graph) -> list[Found]:
@@ -291,12 +293,16 @@ def path_from(graph: Graph, found: Found) -> OutPath:
         if linear.bias is None and (biased := as_linear(graph, user)) is not None and biased.weight is linear.weight:
             linear = biased
     nodes = graph.between([linear.x], [found.out])
-    gates = []
+    gates: list[fx.Node] = []
+    others: list[fx.Node] = []
     for node in nodes:
         if node not in reached or node is found.out:
             continue
         for other in node.all_input_nodes:
             if other in reached or not _depends_on_input(graph, other):
+                continue
+            others.append(other)
+            if is_call(node, "view_as", "reshape_as", "expand_as", "type_as"):
                 continue
             if not is_call(node, "mul", "mul_"):
                 raise UnsupportedModel(
@@ -304,7 +310,14 @@ def path_from(graph: Graph, found: Found) -> OutPath:
                     "the output projection; only a multiplying gate is understood."
                 )
             gates.append(other)
-    return OutPath(linear, tuple(graph.between([linear.x], [found.out, *gates])), tuple(gates))
+    nodes = graph.between([linear.x], [found.out, *others])
+    for node in nodes:
+        if (source := graph.sources.get(node)) is not None and source.kind == "parameter":
+            raise UnsupportedModel(
+                f"module {found.module}: {source.name} acts between the attention and the output projection; "
+                "heads must reach it unchanged."
+            )
+    return OutPath(linear, tuple(nodes), tuple(gates), tuple(others))
 
 
 def _depends_on_input(graph: Graph, node: fx.Node) -> bool:
