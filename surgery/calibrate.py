@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .runtime.layout import AttentionSite, Projection
 from .show import progress
 from .text import Windows
+from .working_copy import WorkingCopy
 
 BATCH = 8
 
@@ -52,14 +53,12 @@ def projection_inputs(model: nn.Module, site: AttentionSite, windows: Windows) -
             advance(len(ids))
 
 
-def layer_activations(
-    parent: nn.Module, student: nn.Module, site: AttentionSite, windows: Windows
-) -> Iterator[Activations]:
+def layer_activations(copy: WorkingCopy, site: AttentionSite, windows: Windows) -> Iterator[Activations]:
     """Both models' inputs of one attention, batch by batch, and how far their residual streams are apart before it."""
-    factor = residual_factor(parent, site, windows)
+    factor = residual_factor(copy.teacher, site, windows)
     with progress(f"layer {site.layer}: refitting", len(windows)) as advance:
         for ids, mask in windows.batches(BATCH):
-            (x, h), (x_s, h_s) = (_stream_at(model, site, ids) for model in (parent, student))
+            (x, h), (x_s, h_s) = (_stream_at(model, site, ids) for model in (copy.teacher, copy.model))
             gap = torch.zeros_like(h) if factor is None else (h - h_s) / factor
             yield Activations(x, x_s, gap, mask)
             advance(len(ids))

@@ -113,7 +113,8 @@ def _finish(child: PreTrainedModel, parent: PreTrainedModel) -> PreTrainedModel:
     child.config.name_or_path = ""  # it lies nowhere yet
     if parent.can_generate():
         child.generation_config = copy.deepcopy(parent.generation_config)
-    return child.to(parent.device).train(parent.training)
+    torch.nn.Module.to(child, parent.device)  # transformers wraps its own `to` without its type
+    return child.train(parent.training)
 
 
 def convert_checkpoint(

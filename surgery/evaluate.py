@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .errors import PlanError
 from .provenance import versions
@@ -80,10 +81,10 @@ class Report:
 
 
 def evaluate(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     text: Any,
-    baseline: nn.Module | None = None,
+    baseline: PreTrainedModel | None = None,
     tokenizer: Any = None,
     length: int | None = None,
     samples: int | None = None,
@@ -128,7 +129,7 @@ def evaluate(
             advance(len(ids))
     nll, base_nll, kl, same = (sums / predicted).tolist()
 
-    def score(name: str, which: nn.Module, value: float) -> Score:
+    def score(name: str, which: PreTrainedModel, value: float) -> Score:
         ids = windows.ids_BT[:1, : int(windows.mask_BT[0].sum())]
         size = sum(p.numel() for p in which.parameters())
         return Score(
@@ -147,15 +148,16 @@ def evaluate(
     )
 
 
-def log_probabilities(model: nn.Module, ids_BT: Tensor) -> Tensor:
+def log_probabilities(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """[B, T, vocab] in float32. Padding on the right needs no mask: attention is causal."""
     device = next(model.parameters()).device
     return model(input_ids=ids_BT.to(device), use_cache=False).logits.float().log_softmax(-1).cpu()
 
 
-def cache_bytes(model: nn.Module, ids_BT: Tensor) -> int:
+def cache_bytes(model: PreTrainedModel, ids_BT: Tensor) -> int:
     """Bytes of every tensor that the cache holds after `ids_BT`."""
     with torch.inference_mode():
         cache = model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=True).past_key_values
-    tensors = {id(t): t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)}
+    held = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    tensors = {id(t): t for t in held if t.dim()}  # scalars are counters, not cache
     return sum(t.numel() * t.element_size() for t in tensors.values())

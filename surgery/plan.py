@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .anatomy import Anatomy, examine
 from .errors import PlanError
-from .native import native_config
+from .native import meta_model, native_config
 from .recipe import GqaStep, Recipe, Step, parse_layers
 from .runtime.layout import AttentionSite, Heads, LayerPlan
 from .show import count, human_bytes, render, spans
@@ -110,23 +110,27 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
     for i, step in enumerate(recipe.steps):
         after = _apply(step, f"{recipe.name}: steps[{i}]", anatomy, after)
     kv_heads = {layer.project.kv_heads for layer in after}
-    native = (
+    config = None
+    if (
         not any(step.rewriter == "identity" or _is_uneven(step) for step in recipe.steps)
         and all(layer.project.is_uniform for layer in after)
         and len(kv_heads) == 1
-        and native_config(anatomy.config, anatomy.sites, min(kv_heads)) is not None
-    )
-    removed = sum(
-        _kv_parameters(site, b) - _kv_parameters(site, a)
-        for site, b, a in zip(anatomy.sites, before, after, strict=True)
-    )
+    ):
+        config = native_config(anatomy.config, anatomy.sites, min(kv_heads))
+    if config is not None:
+        parameters = sum(p.numel() for p in meta_model(config).parameters())
+    else:
+        layers = zip(anatomy.sites, before, after, strict=True)
+        parameters = anatomy.parameters - sum(
+            _kv_parameters(site, b) - _kv_parameters(site, a) for site, b, a in layers
+        )
     return Plan(
         recipe=recipe,
         anatomy=anatomy,
         before=before,
         after=after,
-        native=native,
-        parameters=anatomy.parameters - removed,
+        native=config is not None,
+        parameters=parameters,
     )
 
 

@@ -15,7 +15,7 @@ from .native import native_config
 from .plan import Plan
 from .provenance import provenance, write_provenance
 from .rewriters import rewriter_for
-from .rewriters.attention_weights import read_attention, write_attention
+from .rewriters.attention_weights import parameter_names, read_attention, write_attention
 from .runtime.layout import AttentionSite
 from .show import progress
 
@@ -66,11 +66,3 @@ def _rewritten(
                 if step.selects(site.layer):
                     weights = rewriter.rewrite(weights, heads_of[site.layer])
             yield from write_attention(weights, targets[site.layer], checkpoint.get).items()
-
-
-def parameter_names(site: AttentionSite) -> list[str]:
-    """The parameters of one attention, each once."""
-    norms = [norm for norm in (site.q_norm, site.k_norm) if norm is not None]
-    parts = [*(n for p in (site.q, site.k, site.v, site.o) for n in (p.weight, p.bias)), site.sinks]
-    parts += [name for norm in norms for name in (norm.weight, norm.bias)]
-    return list(dict.fromkeys(name for name in parts if name is not None))

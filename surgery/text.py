@@ -41,6 +41,13 @@ class Windows:
             longest = int(mask.sum(1).max())
             yield self.ids_BT[start : start + size, :longest], mask[:, :longest]
 
+    def split(self) -> tuple[Windows, Windows]:
+        """Seven eighths to fit on, the rest (at most 32 windows) to check on; one window serves both."""
+        held = min(32, max(1, len(self) // 8))
+        cut = max(1, len(self) - held)
+        rest = slice(len(self) - held, None)
+        return self.take(cut), Windows(self.ids_BT[rest], self.mask_BT[rest], f"{self.digest}[-{held}:]")
+
     def take(self, count: int) -> Windows:
         """The first `count` windows."""
         return Windows(self.ids_BT[:count], self.mask_BT[:count], f"{self.digest}[:{count}]")
@@ -142,9 +149,9 @@ def load_windows(
         ids = source.long().cpu()[:samples]
         rows = list(ids)
     else:
+        texts = read_texts(source)
         if tokenizer is None:
             raise CheckpointError(f"{where}: needs a tokenizer. None lies beside the model; pass tokenizer=...")
-        texts = read_texts(source)
         rows = []
         for text in texts:
             tokens = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)

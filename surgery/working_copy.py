@@ -6,13 +6,16 @@ import copy
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .anatomy import Anatomy
 from .errors import PlanError
-from .rewriters.attention_weights import AttentionWeights, read_attention, write_attention
+from .rewriters.attention_weights import AttentionWeights, parameter_names, read_attention, write_attention
 from .runtime.attention import canonical_weights
 from .runtime.layout import Heads
+from .text import Windows
 
 
 class WorkingCopy:
@@ -24,7 +27,7 @@ class WorkingCopy:
     `teacher` is the parent in float32 for statistics and losses; `model` is the copy that changes.
     """
 
-    def __init__(self, parent: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, parent: PreTrainedModel, anatomy: Anatomy) -> None:
         self.sites = {site.layer: site for site in anatomy.sites}
         self.teacher = parent if _is_float32(parent) else copy.deepcopy(parent).float()
         self.model = copy.deepcopy(self.teacher).eval()
@@ -70,13 +73,36 @@ class WorkingCopy:
             kv_heads=weights.kv_heads, head_dim=weights.head_dim, value_dim=weights.value_dim, groups=weights.groups
         )
 
+    @torch.no_grad()
+    def divergence(self, windows: Windows) -> float:
+        """KL(parent || copy) in nats per token."""
+        total = 0.0
+        for ids, mask in windows.batches():
+            target, found = (
+                model(input_ids=ids.to(model.device), use_cache=False).logits[mask.to(model.device)].log_softmax(-1)
+                for model in (self.teacher, self.model)
+            )
+            total += float(F.kl_div(found, target, reduction="sum", log_target=True))
+        return total / windows.tokens
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the converted layers' parameters, for `restore`."""
+        names = {name for layer in self.converted for name in parameter_names(self.sites[layer])}
+        return {name: self.tensor(name).clone() for name in names}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go back to what `state` returned."""
+        with torch.no_grad():
+            for name, tensor in state.items():
+                self.model.get_parameter(name).copy_(tensor)
+
     @property
     def converted(self) -> list[int]:
         """Layers written so far."""
         return sorted(self._groups)
 
 
-def _is_float32(model: nn.Module) -> bool:
+def _is_float32(model: PreTrainedModel) -> bool:
     return all(p.dtype == torch.float32 for p in model.parameters())
 
 

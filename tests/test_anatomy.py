@@ -227,6 +227,10 @@ REFUSED = {
                      v_head_dim=16, first_k_dense_replace=1, moe_intermediate_size=32),
         r"layers\.0.*MLA",
     ),
+    "ministral3": (
+        lambda: tiny("Ministral3Config", max_position_embeddings=65536, head_dim=16), "change with the position"
+    ),
+    "bitnet": (lambda: tiny("BitNetConfig"), r"attn_sub_norm\.weight acts between"),
     "bert": (lambda: tiny("BertConfig"), "causal"),
     "vit": (lambda: hf.ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4), "vit"),
 }  # fmt: skip
@@ -237,6 +241,16 @@ def test_models_that_cannot_be_described_are_refused_with_the_reason(name):
     make, reason = REFUSED[name]
     with pytest.raises(UnsupportedModel, match=reason):
         examine(make())
+
+
+def test_gated_output_is_noticed_and_not_passed_off_as_plain():
+    model = hf.AutoModelForCausalLM.from_config(tiny("AfmoeConfig", num_experts=4, head_dim=16), dtype=torch.float32)
+    site = examine(model).sites[0]
+    assert site.gated_output
+    q, k, _ = project_qkv(site, dict(model.state_dict()), torch.randn(1, 4, 64))
+    assert (q.shape, k.shape) == ((1, 4, 4, 16), (1, 2, 4, 16))
+    with pytest.raises(UnsupportedModel, match="gate"):
+        attend(site, dict(model.state_dict()), torch.randn(1, 4, 64))
 
 
 def test_edited_model_is_refused():

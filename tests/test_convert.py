@@ -1,4 +1,4 @@
-"""Conversion end to end: exact identity, results that load in stock transformers, an untouched parent, planned bytes."""
+"""Conversion end to end: exact identity, results for stock transformers, untouched parent, planned bytes."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from surgery.recipe import Init
 INITS = Init.__args__
 NATIVE = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "starcoder2", "stablelm", "cohere")
 IDS = torch.arange(24).view(2, 12) * 5 % 120
-CALIBRATION = torch.randint(0, 120, (8, 32), generator=torch.Generator().manual_seed(0))
+CALIBRATION = torch.randint(0, 120, (32, 32), generator=torch.Generator().manual_seed(0))
 
 
 def logits(model, ids=IDS):

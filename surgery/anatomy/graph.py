@@ -157,6 +157,8 @@ class Graph:
         tokens: int,
         rope_types: Mapping[str, Any],
     ) -> None:
+        self.positions: fx.Node | None = None
+        """The input that holds the positions, where the model takes one."""
         self.wide: Graph | None = None
         """The same model on more tokens, where its masks have to be read from numbers."""
         self.twin = twin
@@ -185,8 +187,11 @@ class Graph:
                     self.values[node] = constant.detach().cpu()
             else:
                 self.sources[node] = Source("input", node.name)
-                if "mask" in node.name:
-                    self.values[node] = torch.ones(shape(node), dtype=node.meta["val"].dtype)
+                if node.name == "attention_mask":
+                    self.values[node] = torch.ones(shape(node), dtype=torch.long)
+                elif node.name == "position_ids":
+                    self.positions = node
+                    self.values[node] = torch.arange(tokens)[None]
         # In-place operations change what earlier nodes hold: for each, the node that owns the memory.
         self._writes = [(n, self._root(n.args[0])) for n in self.nodes if _writes_in_place(n)]
 
@@ -448,6 +453,8 @@ def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, mo
     with mode:
         ones = torch.ones(1, tokens, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, tokens, dtype=torch.long)}
+        if "position_ids" in accepted:
+            inputs["position_ids"] = torch.arange(tokens)[None]
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if "attention_mask" in accepted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -105,6 +106,13 @@ def apply_rotary(rotary: Rotary, y_BNTH: Tensor, positions: Tensor) -> Tensor:
         a, b = y.chunk(2, -1)
         y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
     return torch.cat([before, y, after], -1).to(y_BNTH.dtype)
+
+
+def turn(rotary: Rotary | None, y_BNTH: Tensor, positions: Tensor) -> Tensor:
+    """What heads at position 0 become elsewhere: rotated, and not scaled once more."""
+    if rotary is None:
+        return y_BNTH
+    return apply_rotary(dataclasses.replace(rotary, scaling=1.0), y_BNTH, positions)
 
 
 def attend_heads(

@@ -20,6 +20,7 @@ from surgery.anatomy.proof import (
     heads_of,
     project_out,
     relative_error,
+    turn,
 )
 from surgery.anatomy.table import anatomy_tables
 from surgery.anatomy.walk import Found, OutPath, Path, find_attentions, origin, path_from, path_to
@@ -29,7 +30,8 @@ from surgery.runtime.layout import AttentionSite, HeadNorm, Projection
 from surgery.show import render
 
 _TOLERANCE = 1e-5
-_FRESH_HINT = "This library rewrites decoders with softmax attention."
+_ROLES = {"q": "queries", "k": "keys", "v": "values"}
+_SCOPE = "This library rewrites decoders with softmax attention."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,8 +99,8 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     found = find_attentions(graph)
     if not found:
         raise UnsupportedModel(
-            f"{type(graph.twin).__name__} ({config.model_type}): its graph has no softmax attention, so there is no "
-            f"KV cache to reduce. {_FRESH_HINT}"
+            f"{type(graph.twin).__name__} ({config.model_type}): its graph has no softmax attention over q k^T, so "
+            f"there is no KV cache to reduce. {_SCOPE}"
         )
     sites = _read_sites(graph, found)
     num_layers, others = _other_layers(graph, sites)
@@ -329,12 +331,39 @@ def _prove(
                 break
         else:
             raise UnsupportedModel(
-                f"module {found.module}: its {dict(q='queries', k='keys', v='values')[role]} differ from what the "
+                f"module {found.module}: its {_ROLES[role]} differ from what the "
                 f"description gives (relative error {best:.1e})."
             )
+        _prove_far(graph, found, path, site, reading, role, generator)
         del params, weights, run
     _prove_out(graph, found, paths.o, site, generator)
     return site
+
+
+def _prove_far(
+    graph: Graph, found: Found, path: Path, site: AttentionSite, reading: Reading, role: str, generator: torch.Generator
+) -> None:
+    """Compare at positions up to the model's limit: some models begin to scale queries thousands of tokens on."""
+    limit = getattr(graph.twin.config.get_text_config(), "max_position_embeddings", None)
+    if graph.positions is None or not isinstance(limit, int) or (site.rotary and site.rotary.length_dependent):
+        return
+    far = torch.linspace(0, limit - 1, graph.tokens, dtype=torch.float64).long()
+    given = {p: torch.ones(shape(p)) for p in path.parameters}
+    run = graph.runner([path.target], [path.linear.out, graph.positions, *given])
+    y = torch.randn(path.linear.outputs, generator=generator).expand(graph.tokens, -1).reshape(shape(path.linear.out))
+    got = run(y, far[None], *given.values())[0].float()
+    got = got.transpose(-1, -2) if found.k_transposed and role == "k" else got
+    got = got.reshape(1, -1, *got.shape[-2:])[..., list(reading.order)]
+    # Position 0 is proved already; a rotation from there must lead to the others (angles lose digits far out).
+    here = got[:, :, :1].expand_as(got)
+    norm: HeadNorm | None = getattr(site, f"{role}_norm")
+    after = norm is not None and norm.after_rotary and norm.kind == "layer"
+    expected = here if role == "v" else turn(site.rotary, here, far)
+    if not after and relative_error(expected, got) > 1e-2:
+        raise UnsupportedModel(
+            f"module {found.module}: its {_ROLES[role]} change with the position, far from the start, in a way that "
+            "is no rotation at constant frequencies."
+        )
 
 
 def _orders(norm: HeadNorm | None, rotates: bool) -> Iterable[HeadNorm | None]:

@@ -222,7 +222,7 @@ def path_to(graph: Graph, found: Found, role: str) -> Path:
             source = graph.sources[node]
             if source.kind == "parameter":
                 parameters.append(node)
-            elif source.kind == "input" and "mask" not in source.name:
+            elif source.kind == "input" and node not in graph.values:
                 raise UnsupportedModel(
                     f"module {found.module}: its {_ROLES[role]} do not come from a linear projection alone; "
                     f"the walk back reached {source.name!r}."

@@ -356,19 +356,21 @@ def write_attention(
         transposed.add(site.o.weight)
     if site.o.bias is not None:
         out[site.o.bias] = weights.o_DNV.new_zeros(o.shape[0]) if weights.o_bias_D is None else weights.o_bias_D
-    for norm, gain, shift, shared in (
-        (site.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH, weights.q_norm_shared),
-        (site.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH, weights.k_norm_shared),
+    for norm, source, gain, shift, shared in (
+        (site.q_norm, weights.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH, weights.q_norm_shared),
+        (site.k_norm, weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH, weights.k_norm_shared),
     ):
         if norm is None:
             continue
+        # With one head left, a norm over all heads reads as one per head; where the gain came from tells them apart.
+        flat = "all" in (norm.span, source.span if source else None)
         for parameter, value, base in ((norm.weight, gain, norm.weight_offset), (norm.bias, shift, 0.0)):
             if parameter is not None and value is not None:
                 if not isinstance(parameter, str):
                     out.update(zip(parameter, value[:, back] - base, strict=True))
                     continue
                 full = _norm_parameter(value[:, back], shared, f"{where}: {parameter}") - base
-                out[parameter] = full.reshape(-1) if norm.span == "all" else full
+                out[parameter] = full.reshape(-1) if flat else full
     if site.sinks is not None and weights.sinks_N is not None:
         out[site.sinks] = weights.sinks_N
     return {name: (w.T if name in transposed else w).contiguous() for name, w in out.items()}
@@ -417,3 +419,13 @@ def _halves(rotary: Rotary | None, head_dim: int) -> list[int]:
 
 def _take(x: Tensor | None, order: list[int]) -> Tensor | None:
     return None if x is None else x[:, order]
+
+
+def parameter_names(site: AttentionSite) -> list[str]:
+    """The parameters of one attention, each once."""
+    norms = [norm for norm in (site.q_norm, site.k_norm) if norm is not None]
+    parts = [*(n for p in (site.q, site.k, site.v, site.o) for n in (p.weight, p.bias)), site.sinks]
+    for norm in norms:
+        for name in (norm.weight, norm.bias):
+            parts += [name] if name is None or isinstance(name, str) else name
+    return list(dict.fromkeys(name for name in parts if name is not None))

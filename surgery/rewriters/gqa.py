@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from surgery.calibrate import Activations
 from surgery.errors import PlanError, RecipeError
 from surgery.linalg import (
     blockdiag,
@@ -1013,18 +1014,6 @@ class Pooled(NamedTuple):
     weights: AttentionWeights
     groups: Groups
     """Source KV heads of each new one: for refits, and for the record."""
-
-
-class Activations(NamedTuple):
-    """One calibration batch at one layer, in the parent's stream and in the converted prefix's."""
-
-    x_parent_BTD: Tensor
-    """Input of the projections, after the norm."""
-    x_student_BTD: Tensor
-    gap_BTD: Tensor
-    """Residual stream of the parent minus that of the student, before this layer: 0 in the first."""
-    mask_BT: Tensor
-    """True at real tokens; padding on the right."""
 
 
 @dataclass(frozen=True, kw_only=True)

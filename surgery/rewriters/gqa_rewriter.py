@@ -1,4 +1,8 @@
-"""The `gqa` step: merge KV heads layer by layer, refit what closed forms can, and fit gains over the whole model."""
+"""The `gqa` step: merge KV heads layer by layer, refit what closed forms can, and fit gains over the whole model.
+
+A refit or gain is kept only where it brings the model nearer to its parent on calibration text that it was not fitted
+on: least squares on scores can win there and still lose behind the softmax.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +36,13 @@ class Gqa:
         pooled: Pooled = method.rewrite(weights, stream_moments(copy, layer, weights, windows))
         copy.write(layer, pooled.weights)
         site = copy.sites[layer]
-        if (self.step.refit_queries or self.step.refit_output) and site.clip_qkv is None and not site.gated_output:
-            refitted = method.refit(weights, pooled, lambda: layer_activations(copy.teacher, copy.model, site, windows))
-            copy.write(layer, refitted)
+        plain = site.clip_qkv is None and not site.gated_output and site.v_norm is None  # what `attend` computes
+        if (self.step.refit_queries or self.step.refit_output) and plain:
+            fit, check = windows.split()
+            before = copy.divergence(check)
+            copy.write(layer, method.refit(weights, pooled, lambda: layer_activations(copy, site, fit)))
+            if copy.divergence(check) > before:
+                copy.write(layer, pooled.weights)
 
     def rewrite(self, weights: AttentionWeights, heads: Heads) -> AttentionWeights:
         """The data-free form: as if the input of the projections were white."""
@@ -44,12 +52,13 @@ class Gqa:
         """Fit one gain per query head on q and on o, in all converted layers together, by KL to the parent."""
         if windows is None or not self.step.gain_fit or not copy.converted:
             return
-        batches = [
-            {"input_ids": ids, "attention_mask": mask.long()}
-            for ids, mask in windows.take(GAIN_WINDOWS).batches(GAIN_BATCH)
-        ]
-        sites = [copy.sites[layer] for layer in copy.converted]
-        fit_gains(copy.model, copy.teacher, batches, [site for site in sites if not site.gated_output])
+        fit, check = windows.take(GAIN_WINDOWS).split()
+        batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(GAIN_BATCH)]
+        sites = [site for site in map(copy.sites.__getitem__, copy.converted) if not site.gated_output]
+        before, kept = copy.divergence(check), copy.state()
+        fit_gains(copy.model, copy.teacher, batches, sites)
+        if copy.divergence(check) > before:
+            copy.restore(kept)
 
     def _method(self, heads: Heads, weights: AttentionWeights) -> GroupHeads:
         step = self.step

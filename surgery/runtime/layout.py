@@ -39,7 +39,7 @@ class HeadNorm:
     """`head`: statistics over one head's dims. `all`: over the concatenated heads (OLMo-2)."""
     eps: float
     weight: str | tuple[str, ...] | None = None
-    """Gain; [H] shared by all heads, or one row per head ([N, H] or [N*H]); or one [H] parameter per head (StableLM)."""
+    """Gain: [H] shared by all heads, one row per head ([N, H] or [N*H]), or one parameter per head (StableLM)."""
     bias: str | tuple[str, ...] | None = None
     weight_offset: float = 0.0
     """The effective gain is `weight_offset + weight` (Gemma: 1)."""
@@ -160,8 +160,8 @@ class LayerPlan:
         return self.project.dims * _BYTES[self.dtype] if self.owner == self.layer else 0
 
     def bytes_at(self, tokens: int) -> int:
-        """Bytes of this layer's cache after `tokens` tokens."""
-        return self.bytes_per_token * (tokens if self.window is None else min(tokens, self.window))
+        """Bytes of this layer's dynamic cache after `tokens` tokens; a window keeps its newest but one for the next."""
+        return self.bytes_per_token * (tokens if self.window is None else min(tokens, self.window - 1))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
