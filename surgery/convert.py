@@ -151,8 +151,8 @@ def convert_checkpoint(
         stream(checkpoint, plan, out, seed=seed, overwrite=overwrite)
         return plan
     if calibration is not None:
-        tokenizer = tokenizer or load_tokenizer(folder, plan.anatomy.vocab_size)
-        calibration = _windows(calibration, plan.anatomy.config, tokenizer, length, samples)
+        reader = tokenizer or load_tokenizer(folder, plan.anatomy.vocab_size)
+        calibration = _windows(calibration, plan.anatomy.config, reader, length, samples)
     model = convert(load(folder), recipe, calibration=calibration, seed=seed)
     save(model, out, tokenizer=tokenizer, overwrite=overwrite)
     return plan

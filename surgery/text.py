@@ -209,4 +209,5 @@ def load_tokenizer(name_or_path: str | Path, vocab_size: int | None = None) -> A
             f"{name_or_path}: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings. "
             "This tokenizer belongs to another model."
         )
+    tokenizer.model_max_length = 10**9  # windows are cut here; no warning for long documents
     return tokenizer
