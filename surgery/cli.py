@@ -175,7 +175,7 @@ def generate(
 def demo(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the checkpoints in this folder.")] = None,
 ) -> None:
-    """Pretrain a small model in half a minute, convert it in several ways, and show what each costs and saves."""
+    """Pretrain a small model in a minute or two, convert it in several ways, and show what each costs and saves."""
     from .demo import run
 
     run(out)

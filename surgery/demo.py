@@ -22,7 +22,7 @@ from .storage import save
 from .text import Windows, load_windows
 
 LENGTH = 128
-STEPS = 400
+STEPS = 300
 VOCAB = 257  # bytes, and one token for the end
 
 
