@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from families import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,9 +23,14 @@ IDS = torch.arange(24).view(2, 12) * 5 % 120
 CALIBRATION = torch.randint(0, 120, (32, 32), generator=torch.Generator().manual_seed(0))
 
 
-def logits(model, ids=IDS):
+def logits(model, ids=IDS, mask=None):
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def assert_close(got, want, tolerance=1e-5):
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 def gqa(kv_heads, **options):
@@ -39,6 +44,27 @@ PLAIN = {"gain_fit": False, "refit_queries": False, "refit_output": False}
 def folder(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "parent")
     return tmp_path / "parent"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_identity_keeps_the_logits_of_every_family(family):
+    """Every attention is replaced by ours (and its anatomy thereby proved); left padding and all."""
+    parent, before = tiny_model(family), copy.deepcopy(tiny_model(family).state_dict())
+    child = surgery.convert(parent, "identity")
+    assert type(child).__name__ == f"Surgery{type(parent).__name__}"
+    ids = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert_close(logits(child, ids), logits(parent, ids))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    assert_close(logits(child, ids, mask)[mask.bool()], logits(parent, ids, mask)[mask.bool()])
+    assert all(t.equal(before[name]) for name, t in parent.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_all_heads_keeps_the_logits_of_every_family(family):
+    parent = tiny_model(family)
+    child = surgery.convert(parent, gqa("1/1"))
+    assert_close(logits(child), logits(parent), 0.0 if type(child) is type(parent) else 1e-5)
 
 
 @pytest.mark.parametrize("init", INITS)
