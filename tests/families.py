@@ -115,7 +115,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def tiny_model(name: str, seed: int = 0) -> hf.PreTrainedModel:
     """A float32 CPU model in eval mode; every one-dimensional parameter (gains, biases, sinks) is made random."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(FAMILIES[name](), dtype=torch.float32)
+    config = FAMILIES[name]()
+    # sdpa has no soft cap; some versions of transformers choose it all the same and leave the cap out in silence.
+    attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -137,11 +137,15 @@ def test_planned_bytes_are_what_the_cache_holds(method: str, family: str) -> Non
 def test_compiled_decode_equals_eager_without_recompiling(method: str, family: str) -> None:
     if not parent(family)._can_compile_fullgraph:
         pytest.skip("the parent does not compile")
+    try:
+        allowed = parent_compilations(family)
+    except Exception as error:
+        pytest.skip(f"the parent does not compile: {type(error).__name__}: {str(error)[:80]}")
     model, ids = converted(method, family), tokens(length=16)
     got, compilations = compiled_decode(model, ids)
     assert_close(got, model(ids).logits)
     # A static sliding layer counts tokens in a Python int: transformers itself recompiles once for that.
-    assert compilations <= parent_compilations(family)
+    assert compilations <= allowed
 
 
 @functools.cache

@@ -362,7 +362,7 @@ def buffer_values(twin: PreTrainedModel, model: PreTrainedModel | None) -> dict[
 
 
 def hold_frequencies_still(twin: PreTrainedModel) -> dict[str, Any]:
-    """Keep `dynamic` rotary modules of our own twin at their starting frequencies: a graph cannot hold the branch.
+    """Keep rotary modules whose frequencies depend on the length at their first ones: a graph cannot hold the branch.
 
     Returns:
         What each rotary module's `rope_type` was, by module name.
@@ -373,11 +373,16 @@ def hold_frequencies_still(twin: PreTrainedModel) -> dict[str, Any]:
         if kind is None:
             continue
         kinds[name] = kind
-        if isinstance(kind, str) and "dynamic" in kind:
+        if isinstance(kind, dict):
+            cast(Any, module).rope_type = {n: "default" if length_dependent(k) else k for n, k in kind.items()}
+        elif length_dependent(kind):
             cast(Any, module).rope_type = "default"
-        elif isinstance(kind, dict):
-            cast(Any, module).rope_type = {n: "default" if "dynamic" in str(k) else k for n, k in kind.items()}
     return kinds
+
+
+def length_dependent(rope_type: Any) -> bool:
+    """Whether rotary modules of this type change their frequencies in long sequences."""
+    return isinstance(rope_type, str) and ("dynamic" in rope_type or rope_type == "longrope")
 
 
 def make_fake(twin: nn.Module, mode: FakeTensorMode) -> None:

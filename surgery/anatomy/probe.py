@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from surgery.anatomy.graph import MASK, Graph, is_call, shape
+from surgery.anatomy.graph import MASK, Graph, is_call, length_dependent, shape
 from surgery.anatomy.walk import Found, OutPath, Path
 from surgery.errors import UnsupportedModel
 from surgery.runtime.layout import HeadNorm, Rotary
@@ -393,7 +393,7 @@ def _changes_with_length(graph: Graph, buffer: str) -> bool:
     kind: Any = graph.rope_types.get(module)
     if isinstance(kind, dict):
         kind = next((k for layer_type, k in kind.items() if name.startswith(layer_type)), "")
-    return isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")
+    return length_dependent(kind)
 
 
 @dataclasses.dataclass(frozen=True)

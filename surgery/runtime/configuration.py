@@ -32,7 +32,7 @@ def config_class(parent: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 def converted_config(parent: PreTrainedConfig, surgery: dict[str, Any]) -> PreTrainedConfig:
     """A copy of the parent's config that carries `surgery`; the parent's own object stays as it is."""
-    fields = parent.to_dict()
+    fields = parent.to_diff_dict()  # as it is saved: some nested configs refuse the rest of their own `to_dict`
     fields.pop("model_type", None)
     config = config_class(type(parent))(**{**fields, "surgery": surgery})
     config._attn_implementation = parent._attn_implementation
