@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,12 +20,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from .errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_AGAIN = " Fetch the checkpoint again."
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -74,11 +79,14 @@ class Checkpoint:
         expected = self._index()
         self._file_of: dict[str, str] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
+        self._dtype_of: dict[str, str] = {}
         for file in sorted(set(expected.values())) if expected else [SINGLE]:
             with self._open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                     self._file_of[name] = file
-                    self._shape_of[name] = tuple(shard.get_slice(name).get_shape())
+                    header = shard.get_slice(name)
+                    self._shape_of[name] = tuple(header.get_shape())
+                    self._dtype_of[name] = header.get_dtype()
         for name, file in expected.items():
             if self._file_of.get(name) != file:
                 raise CheckpointError(f"{folder / INDEX}: says that {name} is in {file}, which does not hold it.")
@@ -122,6 +130,10 @@ class Checkpoint:
         """Shape of one tensor, without reading it."""
         return self._shape_of[name]
 
+    def dtype(self, name: str) -> str:
+        """Type of one tensor as safetensors spells it (`BF16`, `I8`), without reading it."""
+        return self._dtype_of[name]
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
@@ -150,6 +162,68 @@ def check_weight(name: str, tensor: Tensor, where: Path | str) -> None:
         if not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"{where}: {name} has {bad} values that are NaN or inf. The checkpoint is damaged.")
+
+
+def check_fits(checkpoint: Checkpoint, architecture: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Raise CheckpointError where the tensors of `checkpoint` do not make a whole model. Reads none of them.
+
+    transformers itself matches the names, so that files which name or split tensors otherwise than the model does
+    (experts one by one, no prefix, tied heads left out) are judged as they will be loaded. It fills what is missing at
+    random, and casts integers to weights: neither may pass.
+    """
+    names = checkpoint.names()
+    floating = {name for name in names if "F" in checkpoint.dtype(name)}
+    tensors = {name: torch.empty(checkpoint.shape(name), device="meta") for name in floating}
+    report: list[str] = []
+    try:
+        with _kept_back(report):
+            loader: Any = architecture
+            model, info = loader.from_pretrained(
+                None, config=copy.deepcopy(config), state_dict=tensors, device_map="meta", output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except RuntimeError as error:
+        parts = [line.partition("|")[0].strip() for line in "\n".join(report).splitlines() if "CONVERSION" in line]
+        reason = f"cannot put together {parts[0]} from its safetensors files.{_AGAIN}" if parts else str(error)
+        raise CheckpointError(f"{checkpoint.folder}: {reason}") from error
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = sorted(name for name in info["missing_keys"] if name in parameters)
+    integers = [name for name in names if name not in floating]
+    if missing and missing[0] in integers:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {missing[0]} is {checkpoint.dtype(missing[0])}, needs float32, bfloat16 or float16. "
+            "Dequantise the checkpoint first."
+        )
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        packed = f" It holds integers, such as {integers[0]}: dequantise it first." if integers else ""
+        raise CheckpointError(
+            f"{checkpoint.folder}: no tensor {missing[0]}{more} in its safetensors files.{packed or _AGAIN}"
+        )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} has shape {list(found)}, its config asks for {list(wanted)}.{_AGAIN}"
+        )
+
+
+@contextmanager
+def _kept_back(report: list[str]) -> Iterator[None]:
+    """Put transformers' report of missing tensors into `report`, not on the screen, and show no progress bar."""
+    log, bar = logging.getLogger("transformers.modeling_utils"), hf_logging.is_progress_bar_enabled()
+    before = log.level, log.propagate
+    handler = logging.Handler()
+    handler.emit = lambda record: report.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+        if bar:
+            hf_logging.enable_progress_bar()
 
 
 def check_model(model: torch.nn.Module) -> None:

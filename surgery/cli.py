@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
+from transformers.utils import logging as hf_logging
 
-from .errors import SurgeryError
+from .errors import CheckpointError, SurgeryError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,17 +40,18 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    enable_progress_bars()  # downloads keep theirs
     try:
         code = app(arguments, standalone_mode=False)
+        if code == 130:  # Ctrl-C, which typer turns into an exit code without a word
+            raise KeyboardInterrupt
     except SurgeryError as error:
         if debug:
             raise
         _fail(f"{type(error).__name__}: {error}")
         code = 2
-    except typer.Abort:
-        _fail("Interrupted. Nothing was written.")
-        code = 130
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("Interrupted. Nothing was written.")
         code = 130
     except Exception as error:
@@ -182,9 +185,13 @@ def demo(
 
 
 def _write_json(path: Path | None, data: dict[str, object]) -> None:
-    if path is not None:
+    if path is None:
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror}).") from None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from .recipe import Recipe
 from .rewriters import rewriter_for
 from .rewriters.attention_weights import write_attention
 from .runtime.modeling import from_parent
-from .storage import load, save
+from .storage import check_whole, load, save
 from .streaming import can_stream, stream
 from .text import Windows, load_tokenizer, load_windows, tokenizer_of
 from .working_copy import WorkingCopy
@@ -145,6 +145,7 @@ def convert_checkpoint(
     folder = local_folder(source)
     checkpoint = Checkpoint(folder)
     plan = make_plan(folder, recipe)
+    check_whole(checkpoint)
     load_tokenizer(folder, plan.anatomy.vocab_size)  # refuses one that does not belong to the model
     check_space(out, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
     if calibration is None and can_stream(plan, checkpoint):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .checkpoint import Checkpoint, copy_companions, local_folder, new_folder, read_json
+from .anatomy.reader import load_config
+from .checkpoint import Checkpoint, check_fits, copy_companions, local_folder, new_folder, read_json
+from .native import meta_model
 from .provenance import provenance_of, write_provenance
-from .runtime.modeling import load_converted
+from .runtime.modeling import converted_class, load_converted
 
 
 def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -20,17 +22,32 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs: for `from_pretrained`; the dtype is the checkpoint's own unless given.
 
     Raises:
-        CheckpointError: a shard is missing or damaged, a weight is NaN or of an unknown dtype.
+        CheckpointError: a shard or a tensor is missing or damaged, a weight is NaN or of an unknown dtype or shape.
     """
     folder = local_folder(model)
     checkpoint = Checkpoint(folder)
+    check_whole(checkpoint)
     for name in checkpoint.names():
         checkpoint.get(name)
     kwargs.setdefault("dtype", "auto")
-    config = read_json(folder / "config.json")
-    if "layers" in config.get("surgery", {}):
+    if _is_converted(folder):
         return load_converted(str(folder), **kwargs)
     return AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where tensors are missing or do not fit the config. Reads no tensor."""
+    config: Any = load_config(checkpoint.folder)
+    if _is_converted(checkpoint.folder):
+        architecture = converted_class(str(checkpoint.folder))
+        config = cast(Any, architecture.config_class).from_pretrained(checkpoint.folder)
+    else:
+        architecture = type(meta_model(config))
+    check_fits(checkpoint, architecture, config)
+
+
+def _is_converted(folder: Path) -> bool:
+    return "layers" in (read_json(folder / "config.json").get("surgery") or {})
 
 
 def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, overwrite: bool = False) -> None:

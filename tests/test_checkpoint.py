@@ -2,11 +2,14 @@
 
 import errno
 import json
+import re
 
 import pytest
 import torch
+from families import tiny_model
 from safetensors.torch import load_file, save_file
 
+import surgery
 from surgery import CheckpointError
 from surgery.checkpoint import (
     INDEX,
@@ -18,6 +21,7 @@ from surgery.checkpoint import (
     new_folder,
     write_shards,
 )
+from surgery.storage import check_whole
 
 
 @pytest.fixture
@@ -150,3 +154,52 @@ def test_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(CheckpointError, match="cannot be written"):
         check_output(tmp_path / "out")
+
+
+@pytest.fixture(params=["llama", "mixtral", "gpt2"])
+def whole(request, tmp_path):
+    """A checkpoint, and the name of one of its weights; Mixtral's files name experts otherwise than the model does."""
+    model = tiny_model(request.param)
+    model.save_pretrained(tmp_path)
+    names = Checkpoint(tmp_path).names()
+    return tmp_path, next(name for name in names if ".1." in name and name.endswith(("k_proj.weight", "c_attn.weight")))
+
+
+def edit(folder, name, change):
+    tensors = load_file(folder / SINGLE)
+    tensor = change(tensors.pop(name))
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, folder / SINGLE, metadata={"format": "pt"})
+
+
+def test_whole_checkpoint_passes(whole):
+    check_whole(Checkpoint(whole[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: None, "no tensor NAME in its safetensors files"),
+        (lambda w: w[:-1].clone(), r"NAME has shape \[.*\], its config asks for \["),
+        (lambda w: w.to(torch.int8), "NAME is I8, needs float32, bfloat16 or float16"),
+    ],
+)
+def test_weight_that_transformers_would_fill_at_random_or_cast_is_refused(whole, change, message):
+    folder, name = whole
+    edit(folder, name, change)
+    with pytest.raises(CheckpointError, match=message.replace("NAME", re.escape(name))):
+        check_whole(Checkpoint(folder))
+
+
+def test_missing_expert_is_refused(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    edit(tmp_path, "model.layers.1.block_sparse_moe.experts.2.w1.weight", lambda w: None)
+    with pytest.raises(CheckpointError, match=r"layers\.1\..*experts"):
+        check_whole(Checkpoint(tmp_path))
+
+
+def test_converted_checkpoint_is_judged_by_its_own_shapes(tmp_path):
+    surgery.save(surgery.convert(tiny_model("gpt2"), {"steps": [{"rewriter": "gqa", "kv_heads": 1}]}), tmp_path)
+    check_whole(Checkpoint(tmp_path))
+    edit(tmp_path, "transformer.h.1.attn.k_proj.weight", lambda w: None)
+    with pytest.raises(CheckpointError, match=r"no tensor transformer\.h\.1\.attn\.k_proj\.weight"):
+        surgery.load(tmp_path)

@@ -1,11 +1,20 @@
 """The command line: exit codes, one-line errors, help with examples."""
 
+import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from families import tiny_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from surgery.cli import main
 
@@ -13,6 +22,7 @@ from surgery.cli import main
 def run(monkeypatch, capsys, *arguments):
     """(exit code, stdout, stderr) of one command."""
     monkeypatch.setattr(sys, "argv", ["surgery", *map(str, arguments)])
+    capsys.readouterr()  # what fixtures wrote
     with pytest.raises(SystemExit) as caught:
         main()
     captured = capsys.readouterr()
@@ -70,6 +80,134 @@ def test_errors_are_one_line_and_exit_2(call, folder, tmp_path, arguments, words
     assert words in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def add_tokenizer(folder, tokens):
+    """A tokenizer that knows the words w0, w1, ..."""
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(tokens)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+
+
+@pytest.fixture
+def refused(call, folder, tmp_path):
+    """Runs a command on `folder` that must fail: one line on stderr, the parent untouched, no output."""
+
+    def check(*arguments, code=2):
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+        beside = sorted(p.name for p in tmp_path.iterdir())
+        found, _, err = call(*arguments)
+        assert found == code
+        assert len(err.splitlines()) == 1 and "Traceback" not in err
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == beside
+        return err
+
+    return check
+
+
+def test_tokenizer_of_another_model_is_refused(refused, folder, tmp_path):
+    add_tokenizer(folder, 200)
+    (tmp_path / "text.txt").write_text("w1 w2 " * 200)
+    for arguments in (
+        ("convert", folder, "-r", "mqa", "-o", tmp_path / "out"),
+        ("convert", folder, "-r", "mqa", "-o", tmp_path / "out", "--calibration", tmp_path / "text.txt"),
+        ("eval", folder, "--text", tmp_path / "text.txt"),
+        ("generate", folder, "--prompt", "w1"),
+    ):
+        err = refused(*arguments)
+        assert f"{folder}: the tokenizer has 200 tokens, the model 128 embeddings" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("w1 w2 w3", "3 tokens, shorter than one sequence of 256"), ("", "text.txt: holds no text")],
+)
+def test_too_little_text_is_refused(refused, folder, tmp_path, text, words):
+    add_tokenizer(folder, 128)
+    (tmp_path / "text.txt").write_text(text)
+    convert = ("convert", folder, "-r", "mqa", "-o", tmp_path / "out", "--calibration", tmp_path / "text.txt")
+    assert words in refused(*convert)
+    assert words in refused("eval", folder, "--text", tmp_path / "text.txt")
+
+
+def lose(folder):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    return "model-00002-of-00002.safetensors: this shard is missing"
+
+
+def cut(folder):
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return "model-00002-of-00002.safetensors: damaged or cut short"
+
+
+def spoil(change):
+    def damage(folder):
+        for file in folder.glob("*.safetensors"):
+            tensors = load_file(file)
+            if WEIGHT in tensors:
+                tensors[WEIGHT] = change(tensors[WEIGHT])
+                save_file(tensors, file, metadata={"format": "pt"})
+        return WEIGHT
+
+    return damage
+
+
+WEIGHT = "model.layers.1.self_attn.k_proj.weight"
+DAMAGES = {
+    "missing shard": lose,
+    "truncated shard": cut,
+    "int8": spoil(lambda w: w.to(torch.int8)),
+    "float64": spoil(torch.Tensor.double),
+    "shape": spoil(lambda w: w[1:].clone()),
+    "nan": spoil(lambda w: w.fill_(float("nan"))),
+}
+
+
+@pytest.mark.parametrize("recipe", ["mqa", "identity"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_refused(refused, tmp_path, folder, damage, recipe):
+    """`mqa` streams from disk to disk, `identity` goes through memory."""
+    tiny_model("llama").save_pretrained(folder, max_shard_size="200KB")
+    (folder / "model.safetensors").unlink()
+    words = DAMAGES[damage](folder)
+    assert words in refused("convert", folder, "-r", recipe, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", ["mqa", "identity"])
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), 2, "out: cannot be written ([Errno 30] Read-only file system)"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "out: the disk is full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "out: the disk is full"),
+        (KeyboardInterrupt(), 130, "Interrupted. Nothing was written."),
+    ],
+)
+def test_failure_while_writing_leaves_nothing(refused, folder, tmp_path, monkeypatch, recipe, error, code, words):
+    def fail(tensors, file, **_):
+        Path(file).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("surgery.checkpoint.save_file", fail)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    assert words in refused("convert", folder, "-r", recipe, "-o", tmp_path / "out", code=code)
+
+
+def test_output_that_cannot_be_made_is_refused(refused, folder, tmp_path, monkeypatch):
+    below = folder / "config.json" / "out"
+    assert f"{below}: {folder / 'config.json'} cannot be written" in refused(
+        "convert", folder, "-r", "mqa", "-o", below
+    )
+    assert "cannot be written" in refused("inspect", folder, "--json", below)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    err = refused("convert", folder, "-r", "mqa", "-o", tmp_path / "out")
+    assert f"{tmp_path / 'out'}: cannot be written (Read-only file system)" in err
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "convert", "eval", "generate", "demo"])

@@ -86,7 +86,7 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
         UnsupportedModel: the decoder has no softmax attention, or one that cannot be described; the message names
             the module and what was found there.
     """
-    target = _load_config(local_folder(source, weights=False)) if isinstance(source, str | FilePath) else source
+    target = load_config(local_folder(source, weights=False)) if isinstance(source, str | FilePath) else source
     if not isinstance(target, PreTrainedModel | PretrainedConfig):
         raise TypeError(f"examine() takes a transformers model, a config or a path, not {type(target).__name__}.")
     config = target.config if isinstance(target, PreTrainedModel) else target
@@ -127,7 +127,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _load_config(path: str | FilePath) -> PretrainedConfig:
+def load_config(path: str | FilePath) -> PretrainedConfig:
+    """The config in a folder, or a config.json itself.
+
+    Raises:
+        CheckpointError: there is none.
+        UnsupportedModel: transformers cannot read it.
+    """
     path = FilePath(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

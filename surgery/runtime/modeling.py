@@ -158,6 +158,15 @@ def load_converted(path: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: there is no converted model at `path`.
     """
+    return converted_class(path).from_pretrained(path, **kwargs)
+
+
+def converted_class(path: str) -> type[PreTrainedModel]:
+    """The class of the converted model at `path`.
+
+    Raises:
+        ValueError: there is none.
+    """
     fields, _ = PreTrainedConfig.get_config_dict(path)
     surgery = fields.get("surgery")
     if not surgery:
@@ -166,7 +175,7 @@ def load_converted(path: str, **kwargs: Any) -> PreTrainedModel:
     architecture = getattr(transformers, parent["architecture"], None)
     if architecture is None or parent["model_type"] not in CONFIG_MAPPING:
         raise ValueError(f"{path}: transformers {transformers.__version__} has no {parent['architecture']}")
-    return surgery_class(architecture).from_pretrained(path, **kwargs)
+    return surgery_class(architecture)
 
 
 def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tensor]) -> None:
@@ -191,7 +200,8 @@ def _copy_buffers(parent: nn.Module, converted: nn.Module) -> None:
     for name, module in converted.named_modules():
         if name not in modules or isinstance(module, SurgeryAttention):
             continue
-        for key, buffer in modules[name].named_buffers(recurse=False):
+        # Two names may share one tensor: Phi-3's frequencies and their originals.
+        for key, buffer in modules[name].named_buffers(recurse=False, remove_duplicate=False):
             if key in module._buffers and key in module._non_persistent_buffers_set:
                 module._buffers[key] = buffer.clone()
 
