@@ -68,18 +68,20 @@ def finish_heads(
 def apply_norm(norm: HeadNorm, params: Mapping[str, Tensor], y_BNTH: Tensor) -> Tensor:
     """q or k norm over each head or over all heads together, statistics in float32 at least."""
     heads, dim = y_BNTH.shape[1], y_BNTH.shape[3]
-    y = y_BNTH.transpose(1, 2).to(torch.promote_types(y_BNTH.dtype, torch.float32))
-    if norm.span == "all":
-        y = y.flatten(2)
-    if norm.kind == "layer":
-        y = y - y.mean(-1, keepdim=True)
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + norm.eps)
-    y = y.reshape(*y_BNTH.shape[:1], y_BNTH.shape[2], heads, dim)
+    y = normalise(norm, y_BNTH.to(torch.promote_types(y_BNTH.dtype, torch.float32)))
     if norm.weight is not None:
-        y = y * (norm.weight_offset + per_head(norm.weight, params, heads, dim).to(y))
+        y = y * (norm.weight_offset + per_head(norm.weight, params, heads, dim).to(y))[:, None]
     if norm.bias is not None:
-        y = y + per_head(norm.bias, params, heads, dim).to(y)
-    return y.transpose(1, 2).to(y_BNTH.dtype)
+        y = y + per_head(norm.bias, params, heads, dim).to(y)[:, None]
+    return y.to(y_BNTH.dtype)
+
+
+def normalise(norm: HeadNorm, y_BNTH: Tensor) -> Tensor:
+    """What a norm does before its gain: over each head's dims, or over all heads' together."""
+    dims = (-1,) if norm.span == "head" else (1, 3)
+    if norm.kind == "layer":
+        y_BNTH = y_BNTH - y_BNTH.mean(dims, keepdim=True)
+    return y_BNTH * (y_BNTH.square().mean(dims, keepdim=True) + norm.eps).rsqrt()
 
 
 def per_head(names: str | tuple[str, ...], params: Mapping[str, Tensor], heads: int, dim: int) -> Tensor:
@@ -96,16 +98,21 @@ def apply_rotary(rotary: Rotary, y_BNTH: Tensor, positions: Tensor) -> Tensor:
     angle = positions.to(wide)[..., None] * inv_freq
     angle = angle[:, None] if positions.ndim == 2 else angle
     cos, sin = angle.cos() * rotary.scaling, angle.sin() * rotary.scaling
-    before, y, after = y_BNTH.to(wide).split(
-        [rotary.start, rotary.dims, y_BNTH.shape[-1] - rotary.start - rotary.dims], -1
-    )
+    return rotate_pairs(rotary, y_BNTH.to(wide), cos, sin).to(y_BNTH.dtype)
+
+
+def rotate_pairs(rotary: Rotary | None, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply the rotary channels of y [..., H], as complex pairs, by cos + i sin [..., F]."""
+    if rotary is None:
+        return y
+    before, pairs, after = y.split([rotary.start, rotary.dims, y.shape[-1] - rotary.start - rotary.dims], -1)
     if rotary.interleaved:
-        a, b = y[..., 0::2], y[..., 1::2]
-        y = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        a, b = pairs[..., 0::2], pairs[..., 1::2]
+        pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     else:
-        a, b = y.chunk(2, -1)
-        y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([before, y, after], -1).to(y_BNTH.dtype)
+        a, b = pairs.chunk(2, -1)
+        pairs = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([before, pairs, after], -1)
 
 
 def turn(rotary: Rotary | None, y_BNTH: Tensor, positions: Tensor) -> Tensor:
@@ -121,22 +128,48 @@ def attend_heads(
     """Causal softmax attention of whole sequences (positions 0..T-1), as the description has it: [B, N, T, H]."""
     k = k_BKSH.repeat_interleave(q_BNTH.shape[1] // k_BKSH.shape[1], 1)
     v = v_BKSH.repeat_interleave(q_BNTH.shape[1] // v_BKSH.shape[1], 1)
-    scores = q_BNTH @ k.transpose(-1, -2) * site.scale
-    if site.softcap is not None:
-        scores = torch.tanh(scores / site.softcap) * site.softcap
+    _, probs = attention_probs(
+        q_BNTH,
+        k,
+        scale=site.scale,
+        softcap=site.softcap,
+        window=site.window,
+        alibi_slopes=site.alibi_slopes,
+        sinks_N=None if site.sinks is None else params[site.sinks],
+    )
+    return probs @ v
+
+
+def attention_probs(
+    q_BNTH: Tensor,
+    k_BNTH: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    alibi_slopes: tuple[float, ...] | None,
+    sinks_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Scores before the mask, and causal attention weights, of whole sequences (positions 0..T-1): [B, N, T, T] each.
+
+    A sink takes its share of the weights and is not among them.
+    """
+    scores = q_BNTH @ k_BNTH.mT * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     token = torch.arange(q_BNTH.shape[2], device=q_BNTH.device)
     behind = token[:, None] - token
-    if site.alibi_slopes is not None:
-        slopes = torch.tensor(site.alibi_slopes, dtype=scores.dtype, device=scores.device)
+    if alibi_slopes is not None:
+        slopes = torch.tensor(alibi_slopes, dtype=scores.dtype, device=scores.device)
         scores = scores - slopes[:, None, None] * behind
     hidden = behind < 0
-    if site.window is not None:
-        hidden = hidden | (behind >= site.window)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if site.sinks is not None:
-        sink = params[site.sinks].to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
-    return scores.softmax(-1) @ v
+    if window is not None:
+        hidden = hidden | (behind >= window)
+    masked = scores.masked_fill(hidden, -torch.inf)
+    if sinks_N is None:
+        return scores, masked.softmax(-1)
+    sinks = sinks_N.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return scores, torch.cat([masked, sinks], -1).softmax(-1)[..., :-1]
 
 
 def attend(site: AttentionSite, params: Mapping[str, Tensor], x_BTD: Tensor, positions: Tensor | None = None) -> Tensor:
