@@ -18,8 +18,9 @@ import yaml
 from .errors import RecipeError
 
 Init = Literal[
-    "rank1", "aligned", "mean", "sqrt_g", "first", "random", "weighted", "key_norm", "asym", "qcqa", "dha"
+    "rank1", "aligned", "mean", "sqrt_g", "first", "medoid", "random", "weighted", "key_norm", "asym", "qcqa", "dha"
 ]  # fmt: skip
+Grouping = Literal["search", "neighbour"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class GqaStep(Step):
     """KV heads to keep: a number, or a fraction of the parent's such as `1/2`. Not needed beside `groups`."""
     init: Init = "rank1"
     """How the merged heads are made. `rank1` minimises the error of scores and outputs under the calibration text."""
-    grouping: Literal["search", "neighbour"] = "search"
+    grouping: Grouping = "search"
     """Which heads merge: chosen per layer by the error that merging them costs, or simply neighbours."""
     groups: tuple[tuple[int, ...], ...] | None = None
     """Explicit groups of the parent's KV heads, sizes may differ: `[[0, 3], [1], [2]]`."""
