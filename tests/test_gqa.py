@@ -1,58 +1,39 @@
 """Pooling KV heads: exact where theory says so, never worse than the plainer init, refusals where a fold cannot be."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
+from surgery.calibrate import Activations
 from surgery.errors import PlanError, RecipeError
-from surgery.rewriters.attention_weights import AttentionWeights, attend, read_attention, write_attention
-from surgery.rewriters.gqa import (
-    Activations,
-    GroupHeads,
-    Moments,
-    Pooled,
-    QueryFit,
+from surgery.recipe import GqaStep, Init
+from surgery.rewriters.attention_weights import AttentionWeights, read_attention, write_attention
+from surgery.rewriters.folding import permute_queries
+from surgery.rewriters.gains import fit_gains
+from surgery.rewriters.gqa import Gqa
+from surgery.rewriters.grouping import (
+    Groups,
     allocate_queries,
-    block_error,
     cluster_heads,
     evolve_groups,
-    fit_gains,
-    fit_head_weights,
-    fuse_heads,
     neighbour_groups,
-    pairs_error,
     partitions,
-    permute_queries,
-    pool_block,
-    pool_heads,
-    pool_pairs,
     rank1_cost,
-    rotated_block,
-    scalar_gram,
     search_groups,
-    source_queries,
-    value_block,
 )
+from surgery.rewriters.head_weights import fit_head_weights, fuse_heads
+from surgery.rewriters.moments import Moments, rotated_block, scalar_gram, value_block
+from surgery.rewriters.pooling import pool_heads, source_queries
+from surgery.rewriters.reference import attend
+from surgery.rewriters.refit import QueryFit
+from surgery.rewriters.shared_head import block_error, pairs_error, pool_block, pool_pairs
 from surgery.runtime.layout import AttentionSite, HeadNorm, Projection, Rotary
 
 D, H = 24, 8
-INITS = [
-    "mean",
-    "sqrt_g",
-    "first",
-    "medoid",
-    "random",
-    "weighted",
-    "key_norm",
-    "asym",
-    "qcqa",
-    "dha",
-    "aligned",
-    "rank1",
-]
+INITS = get_args(Init)
 
 
 def make(
@@ -96,6 +77,16 @@ def cov_of(w: AttentionWeights, x: torch.Tensor) -> torch.Tensor:
     x = x.flatten(0, 1)
     x = torch.cat([x, torch.ones_like(x[:, :1])], -1) if w.has_bias else x
     return x.T @ x / len(x)
+
+
+def merge(
+    w: AttentionWeights, moments: Moments | None = None, kv_heads: int = 2, **options
+) -> tuple[AttentionWeights, Groups]:
+    """The step without refits: pooled weights and the source KV heads of each new one."""
+    rewriter = Gqa(GqaStep(kv_heads=kv_heads, **options))
+    moments = moments or Moments.of_weights(w)
+    groups = rewriter.choose_groups(w, moments, kv_heads)
+    return rewriter.pool(w, moments, groups), groups
 
 
 def gauge_copies(w: AttentionWeights, unit: bool = False, pairing=((0, 2), (1, 3))) -> AttentionWeights:
@@ -147,10 +138,10 @@ def test_lone_heads_keep_their_bits_beside_pooled_ones():
 def test_rank1_with_search_restores_gauge_copies(heads, rotary, bias, calibrated):
     w, x = gauge_copies(make(heads, 4, rotary, bias, value_dim=6)), inputs()
     moments = Moments.of_weights(w, cov_of(w, x) if calibrated else None)
-    pooled = GroupHeads(kv_heads=2).rewrite(w, moments)
-    assert pooled.groups == ((0, 2), (1, 3))
-    assert pooled.weights.groups == tuple(tuple(range(g * heads // 2, (g + 1) * heads // 2)) for g in range(2))
-    torch.testing.assert_close(output(pooled.weights, x), output(w, x), atol=1e-4, rtol=1e-4)
+    pooled, groups = merge(w, moments)
+    assert groups == ((0, 2), (1, 3))
+    assert pooled.groups == tuple(tuple(range(g * heads // 2, (g + 1) * heads // 2)) for g in range(2))
+    torch.testing.assert_close(output(pooled, x), output(w, x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rotary", ["full", "partial", None])
@@ -200,7 +191,7 @@ def test_permuting_queries_changes_nothing():
 def test_every_init_keeps_dtype_shape_and_finiteness(init):
     w = make(bias=True, rotary="partial")
     w = replace(w, **{n: getattr(w, n).bfloat16() for n in ("q_NHD", "k_KHD", "v_KVD", "o_DNV", "k_bias_KH")})
-    out = GroupHeads(kv_heads=2, init=init).rewrite(w).weights
+    out, _ = merge(w, init=init, equal_groups=False)
     assert out.kv_heads == 2
     for name in ("q_NHD", "k_KHD", "v_KVD", "o_DNV", "k_bias_KH"):
         assert getattr(out, name).dtype == torch.bfloat16
@@ -256,8 +247,8 @@ def test_moments_are_those_of_the_projections_outputs():
 def test_fused_heads_reach_the_closed_form():
     w, x = make(), inputs()
     moments = Moments.of_weights(w, cov_of(w, x))
-    gram = scalar_gram(value_block(w, moments), [0, 1, 2])
-    torch.testing.assert_close(fuse_heads(*gram), fit_head_weights(*gram), atol=1e-5, rtol=1e-5)
+    _, gram = scalar_gram(value_block(w, moments), [0, 1, 2])
+    torch.testing.assert_close(fuse_heads(gram), fit_head_weights(gram), atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- groups
@@ -285,7 +276,7 @@ def test_pair_swaps_find_planted_groups():
 
 def test_groups_that_do_not_divide_are_refused_with_the_divisors():
     with pytest.raises(RecipeError, match=r"cannot group 4 KV heads into 3 \(4 % 3 != 0\). Use one of 1, 2, 4."):
-        GroupHeads(kv_heads=3).rewrite(make())
+        merge(make(), kv_heads=3)
     with pytest.raises(RecipeError, match="must name each"):
         pool_heads(make(), Moments.of_weights(make()), ((0, 1), (2,)))
     with pytest.raises(RecipeError, match="unknown init"):
@@ -320,13 +311,13 @@ def test_genetic_search_charges_every_group():
 
 def test_source_groups_count_kv_heads_not_query_heads():
     """Swapped counts are invisible on MHA: here 8 query heads read 4 KV heads."""
-    out = GroupHeads(kv_heads=1, grouping="neighbour").rewrite(make(8, 4)).weights
+    out, _ = merge(make(8, 4), kv_heads=1, grouping="neighbour")
     assert (out.heads, out.kv_heads, out.groups) == (8, 1, (tuple(range(8)),))
 
 
 def test_fixed_query_order_allows_neighbours_only():
     w = make(permutable=False, rotary=None, alibi_slopes=tuple(0.5**h for h in range(8)))
-    assert GroupHeads(kv_heads=2).rewrite(w).groups == ((0, 1), (2, 3))
+    assert merge(w)[1] == ((0, 1), (2, 3))
     with pytest.raises(PlanError, match="fixes their order"):
         pool_heads(w, Moments.of_weights(w), ((0, 2), (1, 3)))
 
@@ -404,15 +395,6 @@ def test_a_norm_over_all_heads_keeps_the_energy_of_keys():
     out = pool_heads(w, streamed(w, x), ((0, 1), (2, 3)))
     a, b = (attend(y, x).k_BKTH.square().mean() for y in (w, out))
     assert float(b / a) == pytest.approx(1, rel=0.15)
-
-
-def test_post_norm_scale_restores_what_the_norm_would_undo():
-    w, x = normed(equal_pairs=False), inputs()
-    out = pool_heads(w, streamed(w, x), ((0, 1), (2, 3)), post_norm=True)
-    native = pool_heads(w, streamed(w, x), ((0, 1), (2, 3)))
-    errors = [float((attend(y, x).scores_BNTT - attend(w, x).scores_BNTT).square().mean()) for y in (out, native)]
-    assert out.post_norm_scale_NF is not None
-    assert errors[0] < errors[1]
 
 
 # ------------------------------------------------------------------------------------------------- read and write
@@ -498,7 +480,7 @@ def test_biases_survive_pooling_into_every_layout(style):
     s = site(style, rotary=Rotary(dims=H, inv_freq=(1.0, 0.5, 0.2, 0.1)))
     state = parameters(s)
     w = gauge_copies(read_attention(s, {n: t.double() for n, t in state.items()}.__getitem__))
-    out = GroupHeads(kv_heads=2).rewrite(w).weights
+    out, _ = merge(w)
     target = site(style, kv_heads=2, rotary=s.rotary)
     written = write_attention(out, target)
     assert set(written) == set(state)
@@ -523,21 +505,25 @@ def test_what_a_plain_checkpoint_cannot_say_is_refused():
 # ------------------------------------------------------------------------------------------------- refits
 
 
-def batches(w: AttentionWeights) -> Callable[[], list[Activations]]:
+def batches() -> list[Activations]:
     x = inputs(16, 24)
     mask = torch.ones(16, 24, dtype=torch.bool)
     mask[3, 20:] = False
-    return lambda: [Activations(x[i : i + 8], x[i : i + 8], torch.zeros(8, 24, D), mask[i : i + 8]) for i in (0, 8)]
+    return [Activations(x[i : i + 8], x[i : i + 8], torch.zeros(8, 24, D), mask[i : i + 8]) for i in (0, 8)]
+
+
+def refit(w: AttentionWeights, pooled: AttentionWeights, groups: Groups, **options) -> AttentionWeights:
+    tokens = sum(int(a.mask_BT.sum()) for a in batches())
+    return Gqa(GqaStep(kv_heads=len(groups), **options)).refit(w, pooled, groups, batches, tokens)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rotary", ["full", "partial", None])
 def test_each_refit_lowers_the_error_that_it_fits(bias, rotary):
     w = make(rotary=rotary, bias=bias)
-    acts = batches(w)
-    x = torch.cat([a.x_student_BTD for a in acts()])
-    pooled = GroupHeads(kv_heads=2).rewrite(w, Moments.of_weights(w, cov_of(w, x)))
-    order = source_queries(w, pooled.groups)
+    x = torch.cat([a.x_student_BTD for a in batches()])
+    pooled, groups = merge(w, Moments.of_weights(w, cov_of(w, x)))
+    order = source_queries(w, groups)
 
     def score_error(student: AttentionWeights) -> float:
         before = attend(w, x)
@@ -548,19 +534,17 @@ def test_each_refit_lowers_the_error_that_it_fits(bias, rotary):
     def output_error(student: AttentionWeights) -> float:
         return float((output(student, x) - output(w, x)).square().mean())
 
-    queries = GroupHeads(kv_heads=2, output_ridge=None).refit(w, pooled, acts)
-    outputs = GroupHeads(kv_heads=2, query_ridge=None).refit(w, pooled, acts)
-    assert score_error(queries) < 0.5 * score_error(pooled.weights)
-    assert output_error(outputs) < output_error(pooled.weights)
+    queries = refit(w, pooled, groups, refit_output=False)
+    outputs = refit(w, pooled, groups, refit_queries=False)
+    assert score_error(queries) < 0.5 * score_error(pooled)
+    assert output_error(outputs) < output_error(pooled)
 
 
 def test_query_fit_equals_the_dense_normal_equations():
     w = make(2, 2)
-    acts = batches(w)
-    moments = Moments.of_weights(w)
-    student = pool_heads(w, moments, ((0, 1),))
-    fit = QueryFit(w, student, ((0, 1),))
-    for a in acts():
+    student = pool_heads(w, Moments.of_weights(w), ((0, 1),))
+    fit = QueryFit(w, student, [0, 1])
+    for a in batches():
         fit.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT)
     got = fit.solve(ridge=1e-6, steps=400).q_NHD
     M, v, x = (torch.cat(t, d) for t, d in ((fit.metric, 1), (fit.target, 1), (fit.x, 0)))
@@ -578,14 +562,13 @@ def test_query_fit_equals_the_dense_normal_equations():
 def test_an_exact_student_is_a_fixed_point_of_the_refits():
     w = gauge_copies(make())
     x = inputs(16, 24)
-    rewriter = GroupHeads(kv_heads=2)
-    pooled = rewriter.rewrite(w, Moments.of_weights(w, cov_of(w, x)))
-    torch.testing.assert_close(output(rewriter.refit(w, pooled, batches(w)), x), output(w, x), atol=1e-3, rtol=1e-3)
+    student = refit(w, *merge(w, Moments.of_weights(w, cov_of(w, x))))
+    torch.testing.assert_close(output(student, x), output(w, x), atol=1e-3, rtol=1e-3)
 
 
 def test_an_untouched_layer_is_not_refitted():
     w = make()
-    assert GroupHeads(kv_heads=4).refit(w, Pooled(w, neighbour_groups(4, 4)), batches(w)) is w
+    assert refit(w, w, neighbour_groups(4, 4)) is w
 
 
 def test_gain_fit_recovers_scaled_heads_and_folds_them():

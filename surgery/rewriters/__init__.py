@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 REWRITERS = {
-    "gqa": "surgery.rewriters.gqa_rewriter:Gqa",
+    "gqa": "surgery.rewriters.gqa:Gqa",
     "identity": "surgery.rewriters.identity:Identity",
 }
 

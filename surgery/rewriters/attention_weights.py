@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from surgery.errors import PlanError
-from surgery.runtime.layout import AttentionSite, HeadNorm, Projection, Rotary
+from ..errors import PlanError
+from ..runtime.layout import AttentionSite, HeadNorm, Projection, Rotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,6 @@ class AttentionWeights:
     q_norm_shared: bool = True
     """The norm has one gain [H] for all heads: a native checkpoint cannot scale heads apart."""
     k_norm_shared: bool = True
-    post_norm_scale_NF: Tensor | None = None
-    """Complex factor on the normed, not yet rotated q: only our own runtime can apply it. None is 1."""
     alibi_slopes: tuple[float, ...] | None = None
     sinks_N: Tensor | None = None
     softcap: float | None = None
@@ -203,100 +200,6 @@ def read_attention(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> 
     )
 
 
-class Attended(NamedTuple):
-    """What one attention does with an input; B sequences of T tokens that start at position 0."""
-
-    q_BNTH: Tensor
-    """Queries as the score reads them: normed and rotated."""
-    k_BKTH: Tensor
-    scores_BNTT: Tensor
-    """Logits before the mask; sinks not among them."""
-    probs_BNTT: Tensor
-    out_BTNV: Tensor
-    """Head outputs, the input of `o`."""
-
-
-def attend(weights: AttentionWeights, x_BTD: Tensor) -> Attended:
-    """The attention itself, written plainly: the reference that refits and tests compute with.
-
-    Keys to the left of a window and to the right of the query are masked; padding must stand on the right. A gate on
-    the outputs and clamped projections are not applied.
-    """
-
-    def project(w: Tensor, b: Tensor | None) -> Tensor:
-        y = torch.einsum("btd,nhd->bnth", x_BTD, w)
-        return y if b is None else y + b[:, None]
-
-    q = project(weights.q_NHD, weights.q_bias_NH)
-    k = project(weights.k_KHD, weights.k_bias_KH)
-    v = project(weights.v_KVD, weights.v_bias_KV)
-    T = x_BTD.shape[1]
-    cos, sin = rotation(weights, T, x_BTD)
-
-    def place(
-        y: Tensor, norm: HeadNorm | None, gain: Tensor | None, shift: Tensor | None, factor: Tensor | None
-    ) -> Tensor:
-        if norm is not None and not norm.after_rotary:
-            y = apply_norm(y, norm, gain, shift)
-        if factor is not None:
-            y = turn(weights, y, factor.real[:, None].to(y), factor.imag[:, None].to(y))
-        y = turn(weights, y, cos, sin)
-        return apply_norm(y, norm, gain, shift) if norm is not None and norm.after_rotary else y
-
-    q = place(q, weights.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH, weights.post_norm_scale_NF)
-    k = place(k, weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH, None)
-    if weights.v_norm is not None:
-        v = apply_norm(v, weights.v_norm, None, None)
-    kv_of = weights.kv_of()
-    scores = (q @ k[:, kv_of].mT) * weights.scale
-    if weights.softcap is not None:
-        scores = weights.softcap * torch.tanh(scores / weights.softcap)
-    distance = torch.arange(T)[None] - torch.arange(T)[:, None]  # n - m, never positive where visible
-    if weights.alibi_slopes is not None:
-        scores = scores + torch.tensor(weights.alibi_slopes).to(scores)[:, None, None] * distance
-    hidden = distance > 0
-    if weights.window is not None:
-        hidden = hidden | (distance <= -weights.window)
-    masked = scores.masked_fill(hidden, -torch.inf)
-    if weights.sinks_N is None:
-        probs = masked.softmax(-1)
-    else:
-        sinks = weights.sinks_N.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
-        probs = torch.cat([masked, sinks], -1).softmax(-1)[..., :-1]
-    return Attended(q, k, scores, probs, (probs @ v[:, kv_of]).transpose(1, 2))
-
-
-def rotation(weights: AttentionWeights, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, F] of the first positions, the attention factor included."""
-    if weights.rotary is None:
-        return like.new_ones(tokens, 0), like.new_ones(tokens, 0)
-    angle = torch.arange(tokens, dtype=torch.float64)[:, None] * torch.tensor(
-        weights.rotary.inv_freq, dtype=torch.float64
-    )
-    return (angle.cos() * weights.rotary.scaling).to(like), (angle.sin() * weights.rotary.scaling).to(like)
-
-
-def turn(weights: AttentionWeights, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply the rotated pairs of y [..., H] by cos + i sin [..., F]."""
-    first, second = weights.rotated()
-    if not first:
-        return y
-    a, b = y[..., first], y[..., second]
-    out = y.clone()
-    out[..., first], out[..., second] = a * cos - b * sin, a * sin + b * cos
-    return out
-
-
-def apply_norm(y_BNTH: Tensor, norm: HeadNorm, gain_NH: Tensor | None, shift_NH: Tensor | None) -> Tensor:
-    """An rms or layer norm over each head's dims, or over all heads' together."""
-    dims = (-1,) if norm.span == "head" else (1, 3)
-    if norm.kind == "layer":
-        y_BNTH = y_BNTH - y_BNTH.mean(dims, keepdim=True)
-    y_BNTH = y_BNTH * (y_BNTH.square().mean(dims, keepdim=True) + norm.eps).rsqrt()
-    y_BNTH = y_BNTH if gain_NH is None else y_BNTH * gain_NH[:, None]
-    return y_BNTH if shift_NH is None else y_BNTH + shift_NH[:, None]
-
-
 def write_attention(
     weights: AttentionWeights, site: AttentionSite, get_tensor: Callable[[str], Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -395,8 +298,6 @@ def _check_fits(weights: AttentionWeights, site: AttentionSite, where: str) -> N
             f"{where}: query groups {weights.groups} are not {site.kv_heads} equal runs of {group}: "
             "a plain checkpoint cannot say so. Use equal groups, or a target with an index map."
         )
-    if weights.post_norm_scale_NF is not None:
-        raise PlanError(f"{where}: a scale after the q norm has no place in a plain checkpoint.")
     if weights.alibi_slopes is not None and weights.alibi_slopes != site.alibi_slopes:
         raise PlanError(f"{where}: ALiBi slopes moved with their query heads, but the site computes its own.")
 
