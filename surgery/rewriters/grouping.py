@@ -180,18 +180,19 @@ def evolve_groups(
     """
     K = weights.kv_heads
     rows = torch.cat([weights.with_bias("k").flatten(1), weights.with_bias("v").flatten(1)], 1)
-    gram = rows @ rows.T
+    gram = (rows @ rows.T).tolist()  # thousands of tiny sums: plain floats are faster than tensors
     rng = random.Random(seed)
 
     @cache
+    def explained(group: tuple[int, ...]) -> float:
+        return float(sum(gram[a][b] for a in group for b in group)) / len(group)
+
+    @cache
     def cost(ids: tuple[int, ...]) -> float:
-        total = float(gram.trace())
-        for g in range(kv_heads):
-            members = [a for a in range(K) if ids[a] == g]
-            if not members:
-                return math.inf
-            total -= float(gram[members][:, members].sum()) / len(members)
-        return total
+        groups: list[list[int]] = [[] for _ in range(kv_heads)]
+        for a, g in enumerate(ids):
+            groups[g].append(a)
+        return -sum(explained(tuple(g)) for g in groups) if all(groups) else math.inf
 
     people = [tuple(rng.randrange(kv_heads) for _ in range(K)) for _ in range(population)]
     people[0] = tuple(a * kv_heads // K for a in range(K))
