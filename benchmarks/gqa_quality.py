@@ -3,6 +3,8 @@
     python benchmarks/gqa_quality.py            # all rows, about 30 minutes on one core
     python benchmarks/gqa_quality.py --fast     # the oracle and the main rows
 
+The results are written after every row: an interrupted run keeps what it measured (`complete` is then false).
+
 Text: stories 400 onward for evaluation, the first 200 for calibration, lower-cased for the character model, first 256
 tokens each.
 
@@ -16,10 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import environment, reference, write
+from common import ROOT, environment, reference, write
 from rich.console import Console
 from rich.table import Table
 
@@ -56,7 +59,8 @@ def stories(lower: bool) -> list[str]:
     return [text.lower() for text in texts] if lower else texts
 
 
-def measure(name: str, kv_heads: list[int], lower: bool, rows: tuple[str, ...]) -> dict[str, Any]:
+def measure(name: str, kv_heads: tuple[int, ...], lower: bool, rows: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """All that is known so far, after each row."""
     parent = surgery.load(reference("checkpoints", name)).float()
     texts = stories(lower)
     found: dict[str, Any] = {"rows": []}
@@ -68,6 +72,7 @@ def measure(name: str, kv_heads: list[int], lower: bool, rows: tuple[str, ...]) 
                 child = surgery.convert(parent, recipe, calibration=texts[:200], length=256, seed=SEED)
             except surgery.SurgeryError as error:
                 found["rows"].append({"kv_heads": heads, "init": label, "refused": str(error)})
+                yield found
                 continue
             seconds = time.monotonic() - begun
             report = surgery.evaluate(child, baseline=parent, text=texts[400:], length=256, batch_size=32)
@@ -77,7 +82,14 @@ def measure(name: str, kv_heads: list[int], lower: bool, rows: tuple[str, ...]) 
             row |= {"kl": report.kl, "kv_bytes_per_token": report.model.kv_bytes_per_token, "seconds": seconds}
             found["rows"].append(row)
             print(name, label, heads, round(report.model.nats_per_token, 4), f"{seconds:.0f} s", flush=True)  # noqa: T201
-    return found
+            yield found
+
+
+def save(data: dict[str, Any]) -> None:
+    """Replace the results as a whole: a run that dies while it writes leaves those of the row before."""
+    write("gqa_quality.part", data)
+    results = ROOT / "benchmarks" / "results"
+    (results / "gqa_quality.part.json").replace(results / "gqa_quality.json")
 
 
 def main() -> None:
@@ -85,11 +97,17 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true")
     fast = parser.parse_args().fast
     torch.manual_seed(SEED)
-    rows = FAST if fast else tuple(ROWS)
-    results = {
-        "stories260K-mha-hf": measure("stories260K-mha-hf", [4], False, ORACLE),
-        "stories940K-tok105-hf": measure("stories940K-tok105-hf", [2, 1], True, rows),
+    runs: dict[str, tuple[tuple[int, ...], bool, tuple[str, ...]]] = {
+        "stories260K-mha-hf": ((4,), False, ORACLE),
+        "stories940K-tok105-hf": ((2, 1), True, FAST if fast else tuple(ROWS)),
     }
+    results: dict[str, dict[str, Any]] = {}
+    data = {**environment(SEED), "rows": "main" if fast else "all", "complete": False, "results": results}
+    for name, run in runs.items():
+        for found in measure(name, *run):
+            results[name] = found
+            save(data)
+    save({**data, "complete": True})
     console = Console(width=100)
     for name, result in results.items():
         table = Table(title=f"{name}, parent {result['parent']:.4f} nats/token, no training")
@@ -102,7 +120,6 @@ def main() -> None:
             numbers = [f"{row[key]:.4f}" for key in ("nats_per_token", "gap", "kl")]
             table.add_row(str(row["kv_heads"]), row["init"], *numbers, f"{row['seconds']:.0f}")
         console.print(table)
-    write("gqa_quality", {**environment(SEED), "rows": "main" if fast else "all", "results": results})
 
 
 if __name__ == "__main__":
