@@ -5,10 +5,11 @@ __version__ = "0.1.0"
 from .anatomy import Anatomy, examine
 from .convert import convert, convert_checkpoint
 from .errors import CheckpointError, PlanError, RecipeError, SurgeryError, UnsupportedModel
-from .evaluate import Report, evaluate
+from .evaluate import evaluate
 from .generate import generate
 from .plan import Plan, plan
 from .recipe import Recipe
+from .report import Report
 from .storage import load, save
 
 __all__ = [

@@ -15,8 +15,9 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .convert import convert
-from .evaluate import Report, evaluate
+from .evaluate import evaluate
 from .plan import plan
+from .report import Report
 from .show import progress
 from .storage import save
 from .text import Windows, load_windows

@@ -1,83 +1,24 @@
-"""What a conversion cost and saved: loss and KL beside the parent, and the bytes that the cache really holds."""
+"""What a conversion cost and saved: quality, recall, memory and speed of a model beside its parent's."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import PlanError
+from .errors import CheckpointError, RecipeError
+from .measure.memory import cache_size, max_batch, parse_bytes
+from .measure.recall import TASKS, check_tasks, recall
+from .measure.scoring import Path, score_windows
+from .measure.speed import measure_speed
+from .measure.statistics import difference, quality
 from .provenance import versions
-from .show import progress, render
+from .report import Measured, Report
 from .text import Windows, load_windows, tokenizer_of
 
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One model on one text."""
-
-    name: str
-    nats_per_token: float
-    kv_bytes_per_token: float
-    """Measured: bytes of every tensor of the cache after one window, per token."""
-    parameters: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """A model beside its baseline on the same text. `print(report)` is the table."""
-
-    model: Score
-    baseline: Score | None
-    kl: float | None
-    """KL(baseline || model) in nats per token."""
-    agreement: float | None
-    """Fraction of tokens at which both find the same next token likeliest."""
-    tokens: int
-    """Predicted tokens."""
-    windows: int
-    text_digest: str
-    versions: dict[str, str]
-
-    @property
-    def gap(self) -> float | None:
-        """Nats per token that the model lost against the baseline."""
-        return None if self.baseline is None else self.model.nats_per_token - self.baseline.nats_per_token
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "gap": self.gap}
-
-    def __str__(self) -> str:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for i, name in enumerate(
-            ("model", "nats/token", "change", "KL to baseline", "same top token", "KV bytes/token", "saved")
-        ):
-            table.add_column(name, justify="right" if i else "left")
-        base = self.baseline
-        if base is not None:
-            table.add_row(base.name, f"{base.nats_per_token:.4f}", "", "", "", f"{base.kv_bytes_per_token:,.0f}", "")
-        cells = ["", "", "", ""]
-        if base is not None:
-            assert self.gap is not None
-            cells = [
-                f"{self.gap / base.nats_per_token:+.1%}",
-                f"{self.kl:.4f}",
-                f"{self.agreement:.1%}",
-                f"{1 - self.model.kv_bytes_per_token / base.kv_bytes_per_token:.0%}",
-            ]
-        m = self.model
-        table.add_row(
-            m.name, f"{m.nats_per_token:.4f}", *cells[:3], f"{m.kv_bytes_per_token:,.0f}", cells[3]
-        )  # fmt: skip
-        footer = f"{self.tokens:,} predicted tokens in {self.windows} windows, text {self.text_digest}"
-        return render([table, footer])
+PATHS: dict[str, tuple[Path, ...]] = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
 
 
 def evaluate(
@@ -86,78 +27,113 @@ def evaluate(
     text: Any,
     baseline: PreTrainedModel | None = None,
     tokenizer: Any = None,
+    path: Literal["prefill", "decode", "both"] = "both",
     length: int | None = None,
     samples: int | None = None,
-    batch_size: int = 8,
+    recall_tasks: Sequence[str] = (),
+    recall_lengths: Sequence[int] | None = None,
+    questions: int = 8,
+    speed: bool = False,
+    memory: int | str = "80GiB",
+    context: int | None = None,
+    seed: int = 0,
+    names: tuple[str, str] | None = None,
 ) -> Report:
-    """Score `model`, and `baseline` beside it, on held-out text.
+    """Measure `model`, and `baseline` beside it, on held-out text.
 
     Args:
         text: what `load_windows` takes: a file, strings, or token ids.
-        tokenizer: defaults to the one beside the model.
+        tokenizer: defaults to the one beside the model; not needed for token ids without recall.
+        path: `prefill` scores in one forward pass, which never reads the cache; `decode` token by token through it.
         length: tokens per window; the model's context, at most 512, by default.
         samples: at most so many windows.
+        recall_tasks: of `surgery.measure.recall.TASKS`; `("all",)` for each of them.
+        recall_lengths: tokens of context of the questions; default: a quarter, half and all of the model's.
+        questions: per task, length and depth.
+        speed: also time prefill and decoding, both models in turn.
+        memory, context: for the largest batch of sequences of `context` tokens (default: the model's) in `memory`.
+        seed: of questions and bootstrap.
+        names: of model and baseline, for the tables.
+
+    Returns:
+        Numbers that are equal for equal seeds, but for `speed`. Where a model says NaN the numbers are NaN, with the
+        place in `problems`.
 
     Raises:
-        CheckpointError: text or tokenizer unusable. PlanError: the two models have different vocabularies.
+        CheckpointError: text or tokenizer unusable, or the baseline reads other tokens. RecipeError: unknown path,
+        task or size. UnsupportedModel: no cache to decode through.
     """
+    if path not in PATHS:
+        raise RecipeError(f"path: {path!r} is not known. Use one of {', '.join(PATHS)}.")
+    tasks = tuple(TASKS) if "all" in recall_tasks else tuple(recall_tasks)
+    check_tasks(tasks)
+    limit = parse_bytes(memory)
     config = model.config
-    if baseline is not None and baseline.config.vocab_size != config.vocab_size:
-        raise PlanError(
-            f"baseline knows {baseline.config.vocab_size} tokens, the model {config.vocab_size}: not parent and child."
-        )
-    if not isinstance(text, (Tensor, Windows)) and tokenizer is None:
+    if tokenizer is None and (tasks or not isinstance(text, (Tensor, Windows))):
         tokenizer = tokenizer_of(config)
+    if tasks and tokenizer is None:
+        raise CheckpointError("recall: needs a tokenizer. None lies beside the model; pass tokenizer=...")
+    if baseline is not None:
+        _check_same_tokens(config, baseline.config)
     length = length or min(getattr(config, "max_position_embeddings", None) or 512, 512)
     windows = load_windows(
         text, tokenizer, vocab_size=config.vocab_size, length=length, samples=samples, where="evaluation text"
     )
-    sums = torch.zeros(4, dtype=torch.float64)  # nll of model, nll of baseline, KL, agreement
-    predicted = 0
-    with progress("evaluating", len(windows)) as advance, torch.inference_mode():
-        for ids, mask in windows.batches(batch_size):
-            keep = mask[:, 1:]
-            labels = ids[:, 1:][keep]
-            logp = log_probabilities(model, ids)[:, :-1][keep]
-            sums[0] += F.nll_loss(logp, labels, reduction="sum").double()
-            if baseline is not None:
-                base = log_probabilities(baseline, ids)[:, :-1][keep]
-                sums[1] += F.nll_loss(base, labels, reduction="sum").double()
-                sums[2] += F.kl_div(logp, base, reduction="sum", log_target=True).double()
-                sums[3] += (logp.argmax(-1) == base.argmax(-1)).sum()
-            predicted += len(labels)
-            advance(len(ids))
-    nll, base_nll, kl, same = (sums / predicted).tolist()
+    models = [model] if baseline is None else [model, baseline]
+    training = [m.training for m in models]
+    for m in models:
+        m.eval()  # dropout would be noise
+    sums = {p: score_windows(model, baseline, windows, p) for p in PATHS[path]}
+    rates = measure_speed(models) if speed else [None, None]
+    names = names or (("model", "") if baseline is None else ("converted", "baseline"))
+    first = windows.ids_BT[:1, : int(windows.mask_BT[0].sum())]
 
-    def score(name: str, which: PreTrainedModel, value: float) -> Score:
-        ids = windows.ids_BT[:1, : int(windows.mask_BT[0].sum())]
-        size = sum(p.numel() for p in which.parameters())
-        return Score(
-            name=name, nats_per_token=value, kv_bytes_per_token=cache_bytes(which, ids) / ids.shape[1], parameters=size
+    def measured(i: int, m: PreTrainedModel) -> Measured:
+        size = cache_size(m, first)
+        held = sum(p.numel() * p.element_size() for p in m.parameters())
+        tokens = context or getattr(m.config, "max_position_embeddings", None) or length
+        return Measured(
+            name=names[i],
+            parameters=sum(p.numel() for p in m.parameters()),
+            quality={p: quality(s, i, seed) for p, s in sums.items()},
+            cache=size,
+            max_batch=max_batch(limit, held, size.bytes_per_token * tokens),
+            context=tokens,
+            recall=recall(m, tokenizer, tasks=tasks, lengths=recall_lengths, questions=questions, seed=seed)
+            if tasks
+            else (),
+            speed=rates[i],
         )
 
-    return Report(
-        model=score("converted" if baseline is not None else "model", model, nll),
-        baseline=None if baseline is None else score("baseline", baseline, base_nll),
-        kl=None if baseline is None else kl,
-        agreement=None if baseline is None else same,
-        tokens=predicted,
+    report = Report(
+        model=measured(0, model),
+        baseline=None if baseline is None else measured(1, baseline),
+        differences={} if baseline is None else {p: difference(s, seed) for p, s in sums.items()},
+        tokens=int(windows.mask_BT[:, 1:].sum()),
         windows=len(windows),
+        length=windows.ids_BT.shape[1],
         text_digest=windows.digest,
+        memory_bytes=limit,
+        seed=seed,
+        problems=tuple(s.problem for s in sums.values() if s.problem),
         versions=versions(),
+        device=str(model.device),
     )
+    for m, was in zip(models, training, strict=True):
+        m.train(was)
+    return report
 
 
-def log_probabilities(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """[B, T, vocab] in float32. Padding on the right needs no mask: attention is causal."""
-    device = next(model.parameters()).device
-    return model(input_ids=ids_BT.to(device), use_cache=False).logits.float().log_softmax(-1).cpu()
-
-
-def cache_bytes(model: PreTrainedModel, ids_BT: Tensor) -> int:
-    """Bytes of every tensor that the cache holds after `ids_BT`."""
-    with torch.inference_mode():
-        cache = model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=True).past_key_values
-    held = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
-    tensors = {id(t): t for t in held if t.dim()}  # scalars are counters, not cache
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def _check_same_tokens(config: Any, other: Any) -> None:
+    """Loss per token compares only where both models read the same tokens."""
+    if config.vocab_size != other.vocab_size:
+        raise CheckpointError(
+            f"baseline knows {other.vocab_size} tokens, the model {config.vocab_size}: not parent and child."
+        )
+    mine, theirs = tokenizer_of(config), tokenizer_of(other)
+    if mine is not None and theirs is not None and (a := mine.get_vocab()) != (b := theirs.get_vocab()):
+        token = min(set(a.items()) ^ set(b.items()))[0]
+        raise CheckpointError(
+            f"baseline reads text with another tokenizer: {token!r} is token {b.get(token)} there, {a.get(token)} "
+            "here. Compare a model with its own parent."
+        )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery import CheckpointError, PlanError
-from surgery.evaluate import cache_bytes
+from surgery.measure.memory import cache_bytes
 from surgery.recipe import Init
 
 INITS = Init.__args__

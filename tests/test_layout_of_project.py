@@ -19,7 +19,9 @@ LEVELS = [
     ("native", "plan"),
     ("rewriters", "working_copy", "calibrate", "provenance"),
     ("storage", "streaming", "convert"),
-    ("evaluate", "generate", "report"),
+    ("measure",),
+    ("report",),
+    ("evaluate", "generate"),
     ("cli", "demo", "export", "serve", "train", "benchmarks"),
 ]
 

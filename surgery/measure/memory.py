@@ -1,0 +1,77 @@
+"""Bytes that a cache holds, measured and predicted, and what fits into a given memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import RecipeError, SurgeryError
+from ..runtime.layout import LayerPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSize:
+    """The cache of one sequence after `tokens` tokens."""
+
+    tokens: int
+    bytes: int
+    """Measured: every tensor that the cache keeps."""
+    predicted_bytes: int | None
+    """What the plan says; None where the model cannot be planned."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+
+def cache_size(model: PreTrainedModel, ids_BT: Tensor) -> CacheSize:
+    """Fill the cache with one sequence and count."""
+    tokens = ids_BT.shape[1]
+    return CacheSize(tokens=tokens, bytes=cache_bytes(model, ids_BT[:1]), predicted_bytes=predicted(model, tokens))
+
+
+def cache_bytes(model: PreTrainedModel, ids_BT: Tensor) -> int:
+    """Bytes of every tensor that the cache holds after `ids_BT`; 0 for a model without a cache."""
+    with torch.inference_mode():
+        cache = model(input_ids=ids_BT.to(model.device), use_cache=True).past_key_values
+    return 0 if cache is None else tensor_bytes(cache)
+
+
+def tensor_bytes(cache: Any) -> int:
+    """Bytes of all tensors of a transformers cache and its layers, each counted once."""
+    held = [t for part in (cache, *cache.layers) for t in vars(part).values() if isinstance(t, Tensor)]
+    tensors = {id(t): t for t in held if t.dim()}  # scalars are counters, not cache
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def predicted(model: PreTrainedModel, tokens: int) -> int | None:
+    """Bytes of the cache of one sequence by the model's plan; None where its attention cannot be described."""
+    own = (getattr(model.config, "surgery", None) or {}).get("layers")
+    if own:
+        return sum(LayerPlan.from_dict(layer["plan"]).bytes_at(tokens) for layer in own)
+    from ..plan import plan
+
+    try:
+        return plan(model, "identity").cache_bytes(tokens)
+    except SurgeryError:
+        return None
+
+
+def max_batch(memory: int, parameter_bytes: int, cache_bytes_per_sequence: float) -> int:
+    """Sequences whose caches fit beside the weights; activations are not counted."""
+    return max(0, int((memory - parameter_bytes) // max(cache_bytes_per_sequence, 1)))
+
+
+def parse_bytes(text: str | int) -> int:
+    """`80GiB`, `24GB`, `512MiB` or a number of bytes."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise RecipeError(f"memory: {text!r} is no size. Write it as 80GiB, 24GB, 512MiB.")
+    number, unit, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (" KMGT".index(unit.upper()) if unit else 0))

@@ -1,0 +1,121 @@
+"""Likelihood of text under a model, in one forward pass (prefill) or token by token through its cache (decode).
+
+Scoring in one pass never reads the cache: a lossy or broken cache goes unseen there. Both paths are measured, and for a
+cache that loses nothing they must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModel
+from ..show import progress
+from ..text import Windows
+
+Path = Literal["prefill", "decode"]
+BUCKETS = ("early", "middle", "late")
+"""Thirds of the window, by the position of the token that predicts."""
+PREFILL_LOGITS = 2**26
+"""Logits of one prefill batch at most: 256 MB in float32."""
+DECODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the predicted tokens of each window and each third of it, float64 [W, 3]."""
+
+    tokens: Tensor
+    nll: Tensor
+    baseline_nll: Tensor
+    kl: Tensor
+    """KL(baseline || model)."""
+    same: Tensor
+    """Tokens at which both find the same next token likeliest."""
+    problem: str | None = None
+    """Where the first log-probability that is not a number came from; the sums are then NaN."""
+
+
+def score_windows(model: PreTrainedModel, baseline: PreTrainedModel | None, windows: Windows, path: Path) -> Sums:
+    """Score `model`, and `baseline` beside it on the same path.
+
+    Raises:
+        UnsupportedModel: the path is `decode` and a model returns no cache.
+    """
+    W, T = windows.ids_BT.shape
+    size = DECODE_BATCH if path == "decode" else max(1, PREFILL_LOGITS // (T * model.config.vocab_size))
+    sums = torch.zeros(W, len(BUCKETS), 5, dtype=torch.float64)
+    problem = None
+    with progress(f"evaluating ({path})", W * T) as advance, torch.inference_mode():
+        for start in range(0, W, size):
+            rows = slice(start, start + size)
+            ids, mask = windows.ids_BT[rows], windows.mask_BT[rows]
+            pieces = log_probabilities(model, ids, path)
+            others = pieces if baseline is None else log_probabilities(baseline, ids, path)
+            for (first, logp), (_, base) in zip(pieces, others, strict=True) if baseline else ((p, p) for p in pieces):
+                place = slice(first + 1, first + 1 + logp.shape[1])  # of the predicted tokens
+                labels, keep = ids[:, place], mask[:, place]
+                values = _per_token(logp[:, : labels.shape[1]], base[:, : labels.shape[1]], labels)
+                if problem is None and not bool(values[keep].isfinite().all()):
+                    problem = _where(values, keep, start, first, path)
+                bucket = (torch.arange(first, first + labels.shape[1]) * len(BUCKETS)) // max(T - 1, 1)
+                sums[rows].index_add_(1, bucket, torch.where(keep[..., None], values, 0.0))
+                advance(ids.shape[0] * logp.shape[1])
+    tokens, nll, base_nll, kl, same = sums.unbind(-1)
+    return Sums(tokens, nll, base_nll, kl, same, problem)
+
+
+def log_probabilities(model: PreTrainedModel, ids_BT: Tensor, path: Path) -> Iterator[tuple[int, Tensor]]:
+    """(position, [B, t, vocab]) in order of position, float32 on the CPU; all at once, or one position at a time.
+
+    Padding on the right needs no mask: attention is causal.
+    """
+    ids = ids_BT.to(model.device)
+    if path == "prefill":
+        yield 0, _logp(model(input_ids=ids, use_cache=False).logits)
+        return
+    yield from decode(model, ids, prefill=1)
+
+
+def decode(model: PreTrainedModel, ids_BT: Tensor, prefill: int) -> Iterator[tuple[int, Tensor]]:
+    """Log-probabilities at positions `prefill` - 1 onwards: the first `prefill` tokens at once, then one by one."""
+    out = model(input_ids=ids_BT[:, :prefill], use_cache=True)
+    cache = getattr(out, "past_key_values", None)
+    if cache is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} returns no cache, so it cannot be decoded through one. Use path='prefill'."
+        )
+    yield prefill - 1, _logp(out.logits[:, -1:])
+    for t in range(prefill, ids_BT.shape[1]):
+        out = model(input_ids=ids_BT[:, t : t + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        yield t, _logp(out.logits)
+
+
+def _logp(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).cpu()
+
+
+def _per_token(logp: Tensor, base: Tensor, labels: Tensor) -> Tensor:
+    """[B, t, 5]: 1, nll, nll of the baseline, KL, same top token."""
+    nll, base_nll = (-x.gather(-1, labels[..., None])[..., 0] for x in (logp, base))
+    if base is logp:
+        kl, same = torch.zeros_like(nll), torch.ones_like(nll)
+    else:
+        p = base.exp()
+        kl = torch.where(p > 0, p * (base - logp), torch.where(base.isnan(), base, 0.0)).sum(-1)
+        same = (logp.argmax(-1) == base.argmax(-1)).float()
+    return torch.stack([torch.ones_like(nll), nll, base_nll, kl, same], -1).double()
+
+
+def _where(values: Tensor, keep: Tensor, row: int, first: int, path: Path) -> str:
+    bad = (~values.isfinite().all(-1)) & keep
+    b, t = (int(i) for i in bad.nonzero()[0])
+    return (
+        f"{path}: log-probability is not finite at window {row + b}, position {first + t} (first of {int(bad.sum())})"
+    )
