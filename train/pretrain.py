@@ -3,8 +3,8 @@
     python -m surgery.train.pretrain small --corpus ../shared/reference/corpus -o ./small      # CPU, about 90 minutes
     accelerate launch -m surgery.train.pretrain base --corpus ... -o ./base                   # one GPU, minutes
 
-A small share of the text is solved recall questions (`surgery.measure.recall`), so that a model of this size has something
-that a broken cache can break. Training resumes from the last checkpoint in OUT/checkpoints when run again.
+A small share of the text is solved recall questions (`surgery.measure.recall`), so that a model of this size has
+something that a broken cache can break. Training resumes from the last checkpoint in OUT/checkpoints when run again.
 """
 
 from __future__ import annotations
