@@ -475,6 +475,17 @@ def test_interleaved_pairs_score_like_the_naive_formula():
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
 
+def test_a_lone_heads_gain_is_written_in_the_shape_that_the_model_has():
+    names = ("norms.0.w", "norms.1.w")
+    s = site("separate", kv_heads=2, k_norm=HeadNorm(kind="layer", span="head", eps=1e-6, weight=names))
+    state = parameters(replace(s, k_norm=None)) | {name: torch.rand(H) for name in names}
+    pooled, _ = merge(read_attention(s, state.__getitem__), kv_heads=1)
+    target = site("separate", kv_heads=1, k_norm=replace(s.k_norm, weight=names[0]))
+    for old in (torch.rand(H), torch.rand(2, H)):  # StableLM, Cohere
+        written = write_attention(pooled, target, {**state, names[0]: old}.__getitem__)[names[0]]
+        assert written.shape == (old.shape if old.ndim == 1 else (1, H))
+
+
 @pytest.mark.parametrize("style", ["separate", "fused", "transposed"])
 def test_biases_survive_pooling_into_every_layout(style):
     s = site(style, rotary=Rotary(dims=H, inv_freq=(1.0, 0.5, 0.2, 0.1)))

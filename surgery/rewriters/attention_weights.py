@@ -273,7 +273,9 @@ def write_attention(
                     out.update(zip(parameter, value[:, back] - base, strict=True))
                     continue
                 full = _norm_parameter(value[:, back], shared, f"{where}: {parameter}") - base
-                out[parameter] = full.reshape(-1) if flat else full
+                # One head's own gain is stored [1, H] (Cohere) or [H] (StableLM): the old parameter says which.
+                lone = len(full) == 1 and get_tensor is not None and get_tensor(parameter).ndim == 1
+                out[parameter] = full.reshape(-1) if flat or lone else full
     if site.sinks is not None and weights.sinks_N is not None:
         out[site.sinks] = weights.sinks_N
     return {name: (w.T if name in transposed else w).contiguous() for name, w in out.items()}
