@@ -209,19 +209,18 @@ def check_fits(checkpoint: Checkpoint, architecture: type[PreTrainedModel], conf
 @contextmanager
 def _kept_back(report: list[str]) -> Iterator[None]:
     """Put transformers' report of missing tensors into `report`, not on the screen, and show no progress bar."""
-    log, bar = logging.getLogger("transformers.modeling_utils"), hf_logging.is_progress_bar_enabled()
-    before = log.level, log.propagate
+    log, bar = logging.getLogger("transformers"), hf_logging.is_progress_bar_enabled()
+    before = log.handlers, log.level, log.propagate
     handler = logging.Handler()
     handler.emit = lambda record: report.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
+    log.handlers, log.propagate = [handler], False
     log.setLevel(logging.WARNING)
-    log.propagate = False
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.level, log.propagate = before
+        log.handlers, log.propagate = before[0], before[2]
+        log.setLevel(before[1])
         if bar:
             hf_logging.enable_progress_bar()
 

@@ -14,6 +14,8 @@ from families import FAMILIES, tiny_model
 from transformers import AttentionInterface
 
 from surgery.anatomy import Anatomy, attend, examine, project_qkv
+from surgery.anatomy.graph import capture
+from surgery.anatomy.walk import find_attentions
 from surgery.errors import CheckpointError, UnsupportedModel
 from surgery.runtime.layout import AttentionSite
 
@@ -166,6 +168,54 @@ def test_families_show_what_is_special_about_them():
     assert not first("llama_yarn").rotary.length_dependent
     assert first("llama_yarn").rotary.scaling == pytest.approx(1.1386294, rel=1e-6)
     assert [o.layer for o in examined("jamba")[1].other_layers] == [0, 2]
+
+
+ALTERNATING = [
+    "gemma3",
+    "olmo3",
+    "cohere2",
+    "smollm3",
+    "gpt_neo",
+    "gpt_oss",
+    "gpt2_inverse",
+    "exaone4",
+    "jamba",
+    "bamba",
+]
+
+
+@pytest.mark.parametrize("name", [*ALTERNATING, "llama", "phi3_longrope", "stablelm_qk_norm", "olmo2", "mixtral"])
+def test_leaving_out_equal_layers_changes_nothing(monkeypatch, name):
+    _, full = examined(name)
+    monkeypatch.setattr("surgery.anatomy.alike.LEAST", 2)
+    short = examine(FAMILIES[name]())
+    assert (short.sites, short.other_layers, short.num_layers) == (full.sites, full.other_layers, full.num_layers)
+
+
+class Uneven(hf.models.llama.modeling_llama.LlamaForCausalLM):
+    """Twelve layers of three kinds: layer 5 has fewer KV heads, layer 7 scales its scores otherwise."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        fewer = copy.deepcopy(config)
+        fewer.num_key_value_heads = 1
+        layers = self.model.layers
+        layers[5].self_attn = hf.models.llama.modeling_llama.LlamaAttention(fewer, layer_idx=5)
+        layers[7].self_attn.scaling = 0.5
+
+
+def test_deep_model_is_captured_once_per_kind_of_layer_and_read_layer_by_layer():
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 12
+    source = Uneven(config)
+    graph = capture(source)
+    assert len(find_attentions(graph)) == 3
+    assert set(graph.alike.values()) == {"model.layers.0"}
+    sites = examine(source).sites
+    assert [s.layer for s in sites] == list(range(12))
+    assert [s.kv_heads for s in sites] == [1 if i == 5 else 2 for i in range(12)]
+    assert [s.scale for s in sites] == [0.5 if i == 7 else 0.25 for i in range(12)]
+    assert [s.q.weight for s in sites] == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(12)]
 
 
 def test_norm_eps_is_read_to_the_digit():

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from surgery.anatomy.alike import find_alike
 from surgery.errors import UnsupportedModel
 
 _TOKENS, _MANY_TOKENS = 32, 512
@@ -161,6 +162,8 @@ class Graph:
         """The input that holds the positions, where the model takes one."""
         self.wide: Graph | None = None
         """The same model on more tokens, where its masks have to be read from numbers."""
+        self.alike: dict[str, str] = {}
+        """Layers that the graph leaves out, and the equal one that it holds in their place."""
         self.twin = twin
         self.rope_types = rope_types
         self.tokens = tokens
@@ -233,10 +236,14 @@ class Graph:
     def runner(self, targets: Sequence[fx.Node], bound: Sequence[fx.Node]) -> Callable[..., list[Tensor]]:
         """A function of the values of `bound` (tensors, in order; then a dict by node) that gives `targets`."""
         nodes = self.between(targets, bound)
+        written = {root for _, root in self._writes}
+
+        def own(node: fx.Node, x: Tensor) -> Tensor:
+            return x.clone() if node in written else x
 
         def run(*given: Tensor, more: Mapping[fx.Node, Tensor] | None = None) -> list[Tensor]:
-            env: dict[fx.Node, Any] = {n: x.clone() for n, x in zip(bound, given, strict=True)}
-            env.update({n: x.clone() for n, x in (more or {}).items()})
+            env: dict[fx.Node, Any] = {n: own(n, x) for n, x in zip(bound, given, strict=True)}
+            env.update({n: own(n, x) for n, x in (more or {}).items()})
             with torch.no_grad():
                 for node in nodes:
                     if node not in env:
@@ -453,6 +460,7 @@ def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, mo
     limit = getattr(twin.config.get_text_config(), "max_position_embeddings", None)
     tokens = min(most, limit) if isinstance(limit, int) and limit > 1 else most
     accepted = inspect.signature(twin.forward).parameters
+    alike = _find_alike(twin, accepted, tokens, values, rope_types) if implementation == PROBE else {}
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     make_fake(twin, mode)
     with mode:
@@ -469,9 +477,11 @@ def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, mo
         recording = _Recording()
         token = _recording.set(recording)
         try:
-            with torch.no_grad(), _quiet(), mode:
+            with torch.no_grad(), _quiet(), mode, _left_out(twin, alike):
                 program = torch.export.export(twin, (), inputs, strict=False)
-            return Graph(program, twin, values, recording, tokens, rope_types)
+            graph = Graph(program, twin, values, recording, tokens, rope_types)
+            graph.alike = {name: first for name, (first, _) in alike.items()}
+            return graph
         except Exception as error:
             kind = _stubbable(error, twin, {id(c.module) for c in recording.calls}, stubs)
             if kind is None or len(stubs) >= 4:
@@ -482,6 +492,63 @@ def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, mo
                     cast(Any, module).forward = _stub
         finally:
             _recording.reset(token)
+
+
+_Alike = Mapping[str, tuple[str, Callable[[Tensor], Any]]]
+
+
+def _find_alike(
+    twin: PreTrainedModel,
+    accepted: Mapping[str, Any],
+    tokens: int,
+    values: Mapping[str, Tensor],
+    rope_types: Mapping[str, Any],
+) -> _Alike:
+    """Layers of a model on the meta device that compute what an earlier one does."""
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": ids, "position_ids": ids, "use_cache": False}
+    inputs = {name: x for name, x in inputs.items() if name in accepted}
+    recording = _Recording()
+
+    def describe(operator: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if operator is not ATTENTION:
+            return args
+        call = recording.calls[args[-1]]
+        return (*args[:-1], str(dataclasses.astuple(dataclasses.replace(call, module=cast(Any, None)))))
+
+    token = _recording.set(recording)
+    try:
+        with _quiet():
+            return find_alike(twin, lambda: twin(**inputs), values, rope_types, describe)
+    finally:
+        _recording.reset(token)
+
+
+class _Answer(nn.Module):
+    """Stands for a layer while the model is captured: answers in its form, and has its attributes but no parameters."""
+
+    def __init__(self, layer: nn.Module, rebuild: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.__dict__["_layer"], self.__dict__["_rebuild"] = layer, rebuild
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_rebuild"](_stub(*args, **kwargs))
+
+
+@contextmanager
+def _left_out(twin: nn.Module, alike: _Alike) -> Iterator[None]:
+    """Replace layers that compute what an earlier one does: tracing 80 equal layers takes most of the time."""
+    layers = {name: twin.get_submodule(name) for name in alike}
+    try:
+        for name, layer in layers.items():
+            twin.set_submodule(name, _Answer(layer, alike[name][1]))
+        yield
+    finally:
+        for name, layer in layers.items():
+            twin.set_submodule(name, layer)
 
 
 def _stub(*args: Any, **kwargs: Any) -> Tensor:

@@ -174,7 +174,9 @@ def _read_sites(graph: Graph, found: list[Found]) -> tuple[AttentionSite, ...]:
             known[key] = (_read_site(graph, f, paths), parameters)
         site, originals = known[key]
         names = {graph.sources[a].name: graph.sources[b].name for a, b in zip(originals, parameters, strict=True)}
-        sites.append(dataclasses.replace(_rename(site, names), layer=_layer_of(graph, f, number), module=f.module))
+        layer = _layer_of(graph, f.module, number)
+        sites.append(dataclasses.replace(_rename(site, names), layer=layer, module=f.module))
+    sites += _left_out(graph, sites)
     layers = [s.layer for s in sites]
     if len(set(layers)) != len(layers):
         twice = next(s for s in sites if layers.count(s.layer) > 1)
@@ -231,11 +233,24 @@ def _rename(site: AttentionSite, names: Mapping[str, str]) -> AttentionSite:
     return dataclasses.replace(site, sinks=new(site.sinks), **parts)
 
 
-def _layer_of(graph: Graph, found: Found, number: int) -> int:
-    index = getattr(graph.twin.get_submodule(found.module), "layer_idx", None)
+def _left_out(graph: Graph, sites: list[AttentionSite]) -> list[AttentionSite]:
+    """The attentions of layers that another one stands for in the graph, with their own names."""
+    result: list[AttentionSite] = []
+    for name, first in graph.alike.items():
+        own = {first + n.removeprefix(name): n for n, _ in graph.twin.named_parameters() if n.startswith(name + ".")}
+        for site in sites:
+            if site.module.startswith(first + "."):
+                module = name + site.module.removeprefix(first)
+                layer = _layer_of(graph, module, len(sites) + len(result))
+                result.append(dataclasses.replace(_rename(site, own), layer=layer, module=module))
+    return result
+
+
+def _layer_of(graph: Graph, module: str, number: int) -> int:
+    index = getattr(graph.twin.get_submodule(module), "layer_idx", None)
     if isinstance(index, int):
         return index
-    index = subpaths(found.module).index
+    index = subpaths(module).index
     return number if index is None else index
 
 
