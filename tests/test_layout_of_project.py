@@ -20,7 +20,7 @@ LEVELS = [
     ("rewriters", "working_copy", "calibrate", "provenance"),
     ("storage", "streaming", "convert"),
     ("measure",),
-    ("report",),
+    ("report", "plots"),
     ("evaluate", "generate"),
     ("cli", "demo", "export", "serve", "train", "benchmarks"),
 ]
