@@ -20,7 +20,7 @@ LEVELS = [
     ("rewriters", "working_copy", "calibrate", "provenance"),
     ("storage", "streaming", "convert"),
     ("measure",),
-    ("report", "plots"),
+    ("report", "plots", "harness"),
     ("evaluate", "generate"),
     ("cli", "demo", "export", "serve", "train", "benchmarks"),
 ]

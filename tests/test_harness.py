@@ -1,0 +1,116 @@
+"""lm-eval on models in memory: our recall tasks, unknown names, a package that is not there."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from surgery.errors import CheckpointError, RecipeError
+from surgery.harness import OURS, check_known, recall_task, run_tasks
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'kv-surgery[eval]'"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte, and an end; no padding token, as many have none."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "</s>"])}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+def tiny_llama(context=384):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@needs_lm_eval
+def test_recall_tasks_run_through_lm_eval_and_a_random_model_remembers_nothing(tokenizer):
+    model = tiny_llama().train()
+    scores = run_tasks(model, tokenizer, list(OURS), limit=4)
+    assert scores == {f"{task} exact_match": 0.0 for task in OURS}
+    assert model.training
+    assert tokenizer.pad_token is None
+
+
+@needs_lm_eval
+def test_a_model_that_knows_the_answer_scores_one(tokenizer, monkeypatch):
+    model = tiny_llama()
+    answers = {d["text"]: d["answer"] for d in recall_task("surgery_passkey", model, tokenizer).test_docs()}
+    through = []
+
+    def generate(input_ids, attention_mask, **options):
+        through.append(options["use_cache"])
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            word = tokenizer(" " + answers[tokenizer.decode(ids[mask.bool()])] + ". And")["input_ids"]
+            rows.append(torch.cat([ids, torch.tensor(word + [256] * (20 - len(word)))]))
+        return torch.stack(rows)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert run_tasks(model, tokenizer, ["surgery_passkey"]) == {"surgery_passkey exact_match": 1.0}
+    assert through and all(through)
+
+
+@needs_lm_eval
+def test_questions_fit_the_context_and_differ_by_seed(tokenizer):
+    model = tiny_llama()
+    first, again, other = (
+        list(recall_task("surgery_associative", model, tokenizer, seed).test_docs()) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    longest = max(len(tokenizer(f"{d['text']} {d['answer']}.")["input_ids"]) for d in first)
+    assert longest <= 384
+    assert all(d["answer"] in d["text"] for d in first)
+
+
+@needs_lm_eval
+def test_a_context_too_short_for_any_question_is_refused(tokenizer):
+    with pytest.raises(CheckpointError, match="no question of surgery_multi_key fits"):
+        run_tasks(tiny_llama(context=48), tokenizer, ["surgery_multi_key"])
+
+
+@needs_lm_eval
+def test_unknown_names_are_refused_with_the_nearest_ones(tokenizer):
+    with pytest.raises(RecipeError, match=r"no task 'helaswag'.*hellaswag"):
+        run_tasks(tiny_llama(), tokenizer, ["surgery_passkey", "helaswag"])
+    with pytest.raises(RecipeError, match=r"surgery_pass_key.*surgery_passkey"):
+        check_known(["surgery_pass_key"])
+    with pytest.raises(RecipeError, match="none named"):
+        check_known([])
+
+
+@needs_lm_eval
+def test_data_that_cannot_be_fetched_is_one_sentence(tokenizer, monkeypatch):
+    import datasets
+
+    def offline(*arguments, **options):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(CheckpointError, match="data of arc_easy cannot be had"):
+        run_tasks(tiny_llama(), tokenizer, ["arc_easy"])
+
+
+def test_without_lm_eval_the_error_says_what_to_install(tokenizer, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'kv-surgery\[eval\]'"):
+        run_tasks(tiny_llama(), tokenizer, ["surgery_passkey"])
