@@ -98,7 +98,10 @@ def loss_by_position(reports: Sequence[Report]) -> Figure:
 
 
 def recall_maps(models: Sequence[Measured]) -> Figure:
-    """Exact match by depth and length, and the nats of the right answer below: a row per model, a map per task."""
+    """Exact match by depth and length, and the nats of the right answer below: a row per model, a map per task.
+
+    Colour shows exact match, or the nats where no model answers a single question, as small ones do.
+    """
     models = [m for m in models if m.recall]
     tasks = list(dict.fromkeys(cell.task for m in models for cell in m.recall))
     lengths = sorted({cell.length for m in models for cell in m.recall})
@@ -110,6 +113,8 @@ def recall_maps(models: Sequence[Measured]) -> Figure:
     figure = Figure(figsize=(width, max(1, len(models)) * height + 0.3), dpi=DPI, layout="constrained")
     if not models:
         return figure
+    answered = any(cell.exact > 0 for m in models for cell in m.recall)
+    worst = max((cell.nats for m in models for cell in m.recall if math.isfinite(cell.nats)), default=1.0) or 1.0
     rows = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
     for m, row in zip(models, rows, strict=True):
         row.suptitle(_wrap(m.name, 90), x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -123,13 +128,16 @@ def recall_maps(models: Sequence[Measured]) -> Figure:
             axes.set_title(task.replace("_", " "), fontsize=10)
             for (i, length), (j, depth) in product(enumerate(lengths), enumerate(depths)):
                 cell = cells.get((length, depth))
-                _cell(axes, i, j, None if cell is None else (cell.exact, cell.nats))
+                shade = math.nan if cell is None else cell.exact if answered else 1 - cell.nats / worst
+                text = "" if cell is None else f"{cell.exact:.0%}\n{cell.nats:.2f}" if math.isfinite(shade) else "nan"
+                _cell(axes, i, j, shade, text)
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
             axes.tick_params(length=0)
         panels[0].set_ylabel("depth of the fact")
     figure.supxlabel(
-        "context, tokens.  In a cell: share answered exactly, nats of the right answer.  Hatched: not asked.",
+        "context, tokens.  In a cell: share answered exactly, nats of the right answer.  "
+        + ("Hatched: not asked." if answered else "Darker: fewer nats."),
         fontsize=10,
     )
     return figure
@@ -239,18 +247,16 @@ def _log2_bytes(axes: Axes, xs: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _cell(axes: Axes, i: int, j: int, values: tuple[float, float] | None) -> None:
+def _cell(axes: Axes, i: int, j: int, shade: float, text: str) -> None:
+    """One square, from white at 0 to dark blue at 1; hatched where `shade` is NaN."""
     from matplotlib.patches import Rectangle
 
-    known = values is not None and math.isfinite(values[0])
-    # White to dark blue: lightness alone carries the value.
-    share = values[0] if values is not None and known else 0.0
-    colour = tuple(1 - share * (1 - c) for c in (0.0, 0.30, 0.55)) if known else "#EEEEEE"
-    hatch = None if known else "///"
-    axes.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, facecolor=colour, edgecolor="white", hatch=hatch))
-    if values is not None:
-        text = f"{values[0]:.0%}\n{values[1]:.2f}" if known else "nan"
-        axes.text(i, j, text, ha="center", va="center", fontsize=8.5, color="white" if share > 0.75 else "black")
+    known = math.isfinite(shade)
+    red, green, blue = (1 - shade * (1 - part) for part in (0.0, 0.30, 0.55)) if known else (0.93,) * 3
+    square = Rectangle((i - 0.5, j - 0.5), 1, 1, facecolor=(red, green, blue), hatch=None if known else "///")
+    square.set_edgecolor("#D8D8D8")
+    axes.add_patch(square)
+    axes.text(i, j, text, ha="center", va="center", fontsize=8.5, color="white" if known and shade > 0.75 else "black")
 
 
 def _place_labels(

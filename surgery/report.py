@@ -352,10 +352,7 @@ def write_report(
     """
     out = Path(out)
     check_comparable(reports)
-    check_output(out, overwrite)
-    others = sorted(p.name for p in out.iterdir() if p.name not in _OUTPUTS) if out.is_dir() else []
-    if others:  # new_folder replaces the folder; results and checkpoints may lie in it
-        raise CheckpointError(f"{out}: holds {others[0]}, which no report wrote. Choose another folder.")
+    check_report_folder(out, overwrite)
     blocks = _page(told_apart(reports), sensitivity or {}, sensitivity_label, list(samples))
     with new_folder(out, overwrite) as folder:
         (folder / "plots").mkdir()
@@ -368,6 +365,15 @@ def write_report(
 
 
 _OUTPUTS = ("plots", "report.html", "report.md")
+
+
+def check_report_folder(out: str | Path, overwrite: bool = False) -> None:
+    """Raise CheckpointError where `write_report` would refuse `out`: asked before long work is begun."""
+    out = Path(out)
+    check_output(out, overwrite)
+    others = sorted(p.name for p in out.iterdir() if p.name not in _OUTPUTS) if out.is_dir() else []
+    if others:  # the folder is replaced as a whole; results and checkpoints may lie in it
+        raise CheckpointError(f"{out}: holds {others[0]}, which no report wrote. Choose another folder.")
 
 
 def check_comparable(reports: Sequence[Report]) -> None:
