@@ -1,0 +1,214 @@
+"""Latent KV: the weights of one attention that caches a latent instead of K and V, and its reference forward.
+
+Two meanings share one form. Where `rotate_on_read` is False (MLA, arXiv:2405.04434, and the `freq` layout) the cache
+holds c and the rotated k_r, and queries are mapped into the latent space: nothing is expanded. Where it is True
+(Palu, EigenAttention and their kin) the cache holds c alone; k = k_up c is made at read and then rotated as the parent
+rotates it, so the rotary embedding is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..anatomy.proof import attention_probs, rotate_pairs
+from ..errors import PlanError, UnsupportedModel
+from ..runtime.layout import AttentionSite, Rotary
+from .attention_weights import AttentionWeights
+from .reference import apply_norm, rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentWeights:
+    """One attention layer in latent form; q (with its bias and norm) and o stay beside it, in `AttentionWeights`.
+
+    Score of query head h with KV head a = a(h), before the parent's soft cap and ALiBi:
+    (q_hᵀ k_up[a] c + rot(q_rope[a] q_h)ᵀ rot(k_r)) · scale; output v_up[a] Σ_n p_n c_n. `R` is the latent rank, `F'`
+    the number of rotated components. Channels of H are in halves (see `AttentionWeights`); `in_site_order` brings
+    them to where an interleaved parent has them. A factor on the parent's cos and sin is folded into q_rope and k_up;
+    with `rotate_on_read` it stays with the rotation.
+    """
+
+    down_RD: Tensor
+    """[R, D], or [R, D+1] with the bias as last column: c = down x, cached, never rotated."""
+    rope_FD: Tensor
+    """[2F', D(+1)]: shared rotated key part k_r in rotate-half order (j, j+F'); cached after rotation."""
+    inv_freq_F: Tensor
+    """[F'] angle per position of each rotated component, float64."""
+    k_up_KHR: Tensor
+    """[K, H, R]; mean phases of the components that lost their rotation are folded in."""
+    q_rope_KFH: Tensor
+    """[K, 2F', H]"""
+    v_up_KVR: Tensor
+    """[K, Hv, R]"""
+    rotate_on_read: bool = False
+    k_rank: int | None = None
+    """Set where K and V have latents of their own: k_up reads the first `k_rank` entries of c, v_up the others."""
+
+    @property
+    def rank(self) -> int:
+        """R: cached numbers that never turn."""
+        return self.down_RD.shape[0]
+
+    @property
+    def rope_dims(self) -> int:
+        """2F': cached numbers that are rotated."""
+        return self.rope_FD.shape[0]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per cached token."""
+        return self.rank + self.rope_dims
+
+    def to(self, dtype: torch.dtype) -> LatentWeights:
+        """All tensors but the frequencies in `dtype`."""
+        names = ("down_RD", "rope_FD", "k_up_KHR", "q_rope_KFH", "v_up_KVR")
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+
+class LatentAttended(NamedTuple):
+    """What `attend_latent` computes on B sequences of T tokens that start at position 0."""
+
+    c_BTR: Tensor
+    """Latents, as cached."""
+    k_rope_BTF: Tensor
+    """The rotated part, as cached."""
+    q_BNTH: Tensor
+    """Queries after their norm, before any rotation."""
+    scores_BNTT: Tensor
+    probs_BNTT: Tensor
+    out_BTNV: Tensor
+    """Head outputs, the input of `o`."""
+
+
+def attend_latent(
+    weights: AttentionWeights, latent: LatentWeights, x_BTD: Tensor, form: Literal["absorbed", "expanded"] = "absorbed"
+) -> LatentAttended:
+    """The attention of `latent` over whole sequences, with q, scale, window, cap, sinks and slopes of `weights`.
+
+    `absorbed` maps queries into the latent space and averages latents (what decoding does); `expanded` makes K and V
+    per head first (what a long prefill does). Same numbers. With `rotate_on_read` only the values can be absorbed.
+    Padding must stand on the right; a gate on the outputs is not applied.
+    """
+    x = x_BTD
+    if latent.down_RD.shape[1] == x.shape[-1] + 1:
+        x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    kv_of = weights.kv_of()
+    T = x.shape[1]
+    c = x @ latent.down_RD.T.to(x)
+    k_r = x @ latent.rope_FD.T.to(x)
+    q = torch.einsum("btd,nhd->bnth", x_BTD, weights.q_NHD.to(x))
+    if weights.q_bias_NH is not None:
+        q = q + weights.q_bias_NH.to(x)[:, None]
+    if weights.q_norm is not None:
+        q = apply_norm(q, weights.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH)
+    k_up, v_up, q_rope = (w.to(x)[kv_of] for w in (latent.k_up_KHR, latent.v_up_KVR, latent.q_rope_KFH))
+    if latent.rotate_on_read:
+        cos, sin = rotation(weights, T, x)
+        k = torch.einsum("btr,nhr->bnth", c, k_up)
+        left, right = rotate_pairs(weights.rotary, q, cos, sin), rotate_pairs(weights.rotary, k, cos, sin)
+    else:
+        shared = _rotary_of(latent)
+        angle = torch.arange(T, dtype=torch.float64)[:, None] * latent.inv_freq_F.double().cpu()
+        cos, sin = angle.cos().to(x), angle.sin().to(x)
+        k_r = rotate_pairs(shared, k_r, cos, sin)
+        q_r = rotate_pairs(shared, torch.einsum("bnth,nfh->bntf", q, q_rope), cos, sin)
+        k_r_BNTF = k_r[:, None].expand(-1, len(kv_of), -1, -1)
+        if form == "absorbed":
+            left = torch.cat([torch.einsum("bnth,nhr->bntr", q, k_up), q_r], -1)
+            right = torch.cat([c[:, None].expand(-1, len(kv_of), -1, -1), k_r_BNTF], -1)
+        else:
+            left = torch.cat([q, q_r], -1)
+            right = torch.cat([torch.einsum("btr,nhr->bnth", c, k_up), k_r_BNTF], -1)
+    scores, probs = attention_probs(
+        left,
+        right,
+        scale=weights.scale,
+        softcap=weights.softcap,
+        window=weights.window,
+        alibi_slopes=weights.alibi_slopes,
+        sinks_N=weights.sinks_N,
+    )
+    if form == "absorbed":
+        out = torch.einsum("bntr,nvr->btnv", probs @ c[:, None], v_up)
+    else:
+        out = (probs @ torch.einsum("btr,nvr->bntv", c, v_up)).transpose(1, 2)
+    return LatentAttended(c, k_r, q, scores, probs, out)
+
+
+def _rotary_of(latent: LatentWeights) -> Rotary | None:
+    """The rotated part as one head in halves."""
+    if not latent.rope_dims:
+        return None
+    return Rotary(dims=latent.rope_dims, inv_freq=tuple(latent.inv_freq_F.tolist()))
+
+
+def in_site_order(latent: LatentWeights, site: AttentionSite) -> LatentWeights:
+    """`latent` with the channels of H where the site's own q has them: pairs (2j, 2j+1) if it is interleaved."""
+    if site.rotary is None or not site.rotary.interleaved:
+        return latent
+    start, end = site.rotary.start, site.rotary.start + site.rotary.dims
+    halves = [*range(start), *range(start, end, 2), *range(start + 1, end, 2), *range(end, site.head_dim)]
+    back = [halves.index(j) for j in range(site.head_dim)]
+    return replace(latent, k_up_KHR=latent.k_up_KHR[:, back], q_rope_KFH=latent.q_rope_KFH[:, :, back])
+
+
+def latent_budget(keep: float, site: AttentionSite, rope_dims: int | None = None) -> tuple[int, int]:
+    """(rank, rope_dims) with rank + rope_dims <= keep · (the parent's KV numbers per token); rope_dims even.
+
+    Args:
+        rope_dims: the rotated part; None takes a quarter of the budget, at most what K has and at least one pair
+            (`rope_splits` lists what a search on calibration text should try).
+
+    Raises:
+        PlanError: `keep` is outside (0, 1], leaves no room, or `rope_dims` is odd or does not fit.
+    """
+    if not 0 < keep <= 1:
+        raise PlanError(f"layer {site.layer}: keep {keep} must be above 0 and at most 1.")
+    numbers = int(keep * site.kv_dims + 1e-9)
+    turning = 0 if site.rotary is None else site.kv_heads * site.rotary.dims
+    if rope_dims is None:
+        rope_dims = min(turning, max(2, numbers // 8 * 2)) if turning else 0
+    if rope_dims % 2 or rope_dims > turning:
+        raise PlanError(
+            f"layer {site.layer}: rope_dims {rope_dims} must be even and at most {turning}, the rotated numbers of K."
+        )
+    if numbers - rope_dims < 1:
+        raise PlanError(
+            f"layer {site.layer}: keep {keep} leaves {numbers} of {site.kv_dims} numbers, of which {rope_dims} turn "
+            "and none is left for the latent. Raise keep, or lower rope_dims."
+        )
+    return min(numbers - rope_dims, site.hidden_size + 1, site.kv_dims), rope_dims
+
+
+def rope_splits(keep: float, site: AttentionSite) -> list[tuple[int, int]]:
+    """Splits (rank, rope_dims) of the same budget worth trying: an eighth to a half of it rotated."""
+    numbers = int(keep * site.kv_dims + 1e-9)
+    turning = 0 if site.rotary is None else site.kv_heads * site.rotary.dims
+    dims = sorted({min(turning, max(2, round(numbers * part / 2) * 2)) for part in (1 / 8, 1 / 4, 3 / 8, 1 / 2)})
+    return [latent_budget(keep, site, d) for d in dims if numbers - d >= 1] if turning else [latent_budget(keep, site)]
+
+
+def check_latent(weights: AttentionWeights, site: AttentionSite | None = None, rotate_on_read: bool = False) -> None:
+    """Refuse attentions that a latent cannot stand for.
+
+    Raises:
+        UnsupportedModel: K or V are not linear in the layer's input (norms, clamps), or the rotation is not fixed.
+    """
+    where = "attention" if site is None else f"layer {site.layer}"
+    linear = "a latent that both read needs K and V linear in the layer's input"
+    if weights.k_norm is not None:
+        raise UnsupportedModel(f"{where}: the keys are normed per head ({weights.k_norm.kind}); {linear}. Use gqa.")
+    if weights.v_norm is not None:
+        raise UnsupportedModel(f"{where}: the values are normed ({weights.v_norm.kind}); {linear}. Use gqa.")
+    if site is not None and site.clip_qkv is not None:
+        raise UnsupportedModel(f"{where}: keys and values are clamped to {site.clip_qkv:g}; {linear}. Use gqa.")
+    if weights.q_norm is not None and weights.q_norm.after_rotary:
+        raise UnsupportedModel(f"{where}: the queries are normed after their rotation, which a latent cannot follow.")
+    if weights.rotary is not None and weights.rotary.length_dependent and not rotate_on_read:
+        raise UnsupportedModel(
+            f"{where}: the rotary frequencies vary with the length; rotated components need fixed ones. Use lowrank."
+        )

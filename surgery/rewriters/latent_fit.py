@@ -1,0 +1,136 @@
+"""Fit one layer's latent on calibration text: candidates by KL, then refits that must earn their place.
+
+The whole model is measured with this layer converted and the layers after it as they are; what is fitted on one part
+of the text is accepted on another, and neither is ever text that a result is reported on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..calibrate import layer_activations
+from ..text import Windows
+from .attention_weights import AttentionWeights
+from .gains import fit_gains
+from .latent import LatentWeights
+from .latent_copy import LatentCopy
+from .latent_lowrank import Layout, LowrankInit, lowrank
+from .latent_mla import MlaInit, MlaOptions, mla
+from .latent_moments import LatentMoments, MomentSums
+from .latent_refit import refit_output, refit_queries
+
+Candidate = Callable[[AttentionWeights, LatentMoments], LatentWeights]
+QUERY_TOKENS = 10_000
+MOMENT_TOKENS = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """What is fitted around a latent; all of it is closed form but for the gains (2N numbers per layer)."""
+
+    compensate: bool = True
+    """Moments and refits from the converted prefix, not from the parent's own stream."""
+    queries: bool = True
+    """Rows of W_q to the parent's attention scores."""
+    output: bool = True
+    """W_o to the parent's attention output, and to what the layers before have lost."""
+    gains: bool = True
+    """One factor per query head on q and on o, by KL, over all layers together."""
+
+
+@dataclass
+class Fitted:
+    """What `fit_layer` chose, for reports."""
+
+    choice: int
+    kl: dict[str, float] = field(default_factory=dict)
+    """Nats per token on the check windows after each step."""
+
+
+def fit_layer(
+    copy: LatentCopy,
+    layer: int,
+    candidates: Sequence[Candidate],
+    windows: Windows,
+    options: FitOptions | None = None,
+) -> Fitted:
+    """Convert one layer of `copy` to the best of `candidates`, and refit q and o around it. In place."""
+    options = options or FitOptions()
+    site, parent = copy.sites[layer], copy.parent(layer)
+    fit, check = windows.split()
+    sums = MomentSums(parent)
+    for a in layer_activations(copy, site, fit.take(max(1, MOMENT_TOKENS // fit.ids_BT.shape[1]))):
+        sums.add(a.x_parent_BTD, a.x_student_BTD if options.compensate else a.x_parent_BTD, a.mask_BT)
+    moments = sums.finish()
+    made = [candidate(parent, moments) for candidate in candidates]
+    losses = []
+    for latent in made:
+        copy.write_latent(layer, latent)
+        losses.append(copy.divergence(check) if len(made) > 1 else 0.0)
+    best = losses.index(min(losses))
+    latent, student = made[best], parent
+    copy.write_latent(layer, latent, student)
+    found = Fitted(best, {"latent": copy.divergence(check)})
+    kl = found.kl["latent"]
+    for name, wanted in (("queries", options.queries), ("output", options.output)):
+        if not wanted:
+            continue
+        activations = layer_activations(copy, site, fit)
+        if not options.compensate:
+            activations = (a._replace(x_student_BTD=a.x_parent_BTD, gap_BTD=a.gap_BTD * 0) for a in activations)
+        if name == "queries":
+            refitted = refit_queries(parent, student, latent, activations, max(1, fit.tokens // QUERY_TOKENS))
+        else:
+            refitted = refit_output(parent, student, latent, activations)
+        copy.write_latent(layer, latent, refitted)
+        found.kl[name] = copy.divergence(check)
+        if found.kl[name] > kl:
+            copy.write_latent(layer, latent, student)
+        else:
+            kl, student = found.kl[name], refitted
+    return found
+
+
+def finish(copy: LatentCopy, windows: Windows, steps: int = 60) -> float:
+    """Fit the gains of all converted layers by KL; kept where the check windows agree. Returns their KL."""
+    fit, check = windows.take(64).split()
+    before = copy.divergence(check)
+    state = {name: p.detach().clone() for name, p in copy.model.named_parameters()}
+    batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(8)]
+    fit_gains(copy.model, copy.teacher, batches, [copy.sites[layer] for layer in sorted(copy.latents)], steps=steps)
+    after = copy.divergence(check)
+    if after > before:
+        copy.restore(state)
+    return min(before, after)
+
+
+def mla_candidates(
+    splits: Sequence[tuple[int, int]],
+    betas: Sequence[float] = (0.5, 1.0, 2.0),
+    options: MlaOptions | MlaInit = "default",
+) -> list[Candidate]:
+    """`mla` for every split (rank, rope_dims) and balance."""
+
+    def candidate(rank: int, rope_dims: int, beta: float) -> Candidate:
+        return lambda weights, moments: mla(weights, moments, rank, rope_dims, options=options, beta=beta)
+
+    return [candidate(rank, rope_dims, beta) for rank, rope_dims in splits for beta in betas]
+
+
+def lowrank_candidates(
+    numbers: int,
+    shares: Sequence[float] = (0.36, 0.42, 0.48),
+    options: LowrankInit = "qw",
+    layout: Layout = "joint",
+    group: int = 4,
+) -> list[Candidate]:
+    """`lowrank` with each share of `numbers` for K, the rest for V."""
+
+    def candidate(share: float) -> Candidate:
+        k_rank = min(numbers - 1, max(1, round(numbers * share)))
+        return lambda weights, moments: lowrank(
+            weights, moments, k_rank, numbers - k_rank, layout=layout, group=group, options=options
+        )
+
+    return [candidate(share) for share in shares]

@@ -1,0 +1,136 @@
+"""Low rank before the rotation: latents of K and of V apart; K is expanded and rotated at read, as in the parent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from .attention_weights import AttentionWeights
+from .latent import LatentWeights, check_latent
+from .latent_factors import single_latent
+from .latent_mla import output_metric, query_metric
+from .latent_moments import LatentMoments
+
+LowrankInit = Literal["qw", "plain", "whitened"]
+Layout = Literal["joint", "grouped", "head"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowrankOptions:
+    """The choices inside `lowrank`; `LOWRANK_INITS` has the named combinations."""
+
+    cov: Literal["attention", "uniform", "none"] = "attention"
+    metric: Literal["read", "query", "none"] = "read"
+    """Of K: queries turned to the keys that they look at; their energy per frequency; none. Of V: W_o unless none."""
+
+
+LOWRANK_INITS: dict[LowrankInit, LowrankOptions] = {
+    "qw": LowrankOptions(),
+    "whitened": LowrankOptions(cov="uniform", metric="none"),
+    "plain": LowrankOptions(cov="none", metric="none"),
+}
+"""`whitened`: Palu (arXiv:2407.21118) with SVD-LLM's whitening; `plain`: SVD of the weights, as LoRC."""
+
+
+def lowrank(
+    weights: AttentionWeights,
+    moments: LatentMoments,
+    k_rank: int,
+    v_rank: int,
+    *,
+    layout: Layout = "joint",
+    group: int = 4,
+    options: LowrankOptions | LowrankInit = "qw",
+) -> LatentWeights:
+    """One attention whose cache holds `k_rank` + `v_rank` numbers, read by expanding K and rotating it.
+
+    Args:
+        layout: `joint`: one latent over all KV heads. `grouped`: one per `group` neighbouring KV heads, `head`: one
+            per KV head; the rank is shared out by what each group's next number saves, so groups may differ.
+
+    Raises:
+        PlanError: impossible ranks or groups. UnsupportedModel: see `check_latent`.
+
+    Source: Palu, EigenAttention (arXiv:2408.05646), ReCalKV (arXiv:2505.24357). Ours: keys weighted by the queries
+    that read them, turned by the distances at which they do, and moments weighted by attention.
+    """
+    options = LOWRANK_INITS[options] if isinstance(options, str) else options
+    check_latent(weights, rotate_on_read=True)
+    k, v = weights.with_bias("k"), weights.with_bias("v")
+    members = _members(len(k), layout, group)
+    for name, r in (("k_rank", k_rank), ("v_rank", v_rank)):
+        if r < 1:
+            raise PlanError(f"{name} {r} must be at least 1.")
+    if options.cov == "attention":
+        key, value = moments.key_DD, moments.value_DD
+    else:
+        key = value = moments.input_DD
+    k_metric = v_metric = None
+    if options.metric != "none":
+        # The two kinds agree where queries turn evenly over all phases.
+        k_metric = query_metric(
+            weights, moments.q_read_NHH if options.metric == "read" else _per_pair(weights, moments)
+        )
+        v_metric = output_metric(weights)
+    plain = options.cov == "none"
+    k_down, k_up = single_latent(k, None if plain else key, k_metric, k_rank, members)
+    v_down, v_up = single_latent(v, None if plain else value, v_metric, v_rank, members)
+    R_k, R_v = len(k_down), len(v_down)
+    none = torch.zeros(0, dtype=torch.float64)
+    return LatentWeights(
+        down_RD=torch.cat([k_down, v_down]),
+        rope_FD=k.new_zeros(0, k.shape[-1]),
+        inv_freq_F=none,
+        k_up_KHR=torch.cat([k_up, k_up.new_zeros(*k_up.shape[:2], R_v)], -1),
+        q_rope_KFH=k.new_zeros(len(k), 0, weights.head_dim),
+        v_up_KVR=torch.cat([v_up.new_zeros(*v_up.shape[:2], R_k), v_up], -1),
+        rotate_on_read=True,
+        k_rank=R_k,
+    )
+
+
+def expanded_weights(weights: AttentionWeights, latent: LatentWeights) -> AttentionWeights:
+    """The same function in the parent's form: full K and V heads of low rank. For `rotate_on_read` only.
+
+    What runs as an ordinary attention can be refitted, measured and compared as one.
+    """
+    if not latent.rotate_on_read:
+        raise PlanError("only a latent that is rotated at read has keys in the parent's form.")
+    from dataclasses import replace
+
+    k, v = latent.k_up_KHR @ latent.down_RD, latent.v_up_KVR @ latent.down_RD
+    if not weights.has_bias:
+        return replace(weights, k_KHD=k.to(weights.k_KHD.dtype), v_KVD=v.to(weights.v_KVD.dtype))
+    dtype = weights.k_KHD.dtype
+    return replace(
+        weights,
+        k_KHD=k[..., :-1].to(dtype),
+        v_KVD=v[..., :-1].to(dtype),
+        k_bias_KH=k[..., -1].to(dtype),
+        v_bias_KV=v[..., -1].to(dtype),
+    )
+
+
+def _members(heads: int, layout: Layout, group: int) -> list[list[int]]:
+    size = {"joint": heads, "grouped": group, "head": 1}[layout]
+    if heads % size:
+        raise PlanError(f"layout {layout}: groups of {size} do not divide {heads} KV heads.")
+    return [list(range(a, a + size)) for a in range(0, heads, size)]
+
+
+def _per_pair(weights: AttentionWeights, moments: LatentMoments) -> Tensor:
+    """[N, H, H]: queries' moments if every phase were equally likely: energy per pair, other channels as they are."""
+    first, second = weights.rotated()
+    q = moments.q_NHH
+    out = q.clone()
+    if first:
+        turning = [*first, *second]
+        energy = (q.diagonal(0, 1, 2)[:, first] + q.diagonal(0, 1, 2)[:, second]) / 2
+        out[:, turning] = 0
+        out[:, :, turning] = 0
+        out[:, turning, turning] = torch.cat([energy, energy], -1)
+    return out
