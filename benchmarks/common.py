@@ -43,10 +43,12 @@ def environment(seed: int) -> dict[str, Any]:
 
 
 def write(name: str, data: dict[str, Any]) -> None:
-    """Write `results/<name>.json`."""
+    """Write `results/<name>.json`; an interrupted run leaves the last whole one."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=2) + "\n")
+    part.replace(path)
 
 
 def peak_gigabytes() -> float:

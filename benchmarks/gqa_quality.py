@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import ROOT, environment, reference, write
+from common import environment, reference, write
 from rich.console import Console
 from rich.table import Table
 
@@ -75,7 +75,7 @@ def measure(name: str, kv_heads: tuple[int, ...], lower: bool, rows: tuple[str, 
                 yield found
                 continue
             seconds = time.monotonic() - begun
-            report = surgery.evaluate(child, baseline=parent, text=texts[400:], length=256, batch_size=32)
+            report = surgery.evaluate(child, baseline=parent, text=texts[400:], length=256)
             assert report.baseline is not None
             found |= {"parent": report.baseline.nats_per_token, "text": report.text_digest, "tokens": report.tokens}
             row = {"kv_heads": heads, "init": label, "nats_per_token": report.model.nats_per_token, "gap": report.gap}
@@ -83,13 +83,6 @@ def measure(name: str, kv_heads: tuple[int, ...], lower: bool, rows: tuple[str, 
             found["rows"].append(row)
             print(name, label, heads, round(report.model.nats_per_token, 4), f"{seconds:.0f} s", flush=True)  # noqa: T201
             yield found
-
-
-def save(data: dict[str, Any]) -> None:
-    """Replace the results as a whole: a run that dies while it writes leaves those of the row before."""
-    write("gqa_quality.part", data)
-    results = ROOT / "benchmarks" / "results"
-    (results / "gqa_quality.part.json").replace(results / "gqa_quality.json")
 
 
 def main() -> None:
@@ -106,8 +99,8 @@ def main() -> None:
     for name, run in runs.items():
         for found in measure(name, *run):
             results[name] = found
-            save(data)
-    save({**data, "complete": True})
+            write("gqa_quality", data)
+    write("gqa_quality", {**data, "complete": True})
     console = Console(width=100)
     for name, result in results.items():
         table = Table(title=f"{name}, parent {result['parent']:.4f} nats/token, no training")

@@ -1,4 +1,4 @@
-"""The command line: `surgery inspect | plan | convert | eval | generate | demo`."""
+"""The command line: `surgery inspect | plan | convert | eval | report | generate | demo`."""
 
 from __future__ import annotations
 
@@ -140,24 +140,71 @@ def convert(
 
 @app.command(
     name="eval",
-    epilog="Example: surgery eval ./smaller --baseline ./my-model --text held-out.jsonl --json result.json",
+    epilog="Examples: surgery eval ./smaller --baseline ./my-model --text held-out.jsonl --json result.json | "
+    "surgery eval ./smaller --baseline ./my-model --text held-out.jsonl --recall all --speed",
 )
 def evaluate(
     model: Model,
     text: Annotated[Path, typer.Option(help="Held-out text (.txt, .jsonl with field text, .parquet).")],
     baseline: Annotated[str | None, typer.Option(help="The parent, for loss beside it and KL to it.")] = None,
+    path: Annotated[
+        str, typer.Option(help="prefill (one pass; never reads the cache), decode (through the cache), or both.")
+    ] = "both",
     samples: Annotated[int | None, typer.Option(min=1, help="At most so many windows.")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
+    recall: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask recall questions: all, associative, passkey, multi_key, tracking; several times."),
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions per task, length and depth.")] = 8,
+    speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decoding side by side.")] = False,
+    memory: Annotated[str, typer.Option(help="Memory for the largest batch, such as 80GiB.")] = "80GiB",
+    context: Annotated[int | None, typer.Option(min=1, help="Its tokens per sequence; default: the model's.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between; needs kv-surgery[eval].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of questions and intervals.")] = 0,
     json_file: Json = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
 ) -> None:
-    """Measure nats per token, KL to the baseline, and the bytes that the cache really holds."""
+    """Measure loss, KL, recall, cache bytes and speed, beside the baseline, through the cache."""
     from .evaluate import evaluate as score
     from .storage import load
 
-    parent = None if baseline is None else load(baseline)
-    report = score(load(model), baseline=parent, text=text, length=length, samples=samples)
-    _out(str(report))
+    report = score(
+        load(model),
+        baseline=None if baseline is None else load(baseline),
+        text=text,
+        path=path,  # type: ignore[arg-type]  # checked there, with a sentence
+        length=length,
+        samples=samples,
+        recall_tasks=recall or (),
+        questions=questions,
+        speed=speed,
+        memory=memory,
+        context=context,
+        lm_eval_tasks=tasks.split(",") if tasks else (),
+        seed=seed,
+        names=(_name_of(model), "" if baseline is None else _name_of(baseline)),
+    )
+    _out(*report.tables())
     _write_json(json_file, report.to_dict())
+    _write(markdown, report.to_markdown())
+
+
+@app.command(epilog="Example: surgery report 2x.json 4x.json -o ./report")
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files that `surgery eval --json` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, report.md and plots.")],
+    title: Annotated[str, typer.Option(help="Heading.")] = "surgery report",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+) -> None:
+    """Put several evaluations on one page: one table, quality against bytes, recall, plots."""
+    from .report import Report, quality_table, told_apart, write_report
+
+    reports = [Report.load(file) for file in results]
+    page = write_report(reports, out, title=title, overwrite=overwrite)
+    _out(quality_table(told_apart(reports)), f"[bold]written to {page}[/bold]")
 
 
 @app.command(epilog='Example: surgery generate ./smaller --prompt "Once upon a time" --tokens 100')
@@ -174,22 +221,34 @@ def generate(
     _out(continue_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed))
 
 
-@app.command(epilog="Example: surgery demo -o ./demo")
+@app.command(epilog="Examples: surgery demo | surgery demo --fast -o ./demo --overwrite")
 def demo(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the checkpoints in this folder.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, report.md and plots.")] = Path(
+        "surgery-demo"
+    ),
+    fast: Annotated[bool, typer.Option("--fast", help="Fewer conversions on less text: under a minute.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
 ) -> None:
-    """Pretrain a small model in a minute or two, convert it in several ways, and show what each costs and saves."""
+    """Convert a small bundled model in several ways, and show what each costs, saves and still remembers."""
     from .demo import run
 
-    run(out)
+    run(out, fast=fast, overwrite=overwrite)
+
+
+def _name_of(model: str) -> str:
+    return Path(model).name or model
 
 
 def _write_json(path: Path | None, data: dict[str, object]) -> None:
+    _write(path, json.dumps(data, indent=2) + "\n")
+
+
+def _write(path: Path | None, text: str) -> None:
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}).") from None
 

@@ -20,7 +20,7 @@ from .plan import plan as make_plan
 from .provenance import provenance
 from .recipe import Recipe
 from .rewriters import rewriter_for
-from .rewriters.attention_weights import write_attention
+from .rewriters.attention_weights import parameter_names, write_attention
 from .runtime.modeling import from_parent
 from .storage import check_whole, load, save
 from .streaming import can_stream, stream
@@ -86,7 +86,9 @@ def _native(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin: dic
     config = native_config(plan.anatomy.config, plan.anatomy.sites, plan.after[0].project.kv_heads)
     if config is None:
         raise PlanError(f"{type(parent).__name__} cannot say {plan.after[0].project.kv_heads} KV heads.")
-    tensors = {name: tensor.detach().clone() for name, tensor in parent.state_dict().items()}
+    rewritten = {name for site, _ in plan.changed() for name in parameter_names(site)}
+    kept = {name: tensor for name, tensor in parent.state_dict().items() if name not in rewritten}
+    tensors = {name: tensor.detach().clone() for name, tensor in kept.items()}
     for site in examine(config).sites:
         if site.layer in copy_.converted:
             tensors |= write_attention(copy_.read(site.layer), site, copy_.tensor)

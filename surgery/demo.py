@@ -1,162 +1,168 @@
-"""`surgery demo`: a small model pretrained on the spot, converted in several ways; what each cost and saved."""
+"""`surgery demo`: the bundled model converted in several ways; what each cost, saved, and still remembers."""
 
 from __future__ import annotations
 
-import sysconfig
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
+from .anatomy import examine
 from .convert import convert
 from .evaluate import evaluate
+from .generate import generate
 from .plan import plan
-from .report import Report
+from .reference import SMALL
+from .report import Report, check_report_folder, quality_table, recall_table, serving_table, write_report
 from .show import progress
-from .storage import save
-from .text import Windows, load_windows
+from .storage import load
+from .text import Windows, load_tokenizer, load_windows
 
-LENGTH = 128
-STEPS = 300
-VOCAB = 257  # bytes, and one token for the end
+PLAIN = {"grouping": "neighbour", "refit_queries": False, "refit_output": False, "gain_fit": False}
+PROMPTS = (
+    "It was late in the evening when the old man",
+    "The red box holds the lamp. The blue box holds the key. The red box holds the",
+)
 
 
-def run(out: Path | None = None) -> list[Report]:
-    """Pretrain, convert, evaluate, print. Keeps the checkpoints under `out` where given."""
-    console = Console(highlight=False)
-    text = standard_library_text()
-    cut = len(text) * 9 // 10
-    tokenizer = byte_tokenizer()
-    train, held_out = text[:cut], text[cut:]
-    console.print(
-        f"Pretraining a small MHA Llama on {len(train) / 1e6:.1f} MB of Python's own library, in bytes, on the CPU ..."
-    )
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One conversion of the demo."""
+
+    name: str
+    recipe: str
+    options: dict[str, Any]
+
+
+ROWS = (
+    Row(name="2x: mean pooling, as published", recipe="gqa-2x", options={"init": "mean", **PLAIN}),
+    Row(name="2x: surgery", recipe="gqa-2x", options={}),
+    Row(name="4x: mean pooling, as published", recipe="gqa-4x", options={"init": "mean", **PLAIN}),
+    Row(name="4x: surgery", recipe="gqa-4x", options={}),
+    Row(name="8x: surgery", recipe="mqa", options={}),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much text the demo reads; every window has 256 tokens."""
+
+    rows: tuple[Row, ...]
+    calibration: int
+    held_out: int
+    questions: int
+    gain_fit: bool
+
+
+WHOLE = Effort(rows=ROWS, calibration=96, held_out=64, questions=8, gain_fit=True)
+FAST = Effort(rows=(ROWS[0], ROWS[1], ROWS[3]), calibration=24, held_out=16, questions=2, gain_fit=False)
+LENGTH = 256
+
+
+def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Report]:
+    """Inspect, plan, convert, evaluate, generate, and write the report to `out`.
+
+    Raises:
+        CheckpointError: `out` is not empty, or cannot be written.
+    """
+    check_report_folder(out, overwrite)
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = (out or Path(scratch)) / "parent"
-        folder.mkdir(parents=True, exist_ok=True)
-        parent = pretrain(train, seed=0)
-        parent.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        parent = LlamaForCausalLM.from_pretrained(folder)
-        console.print(f"done in {time.monotonic() - begun:.0f} s.")
-        windows = windows_of(held_out[: 128 * LENGTH])
-        calibration = windows_of(train[: 128 * LENGTH])
-        console.print(*plan(parent, "gqa-2x").tables(), sep="\n")
-        rows = []
-        for name, init in (("gqa-2x", "mean"), ("gqa-2x", "rank1"), ("gqa-4x", "mean"), ("gqa-4x", "rank1")):
-            step: dict[str, Any] = {"rewriter": "gqa", "kv_heads": "1/2" if name == "gqa-2x" else "1/4", "init": init}
-            step |= {"gain_fit": False}  # the slowest part, and of little use behind the refits
-            if init == "mean":  # as published: neighbours, nothing fitted
-                step |= {"grouping": "neighbour", "refit_queries": False, "refit_output": False}
-            begun = time.monotonic()
-            child = convert(parent, {"name": name, "steps": [step]}, calibration=calibration)
-            seconds = time.monotonic() - begun
-            report = evaluate(child, baseline=parent, text=windows)
-            label = f"{name}, mean pooling (published)" if init == "mean" else f"{name}, surgery"
-            rows.append((label, report, seconds))
-            if out is not None and init == "rank1":
-                save(child, out / name, tokenizer=tokenizer, overwrite=True)
-        console.print(_table(rows))
-        if out is not None:
-            console.print(f"Kept in {out}. Try: surgery generate {out / 'gqa-2x'} --prompt 'def '")
-        console.print(
-            "No training was done after conversion. Loss is on text that neither training nor calibration saw."
+    effort = FAST if fast else WHOLE
+    console = Console(highlight=False)
+    tokenizer = load_tokenizer(SMALL)
+    parent = load(SMALL, dtype=torch.float32)
+    calibration, held_out = _text(tokenizer, parent.config.vocab_size, effort)
+
+    console.rule("[bold]the model[/bold] (bundled, pretrained on English prose)", align="left")
+    console.print(*examine(parent).tables(), sep="\n")
+    console.rule("[bold]a plan[/bold]", align="left")
+    console.print(*plan(parent, "gqa-2x").tables(), sep="\n")
+
+    console.rule("[bold]conversions[/bold], without any training", align="left")
+    reports: list[Report] = []
+    samples = [("parent", p, _continued(parent, tokenizer, p)) for p in PROMPTS]
+    for row in effort.rows:
+        started = time.monotonic()
+        child = convert(parent, _recipe(row, effort), calibration=calibration)
+        converted = time.monotonic()
+        reports.append(
+            evaluate(
+                child,
+                baseline=parent,
+                text=held_out,
+                tokenizer=tokenizer,
+                recall_tasks=("all",),
+                questions=effort.questions,
+                speed=not fast,
+                names=(row.name, "parent"),
+            )
         )
-    return [report for _, report, _ in rows]
+        seconds = time.monotonic() - converted
+        console.print(f"{row.name}: converted in {converted - started:.0f} s, evaluated in {seconds:.0f} s")
+        samples += [(row.name, p, _continued(child, tokenizer, p)) for p in PROMPTS]
+    sensitivity = None if fast else layer_sensitivity(parent, calibration, held_out.take(16))
 
-
-def _table(rows: list[tuple[str, Report, float]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(("model", "KV bytes/token", "saved", "nats/byte", "change", "same top token", "seconds")):
-        table.add_column(name, justify="right" if i else "left")
-    base = rows[0][1].baseline
-    assert base is not None
-    table.add_row("parent", f"{base.kv_bytes_per_token:,.0f}", "", f"{base.nats_per_token:.3f}", "", "", "")
-    for label, report, seconds in rows:
-        m, gap = report.model, report.gap or 0.0
-        table.add_row(
-            label,
-            f"{m.kv_bytes_per_token:,.0f}",
-            f"{1 - m.kv_bytes_per_token / base.kv_bytes_per_token:.0%}",
-            f"{m.nats_per_token:.3f}",
-            f"{gap / base.nats_per_token:+.1%}",
-            f"{report.agreement:.0%}",
-            f"{seconds:.1f}",
-        )
-    return table
-
-
-def standard_library_text(megabytes: float = 4.0) -> str:
-    """Source text that every Python installation has, in a fixed order."""
-    parts: list[str] = []
-    size = 0
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        part = file.read_text(encoding="utf-8", errors="ignore")
-        parts.append(part)
-        size += len(part)
-        if size > megabytes * 1e6:
-            break
-    return "".join(parts).encode("ascii", "ignore").decode()
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and `</s>`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "</s>"])}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", model_max_length=LENGTH * 2)
-
-
-def tokens_of(text: str) -> torch.Tensor:
-    """Token ids of `byte_tokenizer`, fast."""
-    return torch.tensor(byte_tokenizer()(text)["input_ids"], dtype=torch.long)
-
-
-def windows_of(text: str) -> Windows:
-    """Consecutive windows of `LENGTH` bytes."""
-    ids = tokens_of(text)
-    return load_windows(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), vocab_size=VOCAB, length=LENGTH)
-
-
-def pretrain(text: str, seed: int) -> LlamaForCausalLM:
-    """A 3-layer MHA Llama of 8 heads, trained for `STEPS` steps: enough for heads to have roles."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=VOCAB,
-        max_position_embeddings=LENGTH * 2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=VOCAB - 1,
+    models = [m for m in (reports[0].baseline, *(r.model for r in reports)) if m is not None]
+    console.print(quality_table(reports), recall_table(models), serving_table(reports), sep="\n")
+    for name, prompt, text in samples:
+        if prompt is PROMPTS[0]:
+            console.print(f"[bold]{name}[/bold]  {prompt}[italic]{text}[/italic]", soft_wrap=False)
+    page = write_report(
+        reports,
+        out,
+        title="surgery demo",
+        sensitivity=sensitivity,
+        sensitivity_label="half the KV heads in one layer alone, pooled without refits",
+        samples=samples,
+        overwrite=overwrite,
     )
-    model = LlamaForCausalLM(config).train()
-    ids = tokens_of(text)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS, pct_start=0.1)
-    generator = torch.Generator().manual_seed(seed)
-    with progress("pretraining", STEPS) as advance:
-        for _ in range(STEPS):
-            starts = torch.randint(len(ids) - LENGTH, (16, 1), generator=generator)
-            batch = ids[starts + torch.arange(LENGTH)]
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+    console.print(
+        f"\nLoss is on text that neither training nor calibration saw, decoded through the cache. "
+        f"{time.monotonic() - begun:.0f} s.\nPlots and samples: [bold]{page}[/bold]\n"
+        "Next: surgery convert YOUR-MODEL -r gqa-2x --calibration text.jsonl -o ./smaller"
+    )
+    return reports
+
+
+def layer_sensitivity(parent: PreTrainedModel, calibration: Windows, held_out: Windows) -> dict[int, float]:
+    """Nats per token that halving the heads of one layer alone costs, pooled without refits."""
+    costs = {}
+    sites = examine(parent).sites
+    with progress("sensitivity", len(sites)) as advance:
+        for site in sites:
+            step = {"rewriter": "gqa", "kv_heads": "1/2", **PLAIN, "grouping": "search", "layers": str(site.layer)}
+            child = convert(parent, {"steps": [step]}, calibration=calibration.take(16))
+            costs[site.layer] = evaluate(child, baseline=parent, text=held_out, path="prefill").gap or 0.0
             advance(1)
-    return model.eval()
+    return costs
+
+
+def _recipe(row: Row, effort: Effort) -> Any:
+    from .recipe import Recipe
+
+    options = row.options if effort.gain_fit else {**row.options, "gain_fit": False}
+    return Recipe.load(row.recipe, [f"{key}={str(value).lower()}" for key, value in options.items()])
+
+
+def _text(tokenizer: Any, vocab_size: int, effort: Effort) -> tuple[Windows, Windows]:
+    """Calibration and held-out windows of English that every Python brings along: the topics of `help()`, by topic."""
+    from pydoc_data.topics import topics
+
+    parts: tuple[list[str], list[str]] = ([], [])
+    for i, name in enumerate(sorted(topics)):
+        parts[i % 2].append(topics[name])
+    calibration, held_out = (
+        load_windows(
+            part, tokenizer, vocab_size=vocab_size, length=LENGTH, samples=samples, every_window=True, where="topics"
+        )
+        for part, samples in zip(parts, (effort.calibration, effort.held_out), strict=True)
+    )
+    return calibration, held_out
+
+
+def _continued(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
+    return generate(model, prompt, tokens=24, tokenizer=tokenizer).removeprefix(prompt)

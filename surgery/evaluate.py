@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import CheckpointError, RecipeError
+from .harness import check_known, run_tasks
 from .measure.memory import cache_size, max_batch, parse_bytes
 from .measure.recall import TASKS, check_tasks, recall
 from .measure.scoring import Path, score_windows
@@ -34,6 +35,7 @@ def evaluate(
     recall_lengths: Sequence[int] | None = None,
     questions: int = 8,
     speed: bool = False,
+    lm_eval_tasks: Sequence[str] = (),
     memory: int | str = "80GiB",
     context: int | None = None,
     seed: int = 0,
@@ -51,6 +53,7 @@ def evaluate(
         recall_lengths: tokens of context of the questions; default: a quarter, half and all of the model's.
         questions: per task, length and depth.
         speed: also time prefill and decoding, both models in turn.
+        lm_eval_tasks: names that lm-eval knows, run on the models in memory; needs the extra `eval`.
         memory, context: for the largest batch of sequences of `context` tokens (default: the model's) in `memory`.
         seed: of questions and bootstrap.
         names: of model and baseline, for the tables.
@@ -68,11 +71,13 @@ def evaluate(
     tasks = tuple(TASKS) if "all" in recall_tasks else tuple(recall_tasks)
     check_tasks(tasks)
     limit = parse_bytes(memory)
+    if lm_eval_tasks:
+        check_known(lm_eval_tasks)
     config = model.config
-    if tokenizer is None and (tasks or not isinstance(text, (Tensor, Windows))):
+    if tokenizer is None and (tasks or lm_eval_tasks or not isinstance(text, (Tensor, Windows))):
         tokenizer = tokenizer_of(config)
-    if tasks and tokenizer is None:
-        raise CheckpointError("recall: needs a tokenizer. None lies beside the model; pass tokenizer=...")
+    if (tasks or lm_eval_tasks) and tokenizer is None:
+        raise CheckpointError("tasks: need a tokenizer. None lies beside the model; pass tokenizer=...")
     if baseline is not None:
         _check_same_tokens(config, baseline.config)
     length = length or min(getattr(config, "max_position_embeddings", None) or 512, 512)
@@ -118,6 +123,9 @@ def evaluate(
         problems=tuple(s.problem for s in sums.values() if s.problem),
         versions=versions(),
         device=str(model.device),
+        tasks={n: run_tasks(m, tokenizer, lm_eval_tasks, seed=seed) for n, m in zip(names, models, strict=False)}
+        if lm_eval_tasks
+        else {},
     )
     for m, was in zip(models, training, strict=True):
         m.train(was)

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .errors import CheckpointError, RecipeError
-from .measure.recall import TASKS, _Reader, compose
+from .measure.recall import TASKS, Reader, compose
 
 OURS = {f"surgery_{name}": name for name in TASKS}
 """Name among lm-eval's tasks -> name in `measure.recall.TASKS`."""
@@ -162,7 +162,7 @@ def recall_task(name: str, model: PreTrainedModel, tokenizer: Any, seed: int = 0
 
 def _questions(task: str, model: PreTrainedModel, tokenizer: Any, seed: int) -> tuple[list[dict[str, str]], int]:
     """Documents with `text` and `answer`, and how many tokens an answer may take."""
-    reader = _Reader(tokenizer)
+    reader = Reader(tokenizer)
     spell = str.lower if reader.lower else str
     context = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
     rng = random.Random(f"{seed} {task}")

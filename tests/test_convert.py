@@ -18,7 +18,7 @@ from surgery.measure.memory import cache_bytes
 from surgery.recipe import Init
 
 INITS = Init.__args__
-NATIVE = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "starcoder2", "stablelm", "cohere")
+NATIVE = ("llama", "qwen2", "qwen3", "phi3", "olmo2", "starcoder2", "stablelm", "stablelm_qk_norm", "cohere")
 IDS = torch.arange(24).view(2, 12) * 5 % 120
 CALIBRATION = torch.randint(0, 120, (32, 32), generator=torch.Generator().manual_seed(0))
 

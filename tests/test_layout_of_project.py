@@ -13,7 +13,7 @@ LINKED = ("kernels", "recipes", "train")
 
 LEVELS = [
     ("kernels",),
-    ("errors", "linalg", "show"),
+    ("errors", "linalg", "show", "reference"),
     ("runtime",),
     ("anatomy", "recipe", "checkpoint", "text"),
     ("native", "plan"),

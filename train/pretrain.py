@@ -37,6 +37,7 @@ class Size:
     dim: int
     layers: int
     heads: int
+    head_dim: int
     mlp: int
     vocab: int
     context: int
@@ -47,8 +48,12 @@ class Size:
 
 
 SIZES = {
-    "small": Size(dim=192, layers=6, heads=6, mlp=512, vocab=4096, context=512, tokens=10e6, batch=8, lr=3e-3),
-    "base": Size(dim=512, layers=8, heads=8, mlp=1408, vocab=8192, context=1024, tokens=300e6, batch=64, lr=1.5e-3),
+    "small": Size(
+        dim=192, layers=6, heads=8, head_dim=32, mlp=512, vocab=4096, context=512, tokens=7e6, batch=8, lr=3e-3
+    ),
+    "base": Size(
+        dim=512, layers=8, heads=8, head_dim=64, mlp=1408, vocab=8192, context=1024, tokens=300e6, batch=64, lr=1.5e-3
+    ),
 }
 RECALL_SHARE = 0.06
 """Share of the training tokens that are recall questions."""
@@ -137,6 +142,7 @@ def _config(shape: Size, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
+        head_dim=shape.head_dim,
         vocab_size=shape.vocab,
         max_position_embeddings=shape.context,
         tie_word_embeddings=True,
@@ -249,7 +255,7 @@ pretrained, and far too small to be useful for anything else.
 | | |
 |---|---|
 | parameters | {record["parameters"]:,} ({shape.layers} layers, {shape.heads} query and {shape.heads} KV heads \
-of {shape.dim // shape.heads}, tied embeddings) |
+of {shape.head_dim}, tied embeddings) |
 | context | {shape.context} tokens, byte-level BPE of {shape.vocab} |
 | corpus | English prose: novels, textbooks, documentation (public domain, CC0, CC-BY; some Apache/MIT, GPL docs) |
 | training | {record["tokens"]:,} tokens, of which {record["recall_share"]:.0%} generated recall questions; \

@@ -51,9 +51,10 @@ def tensor_bytes(cache: Any) -> int:
 
 def predicted(model: PreTrainedModel, tokens: int) -> int | None:
     """Bytes of the cache of one sequence by the model's plan; None where its attention cannot be described."""
-    own = (getattr(model.config, "surgery", None) or {}).get("layers")
-    if own:
-        return sum(LayerPlan.from_dict(layer["plan"]).bytes_at(tokens) for layer in own)
+    surgery = getattr(model.config, "surgery", None) or {}
+    layers = [layer["plan"] for layer in surgery.get("layers", ())] or surgery.get("plan", {}).get("layers")
+    if layers:
+        return sum(LayerPlan.from_dict(layer).bytes_at(tokens) for layer in layers)
     from ..plan import plan
 
     try:

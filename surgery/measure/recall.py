@@ -185,7 +185,7 @@ def recall(
     check_tasks(tasks)
     context = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
     lengths = lengths or (context // 4, context // 2, context - 8)
-    reader = _Reader(tokenizer)
+    reader = Reader(tokenizer)
     cells: list[RecallCell] = []
     with progress("recall", len(lengths)) as advance:
         for length in lengths:
@@ -224,7 +224,7 @@ class _Asked(NamedTuple):
     """Tokens of the answer."""
 
 
-class _Reader:
+class Reader:
     """Questions in the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:

@@ -1,0 +1,249 @@
+"""An evaluation that cannot be fooled: what a cache breaks, the decode path and recall see, and prefill does not."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from families import tiny_model
+from transformers import DynamicCache, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
+
+import surgery
+from surgery import evaluate
+from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
+from surgery.measure.memory import max_batch, parse_bytes
+from surgery.measure.recall import TASKS, Reader, recall
+from surgery.measure.scoring import score_windows
+from surgery.measure.statistics import bootstrap
+from surgery.reference import SMALL
+from surgery.text import load_tokenizer, load_windows
+
+IDS = torch.randint(0, 120, (6, 48), generator=torch.Generator().manual_seed(0))
+
+
+class LateLayer(DynamicLayer):
+    """Counts one token too many: whatever is decoded stands one position late."""
+
+    def get_seq_length(self):
+        return super().get_seq_length() + (self.is_initialized and self.keys.shape[-2] > 0)
+
+    def get_mask_sizes(self, query_length):
+        return super().get_seq_length() + query_length, 0
+
+
+class ForgetfulLayer(DynamicLayer):
+    """Loses one token of every eight that are decoded."""
+
+    seen = 0
+
+    def update(self, keys, values, *args, **kwargs):
+        self.seen += keys.shape[-2]
+        if keys.shape[-2] == 1 and self.seen % 8 == 0:
+            self.keys, self.values = self.keys[:, :, :-1], self.values[:, :, :-1]
+        return super().update(keys, values, *args, **kwargs)
+
+    def get_seq_length(self):
+        return self.seen
+
+    def get_mask_sizes(self, query_length):
+        return super().get_seq_length() + query_length, 0
+
+
+class SwappedLayer(DynamicLayer):
+    """Writes decoded keys under each other's heads."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.flip(1) if keys.shape[-2] == 1 else keys, values, *args, **kwargs)
+
+
+class StaleLayer(DynamicLayer):
+    """A decoded value lands in its slot one step late; until then the slot holds the value before it."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if values.shape[-2] == 1:
+            self.late, values = values, getattr(self, "late", values)
+        return super().update(keys, values, *args, **kwargs)
+
+
+FAULTS = [LateLayer, ForgetfulLayer, SwappedLayer, StaleLayer]
+
+
+def broken(model, layer_class):
+    """The same weights with a cache of `layer_class` layers."""
+
+    class Broken(LlamaForCausalLM):
+        def forward(self, *args, past_key_values=None, use_cache=None, **kwargs):
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache()
+                past_key_values.layers = [layer_class() for _ in range(self.config.num_hidden_layers)]
+            return super().forward(*args, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+
+    child = Broken(model.config)
+    child.load_state_dict(model.state_dict())
+    return child.eval()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return surgery.load(SMALL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prose():
+    """Windows of the bundled card and of this project's own README."""
+    texts = [(SMALL / "README.md").read_text(), (SMALL.parents[2] / "README.md").read_text()]
+    tokenizer = load_tokenizer(SMALL)
+    return load_windows(texts, tokenizer, vocab_size=4096, length=64, every_window=True, samples=16)
+
+
+def loss(model, windows, path):
+    return evaluate(model, text=windows, path=path).model.nats_per_token
+
+
+def test_decoding_through_a_sound_cache_equals_prefill(small, prose):
+    assert abs(evaluate(small, text=prose).model.cache_gap) < 1e-5
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_cache_is_seen_by_the_decode_path_and_by_recall_but_not_by_prefill(small, prose, fault):
+    child = broken(small, fault)
+    assert loss(child, prose, "prefill") == loss(small, prose, "prefill")
+    report = evaluate(child, text=prose)
+    assert abs(report.model.cache_gap) > 1e-4
+    assert "reading the cache costs" in str(report)
+    tokenizer = load_tokenizer(SMALL)
+
+    def nats(model):
+        cells = recall(model, tokenizer, tasks=("associative", "multi_key"), lengths=(128,), questions=8)
+        return sum(cell.nats for cell in cells) / len(cells)
+
+    assert nats(child) > nats(small) + 0.01
+
+
+def test_two_runs_with_one_seed_give_the_same_json(small, prose):
+    def once():
+        report = evaluate(small, baseline=small, text=prose, samples=4, recall_tasks=("passkey",), questions=2, seed=3)
+        return json.dumps(report.to_dict())
+
+    assert once() == once()
+
+
+def test_a_model_beside_itself_has_no_gap(small, prose):
+    report = evaluate(small, baseline=small, text=prose, samples=4)
+    assert report.gap == 0 and report.kl < 1e-9 and report.agreement == 1
+    assert report.model.cache.bytes == report.model.cache.predicted_bytes
+
+
+def test_the_interval_of_a_gap_covers_it_and_shrinks_with_more_windows(small, prose):
+    parent = tiny_model("llama")
+    child = surgery.convert(parent, {"steps": [{"rewriter": "gqa", "kv_heads": 1, "init": "mean"}]})
+    few, many = (evaluate(child, baseline=parent, text=IDS.repeat(n, 1), path="prefill") for n in (1, 8))
+    for report in (few, many):
+        gap = report.difference.gap
+        assert gap.low <= gap.value <= gap.high
+    width = [r.difference.gap.high - r.difference.gap.low for r in (few, many)]
+    assert width[1] < width[0]
+
+
+def test_bootstrap_weighs_windows_by_their_tokens():
+    sums, tokens = torch.tensor([[10.0], [1.0]]), torch.tensor([[10.0], [90.0]])
+    assert bootstrap(sums, tokens, seed=0).value == pytest.approx(0.11)
+    assert math.isnan(bootstrap(sums[:1], tokens[:1], seed=0).low)
+
+
+def test_padding_does_not_count():
+    model = tiny_model("llama")
+    windows = load_windows(IDS, vocab_size=128, length=48)
+    cut = windows.mask_BT.clone()
+    cut[:, 20:] = False
+    whole = score_windows(model, None, load_windows(IDS[:, :20], vocab_size=128, length=20), "prefill")
+    for path in ("prefill", "decode"):
+        padded = score_windows(model, None, type(windows)(windows.ids_BT, cut, "x"), path)
+        assert padded.tokens.sum() == whole.tokens.sum()
+        assert padded.nll.sum().item() == pytest.approx(whole.nll.sum().item(), abs=1e-3)
+
+
+def test_nan_is_a_row_with_its_reason_and_never_a_mean():
+    model = tiny_model("llama")
+    model.lm_head.weight.data[5] = float("nan")
+    report = evaluate(model, text=IDS)
+    assert math.isnan(report.model.nats_per_token)
+    assert "window 0, position 0" in report.problems[0]
+    assert "nan" in str(report) and "not finite" in str(report)
+    assert report.to_dict()["model"]["quality"]["decode"]["nats_per_token"]["value"] is None
+
+
+def test_a_model_without_a_cache_is_refused_on_the_decode_path_only():
+    class Cacheless(LlamaForCausalLM):
+        def forward(self, *args, use_cache=None, **kwargs):
+            return super().forward(*args, use_cache=False, **kwargs)
+
+    model = Cacheless(tiny_model("llama").config).eval()
+    with pytest.raises(UnsupportedModel, match="returns no cache"):
+        evaluate(model, text=IDS)
+    assert evaluate(model, text=IDS, path="prefill").model.cache.bytes == 0
+
+
+def test_a_baseline_that_reads_other_tokens_is_refused(small, tmp_path):
+    other = tiny_model("llama")
+    with pytest.raises(CheckpointError, match="not parent and child"):
+        evaluate(small, baseline=other, text=IDS)
+    data = json.loads((SMALL / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    small.save_pretrained(tmp_path)
+    for file in SMALL.glob("tokenizer*"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="another tokenizer: 'a' is token"):
+        evaluate(small, baseline=surgery.load(tmp_path), text=IDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"path": "prefil"}, RecipeError, "Use one of prefill, decode, both"),
+        ({"recall_tasks": ("pass",)}, RecipeError, "Known: associative"),
+        ({"recall_tasks": ("passkey",)}, CheckpointError, "need a tokenizer"),
+        ({"memory": "much"}, RecipeError, "Write it as 80GiB"),
+        ({"text": ["a b c"], "tokenizer": load_tokenizer(SMALL)}, CheckpointError, "shorter than one sequence"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(tiny_model("llama"), **{"text": IDS, **options})
+
+
+def test_recall_needs_a_tokenizer_that_covers_plain_words():
+    with pytest.raises(CheckpointError, match="does not cover plain English"):
+        recall(tiny_model("llama"), lambda_tokenizer())
+
+
+def lambda_tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_question_has_exactly_the_length_asked_for_and_holds_its_answer(task):
+    reader, rng = Reader(load_tokenizer(SMALL)), random.Random(0)
+    for depth in (0.0, 0.5, 1.0):
+        question = TASKS[task](rng)
+        asked = reader.ask(question, depth, 200, rng)
+        assert len(asked.ids) - asked.answer == 200
+        text = reader.tokenizer.decode(asked.ids)
+        assert text.endswith(f"{question.ask} {question.answer}")
+        assert question.facts[-1] in text
+
+
+def test_sizes_are_read_as_people_write_them():
+    assert parse_bytes("80GiB") == 80 * 2**30
+    assert parse_bytes("24 GB") == 24 * 10**9
+    assert parse_bytes(512) == 512
+    assert max_batch(1000, 400, 100.0) == 6
+    assert max_batch(100, 400, 100.0) == 0
