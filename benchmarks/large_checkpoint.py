@@ -8,6 +8,7 @@ The checkpoint is made shard by shard. With 8 of 32 layers it takes 4 GB on disk
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ def main() -> None:
         "recipe": recipe.to_dict(),
         "seconds": round(time.monotonic() - begun, 1),
         "processor_seconds": round(time.process_time() - busy, 1),
+        "load_average": os.getloadavg()[1],
         "peak_gigabytes": peak_gigabytes(),
         "peak_gigabytes_before_conversion": made,
         "bytes_per_token": [plan.parent_bytes_per_token, plan.bytes_per_token],
