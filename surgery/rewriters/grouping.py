@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..linalg import blockdiag, hermitian, to_double
+from ..linalg import hermitian, to_double
 from .attention_weights import AttentionWeights
 from .moments import Block, Moments, rotated_block, scalar_gram, unrotated_block, value_block
 
@@ -41,30 +41,46 @@ def search_groups(
     kv_heads: int,
     *,
     limit: int = 20_000,
+    exact: int = 5_000,
     starts: int = 20,
     seed: int = 0,
 ) -> Groups:
     """The equal-sized groups with the smallest summed cost.
 
     Exhaustive where there are at most `limit` partitions, else pair swaps to a local minimum from the neighbour
-    grouping and `starts` random ones. Neighbours win ties.
+    grouping and `starts` random ones. Where there are more than `exact` groups to choose from, the swaps add up the
+    costs of the pairs in a group instead of its own (32 heads have 36,000 groups of four, and 496 pairs), and its own
+    cost decides only between the result and the neighbours. Neighbours win ties.
     """
     check_divides(heads, kv_heads)
     size = heads // kv_heads
     cached = cache(cost)
-
-    def total(groups: Groups) -> float:
-        return sum(cached(g) for g in groups)
-
     best: Groups = neighbour_groups(heads, kv_heads)
-    best_cost = total(best)
     if count_partitions(heads, size) <= limit:
-        for groups in partitions(heads, size):
-            value = total(groups)
-            if value < best_cost - 1e-12 * abs(best_cost):
-                best, best_cost = groups, value
-        return best
-    rng = random.Random(seed)
+        return _cheapest([best, *partitions(heads, size)], cached)
+    if math.comb(heads, size) <= exact:
+        return _cheapest([best, *_swap(cached, heads, kv_heads, starts, seed)], cached)
+
+    @cache
+    def by_pairs(group: tuple[int, ...]) -> float:
+        return sum(cached(pair) for pair in itertools.combinations(group, 2))
+
+    return _cheapest([best, _cheapest(_swap(by_pairs, heads, kv_heads, starts, seed), by_pairs)], cached)
+
+
+def _cheapest(candidates: Sequence[Groups], cost: Callable[[tuple[int, ...]], float]) -> Groups:
+    """The first of the candidates that none beats by more than rounding."""
+    best, best_cost = candidates[0], sum(map(cost, candidates[0]))
+    for groups in candidates[1:]:
+        value = sum(map(cost, groups))
+        if value < best_cost - 1e-12 * abs(best_cost):
+            best, best_cost = groups, value
+    return best
+
+
+def _swap(cost: Callable[[tuple[int, ...]], float], heads: int, kv_heads: int, starts: int, seed: int) -> list[Groups]:
+    """Local minima under swaps of two heads, from the neighbour grouping and `starts` random ones."""
+    size, rng, found = heads // kv_heads, random.Random(seed), []
     for start in range(starts + 1):
         order = list(range(heads))
         if start:
@@ -74,17 +90,15 @@ def search_groups(
         while improved:
             improved = False
             for g, h in itertools.combinations(range(kv_heads), 2):
-                before = cached(trial[g]) + cached(trial[h])
+                before = cost(trial[g]) + cost(trial[h])
                 for a, b in itertools.product(trial[g], trial[h]):
                     one = tuple(sorted({*trial[g], b} - {a}))
                     two = tuple(sorted({*trial[h], a} - {b}))
-                    if cached(one) + cached(two) < before - 1e-12 * abs(before):
+                    if cost(one) + cost(two) < before - 1e-12 * abs(before):
                         trial[g], trial[h], improved = one, two, True
                         break
-        value = total(tuple(trial))
-        if value < best_cost - 1e-12 * abs(best_cost):
-            best, best_cost = tuple(sorted(trial)), value
-    return best
+        found.append(tuple(sorted(trial)))
+    return found
 
 
 def partitions(heads: int, size: int) -> Iterator[Groups]:
@@ -113,6 +127,7 @@ def rank1_cost(weights: AttentionWeights, moments: Moments) -> Callable[[tuple[i
     pairs, nope, value = (f(weights, moments) for f in (rotated_block, unrotated_block, value_block))
     k_total = (pairs.gram.diagonal(dim1=1, dim2=2).real * pairs.metric.T).sum() + _block_energy(nope)
     v_total = _block_energy(value)
+    nope_PP, value_PP = _weighed(nope), _weighed(value)
 
     def cost(group: tuple[int, ...]) -> float:
         if len(group) == 1:
@@ -122,8 +137,8 @@ def rank1_cost(weights: AttentionWeights, moments: Moments) -> Callable[[tuple[i
         lam = lam.maximum(1e-6 * lam.mean())
         root = lam.T.sqrt().to(pairs.gram.dtype)
         scaled = root[:, :, None] * pairs.gram[:, g][:, :, g] * root[:, None, :]
-        k_error = _tail(scaled, 1).sum() + _block_tail(nope, g)
-        return float(k_error / k_total.clamp_min(1e-300) + _block_tail(value, g) / v_total.clamp_min(1e-300))
+        k_error = _tail(scaled, 1).sum() + _block_tail(nope_PP, g)
+        return float(k_error / k_total.clamp_min(1e-300) + _block_tail(value_PP, g) / v_total.clamp_min(1e-300))
 
     return cost
 
@@ -139,13 +154,18 @@ def _tail(x: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigvalsh(hermitian(x))[..., : x.shape[-1] - rank].clamp_min(0).sum(-1)
 
 
-def _block_tail(block: Block, g: list[int]) -> Tensor:
-    m, H = len(g), block.metric.shape[-1]
+def _weighed(block: Block) -> Tensor:
+    """Gram under the metrics, Rᵀ gram R with block-diagonal R Rᵀ = metric: [K, H', K, H']."""
+    values, vectors = torch.linalg.eigh(block.metric)
+    root = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    return torch.einsum("ahi,ahbj->aibj", root, torch.einsum("ahbk,bkj->ahbj", block.gram, root))
+
+
+def _block_tail(weighed_KHKH: Tensor, g: list[int]) -> Tensor:
+    m, H = len(g), weighed_KHKH.shape[1]
     if H == 0:
         return torch.zeros((), dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(block.metric[g])
-    root = blockdiag(vectors * values.clamp_min(0).sqrt()[:, None, :])
-    return _tail(root.T @ block.gram[g][:, :, g].reshape(m * H, m * H) @ root, H)
+    return _tail(weighed_KHKH[g][:, :, g].reshape(m * H, m * H), H)
 
 
 def cluster_heads(weights: AttentionWeights, moments: Moments, kv_heads: int) -> Groups:
