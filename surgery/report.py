@@ -161,6 +161,7 @@ class Report:
             f"{self.tokens:,} predicted tokens in {self.windows} windows of {self.length}, {where}; "
             f"text {self.text_digest}, seed {self.seed}"
         ]
+        notes.append("perplexity: " + ", ".join(f"{m.perplexity:,.4g} ({m.name})" for m in self.measured))
         if self.model.cache_gap is not None:
             costs = (f"{m.cache_gap:+.5f} ({m.name})" for m in self.measured)
             notes.append(f"reading the cache costs {', '.join(costs)} nats/token: decode minus prefill")
@@ -173,13 +174,16 @@ class Report:
 
 def quality_table(reports: Iterable[Report]) -> Table:
     """Loss beside bytes: each baseline once, then the models."""
-    table = _table("model", "nats/token", "prefill", "change", "95 %", "KL", "same top", "KV B/token", "saved")
+    reports = list(reports)
+    both = any(len(m.quality) > 1 for r in reports for m in r.measured)
+    columns = ("change", "95 %", "KL", "same top", "KV B/token", "saved")
+    table = _table("model", "nats/token", *(["prefill"] if both else []), *columns)
     seen = set()
     for report in reports:
         base, d, m = report.baseline, report.difference, report.model
         if base is not None and base.name not in seen:
             seen.add(base.name)
-            table.add_row(Text(base.name), *_losses(base), "", "", "", "", f"{base.kv_bytes_per_token:,.0f}", "")
+            table.add_row(Text(base.name), *_losses(base, both), "", "", "", "", f"{base.kv_bytes_per_token:,.0f}", "")
         cells, saved = ["", "", "", ""], ""
         if base is not None and d is not None:
             b = base.nats_per_token or math.nan  # a share of nothing
@@ -190,7 +194,7 @@ def quality_table(reports: Iterable[Report]) -> Table:
                 _number(d.agreement.value, ".1%"),
             ]
             saved = f"{1 - m.kv_bytes_per_token / base.kv_bytes_per_token:.0%}" if base.kv_bytes_per_token else ""
-        table.add_row(Text(m.name), *_losses(m), *cells, f"{m.kv_bytes_per_token:,.0f}", saved)
+        table.add_row(Text(m.name), *_losses(m, both), *cells, f"{m.kv_bytes_per_token:,.0f}", saved)
     return table
 
 
@@ -266,10 +270,12 @@ def _table(*names: str) -> Table:
     return table
 
 
-def _losses(m: Measured) -> tuple[str, str]:
-    """The quoted loss, and the prefill loss where both were measured."""
-    both = len(m.quality) > 1
-    return f"{m.nats_per_token:.4f}", f"{m.quality['prefill'].nats_per_token.value:.4f}" if both else ""
+def _losses(m: Measured, both: bool) -> list[str]:
+    """The quoted loss, and the prefill loss where `both` have a column."""
+    losses = [f"{m.nats_per_token:.4f}"]
+    if both:
+        losses.append(f"{m.quality['prefill'].nats_per_token.value:.4f}" if len(m.quality) > 1 else "")
+    return losses
 
 
 def _number(value: float, form: str) -> str:
