@@ -27,8 +27,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from surgery.anatomy.alike import find_alike
-from surgery.errors import UnsupportedModel
+from ..errors import UnsupportedModel
+from .alike import find_alike
 
 _TOKENS, _MANY_TOKENS = 32, 512
 

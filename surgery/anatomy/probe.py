@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from surgery.anatomy.graph import MASK, Graph, is_call, length_dependent, shape
-from surgery.anatomy.walk import Found, OutPath, Path
-from surgery.errors import UnsupportedModel
-from surgery.runtime.layout import HeadNorm, Rotary
+from ..errors import UnsupportedModel
+from ..runtime.layout import HeadNorm, Rotary
+from .graph import MASK, Graph, is_call, length_dependent, shape
+from .walk import Found, OutPath, Path
 
 _CODES = 62
 _POSITIONS = 32

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery.errors import UnsupportedModel
-from surgery.runtime.layout import AttentionSite, HeadNorm, Projection, Rotary
+from ..errors import UnsupportedModel
+from ..runtime.layout import AttentionSite, HeadNorm, Projection, Rotary
 
 
 def project_qkv(

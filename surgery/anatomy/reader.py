@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, fx
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from surgery.anatomy.graph import Graph, capture, shape, subpaths
-from surgery.anatomy.probe import Reading, read_out, read_path, read_scores
-from surgery.anatomy.proof import (
+from ..checkpoint import local_folder
+from ..errors import CheckpointError, UnsupportedModel
+from ..runtime.layout import AttentionSite, HeadNorm, Projection
+from ..show import render
+from .graph import Graph, capture, shape, subpaths
+from .probe import Reading, read_out, read_path, read_scores
+from .proof import (
     attend_heads,
     finish_heads,
     heads_of,
@@ -22,12 +26,8 @@ from surgery.anatomy.proof import (
     relative_error,
     turn,
 )
-from surgery.anatomy.table import anatomy_tables
-from surgery.anatomy.walk import Found, OutPath, Path, find_attentions, origin, path_from, path_to
-from surgery.checkpoint import local_folder
-from surgery.errors import CheckpointError, UnsupportedModel
-from surgery.runtime.layout import AttentionSite, HeadNorm, Projection
-from surgery.show import render
+from .table import anatomy_tables
+from .walk import Found, OutPath, Path, find_attentions, origin, path_from, path_to
 
 _TOLERANCE = 1e-5
 _ROLES = {"q": "queries", "k": "keys", "v": "values"}

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from surgery.runtime.layout import AttentionSite, HeadNorm
-from surgery.show import count, spans
+from ..runtime.layout import AttentionSite, HeadNorm
+from ..show import count, spans
 
 if TYPE_CHECKING:
-    from surgery.anatomy.reader import Anatomy
+    from .reader import Anatomy
 
 
 def anatomy_tables(anatomy: Anatomy) -> list[Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from surgery.anatomy.graph import ATTENTION, STUB, Call, Graph, is_call, module_name, shape
-from surgery.errors import UnsupportedModel
+from ..errors import UnsupportedModel
+from .graph import ATTENTION, STUB, Call, Graph, is_call, module_name, shape
 
 
 @dataclasses.dataclass(frozen=True)
