@@ -39,11 +39,11 @@ class Row:
 
 
 ROWS = (
-    Row(name="2x: mean pooling, as published", recipe="gqa-2x", options={"init": "mean", **PLAIN}),
-    Row(name="2x: surgery", recipe="gqa-2x", options={}),
-    Row(name="4x: mean pooling, as published", recipe="gqa-4x", options={"init": "mean", **PLAIN}),
-    Row(name="4x: surgery", recipe="gqa-4x", options={}),
-    Row(name="8x: surgery", recipe="mqa", options={}),
+    Row(name="2x mean pooling", recipe="gqa-2x", options={"init": "mean", **PLAIN}),
+    Row(name="2x surgery", recipe="gqa-2x", options={}),
+    Row(name="4x mean pooling", recipe="gqa-4x", options={"init": "mean", **PLAIN}),
+    Row(name="4x surgery", recipe="gqa-4x", options={}),
+    Row(name="8x surgery", recipe="mqa", options={}),
 )
 
 
@@ -121,8 +121,8 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
         overwrite=overwrite,
     )
     console.print(
-        f"\nLoss is on text that neither training nor calibration saw, decoded through the cache. "
-        f"{time.monotonic() - begun:.0f} s.\nPlots and samples: [bold]{page}[/bold]\n"
+        "\nMean pooling is the published form of GQA. Loss is on text that neither training nor calibration saw, "
+        f"decoded through the cache. {time.monotonic() - begun:.0f} s in all.\nPlots and samples: [bold]{page}[/bold]\n"
         "Next: surgery convert YOUR-MODEL -r gqa-2x --calibration text.jsonl -o ./smaller"
     )
     return reports

@@ -119,7 +119,7 @@ def test_a_broken_cache_is_seen_by_the_decode_path_and_by_recall_but_not_by_pref
         cells = recall(model, tokenizer, tasks=("associative", "multi_key"), lengths=(128,), questions=8)
         return sum(cell.nats for cell in cells) / len(cells)
 
-    assert nats(child) > nats(small) + 0.01
+    assert nats(child) > nats(small) + 0.003  # equal to the last digit where the cache is sound
 
 
 def test_two_runs_with_one_seed_give_the_same_json(small, prose):
