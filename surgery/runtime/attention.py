@@ -1,8 +1,8 @@
-"""Attention of a converted layer: any norm, rotation and mask of an `AttentionSite`, under any `Heads` plan."""
+"""What every converted attention shares: norm, rotation and mask of an `AttentionSite`, calling convention, output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The weights of one attention under the names and in the layout of `SurgeryAttention`, as fresh tensors.
+    """The weights of one attention under the names and in the layout of `SurgeryHeadsAttention`, as fresh tensors.
 
     Head h of `q_proj`, `k_proj`, `v_proj` has rows [h*H, (h+1)*H), and columns of `o_proj` likewise, whether the
     parent keeps them apart, fused or transposed. `get_tensor` maps a name in the parent's state dict to its tensor.
@@ -82,30 +82,33 @@ class SurgeryHeadNorm(nn.Module):
 class SurgeryAttention(nn.Module):
     """Softmax attention of one converted layer, called and answering as the parent's module was.
 
+    What every form of the cache shares: the calling convention, queries, masks, the attention function, the output.
+    A subclass makes keys and values (`_query_key_value`) from the parameters that it names in `linears`, `norms` and
+    `tensors`.
+
     Args:
         config: the config that carries `_attn_implementation`.
         site: what the parent computed there; names of parameters are not used.
-        plan: KV heads and who reads them.
+        plan: what is cached and who reads it.
         call: arguments and result of the parent's module.
-        shapes: shape of each parameter by name, as `canonical_weights` names them. Optional ones (biases, gains,
-            `sinks`, `post_norm_scale`) exist where they are listed. `post_norm_scale` multiplies q after its norm:
-            [N, H] per channel, or [N, dims/2, 2] as real and imaginary part per rotary pair.
+        shapes: shape of each parameter by name. Optional ones (biases, gains, `sinks`, `post_norm_scale`) exist where
+            they are listed. `post_norm_scale` multiplies q after its norm: [N, H] per channel, or [N, dims/2, 2] as
+            real and imaginary part per rotary pair.
 
     Departs from parents in one thing: dropout on weights and output is kept, other dropout inside attention is not.
     """
 
+    linears: tuple[str, ...]
+    norms: tuple[str, ...]
+    tensors: tuple[str, ...] = ("sinks", "post_norm_scale")
     q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
     o_proj: nn.Linear
     q_norm: SurgeryHeadNorm | None
-    k_norm: SurgeryHeadNorm | None
-    v_norm: SurgeryHeadNorm | None
     sinks: nn.Parameter | None
     post_norm_scale: nn.Parameter | None
-    kv_of_query: Tensor
     inv_freq_bits: Tensor
     slope_bits: Tensor
+    num_key_value_groups: int
 
     def __init__(
         self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
@@ -118,20 +121,17 @@ class SurgeryAttention(nn.Module):
         self.head_dim = site.head_dim
         self.scaling = site.scale
         self.sliding_window = site.window
-        heads = plan.project
-        # repeat_kv undoes uniform groups inside the attention function; others are spread by an index before it.
-        self.num_key_value_groups = site.heads // heads.kv_heads if heads.is_uniform else 1
+        self.num_key_value_groups = site.group_size
 
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for name in self.linears:
             rows, columns = shapes[f"{name}.weight"]
             setattr(self, name, nn.Linear(columns, rows, bias=f"{name}.bias" in shapes))
-        for name, norm in (("q_norm", site.q_norm), ("k_norm", site.k_norm), ("v_norm", site.v_norm)):
+        for name in self.norms:
+            norm: HeadNorm | None = getattr(site, name)
             module = SurgeryHeadNorm(norm, shapes.get(f"{name}.weight"), shapes.get(f"{name}.bias")) if norm else None
             setattr(self, name, module)
-        for name in ("sinks", "post_norm_scale"):
+        for name in self.tensors:
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])) if name in shapes else None)
-        self.build_tables(self.q_proj.weight.device)
-        self.reset()
 
     def build_tables(self, device: torch.device) -> None:
         """Put the constants of the layer, which no state dict has, on `device`."""
@@ -141,15 +141,15 @@ class SurgeryAttention(nn.Module):
     def _tables(self) -> dict[str, Tensor]:
         """Constants of the layer. Floats are kept as their bits: `.to(torch.bfloat16)` must not round them."""
         tables = {}
-        heads = self.plan.project
-        if not heads.is_uniform:
-            reads = {query: kv for kv, group in enumerate(heads.groups) for query in group}
-            tables["kv_of_query"] = torch.tensor([reads[query] for query in range(self.site.heads)], device="cpu")
-        if self.site.rotary is not None and self.call.rotary_layout is None:
-            tables["inv_freq_bits"] = _bits(self.site.rotary.inv_freq)
+        if self.site.rotary is not None and self._needs_frequencies():
+            tables["inv_freq_bits"] = as_bits(self.site.rotary.inv_freq)
         if self.site.alibi_slopes is not None:
-            tables["slope_bits"] = _bits(self.site.alibi_slopes)
+            tables["slope_bits"] = as_bits(self.site.alibi_slopes)
         return tables
+
+    def _needs_frequencies(self) -> bool:
+        """Whether the layer computes cos and sin of the parent's rotation itself."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Fill the tables and initialise what no checkpoint has filled (projections are initialised by the parent)."""
@@ -173,34 +173,19 @@ class SurgeryAttention(nn.Module):
         for name in BIAS_NAMES:
             named.pop(name, None)
 
-        q = self._project(self.q_proj, hidden_states, self.site.head_dim)
-        k = self._project(self.k_proj, hidden_states, self.site.head_dim)
-        v = self._project(self.v_proj, hidden_states, self.site.value_dim)
-        q, k, v = _norm(self.q_norm, q, False), _norm(self.k_norm, k, False), _norm(self.v_norm, v, False)
-        if self.post_norm_scale is not None:
-            q = self._scale(q, self.post_norm_scale)
-        if self.site.rotary is not None:
-            if position_ids is None and self.call.rotary_layout is None:
-                past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-                position_ids = past + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-            cos, sin = self._cos_sin(position_embeddings, position_ids, q.dtype)
-            q, k = self._turn(q, cos, sin), self._turn(k, cos, sin)
-        q, k = _norm(self.q_norm, q, True), _norm(self.k_norm, k, True)
-        query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        if not self.plan.project.is_uniform:
-            key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
+        query, key, value = self._query_key_value(hidden_states, position_embeddings, position_ids, cache)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and (self.site.softcap is not None or self.sinks is not None):
+        if self._absorbs(hidden_states):
+            attention_interface = grouped_attention_forward
+        elif implementation == "sdpa" and (self.site.softcap is not None or self.sinks is not None):
             attention_interface = eager_attention_forward
-        if attention_interface is eager_attention_forward or implementation == "sdpa":
-            mask = self._mask(mask, query, key, cache, attention_interface is not eager_attention_forward)
+        own = attention_interface in (eager_attention_forward, grouped_attention_forward)
+        if own or implementation == "sdpa":
+            mask = self._mask(mask, query, key, cache, not own)
         elif self.site.alibi_slopes is not None:
             raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
 
@@ -220,6 +205,8 @@ class SurgeryAttention(nn.Module):
             sliding_window=self.sliding_window,
             **named,
         )
+        if self._absorbs(hidden_states):
+            attn_output = self._values(attn_output)
         output = self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1))
         if self.call.output_dropout:
             output = nn.functional.dropout(output, self.call.output_dropout, self.training)
@@ -229,6 +216,32 @@ class SurgeryAttention(nn.Module):
             return output
         answers = {"output": output, "weights": attn_weights, "cache": cache, "none": None}
         return tuple(answers[place] for place in self.call.returns)
+
+    def _query_key_value(
+        self, hidden_states: Tensor, position_embeddings: Any, position_ids: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the attention function takes, [B, N, T, .] and twice [B, K, S, .], after the cache was updated."""
+        raise NotImplementedError
+
+    def _absorbs(self, hidden_states: Tensor) -> bool:
+        """Whether scores and means are taken over the cached latents themselves; `_values` then maps the means up."""
+        return False
+
+    def _values(self, mean_BTNR: Tensor) -> Tensor:
+        """Head outputs from averaged latents."""
+        raise NotImplementedError
+
+    def _queries(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, N, H], normed and scaled, before any rotation."""
+        q = norm_heads(self.q_norm, self._project(self.q_proj, hidden_states, self.site.head_dim), False)
+        return q if self.post_norm_scale is None else self._scale(q, self.post_norm_scale)
+
+    def _positions(self, hidden_states: Tensor, position_ids: Tensor | None, cache: Any) -> Tensor:
+        """[B or 1, T]; counted through the cache where the parent passes none."""
+        if position_ids is not None:
+            return position_ids
+        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        return past + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
 
     def _project(self, projection: nn.Module, hidden_states: Tensor, width: int) -> Tensor:
         x = projection(hidden_states)
@@ -249,8 +262,7 @@ class SurgeryAttention(nn.Module):
             cos, sin = (once(t, self.call.rotary_layout, len(rotary.inv_freq)) for t in position_embeddings)
         else:
             assert positions is not None
-            angles = positions[..., None].float() * self.inv_freq_bits.view(torch.float32)
-            cos, sin = (angles.cos() * rotary.scaling).to(dtype), (angles.sin() * rotary.scaling).to(dtype)
+            cos, sin = angles_of(positions, self.inv_freq_bits, rotary.scaling, dtype)
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
     def _turn(self, x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -263,8 +275,7 @@ class SurgeryAttention(nn.Module):
             a, b = turning[..., 0::2], turning[..., 1::2]
             turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
         else:
-            a, b = turning.chunk(2, dim=-1)
-            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+            turned = turn_halves(turning, cos, sin)
         turned = turned.to(x_BTNH.dtype)
         return turned if turned.shape == x_BTNH.shape else torch.cat((before, turned, after), dim=-1)
 
@@ -325,27 +336,65 @@ def eager_attention_forward(
     groups: int = module.num_key_value_groups  # type: ignore[assignment]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    if s_aux is not None:
-        sinks = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, sinks), dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    if s_aux is not None:
-        weights = weights[..., :-1]
+    sinks = None if s_aux is None else s_aux.reshape(1, -1, 1, 1)
+    weights = _probabilities(query, key, attention_mask, scaling, softcap, sinks)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def grouped_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One new token against few KV heads: query heads that share one stand in the place of tokens, nothing is repeated.
+
+    query [B, N, 1, H], key [B, K, S, H], value [B, 1, S, R] shared by all heads; returns [B, 1, N, R] and, unless
+    computed by sdpa, the weights [B, N, 1, S].
+    """
+    B, N, K, S = query.shape[0], query.shape[1], key.shape[1], key.shape[2]
+    folded = query.reshape(B, K, N // K, -1)
+    mask = attention_mask
+    if mask is not None and mask.shape[1] > 1:  # of every query head: ALiBi
+        mask = mask.reshape(-1, K, N // K, S)
+    sdpa = module.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    if K == 1 and sdpa and softcap is None and s_aux is None:
+        out = nn.functional.scaled_dot_product_attention(
+            folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+        return out.reshape(B, 1, N, -1), None
+    sinks = None if s_aux is None else s_aux.reshape(1, K, N // K, 1)
+    weights = _probabilities(folded, key, mask, scaling, softcap, sinks).reshape(B, 1, N, S)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).reshape(B, 1, N, -1), weights.transpose(1, 2)
+
+
+def _probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """[B, N, T, S] in the dtype of `query`; what a sink [1, N, T or 1, 1] takes is missing from the sum."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:3], 1)), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights if sinks is None else weights[..., :-1]
+
+
 def _check(site: AttentionSite, plan: LayerPlan) -> None:
     where = f"{site.module} (layer {site.layer})"
-    heads = plan.project
     if site.alibi_slopes is not None and site.window is not None:
         raise ValueError(f"{where}: has ALiBi and a window; the positions in a sliding cache are not known here")
     if site.gated_output:
@@ -356,13 +405,6 @@ def _check(site: AttentionSite, plan: LayerPlan) -> None:
         raise ValueError(f"{where}: reads the cache of layer {plan.owner}; sharing needs a runtime that has it")
     if plan.window not in (None, site.window):
         raise ValueError(f"{where}: keeps {plan.window} tokens where its attention sees {site.window}")
-    if sorted(query for group in heads.groups for query in group) != list(range(site.heads)):
-        raise ValueError(f"{where}: groups {heads.groups} do not name each of {site.heads} query heads once")
-    if len(heads.groups) != heads.kv_heads or (heads.head_dim, heads.value_dim) != (site.head_dim, site.value_dim):
-        raise ValueError(
-            f"{where}: plans {heads.kv_heads} KV heads of {heads.head_dim} + {heads.value_dim} in {len(heads.groups)} "
-            f"groups; head width must stay {site.head_dim} + {site.value_dim}, with one group per head"
-        )
 
 
 def _gain(names: str | tuple[str, ...], get_tensor: Callable[[str], Tensor]) -> Tensor:
@@ -370,7 +412,8 @@ def _gain(names: str | tuple[str, ...], get_tensor: Callable[[str], Tensor]) -> 
     return get_tensor(names).clone() if isinstance(names, str) else torch.stack([get_tensor(n) for n in names])
 
 
-def _bits(values: tuple[float, ...]) -> Tensor:
+def as_bits(values: Sequence[float]) -> Tensor:
+    """float32 numbers as int32, which no cast to another float type can round; `.view(torch.float32)` undoes it."""
     return torch.tensor(values, dtype=torch.float32, device="cpu").view(torch.int32)
 
 
@@ -383,5 +426,18 @@ def _per_head(weight: Tensor, heads: int, width: int) -> Tensor:
     return weight if weight.shape == (width,) else weight.view(heads, width)
 
 
-def _norm(norm: SurgeryHeadNorm | None, x_BTNH: Tensor, after_rotary: bool) -> Tensor:
+def angles_of(positions: Tensor, bits_F: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., F] of positions [...] times frequencies that are kept as bits."""
+    angles = positions[..., None].float() * bits_F.view(torch.float32)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply pairs (j, j + F) of the last dimension, read as a + ib, by cos + i sin."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def norm_heads(norm: SurgeryHeadNorm | None, x_BTNH: Tensor, after_rotary: bool) -> Tensor:
+    """`norm` where there is one and this is its place."""
     return x_BTNH if norm is None or norm.norm.after_rotary is not after_rotary else norm(x_BTNH)

@@ -128,6 +128,7 @@ class Heads:
     head_dim: int
     value_dim: int
     groups: tuple[tuple[int, ...], ...]
+    kind: Literal["heads"] = "heads"
 
     @property
     def dims(self) -> int:
@@ -142,11 +143,53 @@ class Heads:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Project axis: one latent per token from which K and V of every head are made, and a rotated part beside it.
+
+    Where `rotate_on_read` is False (MLA, arXiv:2405.04434) the cache holds the latent c, which never turns, and the
+    rotated key part k_r that all heads share; decoding maps queries into the latent space and expands nothing. Where
+    it is True (Palu, arXiv:2407.21118, and EigenAttention) the cache holds c alone: K is made from it at read and then
+    rotated as the parent rotates it. Query head h reads KV head h // (N / kv_heads), as in the parent.
+    """
+
+    rank: int
+    """R: cached numbers that never turn."""
+    rope_dims: int
+    """Cached numbers that are rotated before they are stored; even."""
+    kv_heads: int
+    """Of the parent, as `head_dim` and `value_dim`: the shapes of the maps from the latent to K and V."""
+    head_dim: int
+    value_dim: int
+    rotate_on_read: bool = False
+    k_rank: int | None = None
+    """Set where K and V have latents of their own: K reads the first `k_rank` numbers of c, V the others."""
+    kind: Literal["latent"] = "latent"
+
+    @property
+    def dims(self) -> int:
+        """Numbers per cached token."""
+        return self.rank + self.rope_dims
+
+    @property
+    def key_rank(self) -> int:
+        """Numbers of c that K reads."""
+        return self.rank if self.k_rank is None else self.k_rank
+
+    @property
+    def value_rank(self) -> int:
+        """Numbers of c that V reads: its last ones."""
+        return self.rank if self.k_rank is None else self.rank - self.k_rank
+
+
+Project = Heads | Latent
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """How one layer makes, shares, keeps and stores its cache (architecture: the four axes)."""
 
     layer: int
-    project: Heads
+    project: Project
     owner: int
     """Share axis: index of the layer whose cache is read; its own index where it owns one."""
     window: int | None = None
@@ -168,7 +211,9 @@ class LayerPlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
-        return cls(**{name: _build(Heads if name == "project" else None, value) for name, value in data.items()})
+        # Plans written before there were latents name no kind.
+        kind = Latent if data["project"].get("kind") == "latent" else Heads
+        return cls(**{name: _build(kind if name == "project" else None, value) for name, value in data.items()})
 
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

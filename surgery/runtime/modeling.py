@@ -15,7 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .attention import SurgeryAttention, SurgeryHeadNorm, canonical_weights
 from .calling import CallingConvention, record_calls
 from .configuration import config_class, converted_config
-from .layout import AttentionSite, LayerPlan
+from .heads import SurgeryHeadsAttention
+from .latent import SurgeryLatentAttention, latent_shapes
+from .layout import AttentionSite, Latent, LayerPlan
 
 _MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
@@ -84,7 +86,8 @@ def swap_attention(
         config = getattr(replaced, "config", None)
         if not isinstance(config, PreTrainedConfig):
             config = model.config.get_text_config(decoder=True)
-        attention = SurgeryAttention(config, site, plan, call, {k: tuple(v) for k, v in sizes.items()})
+        form = SurgeryLatentAttention if isinstance(plan.project, Latent) else SurgeryHeadsAttention
+        attention = form(config, site, plan, call, {k: tuple(v) for k, v in sizes.items()})
         parameter = next(replaced.parameters())
         attention.to(dtype=parameter.dtype)
         setattr(owner, attribute, attention.train(replaced.training))
@@ -120,6 +123,8 @@ def from_parent(
     for site, plan, call in zip(sites, plans, calls, strict=True):
         canonical = (weights or {}).get(site.layer)
         if canonical is None:
+            if isinstance(plan.project, Latent):
+                raise ValueError(f"layer {site.layer}: its plan is a latent, and no weights are given for it")
             canonical = canonical_weights(site, tensors.__getitem__)
         _check_shapes(site, plan, canonical)
         shapes = {name: list(tensor.shape) for name, tensor in canonical.items()}
@@ -179,6 +184,15 @@ def converted_class(path: str) -> type[PreTrainedModel]:
 
 
 def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tensor]) -> None:
+    if isinstance(plan.project, Latent):
+        wanted = latent_shapes(site, plan.project)
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        for name in sorted({name for name in {*wanted, *found} if name.split(".")[0] in _LATENT}):
+            if name != "kv_down.bias" and wanted.get(name) != found.get(name):
+                raise ValueError(
+                    f"layer {site.layer}: {name} has shape {found.get(name)}, its plan asks for {wanted.get(name)}"
+                )
+        return
     heads = plan.project
     rows = {
         "q_proj": site.heads * site.head_dim,
@@ -186,12 +200,15 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
         "v_proj": heads.kv_heads * site.value_dim,
     }
     for name, count in rows.items():
-        found = weights[f"{name}.weight"].shape[0]
-        if found != count:
+        rows_found = weights[f"{name}.weight"].shape[0]
+        if rows_found != count:
             raise ValueError(
-                f"layer {site.layer}: {name}.weight has {found} rows, its plan asks for {count} "
+                f"layer {site.layer}: {name}.weight has {rows_found} rows, its plan asks for {count} "
                 f"({heads.kv_heads} KV heads)"
             )
+
+
+_LATENT = ("kv_down", "k_up", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "k_norm", "v_norm")
 
 
 def _copy_buffers(parent: nn.Module, converted: nn.Module) -> None:

@@ -1,0 +1,76 @@
+"""Attention of a converted layer that caches K and V heads of full width, shared by any groups of query heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
+from .calling import CallingConvention
+from .layout import AttentionSite, Heads, LayerPlan
+
+
+class SurgeryHeadsAttention(SurgeryAttention):
+    """`SurgeryAttention` under a `Heads` plan; parameters as `canonical_weights` names them."""
+
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj")
+    norms = ("q_norm", "k_norm", "v_norm")
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    k_norm: SurgeryHeadNorm | None
+    v_norm: SurgeryHeadNorm | None
+    kv_of_query: Tensor
+
+    def __init__(
+        self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
+    ) -> None:
+        super().__init__(config, site, plan, call, shapes)
+        assert isinstance(plan.project, Heads)
+        self.heads = plan.project
+        _check_heads(site, self.heads)
+        # repeat_kv undoes uniform groups inside the attention function; others are spread by an index before it.
+        self.num_key_value_groups = site.heads // self.heads.kv_heads if self.heads.is_uniform else 1
+        self.build_tables(self.q_proj.weight.device)
+        self.reset()
+
+    def _tables(self) -> dict[str, Tensor]:
+        tables = super()._tables()
+        if not self.heads.is_uniform:
+            reads = {query: kv for kv, group in enumerate(self.heads.groups) for query in group}
+            tables["kv_of_query"] = torch.tensor([reads[query] for query in range(self.site.heads)], device="cpu")
+        return tables
+
+    def _needs_frequencies(self) -> bool:
+        return self.call.rotary_layout is None
+
+    def _query_key_value(
+        self, hidden_states: Tensor, position_embeddings: Any, position_ids: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = self._queries(hidden_states)
+        k = norm_heads(self.k_norm, self._project(self.k_proj, hidden_states, self.site.head_dim), False)
+        v = norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
+        if self.site.rotary is not None:
+            if self.call.rotary_layout is None:
+                position_ids = self._positions(hidden_states, position_ids, cache)
+            cos, sin = self._cos_sin(position_embeddings, position_ids, q.dtype)
+            q, k = self._turn(q, cos, sin), self._turn(k, cos, sin)
+        q, k = norm_heads(self.q_norm, q, True), norm_heads(self.k_norm, k, True)
+        query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if not self.heads.is_uniform:
+            key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
+        return query, key, value
+
+
+def _check_heads(site: AttentionSite, heads: Heads) -> None:
+    where = f"{site.module} (layer {site.layer})"
+    if sorted(query for group in heads.groups for query in group) != list(range(site.heads)):
+        raise ValueError(f"{where}: groups {heads.groups} do not name each of {site.heads} query heads once")
+    if len(heads.groups) != heads.kv_heads or (heads.head_dim, heads.value_dim) != (site.head_dim, site.value_dim):
+        raise ValueError(
+            f"{where}: plans {heads.kv_heads} KV heads of {heads.head_dim} + {heads.value_dim} in {len(heads.groups)} "
+            f"groups; head width must stay {site.head_dim} + {site.value_dim}, with one group per head"
+        )

@@ -1,0 +1,205 @@
+"""Attention of a converted layer that caches one latent per token instead of K and V."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers.initialization as init
+from torch import Tensor, nn
+
+from .attention import Shapes, SurgeryAttention, angles_of, turn_halves
+from .calling import CallingConvention
+from .layout import AttentionSite, Latent, LayerPlan
+
+
+class SurgeryLatentAttention(SurgeryAttention):
+    """`SurgeryAttention` under a `Latent` plan.
+
+    Score of query head h with KV head a = h // (N / K): (q_hᵀ k_up[a] c + rot(q_rope[a] q_h)ᵀ rot(k_r)) * scale;
+    output v_up[a] of the mean of c, then `o_proj`. With `rotate_on_read`: rot(q_h)ᵀ rot(k_up[a] c) * scale, turned as
+    the parent turns.
+
+    The cache keeps [c ; rot(k_r)] of each token as ONE head of keys [B, 1, S, R + rope_dims] and values of width 0:
+    every cache layer of transformers, dynamic, static or sliding, stores, crops and reorders that as it is. One new
+    token reads it as it lies there (queries are mapped into the latent space, nothing of the cache is expanded; with
+    `rotate_on_read` only K is); more tokens at once expand K and V, which costs less arithmetic then.
+
+    Parameters beside q, o and sinks: `kv_down` [R + rope_dims, D], `k_up` [K, H, R_k], `v_up` [K, V, R_v], `q_rope`
+    [K, rope_dims, H]; R_k and R_v are R, or its two parts where the plan has a `k_rank`. Those of size 0 are absent.
+    `rope_freq_bits` [rope_dims / 2] are the angles per position of the rotated part, float32 seen as int32: chosen by
+    the conversion, so they travel in the state dict, and `.to(torch.bfloat16)` cannot round them.
+
+    Source: the absorbed form of DeepSeek-V2, arXiv:2405.04434; Palu, arXiv:2407.21118, for `rotate_on_read`.
+    """
+
+    linears = ("q_proj", "kv_down", "o_proj")
+    norms = ("q_norm",)
+    tensors = (*SurgeryAttention.tensors, "k_up", "v_up", "q_rope")
+    kv_down: nn.Linear
+    k_up: nn.Parameter | None
+    v_up: nn.Parameter
+    q_rope: nn.Parameter | None
+    rope_freq_bits: Tensor
+
+    def __init__(
+        self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
+    ) -> None:
+        super().__init__(config, site, plan, call, shapes)
+        assert isinstance(plan.project, Latent)
+        self.latent = plan.project
+        check_latent_site(site, self.latent)
+        if self.latent.rope_dims:
+            self.register_buffer("rope_freq_bits", torch.zeros(self.latent.rope_dims // 2, dtype=torch.int32))
+        self.build_tables(self.q_proj.weight.device)
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        for name in ("k_up", "v_up", "q_rope"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                init.normal_(tensor, std=tensor.shape[-1] ** -0.5)
+        if self.latent.rope_dims:
+            init.zeros_(self.rope_freq_bits)
+
+    def _needs_frequencies(self) -> bool:
+        return isinstance(self.plan.project, Latent) and self.plan.project.rotate_on_read
+
+    def _absorbs(self, hidden_states: Tensor) -> bool:
+        return hidden_states.shape[1] == 1 and self.config._attn_implementation in ("sdpa", "eager")
+
+    def _query_key_value(
+        self, hidden_states: Tensor, position_embeddings: Any, position_ids: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = self._queries(hidden_states)
+        entry = self.kv_down(hidden_states)
+        rank, rope_dims = self.latent.rank, self.latent.rope_dims
+        q_rope = None
+        if self.q_rope is not None:
+            positions = self._positions(hidden_states, position_ids, cache)
+            cos, sin = angles_of(positions, self.rope_freq_bits, 1.0, q.dtype)
+            k_rope = turn_halves(entry[..., rank:], cos, sin).to(entry.dtype)
+            entry = torch.cat((entry[..., :rank], k_rope), dim=-1)
+            q_rope = torch.einsum("btkgh,kfh->btkgf", self._by_kv_head(q), self.q_rope).flatten(2, 3)
+            q_rope = turn_halves(q_rope, cos.unsqueeze(2), sin.unsqueeze(2)).to(q.dtype)
+        cached = entry[:, None]
+        if cache is not None:
+            cached, _ = cache.update(cached, cached[..., :0], self.layer_idx)
+        absorbs = self._absorbs(hidden_states)
+        c_BSR = cached[:, 0, :, :rank]
+        value = cached[..., rank - self.latent.value_rank : rank] if absorbs else self._expand(c_BSR, self.v_up, True)
+        if self.latent.rotate_on_read:
+            key = self._expand(c_BSR, self.k_up, False)
+            query, key = self._turn_by_slot(q, key, cache)
+            return query, key, value
+        if absorbs:
+            return self._absorbed(q, q_rope).transpose(1, 2), cached, value
+        query, parts = q, []
+        if self.k_up is not None:
+            parts.append(self._expand(c_BSR, self.k_up, False))
+        else:
+            assert q_rope is not None
+            query = q_rope
+        if q_rope is not None:
+            query = query if self.k_up is None else torch.cat((q, q_rope), dim=-1)
+            parts.append(cached[..., rank:].expand(-1, self.latent.kv_heads, -1, rope_dims))
+        return query.transpose(1, 2), torch.cat(parts, dim=-1), value
+
+    def _absorbed(self, q_BTNH: Tensor, q_rope_BTNF: Tensor | None) -> Tensor:
+        """Queries in the space of the cached tensor, [B, T, N, R + rope_dims]."""
+        rank, key_rank = self.latent.rank, self.latent.key_rank
+        if self.k_up is None:
+            q = q_BTNH.new_zeros(*q_BTNH.shape[:-1], rank)
+        else:
+            q = torch.einsum("btkgh,khr->btkgr", self._by_kv_head(q_BTNH), self.k_up).flatten(2, 3)
+            if key_rank < rank:
+                q = F.pad(q, (0, rank - key_rank))
+        return q if q_rope_BTNF is None else torch.cat((q, q_rope_BTNF), dim=-1)
+
+    def _values(self, mean_BTNR: Tensor) -> Tensor:
+        return torch.einsum("btkgr,kvr->btkgv", self._by_kv_head(mean_BTNR), self.v_up).flatten(2, 3)
+
+    def _expand(self, c_BSR: Tensor, up_KHR: Tensor | None, values: bool) -> Tensor:
+        """K or V of every head, [B, K, S, H or V]."""
+        assert up_KHR is not None
+        c = c_BSR[..., -self.latent.value_rank :] if values else c_BSR[..., : self.latent.key_rank]
+        return torch.einsum("bsr,khr->bksh", c, up_KHR)
+
+    def _turn_by_slot(self, q_BTNH: Tensor, key_BKSH: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        """q [B, N, T, H] and K after the parent's rotation, positions counted by the place in the cache.
+
+        Rotary scores depend on differences of positions only, so left padding and what a sliding cache has dropped
+        change nothing: places and positions differ by a constant in each row.
+        """
+        rotary, tokens, length = self.site.rotary, q_BTNH.shape[1], key_BKSH.shape[2]
+        if rotary is None:
+            return q_BTNH.transpose(1, 2), key_BKSH
+        end = tokens if cache is None else cache.get_seq_length(self.layer_idx)
+        if isinstance(end, int):  # a tensor in a static cache, which never drops tokens
+            end = min(end, length)
+        slots = torch.arange(length, device=key_BKSH.device)
+        cos, sin = angles_of(slots, self.inv_freq_bits, rotary.scaling, q_BTNH.dtype)
+        now = end - tokens + torch.arange(tokens, device=key_BKSH.device)
+        q_cos, q_sin = angles_of(now, self.inv_freq_bits, rotary.scaling, q_BTNH.dtype)
+        return self._turn(q_BTNH.transpose(1, 2), q_cos, q_sin), self._turn(key_BKSH, cos, sin)
+
+    def _by_kv_head(self, x_BTNH: Tensor) -> Tensor:
+        """[B, T, K, G, .]: the query heads of each KV head."""
+        return x_BTNH.unflatten(2, (self.latent.kv_heads, -1))
+
+
+def latent_shapes(site: AttentionSite, latent: Latent) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that a latent has in the place of K and V (`kv_down` may have a bias beside them)."""
+    K, H, V = latent.kv_heads, latent.head_dim, latent.value_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "kv_down.weight": (latent.dims, site.hidden_size),
+        "v_up": (K, V, latent.value_rank),
+    }
+    if latent.key_rank:
+        shapes["k_up"] = (K, H, latent.key_rank)
+    if latent.rope_dims:
+        shapes |= {"q_rope": (K, latent.rope_dims, H), "rope_freq_bits": (latent.rope_dims // 2,)}
+    return shapes
+
+
+def check_latent_site(site: AttentionSite, latent: Latent) -> None:
+    """Refuse plans of impossible shape, and attentions that no latent can stand for.
+
+    Raises:
+        ValueError: says the layer and the reason.
+    """
+    where = f"{site.module} (layer {site.layer})"
+    reason = latent_refusal(site)
+    if reason:
+        raise ValueError(f"{where}: {reason}")
+    if (latent.kv_heads, latent.head_dim, latent.value_dim) != (site.kv_heads, site.head_dim, site.value_dim):
+        raise ValueError(
+            f"{where}: plans maps to {latent.kv_heads} KV heads of {latent.head_dim} + {latent.value_dim}; the parent "
+            f"has {site.kv_heads} of {site.head_dim} + {site.value_dim}"
+        )
+    if latent.rope_dims % 2 or latent.rope_dims < 0:
+        raise ValueError(f"{where}: rope_dims {latent.rope_dims} must be even")
+    if latent.value_rank < 1 or not 0 <= latent.key_rank <= latent.rank or latent.key_rank + latent.rope_dims < 1:
+        raise ValueError(f"{where}: a latent of {latent.rank} numbers with k_rank {latent.k_rank} leaves K or V none")
+    if latent.rotate_on_read and (latent.rope_dims or not latent.key_rank):
+        raise ValueError(f"{where}: a latent that is rotated at read caches no rotated part, and K must read it")
+
+
+def latent_refusal(site: AttentionSite) -> str | None:
+    """Why no latent can stand for K and V of this attention; None where one can."""
+    linear = "a latent that both read needs K and V linear in the layer's input"
+    if site.k_norm is not None:
+        return f"the keys are normed per head ({site.k_norm.kind}); {linear}. Use gqa."
+    if site.v_norm is not None:
+        return f"the values are normed ({site.v_norm.kind}); {linear}. Use gqa."
+    if site.clip_qkv is not None:
+        return f"keys and values are clamped to {site.clip_qkv:g}; {linear}. Use gqa."
+    if site.q_norm is not None and site.q_norm.after_rotary:
+        return "the queries are normed after their rotation, which a latent cannot follow. Use gqa."
+    if site.rotary is not None and site.rotary.length_dependent:
+        return "the rotary frequencies vary with the length, and cached latents cannot follow. Use gqa."
+    if site.gated_output:
+        return "the head outputs are gated before o. Use gqa."
+    return None
