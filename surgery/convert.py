@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from .native import native_config
 from .plan import Plan
 from .plan import plan as make_plan
 from .provenance import provenance
-from .recipe import Recipe
+from .recipe import LatentStep, Recipe
 from .rewriters import rewriter_for
 from .rewriters.attention_weights import parameter_names, write_attention
+from .rewriters.latent_steps import LatentStepCopy
 from .runtime.modeling import from_parent
 from .storage import check_whole, load, save
 from .streaming import can_stream, stream
@@ -60,16 +60,25 @@ def convert(
     parent = model_or_path if isinstance(model_or_path, PreTrainedModel) else load(model_or_path)
     check_model(parent)
     plan = make_plan(parent, recipe)
+    _check_calibration(plan, calibration)
     windows = _windows(calibration, parent.config, tokenizer, length, samples)
     torch.manual_seed(seed)
-    copy_ = WorkingCopy(parent, plan.anatomy)
+    copy_ = (LatentStepCopy if plan.needs_calibration else WorkingCopy)(parent, plan.anatomy)
     for step in recipe.steps:
         rewriter = rewriter_for(step, seed)
         for site, layer in plan.changed(step):
             rewriter.convert_layer(copy_, site.layer, layer.project, windows)
         rewriter.finish(copy_, windows)
+    if not plan.native:
+        plan = plan.settled({layer: copy_.project(layer) for layer in copy_.converted})
     origin = provenance(plan, parent.config, windows, seed)
     return (_native if plan.native else _own)(parent, plan, copy_, origin)
+
+
+def _check_calibration(plan: Plan, calibration: Any) -> None:
+    if calibration is None and plan.needs_calibration:
+        step = next(step.rewriter for step in plan.recipe.steps if isinstance(step, LatentStep))
+        raise PlanError(f"{plan.recipe.name}: {step} asks for calibration text. Give a few hundred documents of it.")
 
 
 def _windows(calibration: Any, config: Any, tokenizer: Any, length: int | None, samples: int) -> Windows | None:
@@ -103,11 +112,11 @@ def _native(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin: dic
 def _own(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin: dict[str, Any]) -> PreTrainedModel:
     """The result as `Surgery<Parent>`, for layers that differ from each other or that the class cannot say."""
     weights = {layer: copy_.canonical(layer) for layer in copy_.converted}
-    weights = {layer: {name: t.to(parent.dtype) for name, t in tensors.items()} for layer, tensors in weights.items()}
-    plans = [
-        replace(layer, project=copy_.heads(layer.layer)) if layer.layer in weights else layer for layer in plan.after
-    ]
-    child = from_parent(copy.deepcopy(parent), plan.anatomy.sites, plans, origin, weights)
+    weights = {
+        layer: {name: t.to(parent.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        for layer, tensors in weights.items()
+    }
+    child = from_parent(copy.deepcopy(parent), plan.anatomy.sites, plan.after, origin, weights)
     return _finish(child, parent)
 
 
@@ -147,6 +156,7 @@ def convert_checkpoint(
     folder = local_folder(source)
     checkpoint = Checkpoint(folder)
     plan = make_plan(folder, recipe)
+    _check_calibration(plan, calibration)
     check_whole(checkpoint)
     load_tokenizer(folder, plan.anatomy.vocab_size)  # refuses one that does not belong to the model
     check_space(out, sum(f.stat().st_size for f in folder.glob("*.safetensors")))

@@ -5,6 +5,7 @@ Everything that can be refused is refused here, before a weight is touched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +15,9 @@ from rich.table import Table
 from .anatomy import Anatomy, examine
 from .errors import PlanError
 from .native import meta_model, native_config
-from .recipe import GqaStep, Recipe, Step, parse_layers
-from .runtime.layout import AttentionSite, Heads, LayerPlan
+from .recipe import GqaStep, LatentStep, LowrankStep, MlaStep, Recipe, Step, parse_layers
+from .runtime.latent import latent_refusal
+from .runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
 from .show import count, human_bytes, render, spans
 
 CONTEXTS = {"4k": 4096, "32k": 32768, "128k": 131072}
@@ -68,11 +70,21 @@ class Plan:
         return "transformers with surgery installed"
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether the recipe has no form without text."""
+        return any(isinstance(step, LatentStep) for step in self.recipe.steps)
+
+    @property
     def wants_calibration(self) -> bool:
         """Whether text makes the result better: all but `mean`-like inits and identity."""
-        return any(
+        return self.needs_calibration or any(
             isinstance(s, GqaStep) and s.init not in ("mean", "sqrt_g", "first", "random") for s in self.recipe.steps
         )
+
+    def settled(self, projects: Mapping[int, Project]) -> Plan:
+        """The plan with what the calibration text has decided: the project axis of each layer in `projects`."""
+        after = tuple(replace(layer, project=projects.get(layer.layer, layer.project)) for layer in self.after)
+        return replace(self, after=after, parameters=_parameters(self.anatomy, self.before, after))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `surgery.json`."""
@@ -107,23 +119,21 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
     anatomy = model_or_path if isinstance(model_or_path, Anatomy) else examine(model_or_path)
     before = tuple(_current(site, anatomy.dtype) for site in anatomy.sites)
     after = before
+    _check_order(recipe)
     for i, step in enumerate(recipe.steps):
         after = _apply(step, f"{recipe.name}: steps[{i}]", anatomy, after)
     kv_heads = {layer.project.kv_heads for layer in after}
     config = None
     if (
         not any(step.rewriter == "identity" or _is_uneven(step) for step in recipe.steps)
-        and all(layer.project.is_uniform for layer in after)
+        and all(isinstance(layer.project, Heads) and layer.project.is_uniform for layer in after)
         and len(kv_heads) == 1
     ):
         config = native_config(anatomy.config, anatomy.sites, min(kv_heads))
     if config is not None:
         parameters = sum(p.numel() for p in meta_model(config).parameters())
     else:
-        layers = zip(anatomy.sites, before, after, strict=True)
-        parameters = anatomy.parameters - sum(
-            _kv_parameters(site, b) - _kv_parameters(site, a) for site, b, a in layers
-        )
+        parameters = _parameters(anatomy, before, after)
     return Plan(
         recipe=recipe,
         anatomy=anatomy,
@@ -132,6 +142,23 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         native=config is not None,
         parameters=parameters,
     )
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Refuse recipes whose steps cannot work on one copy of the model."""
+    kinds = {step.rewriter: i for i, step in enumerate(recipe.steps) if isinstance(step, (GqaStep, LatentStep))}
+    if "gqa" in kinds and len(kinds) > 1:
+        other = next(name for name in kinds if name != "gqa")
+        raise PlanError(
+            f"{recipe.name}: steps[{kinds['gqa']}] is gqa, steps[{kinds[other]}] is {other}: a latent is made from the "
+            "parent's own heads, and one recipe cannot do both yet. Take one of them; a smaller `keep` saves as much."
+        )
+
+
+def _parameters(anatomy: Anatomy, before: tuple[LayerPlan, ...], after: tuple[LayerPlan, ...]) -> int:
+    """Parameters of a result whose attentions are ours."""
+    layers = zip(anatomy.sites, before, after, strict=True)
+    return anatomy.parameters - sum(_kv_parameters(site, b) - _kv_parameters(site, a) for site, b, a in layers)
 
 
 def _is_uneven(step: Step) -> bool:
@@ -157,8 +184,17 @@ def _heads(site: AttentionSite, kv_heads: int, sizes: tuple[int, ...] | None = N
 
 def _kv_parameters(site: AttentionSite, layer: LayerPlan) -> int:
     """Parameters that make K and V, biases included."""
+    project = layer.project
+    if isinstance(project, Latent):
+        maps = project.head_dim * (project.key_rank + project.rope_dims) + project.value_dim * project.value_rank
+        return project.dims * (site.hidden_size + _has_bias(site)) + project.kv_heads * maps
     biases = (site.head_dim if site.k.bias else 0) + (site.value_dim if site.v.bias else 0)
-    return layer.project.kv_heads * (site.hidden_size * (site.head_dim + site.value_dim) + biases)
+    return project.kv_heads * (site.hidden_size * (site.head_dim + site.value_dim) + biases)
+
+
+def _has_bias(site: AttentionSite) -> bool:
+    """Whether the input of a latent has one more column: a bias of q, k or v is carried through all statistics."""
+    return any(projection.bias is not None for projection in (site.q, site.k, site.v))
 
 
 def _apply(step: Step, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
@@ -169,15 +205,21 @@ def _apply(step: Step, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ..
             raise PlanError(
                 f"{where}.layers: the model has no attention layer {absent[0]}; it has {spans(sorted(present))}."
             )
-    if not isinstance(step, GqaStep):
+    if not isinstance(step, (GqaStep, LatentStep)):
         return layers
+    done = []
     for site, layer in zip(anatomy.sites, layers, strict=True):
-        if step.selects(site.layer) and layer.project.kv_heads != site.kv_heads:
-            raise PlanError(f"{where}: layer {site.layer} is merged by an earlier step already. Select other layers.")
-    return tuple(
-        _merge_heads(step, where, site, layer) if step.selects(site.layer) else layer
-        for site, layer in zip(anatomy.sites, layers, strict=True)
-    )
+        if step.selects(site.layer) and layer.project != _heads(site, site.kv_heads):
+            raise PlanError(
+                f"{where}: layer {site.layer} is rewritten by an earlier step already. Select other layers."
+            )
+        if not step.selects(site.layer):
+            done.append(layer)
+        elif isinstance(step, GqaStep):
+            done.append(_merge_heads(step, where, site, layer))
+        else:
+            done.append(replace(layer, project=_make_latent(step, where, site)))
+    return tuple(done)
 
 
 def _merge_heads(step: GqaStep, where: str, site: AttentionSite, layer: LayerPlan) -> LayerPlan:
@@ -213,6 +255,91 @@ def _merge_heads(step: GqaStep, where: str, site: AttentionSite, layer: LayerPla
     return replace(layer, project=_heads(site, kv_heads))
 
 
+# The rules of `surgery.rewriters.latent` (`latent_budget`, `check_latent`), which stands above this module: what it
+# would refuse while it works is refused here before.
+
+
+def _make_latent(step: LatentStep, where: str, site: AttentionSite) -> Latent:
+    at = f"layer {site.layer}"
+    reason = latent_refusal(site)
+    if reason:
+        raise PlanError(f"{at}: {where} asks for {step.rewriter}, but {reason}")
+    if isinstance(step, MlaStep):
+        return _mla(step, at, site)
+    assert isinstance(step, LowrankStep)
+    return _lowrank(step, at, site)
+
+
+def _budget(step: LatentStep, site: AttentionSite) -> int | None:
+    """Numbers per token that `keep` allows; None where the recipe gives a rank."""
+    return None if step.keep is None else int(step.keep * site.kv_dims + 1e-9)
+
+
+def _mla(step: MlaStep, at: str, site: AttentionSite) -> Latent:
+    turning = 0 if site.rotary is None else site.kv_heads * site.rotary.dims
+    full = min(site.kv_dims, site.hidden_size + _has_bias(site))
+    numbers, rope_dims = _budget(step, site), step.rope_dims
+    if rope_dims is not None and rope_dims > turning:
+        raise PlanError(
+            f"{at}: rope_dims {rope_dims} is more than the {turning} rotated numbers of K. Use at most that."
+        )
+    if step.rank is not None:
+        if step.rank > full:
+            raise PlanError(f"{at}: rank {step.rank} is above full: K and V together have rank {full}. Use less.")
+        if rope_dims is None:
+            rope_dims = min(turning, max(2, step.rank // 6 * 2)) if turning else 0
+        rank = step.rank
+        if rank + rope_dims > site.kv_dims:
+            raise PlanError(
+                f"{at}: rank {rank} + rope_dims {rope_dims} caches {rank + rope_dims} numbers per token where the "
+                f"parent caches {site.kv_dims}. Use less."
+            )
+    else:
+        assert numbers is not None
+        if rope_dims is None:
+            rope_dims = min(turning, max(2, numbers // 8 * 2)) if turning else 0
+        rank = min(numbers - rope_dims, full)
+        if rank < 1:
+            raise PlanError(
+                f"{at}: keep {step.keep:g} leaves {numbers} of {site.kv_dims} numbers, of which {rope_dims} turn and "
+                "none is left for the latent. Raise keep, or lower rope_dims."
+            )
+    return _latent_of(site, rank, rope_dims)
+
+
+def _lowrank(step: LowrankStep, at: str, site: AttentionSite) -> Latent:
+    numbers = step.rank if step.rank is not None else _budget(step, site)
+    assert numbers is not None
+    inputs = site.hidden_size + _has_bias(site)
+    full = min(site.kv_heads * site.head_dim, inputs) + min(site.kv_heads * site.value_dim, inputs)
+    if numbers > site.kv_dims or (step.rank is not None and numbers > full):
+        raise PlanError(f"{at}: rank {numbers} is above full: K and V have {full} numbers. Use less.")
+    if step.layout == "grouped" and site.kv_heads % step.group:
+        raise PlanError(f"{at}: groups of {step.group} do not divide {site.kv_heads} KV heads. Set group.")
+    share = 0.42 if step.k_share is None else step.k_share
+    if step.layout == "freq":
+        if site.rotary is None or site.rotary.dims != site.head_dim:
+            turning = 0 if site.rotary is None else site.rotary.dims
+            raise PlanError(
+                f"{at}: layout freq caches rotated keys, and {site.head_dim - turning} of {site.head_dim} key channels "
+                "do not turn. Use layout joint, or mla."
+            )
+        rope_dims = min(site.kv_heads * site.head_dim, max(2, round(numbers * share / 2) * 2))
+        if numbers - rope_dims < 1:
+            raise PlanError(f"{at}: {numbers} numbers per token leave none for V. Raise keep or rank.")
+        return _latent_of(site, numbers - rope_dims, rope_dims, k_rank=0)
+    if numbers < 2:
+        raise PlanError(f"{at}: {numbers} numbers per token are too few: K and V need one each. Raise keep or rank.")
+    k_rank = min(numbers - 1, max(1, round(numbers * share)))
+    return _latent_of(site, numbers, 0, rotate_on_read=True, k_rank=k_rank)
+
+
+def _latent_of(site: AttentionSite, rank: int, rope_dims: int, **more: Any) -> Latent:
+    return Latent(
+        rank=rank, rope_dims=rope_dims, kv_heads=site.kv_heads, head_dim=site.head_dim, value_dim=site.value_dim, **more
+    )
+
+
 def _headline(plan: Plan) -> str:
     a = plan.anatomy
     return f"[bold]{plan.recipe.name}[/bold] on {a.architecture}, {count(a.parameters)} parameters, {a.dtype}"
@@ -224,12 +351,10 @@ def _layers(plan: Plan) -> Table:
         table.add_column(name, justify="left" if name in ("layers", "attention") else "right")
 
     def row(site: AttentionSite, b: LayerPlan, a: LayerPlan) -> tuple[str, ...]:
-        sizes = sorted({len(group) for group in a.project.groups})
-        uneven = "" if len(sizes) == 1 else f" ({'/'.join(map(str, sizes))} q each)"
         saved = 1 - a.bytes_per_token / b.bytes_per_token if b.bytes_per_token else 0
         return (
             f"{site.heads} q heads x {site.head_dim}",
-            f"{b.project.kv_heads} → {a.project.kv_heads}{uneven}",
+            f"{_form(b.project)}{' heads' if isinstance(a.project, Latent) else ''} → {_form(a.project)}",
             "all" if site.window is None else str(site.window),
             f"{b.bytes_per_token:,} → {a.bytes_per_token:,}",
             f"{saved:.0%}",
@@ -241,6 +366,17 @@ def _layers(plan: Plan) -> Table:
     for cells, layers in rows.items():
         table.add_row(spans(layers), *cells)
     return table
+
+
+def _form(project: Project) -> str:
+    """What is cached, in a word."""
+    if isinstance(project, Latent):
+        if project.rotate_on_read and project.k_rank is not None:
+            return f"latent {project.k_rank} K, {project.value_rank} V"
+        return f"latent {project.rank} + {project.rope_dims}"
+    sizes = sorted({len(group) for group in project.groups})
+    uneven = "" if len(sizes) == 1 else f" ({'/'.join(map(str, sizes))} q each)"
+    return f"{project.kv_heads}{uneven}"
 
 
 def _totals(plan: Plan) -> Table:
@@ -257,8 +393,19 @@ def _totals(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     notes = [f"parameters: {count(plan.anatomy.parameters)} → {count(plan.parameters)}", f"loads in: {plan.engines}"]
-    if plan.wants_calibration:
+    if plan.needs_calibration:
+        notes.append("needs: calibration text (a few hundred documents)")
+        if any(isinstance(step, LatentStep) and _searches(step) for step in plan.recipe.steps):
+            notes.append("the text decides per layer how the numbers are split; their sum stays")
+    elif plan.wants_calibration:
         notes.append("asks for: calibration text (a few hundred documents); without it, quality falls")
     if plan.recipe.uptrain:
         notes.append(f"uptraining afterwards: {count(plan.recipe.uptrain.tokens)} tokens suggested")
     return notes
+
+
+def _searches(step: LatentStep) -> bool:
+    """Whether calibration text chooses between forms of the same size."""
+    if isinstance(step, MlaStep):
+        return step.keep is not None and step.rope_dims is None
+    return isinstance(step, LowrankStep) and step.k_share is None

@@ -21,6 +21,9 @@ Init = Literal[
     "rank1", "aligned", "mean", "sqrt_g", "first", "medoid", "random", "weighted", "key_norm", "asym", "qcqa", "dha"
 ]  # fmt: skip
 Grouping = Literal["search", "neighbour"]
+MlaInit = Literal["default", "svd", "whitened", "transmla"]
+LowrankInit = Literal["qw", "plain", "whitened"]
+Layout = Literal["joint", "grouped", "head", "freq"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,82 @@ class GqaStep(Step):
         return int(kept) if kept.denominator == 1 else None
 
 
-STEPS: dict[str, type[Step]] = {"identity": IdentityStep, "gqa": GqaStep}
+@dataclass(frozen=True, kw_only=True)
+class LatentStep(Step):
+    """What `mla` and `lowrank` share: a budget of cached numbers, and what is fitted around the latent."""
+
+    keep: float | None = None
+    """Part of the parent's KV bytes per token, never exceeded; above 0, at most 1. Or `rank`."""
+    rank: int | None = None
+    refit_queries: bool = True
+    """Refit `q_proj` by least squares to the parent's attention scores."""
+    refit_output: bool = True
+    """Refit `o_proj` by ridge regression to the parent's attention output."""
+    gain_fit: bool = True
+    """Fit one gain per query head on q and on o by KL to the parent, then fold."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if (self.keep is None) == (self.rank is None):
+            raise RecipeError(
+                f"{where}: needs one of `keep` (part of the parent's KV bytes, such as 0.5) and `rank`, and not both."
+            )
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise RecipeError(f"{where}.keep: {self.keep:g} must be above 0 and at most 1.")
+        if self.rank is not None and self.rank < 1:
+            raise RecipeError(f"{where}.rank: {self.rank} must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaStep(LatentStep):
+    """Cache one latent for K and V and a small rotated key part (MLA). Needs calibration text.
+
+    `rank` is the latent's; `rope_dims` numbers are cached beside it.
+    """
+
+    rewriter: Literal["mla"] = "mla"
+    rope_dims: int | None = None
+    """Cached numbers that are rotated, even. By default a quarter of all; beside `keep` the text decides per layer."""
+    init: MlaInit = "default"
+    """Ours, or a published form: `svd` (MHA2MLA), `whitened` (SVD-LLM, CARE), `transmla`."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if self.rope_dims is not None and (self.rope_dims < 0 or self.rope_dims % 2):
+            raise RecipeError(
+                f"{where}.rope_dims: {self.rope_dims} must be even and not negative: numbers turn in pairs. "
+                f"Use {max(0, self.rope_dims - 1)} or {self.rope_dims + 1}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowrankStep(LatentStep):
+    """Cache latents of K and of V before rotation; K is rotated at read, exactly. Needs calibration text.
+
+    `rank` counts all numbers per token, K's and V's together.
+    """
+
+    rewriter: Literal["lowrank"] = "lowrank"
+    layout: Layout = "joint"
+    """One latent over all KV heads, one per `group` of them, one per head; `freq`: K cached rotated, not expanded."""
+    group: int = 4
+    """KV heads per latent in the `grouped` layout."""
+    k_share: float | None = None
+    """Part of the numbers that K gets; by default the text decides per layer."""
+    init: LowrankInit = "qw"
+    """Ours, weighted by queries and outputs, or a published form: `whitened` (Palu), `plain` (SVD of the weights)."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if self.group < 1:
+            raise RecipeError(f"{where}.group: {self.group} must be at least 1.")
+        if self.k_share is not None and not 0 < self.k_share < 1:
+            raise RecipeError(f"{where}.k_share: {self.k_share:g} must lie between 0 and 1.")
+        if self.layout == "freq" and self.init != "qw":
+            raise RecipeError(f"{where}.init: {self.init!r} has no `freq` layout. Use layout: joint, grouped or head.")
+
+
+STEPS: dict[str, type[Step]] = {"identity": IdentityStep, "gqa": GqaStep, "mla": MlaStep, "lowrank": LowrankStep}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from .anatomy import Anatomy
 from .errors import PlanError
 from .rewriters.attention_weights import AttentionWeights, parameter_names, read_attention, write_attention
 from .runtime.attention import canonical_weights
-from .runtime.layout import Heads
+from .runtime.layout import Heads, Project
 from .text import Windows
 
 
@@ -51,7 +51,7 @@ class WorkingCopy:
         return self.model.get_parameter(name).detach()
 
     def canonical(self, layer: int) -> dict[str, Tensor]:
-        """The layer under the names and in the layout of `SurgeryAttention`."""
+        """The layer under the names and in the layout of `SurgeryHeadsAttention`."""
         site = self.sites[layer]
         tensors = canonical_weights(site, self.tensor)
         if layer in self._groups:
@@ -66,7 +66,7 @@ class WorkingCopy:
                     tensors[name] = kept.reshape(-1, *tensor.shape[1:])
         return tensors
 
-    def heads(self, layer: int) -> Heads:
+    def project(self, layer: int) -> Project:
         """The project axis that the layer has now."""
         weights = self.read(layer)
         return Heads(

@@ -11,8 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from surgery.anatomy import examine
+from surgery.rewriters.attention_weights import AttentionWeights, read_attention
+from surgery.rewriters.latent import LatentWeights
+from surgery.rewriters.latent_lowrank import lowrank
+from surgery.rewriters.latent_mla import mla, mla_freq
+from surgery.rewriters.latent_moments import LatentMoments
+from surgery.rewriters.latent_steps import canonical_latent, latent_of
 from surgery.runtime.attention import canonical_weights
-from surgery.runtime.layout import AttentionSite, Heads, LayerPlan
+from surgery.runtime.layout import AttentionSite, Heads, LayerPlan, Project
 from surgery.runtime.modeling import from_parent
 
 Groups = tuple[tuple[int, ...], ...]
@@ -24,24 +30,47 @@ REPRESENTATIVE = ["llama", "qwen3", "gpt_neox", "gpt2", "gemma2", "gpt_oss", "bl
 
 @dataclass(frozen=True)
 class Method:
-    """One variant: which query heads share a KV head in each layer, and the weights of the kept heads."""
+    """One variant: what a layer caches, its weights there, and the families that have that form."""
 
-    groups: Callable[[AttentionSite], Groups]
-    weights: Callable[[AttentionSite, Weights, Groups], Weights]
+    plan_and_weights: Callable[[AttentionSite, PreTrainedModel], tuple[Project, Weights]]
+    families: Sequence[str] = tuple(REPRESENTATIVE)
 
-    def plan(self, site: AttentionSite) -> LayerPlan:
-        groups = self.groups(site)
-        heads = Heads(kv_heads=len(groups), head_dim=site.head_dim, value_dim=site.value_dim, groups=groups)
-        return LayerPlan(layer=site.layer, project=heads, owner=site.layer, window=site.window, dtype="float32")
+    def plan(self, site: AttentionSite, model: PreTrainedModel) -> LayerPlan:
+        return self._layer(site, self.plan_and_weights(site, model)[0])
+
+    def _layer(self, site: AttentionSite, project: Project) -> LayerPlan:
+        return LayerPlan(layer=site.layer, project=project, owner=site.layer, window=site.window, dtype="float32")
 
     def convert(self, model: PreTrainedModel, sites: Sequence[AttentionSite]) -> PreTrainedModel:
-        tensors = model.state_dict()
-        plans = [self.plan(site) for site in sites]
-        weights = {
-            site.layer: self.weights(site, canonical_weights(site, tensors.__getitem__), plan.project.groups)
-            for site, plan in zip(sites, plans, strict=True)
-        }
+        made = [self.plan_and_weights(site, model) for site in sites]
+        plans = [self._layer(site, project) for site, (project, _) in zip(sites, made, strict=True)]
+        weights = {site.layer: tensors for site, (_, tensors) in zip(sites, made, strict=True)}
         return from_parent(model, sites, plans, {"method": "test"}, weights)
+
+
+def heads(
+    groups_of: Callable[[AttentionSite], Groups], weights_of: Callable[[AttentionSite, Weights, Groups], Weights]
+) -> Method:
+    """A variant of the `Heads` axis: which query heads share a KV head, and the weights of the kept heads."""
+
+    def made(site: AttentionSite, model: PreTrainedModel) -> tuple[Project, Weights]:
+        groups = groups_of(site)
+        project = Heads(kv_heads=len(groups), head_dim=site.head_dim, value_dim=site.value_dim, groups=groups)
+        return project, weights_of(site, canonical_weights(site, model.state_dict().__getitem__), groups)
+
+    return Method(made)
+
+
+def latent(make: Callable[[AttentionWeights, LatentMoments], LatentWeights], families: Sequence[str]) -> Method:
+    """A variant of the `Latent` axis, from the weights alone."""
+
+    def made(site: AttentionSite, model: PreTrainedModel) -> tuple[Project, Weights]:
+        tensors = model.state_dict()
+        w = read_attention(site, tensors.__getitem__)
+        cut = make(w, LatentMoments.of_weights(w))
+        return latent_of(cut, site), canonical_latent(cut, site, canonical_weights(site, tensors.__getitem__))
+
+    return Method(made, families)
 
 
 def select_heads(site: AttentionSite, weights: Weights, groups: Groups) -> Weights:
@@ -75,11 +104,23 @@ def unequal(site: AttentionSite) -> Groups:
     return (tuple(h for h in range(site.heads) if h != 1), (1,))
 
 
+def some_turning(w: AttentionWeights) -> int:
+    """A quarter of K's rotated numbers, even."""
+    return w.kv_heads * w.frequencies // 4 * 2
+
+
+LINEAR = ["llama", "gpt_neox", "gpt2", "gemma2", "gpt_oss", "bloom"]
+"""Families whose K and V are linear in the layer's input: without norms between."""
 METHODS = {
-    "identity": Method(own_groups, lambda site, weights, groups: weights),
-    "per_layer_heads": Method(fewer_in_odd_layers, select_heads),
-    "unequal_groups": Method(unequal, select_heads),
+    "identity": heads(own_groups, lambda site, weights, groups: weights),
+    "per_layer_heads": heads(fewer_in_odd_layers, select_heads),
+    "unequal_groups": heads(unequal, select_heads),
+    "mla": latent(lambda w, m: mla(w, m, 20, some_turning(w)), LINEAR),
+    "lowrank": latent(lambda w, m: lowrank(w, m, 10, 13), LINEAR),
+    "freq": latent(lambda w, m: mla_freq(w, m, 11, some_turning(w)), ["llama", "gemma2", "gpt_oss"]),
 }
+PAIRS = [(name, family) for name, method in METHODS.items() for family in method.families]
+REFUSED = [(name, family) for name in METHODS for family in REPRESENTATIVE if (name, family) not in PAIRS]
 
 
 @functools.cache

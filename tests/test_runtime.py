@@ -13,16 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, tiny_model
-from methods import METHODS, REPRESENTATIVE, converted, parent, sites
+from methods import METHODS, PAIRS, REFUSED, REPRESENTATIVE, converted, parent, sites
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from surgery.errors import SurgeryError
 from surgery.runtime.attention import SurgeryAttention, eager_attention_forward
 from surgery.runtime.layout import LayerPlan
 from surgery.runtime.modeling import from_parent, load_converted, surgery_class
 
-matrix = pytest.mark.parametrize(
-    ("method", "family"), [(method, family) for method in METHODS for family in REPRESENTATIVE]
-)
+matrix = pytest.mark.parametrize(("method", "family"), PAIRS)
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
 
 
@@ -148,6 +147,12 @@ def test_compiled_decode_equals_eager_without_recompiling(method: str, family: s
     assert compilations <= allowed
 
 
+@pytest.mark.parametrize(("method", "family"), REFUSED)
+def test_families_without_the_form_are_refused(method: str, family: str) -> None:
+    with pytest.raises(SurgeryError):
+        converted(method, family)
+
+
 @functools.cache
 def parent_compilations(family: str) -> int:
     return compiled_decode(parent(family), tokens(length=16))[1]
@@ -214,10 +219,9 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 def test_saved_models_give_the_same_logits_in_a_fresh_process(tmp_path: Path) -> None:
     ids, models = tokens(), {}
     torch.save(ids, tmp_path / "ids.pt")
-    for method in METHODS:
-        for family in REPRESENTATIVE:
-            models[f"{method}-{family}"] = model = converted(method, family)
-            model.save_pretrained(tmp_path / "models" / f"{method}-{family}")
+    for method, family in PAIRS:
+        models[f"{method}-{family}"] = model = converted(method, family)
+        model.save_pretrained(tmp_path / "models" / f"{method}-{family}")
     code = [sys.executable, "-c", RELOAD, str(tmp_path / "models"), str(tmp_path / "ids.pt")]
     run = subprocess.run(code, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -232,10 +236,11 @@ def test_saved_models_give_the_same_logits_in_a_fresh_process(tmp_path: Path) ->
 
 
 def test_reloading_in_bfloat16_keeps_frequencies_and_slopes_exact(tmp_path: Path) -> None:
-    for family in ("gptj", "bloom"):
-        model = converted("identity", family)
-        model.save_pretrained(tmp_path / family)
-        loaded = load_converted(str(tmp_path / family), dtype=torch.bfloat16).to(torch.bfloat16)
+    for method, family in (("identity", "gptj"), ("identity", "bloom"), ("mla", "llama"), ("lowrank", "gptj")):
+        model = converted(method, family)
+        folder = tmp_path / f"{method}-{family}"
+        model.save_pretrained(folder)
+        loaded = load_converted(str(folder), dtype=torch.bfloat16).to(torch.bfloat16)
         for ours, theirs in zip(model.modules(), loaded.modules(), strict=True):
             for name, table in ours.named_buffers(recurse=False):
                 if isinstance(ours, SurgeryAttention):
@@ -289,7 +294,7 @@ def test_tied_embeddings_stay_tied() -> None:
 
 def test_a_post_norm_scale_turns_and_stretches_queries() -> None:
     model, ids = parent("qwen3"), tokens()
-    plans = [METHODS["identity"].plan(site) for site in sites("qwen3")]
+    plans = [METHODS["identity"].plan(site, parent("qwen3")) for site in sites("qwen3")]
     base = converted("identity", "qwen3")
     site = sites("qwen3")[0]
     assert site.rotary is not None
@@ -312,12 +317,12 @@ def test_a_post_norm_scale_turns_and_stretches_queries() -> None:
 
 def test_plans_that_the_runtime_cannot_run_are_refused() -> None:
     model, found = parent("llama"), sites("llama")
-    plans = [METHODS["identity"].plan(site) for site in found]
+    plans = [METHODS["identity"].plan(site, model) for site in found]
     for wrong, message in (({"owner": 1}, "sharing"), ({"window": 4}, "keeps 4 tokens"), ({"layer": 5}, "layer 5")):
         data = {**plans[0].to_dict(), **wrong}
         with pytest.raises(ValueError, match=message):
             from_parent(model, found, [LayerPlan.from_dict(data), *plans[1:]])
-    fewer = METHODS["unequal_groups"].plan(found[0])
+    fewer = METHODS["unequal_groups"].plan(found[0], model)
     bare = LayerPlan.from_dict({**fewer.to_dict(), "project": {**fewer.to_dict()["project"], "groups": ((0,), (1,))}})
     with pytest.raises(ValueError, match="once"):
         from_parent(model, found, [bare, *plans[1:]])
@@ -346,7 +351,7 @@ def test_a_converted_model_can_be_copied_but_not_converted_again() -> None:
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match="converted already"):
-        from_parent(model, sites("qwen3"), [METHODS["identity"].plan(site) for site in sites("qwen3")])
+        from_parent(model, sites("qwen3"), [METHODS["identity"].plan(site, parent("qwen3")) for site in sites("qwen3")])
 
 
 def test_loading_what_is_not_converted_says_so(tmp_path: Path) -> None:

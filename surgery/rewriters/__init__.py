@@ -8,6 +8,8 @@ from typing import Any
 REWRITERS = {
     "gqa": "surgery.rewriters.gqa:Gqa",
     "identity": "surgery.rewriters.identity:Identity",
+    "lowrank": "surgery.rewriters.latent_steps:Lowrank",
+    "mla": "surgery.rewriters.latent_steps:Mla",
 }
 
 

@@ -1,0 +1,152 @@
+"""The `mla` and `lowrank` steps: fit each layer's latent on calibration text, and write it as the runtime runs it."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from ..recipe import LowrankStep, MlaStep
+from ..runtime.attention import as_bits, canonical_weights
+from ..runtime.layout import AttentionSite, Latent, Project
+from ..text import Windows
+from .latent import LatentWeights, in_site_order, rope_splits
+from .latent_copy import LatentCopy
+from .latent_fit import Candidate, FitOptions, finish, fit_layer, lowrank_candidates, mla_candidates
+from .latent_mla import mla_freq
+
+SHARES = (0.34, 0.38, 0.42, 0.46)
+"""Parts of a `lowrank` budget tried for K: V needs the larger one."""
+
+
+class LatentStepCopy(LatentCopy):
+    """The working copy of latent steps: says what the runtime must know of the layers converted so far."""
+
+    @property
+    def converted(self) -> list[int]:
+        """Layers in latent form."""
+        return sorted(self.latents)
+
+    def project(self, layer: int) -> Project:
+        """The project axis that the layer has now; the search on text may have split the budget its own way."""
+        return latent_of(self.latents[layer], self.sites[layer])
+
+    def canonical(self, layer: int) -> dict[str, Tensor]:
+        """The layer under the names and in the layout of `SurgeryLatentAttention`."""
+        site = self.sites[layer]
+        return canonical_latent(self.latents[layer], site, canonical_weights(site, self.tensor))
+
+
+class LatentStep:
+    """What both steps share; each layer is fitted on the converted prefix."""
+
+    def __init__(self, step: MlaStep | LowrankStep, seed: int = 0) -> None:
+        self.options = step
+        self.seed = seed
+        self.fit = FitOptions(queries=step.refit_queries, output=step.refit_output, gains=step.gain_fit)
+
+    def convert_layer(self, copy: LatentCopy, layer: int, project: Latent, windows: Windows | None) -> None:
+        """Convert one layer to the best of its candidates, and refit its queries and output to the parent's.
+
+        Raises:
+            PlanError: no calibration text.
+        """
+        site = copy.sites[layer]
+        if windows is None:
+            raise PlanError(f"layer {layer}: {self.options.rewriter} asks for calibration text: pass calibration=...")
+        if windows.tokens < site.hidden_size:
+            warnings.warn(
+                f"layer {layer}: {windows.tokens} calibration tokens for {site.hidden_size} channels: moments are "
+                f"singular and damped. Give {10 * site.hidden_size} tokens or more.",
+                stacklevel=2,
+            )
+        fit_layer(copy, layer, self.candidates(site, project), windows, self.fit)
+
+    def finish(self, copy: LatentCopy, windows: Windows | None) -> None:
+        """Fit one gain per query head on q and on o, in all converted layers together, by KL to the parent."""
+        if windows is not None and self.fit.gains and copy.latents:
+            finish(copy, windows)
+
+    def candidates(self, site: AttentionSite, project: Latent) -> list[Candidate]:
+        """The forms of one layer that calibration text decides between; all of them within the planned bytes."""
+        raise NotImplementedError
+
+
+class Mla(LatentStep):
+    """One latent for K and V, and a shared rotated key part."""
+
+    def __init__(self, step: MlaStep, seed: int = 0) -> None:
+        super().__init__(step, seed)
+        self.step = step
+
+    def candidates(self, site: AttentionSite, project: Latent) -> list[Candidate]:
+        step = self.step
+        splits = [(project.rank, project.rope_dims)]
+        if step.keep is not None and step.rope_dims is None:
+            splits = rope_splits(step.keep, site)
+        return mla_candidates(splits, options=step.init)
+
+
+class Lowrank(LatentStep):
+    """Latents of K and V apart; K is rotated at read, or cached rotated in the `freq` layout."""
+
+    def __init__(self, step: LowrankStep, seed: int = 0) -> None:
+        super().__init__(step, seed)
+        self.step = step
+
+    def candidates(self, site: AttentionSite, project: Latent) -> list[Candidate]:
+        step, numbers = self.step, project.dims
+        shares = SHARES if step.k_share is None else (step.k_share,)
+        if step.layout != "freq":
+            return lowrank_candidates(numbers, shares, step.init, step.layout, step.group)
+
+        def candidate(rope_dims: int) -> Candidate:
+            return lambda weights, moments: mla_freq(weights, moments, numbers - rope_dims, rope_dims)
+
+        full = site.kv_heads * site.head_dim
+        wide = {min(full, max(2, round(numbers * share / 2) * 2)) for share in shares}
+        return [candidate(rope_dims) for rope_dims in sorted(wide) if rope_dims < numbers]
+
+
+def latent_of(latent: LatentWeights, site: AttentionSite) -> Latent:
+    """The plan of a layer that runs `latent`."""
+    return Latent(
+        rank=latent.rank,
+        rope_dims=latent.rope_dims,
+        kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        value_dim=site.value_dim,
+        rotate_on_read=latent.rotate_on_read,
+        k_rank=_key_rank(latent),
+    )
+
+
+def canonical_latent(latent: LatentWeights, site: AttentionSite, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`latent` under the names and in the layout of `SurgeryLatentAttention`, in float32.
+
+    Args:
+        weights: the layer as `canonical_weights` gives it; q, o and sinks are taken from there.
+    """
+    latent = in_site_order(latent, site)
+    kept = {name: t for name, t in weights.items() if name.split("_")[0] not in ("k", "v")}
+    down = torch.cat([latent.down_RD, latent.rope_FD.to(latent.down_RD)])
+    made = {"kv_down.weight": down[:, : site.hidden_size]}
+    if down.shape[1] > site.hidden_size:
+        made["kv_down.bias"] = down[:, site.hidden_size]
+    k_rank = _key_rank(latent)
+    made["k_up"] = latent.k_up_KHR if k_rank is None else latent.k_up_KHR[..., :k_rank]
+    made["v_up"] = latent.v_up_KVR if k_rank is None else latent.v_up_KVR[..., k_rank:]
+    made["q_rope"] = latent.q_rope_KFH
+    kept |= {name: tensor.float().contiguous() for name, tensor in made.items() if tensor.numel()}
+    if latent.rope_dims:
+        kept["rope_freq_bits"] = as_bits(latent.inv_freq_F.tolist())
+    return kept
+
+
+def _key_rank(latent: LatentWeights) -> int | None:
+    """0 where only the rotated part makes the keys (`freq`)."""
+    if latent.k_rank is None and latent.rope_dims and not bool(latent.k_up_KHR.any()):
+        return 0
+    return latent.k_rank

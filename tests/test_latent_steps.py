@@ -1,0 +1,159 @@
+"""The `mla` and `lowrank` steps: from a recipe to a model that runs, saves and caches what was planned."""
+
+import typing
+
+import families
+import pytest
+import torch
+
+import surgery
+from surgery import recipe
+from surgery.errors import PlanError, RecipeError
+from surgery.measure.memory import cache_size
+from surgery.rewriters import latent_lowrank, latent_mla
+from surgery.runtime.layout import Heads, Latent, LayerPlan
+from surgery.runtime.modeling import from_parent
+
+FAST = {"refit_queries": False, "refit_output": False, "gain_fit": False}
+
+
+def text() -> torch.Tensor:
+    return torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def one(rewriter: str, **options: object) -> dict[str, object]:
+    return {"steps": [{"rewriter": rewriter, **options}]}
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def test_both_kinds_of_project_survive_json_and_old_plans_are_heads() -> None:
+    heads = Heads(kv_heads=2, head_dim=4, value_dim=4, groups=((0, 1), (2, 3)))
+    latent = Latent(rank=6, rope_dims=2, kv_heads=2, head_dim=4, value_dim=4, k_rank=0)
+    for project in (heads, latent):
+        plan = LayerPlan(layer=0, project=project, owner=0)
+        assert LayerPlan.from_dict(plan.to_dict()) == plan
+        assert plan.bytes_per_token == 2 * project.dims
+    old = LayerPlan(layer=0, project=heads, owner=0).to_dict()
+    del old["project"]["kind"]
+    assert LayerPlan.from_dict(old).project == heads
+
+
+def test_inits_are_named_once_for_recipes_and_rewriters() -> None:
+    assert typing.get_args(recipe.MlaInit) == typing.get_args(latent_mla.MlaInit)
+    assert typing.get_args(recipe.LowrankInit) == typing.get_args(latent_lowrank.LowrankInit)
+    assert set(typing.get_args(recipe.Layout)) == {*typing.get_args(latent_lowrank.Layout), "freq"}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        one("mla", keep=0.5, rope_dims=8, **FAST),
+        one("mla", rank=20, init="transmla", **FAST),
+        one("lowrank", keep=0.5, k_share=0.4, **FAST),
+        one("lowrank", rank=24, layout="freq", k_share=0.5, **FAST),
+    ],
+    ids=["mla", "transmla", "lowrank", "freq"],
+)
+def test_a_converted_model_saves_loads_and_caches_what_was_planned(step, tmp_path) -> None:
+    parent = families.tiny_model("llama")
+    plan = surgery.plan(parent, step)
+    assert not plan.native
+    assert "latent" in str(plan)
+    child = surgery.convert(parent, step, calibration=text())
+    assert type(child).__name__ == "SurgeryLlamaForCausalLM"
+    assert sum(p.numel() for p in child.parameters()) == plan.parameters
+    size = cache_size(child, text())
+    assert size.bytes == size.predicted_bytes == plan.cache_bytes(16)
+    surgery.save(child, tmp_path / "child")
+    with torch.no_grad():
+        assert error(surgery.load(tmp_path / "child")(text()).logits, child(text()).logits) < 1e-6
+
+
+@torch.no_grad()
+def test_all_components_rotated_keep_the_logits() -> None:
+    parent = families.tiny_model("llama")
+    step = one("mla", rank=32, rope_dims=32, **FAST)  # 2 KV heads of 16: all of K turns, the latent holds V
+    child = surgery.convert(parent, step, calibration=text())
+    assert error(child(text()).logits, parent(text()).logits) < 1e-4
+
+
+def test_steps_on_different_layers_share_a_recipe() -> None:
+    parent = families.tiny_model("llama")
+    steps = [
+        {"rewriter": "mla", "rank": 20, "rope_dims": 8, "layers": "0", **FAST},
+        {"rewriter": "lowrank", "rank": 30, "k_share": 0.5, "layers": "1", **FAST},
+    ]
+    child = surgery.convert(parent, {"steps": steps}, calibration=text())
+    kinds = [layer["plan"]["project"]["rotate_on_read"] for layer in child.config.surgery["layers"]]
+    assert kinds == [False, True]
+
+
+def test_without_text_nothing_is_done() -> None:
+    with pytest.raises(PlanError, match="asks for calibration text"):
+        surgery.convert(families.tiny_model("llama"), one("mla", keep=0.5))
+
+
+def test_too_little_text_is_damped_and_said() -> None:
+    with pytest.warns(UserWarning, match=r"Give 640 tokens"):
+        surgery.convert(families.tiny_model("llama"), one("mla", rank=20, **FAST), calibration=text()[:3])
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (one("mla"), "needs one of `keep`"),
+        (one("mla", keep=0.5, rank=3), "not both"),
+        (one("mla", keep=1.5), "at most 1"),
+        (one("mla", rank=0), "at least 1"),
+        (one("mla", rank=16, rope_dims=5), "must be even"),
+        (one("mla", rank=16, init="transmlaa"), "Did you mean 'transmla'"),
+        (one("lowrank", keep=0.5, rope_dims=4), "unknown key 'rope_dims'"),
+        (one("lowrank", keep=0.5, k_share=1.0), "between 0 and 1"),
+        (one("lowrank", keep=0.5, layout="freq", init="plain"), "no `freq` layout"),
+    ],
+)
+def test_recipes_that_no_model_could_satisfy_are_refused(step, message) -> None:
+    with pytest.raises(RecipeError, match=message):
+        surgery.Recipe.load(step)
+
+
+@pytest.mark.parametrize(
+    ("family", "step", "message"),
+    [
+        ("llama", one("mla", rank=65), "above full"),
+        ("llama", one("mla", rank=60, rope_dims=16), "the parent caches 64"),
+        ("llama", one("mla", rank=16, rope_dims=34), "rotated numbers of K"),
+        ("llama", one("mla", keep=0.03), "none is left for the latent"),
+        ("llama", one("lowrank", rank=65), "above full"),
+        ("llama", one("lowrank", keep=0.5), "groups of 4 do not divide"),
+        ("gpt_neox", one("lowrank", keep=0.5, layout="freq"), "do not turn"),
+        ("qwen3", one("mla", keep=0.5), "keys are normed"),
+        ("olmo", one("mla", keep=0.5), "clamped"),
+        ("llama_dynamic", one("lowrank", keep=0.5), "vary with the length"),
+    ],
+)
+def test_models_that_a_step_does_not_fit_are_refused(family, step, message) -> None:
+    if "groups" in message:
+        step["steps"][0]["layout"] = "grouped"
+    with pytest.raises(PlanError, match=message):
+        surgery.plan(families.tiny_model(family), step)
+
+
+def test_gqa_and_a_latent_in_one_recipe_are_refused() -> None:
+    steps = [{"rewriter": "gqa", "kv_heads": 1, "layers": "0"}, {"rewriter": "mla", "keep": 0.5, "layers": "1"}]
+    with pytest.raises(PlanError, match="one recipe cannot do both yet"):
+        surgery.plan(families.tiny_model("llama"), {"steps": steps})
+
+
+def test_the_runtime_refuses_weights_of_other_shapes() -> None:
+    parent = families.tiny_model("llama")
+    plan = surgery.plan(parent, one("mla", rank=20, rope_dims=8))
+    with pytest.raises(ValueError, match="no weights are given"):
+        from_parent(parent, plan.anatomy.sites, plan.after)
+    child = surgery.convert(parent, one("mla", rank=20, rope_dims=8, **FAST), calibration=text())
+    weights = {0: dict(child.model.layers[0].self_attn.state_dict()) | {"k_up": torch.zeros(2, 16, 19)}}
+    with pytest.raises(ValueError, match="k_up has shape"):
+        from_parent(parent, plan.anatomy.sites, plan.after, None, weights)
