@@ -89,7 +89,8 @@ class SurgeryLatentAttention(SurgeryAttention):
             cached, _ = cache.update(cached, cached[..., :0], self.layer_idx)
         absorbs = self._absorbs(hidden_states)
         c_BSR = cached[:, 0, :, :rank]
-        value = cached[..., rank - self.latent.value_rank : rank] if absorbs else self._expand(c_BSR, self.v_up, True)
+        # Means are taken over whole entries and cut afterwards: sdpa copies nothing where K and V are equally wide.
+        value = cached if absorbs else self._expand(c_BSR, self.v_up, True)
         if self.latent.rotate_on_read:
             key = self._expand(c_BSR, self.k_up, False)
             query, key = self._turn_by_slot(q, key, cache)
@@ -119,7 +120,9 @@ class SurgeryLatentAttention(SurgeryAttention):
         return q if q_rope_BTNF is None else torch.cat((q, q_rope_BTNF), dim=-1)
 
     def _values(self, mean_BTNR: Tensor) -> Tensor:
-        return torch.einsum("btkgr,kvr->btkgv", self._by_kv_head(mean_BTNR), self.v_up).flatten(2, 3)
+        rank = self.latent.rank
+        mean = self._by_kv_head(mean_BTNR[..., rank - self.latent.value_rank : rank])
+        return torch.einsum("btkgr,kvr->btkgv", mean, self.v_up).flatten(2, 3)
 
     def _expand(self, c_BSR: Tensor, up_KHR: Tensor | None, values: bool) -> Tensor:
         """K or V of every head, [B, K, S, H or V]."""
