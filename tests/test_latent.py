@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -361,7 +362,7 @@ def test_folded_frequencies_lose_nothing_before_the_rotation(fold):
 
 
 @pytest.fixture(scope="module")
-def stories() -> tuple[LatentCopy, Windows, Windows, dict[int, LatentMoments]]:
+def stories() -> Iterator[tuple[LatentCopy, Windows, Windows, dict[int, LatentMoments]]]:
     text = REFERENCE / "text" / "tinystories-917.jsonl"
     if not STORIES.exists() or not text.exists():
         pytest.skip("needs the reference checkpoints (SURGERY_REFERENCE)")
@@ -372,6 +373,8 @@ def stories() -> tuple[LatentCopy, Windows, Windows, dict[int, LatentMoments]]:
         load_windows(part, tokenizer, vocab_size=parent.config.vocab_size, length=128)
         for part in (texts[:16], texts[400:408])
     )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small matrices: more threads only wait for each other
     copy = LatentCopy(parent, examine(parent))
     moments = {}
     for layer, site in copy.sites.items():
@@ -379,7 +382,8 @@ def stories() -> tuple[LatentCopy, Windows, Windows, dict[int, LatentMoments]]:
         for a in layer_activations(copy, site, fit):
             sums.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT)
         moments[layer] = sums.finish()
-    return copy, fit, held, moments
+    yield copy, fit, held, moments
+    torch.set_num_threads(threads)
 
 
 def test_default_is_nearer_to_a_real_parent_than_published_forms(stories):

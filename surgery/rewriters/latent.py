@@ -185,10 +185,10 @@ def latent_budget(keep: float, site: AttentionSite, rope_dims: int | None = None
 
 
 def rope_splits(keep: float, site: AttentionSite) -> list[tuple[int, int]]:
-    """Splits (rank, rope_dims) of the same budget worth trying: an eighth to a half of it rotated."""
+    """Splits (rank, rope_dims) of the same budget worth trying: an eighth to five eighths of it rotated."""
     numbers = int(keep * site.kv_dims + 1e-9)
     turning = 0 if site.rotary is None else site.kv_heads * site.rotary.dims
-    dims = sorted({min(turning, max(2, round(numbers * part / 2) * 2)) for part in (1 / 8, 1 / 4, 3 / 8, 1 / 2)})
+    dims = sorted({min(turning, max(2, round(numbers * part / 2) * 2)) for part in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)})
     return [latent_budget(keep, site, d) for d in dims if numbers - d >= 1] if turning else [latent_budget(keep, site)]
 
 

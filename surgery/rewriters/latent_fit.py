@@ -6,10 +6,10 @@ of the text is accepted on another, and neither is ever text that a result is re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..calibrate import layer_activations
+from ..calibrate import Activations, layer_activations
 from ..text import Windows
 from .attention_weights import AttentionWeights
 from .gains import fit_gains
@@ -21,8 +21,13 @@ from .latent_moments import LatentMoments, MomentSums
 from .latent_refit import refit_output, refit_queries
 
 Candidate = Callable[[AttentionWeights, LatentMoments], LatentWeights]
-QUERY_TOKENS = 10_000
-MOMENT_TOKENS = 50_000
+QUERY_TOKENS = 6_000
+"""Calibration tokens for the query refit: it keeps N·H·(H+1) numbers for each."""
+MOMENT_TOKENS = 25_000
+SEARCH_WINDOWS = 12
+"""Check windows that candidates are compared on; refits are accepted on all of them."""
+HELD_NUMBERS = 2**27
+"""Activations of one layer that are kept in memory (512 MB) rather than computed anew for each use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +64,24 @@ def fit_layer(
     options = options or FitOptions()
     site, parent = copy.sites[layer], copy.parent(layer)
     fit, check = windows.split()
+
+    def read() -> Iterator[Activations]:
+        for a in layer_activations(copy, site, fit):
+            yield a if options.compensate else a._replace(x_student_BTD=a.x_parent_BTD, gap_BTD=a.gap_BTD * 0)
+
+    # One pass over the model where the text is small enough to keep, else one for each use.
+    kept = list(read()) if 3 * fit.ids_BT.numel() * site.hidden_size <= HELD_NUMBERS else None
+    activations = read if kept is None else lambda: iter(kept)
     sums = MomentSums(parent)
-    for a in layer_activations(copy, site, fit.take(max(1, MOMENT_TOKENS // fit.ids_BT.shape[1]))):
-        sums.add(a.x_parent_BTD, a.x_student_BTD if options.compensate else a.x_parent_BTD, a.mask_BT)
+    for a in activations():
+        if sums.tokens < MOMENT_TOKENS:
+            sums.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT)
     moments = sums.finish()
     made = [candidate(parent, moments) for candidate in candidates]
-    losses = []
+    losses, search = [], check.take(SEARCH_WINDOWS)
     for latent in made:
         copy.write_latent(layer, latent)
-        losses.append(copy.divergence(check) if len(made) > 1 else 0.0)
+        losses.append(copy.divergence(search) if len(made) > 1 else 0.0)
     best = losses.index(min(losses))
     latent, student = made[best], parent
     copy.write_latent(layer, latent, student)
@@ -76,13 +90,11 @@ def fit_layer(
     for name, wanted in (("queries", options.queries), ("output", options.output)):
         if not wanted:
             continue
-        activations = layer_activations(copy, site, fit)
-        if not options.compensate:
-            activations = (a._replace(x_student_BTD=a.x_parent_BTD, gap_BTD=a.gap_BTD * 0) for a in activations)
         if name == "queries":
-            refitted = refit_queries(parent, student, latent, activations, max(1, fit.tokens // QUERY_TOKENS))
+            stride = max(1, fit.tokens // QUERY_TOKENS)
+            refitted = refit_queries(parent, student, latent, activations(), stride)
         else:
-            refitted = refit_output(parent, student, latent, activations)
+            refitted = refit_output(parent, student, latent, activations())
         copy.write_latent(layer, latent, refitted)
         found.kl[name] = copy.divergence(check)
         if found.kl[name] > kl:
@@ -107,7 +119,7 @@ def finish(copy: LatentCopy, windows: Windows, steps: int = 60) -> float:
 
 def mla_candidates(
     splits: Sequence[tuple[int, int]],
-    betas: Sequence[float] = (0.5, 1.0, 2.0),
+    betas: Sequence[float] = (1.0,),
     options: MlaOptions | MlaInit = "default",
 ) -> list[Candidate]:
     """`mla` for every split (rank, rope_dims) and balance."""

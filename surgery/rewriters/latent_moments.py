@@ -69,7 +69,7 @@ class LatentMoments:
 
 
 class MomentSums:
-    """Streams `LatentMoments`: add batches, then `finish`. Holds sums only."""
+    """Streams `LatentMoments`: add batches, then `finish`. Batches are summed in float64."""
 
     def __init__(self, parent: AttentionWeights) -> None:
         self.parent = parent
@@ -80,45 +80,43 @@ class MomentSums:
         """Inputs of the projections: the parent's decide where it looks, the student's are what will be projected."""
         w = self.parent
         found = attend(w, x_parent_BTD)
-        x = x_student_BTD.double()
+        x = x_student_BTD
         if w.has_bias:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         T, D = x.shape[1:]
-        p = found.probs_BNTT.double() * mask_BT[:, None, :, None]
-        p = p / p.sum(-1, keepdim=True).clamp_min(1e-30) * mask_BT[:, None, :, None]
+        real = mask_BT.to(x)
+        p = found.probs_BNTT * real[:, None, :, None]
+        p = p / p.sum(-1, keepdim=True).clamp_min(1e-30) * real[:, None, :, None]
         flat = x[mask_BT]
-        mean_BNTD = p @ x[:, None]
-        mass_BT = p.sum((1, 2))
         value = torch.zeros(D, D, dtype=torch.float64)
         for n in range(w.heads):
-            rows = mean_BNTD[:, n][mask_BT]
-            value += rows.T @ rows
+            rows = (p[:, n] @ x)[mask_BT]
+            value += (rows.T @ rows).double()
         value = value / w.heads
-        seen = (x * mass_BT[..., None]).flatten(0, 1).T @ x.flatten(0, 1) / w.heads
-        cos, sin = (y.double() for y in rotation(w, T, x_parent_BTD))
+        seen = (x * p.sum((1, 2))[..., None]).flatten(0, 1).T @ x.flatten(0, 1) / w.heads
+        cos, sin = rotation(w, T, x)
         scaling = 1.0 if w.rotary is None else w.rotary.scaling
-        q_turned = found.q_BNTH.double()
+        q_turned = found.q_BNTH
         q = rotate_pairs(w.rotary, q_turned, cos / scaling**2, -sin / scaling**2)
         q_mom = torch.stack([q[:, n][mask_BT].T @ q[:, n][mask_BT] for n in range(w.heads)])
-        H = q.shape[-1]
         read = []
         for n in range(w.heads):
-            outer = torch.einsum("bti,btj->btij", q_turned[:, n], q_turned[:, n]).flatten(2)
-            at_key = (p[:, n].mT @ outer).unflatten(-1, (H, H))
+            outer = torch.einsum("bti,btj->btij", q_turned[:, n], q_turned[:, n])
+            at_key = (p[:, n].mT @ outer.flatten(2)).unflatten(-1, outer.shape[-2:])
             turned = rotate_pairs(w.rotary, at_key, cos[:, None], -sin[:, None])
             read.append(rotate_pairs(w.rotary, turned.mT, cos[:, None], -sin[:, None]).sum((0, 1)))
         phase = torch.complex(cos, sin) / scaling  # [T, F]
-        rho = torch.einsum("bntf,tf->nf", p.to(torch.complex128) @ phase, phase.conj())
-        parts = [flat.T @ flat, seen - value, value, q_mom, torch.stack(read), rho]
+        rho = torch.einsum("bntf,tf->nf", p.to(phase.dtype) @ phase, phase.conj())
+        parts = [to_double(part) for part in (flat.T @ flat, seen, value, q_mom, torch.stack(read), rho)]
         self.sums = [a + b for a, b in zip(self.sums, parts, strict=True)] if self.sums else parts
         self.tokens += len(flat)
 
     def finish(self) -> LatentMoments:
         """The moments of all that was added."""
-        input_DD, key, value, q, read, rho = (s / self.tokens for s in self.sums)
+        input_DD, seen, value, q, read, rho = (s / self.tokens for s in self.sums)
         return LatentMoments(
             input_DD=hermitian(input_DD),
-            key_DD=hermitian(key),
+            key_DD=hermitian(seen - value),
             value_DD=hermitian(value),
             q_NHH=hermitian(q),
             q_read_NHH=hermitian(read),
