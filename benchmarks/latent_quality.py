@@ -2,6 +2,7 @@
 
     python benchmarks/latent_quality.py                # all rows, about 40 minutes on one core
     python benchmarks/latent_quality.py --only default # rows whose name contains the word
+    python benchmarks/latent_quality.py --resume       # keep the rows that an interrupted run has written
 
 The results are written after every row: an interrupted run keeps what it measured (`complete` is then false).
 
@@ -100,7 +101,8 @@ def rows_of(site: Any) -> list[Row]:
         grouped = lowrank_candidates(numbers, (0.42,), "qw", "grouped", 2)
         found.append(Row("lowrank qw 42:58, groups of 2", keep, grouped))
         found.append(Row("lowrank qw 42:58, per head", keep, lowrank_candidates(numbers, (0.42,), "qw", "head")))
-    return found
+    heavy = [row for row in found if len(row.candidates) > 1 and row.fit != FitOptions()]
+    return [*(row for row in found if row not in heavy), *heavy]
 
 
 class Bench:
@@ -186,19 +188,26 @@ def save(data: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    only = parser.parse_args().only
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there, measure the others")
+    args = parser.parse_args()
+    only = args.only
     torch.manual_seed(SEED)
     bench = Bench()
+    results = ROOT / "benchmarks" / "results" / "latent_quality.json"
     rows: list[dict[str, Any]] = []
+    if args.resume and results.exists():
+        old = json.loads(results.read_text())
+        rows = [{"commit": old["commit"], **row} for row in old["rows"]]
+    known = {(row["name"], row["keep"]) for row in rows}
     data = {
         **environment(SEED), "model": NAME, "parent": bench.loss, "text": bench.held_out.digest,
         "calibration": bench.calibration.digest, "tokens": bench.held_out.tokens, "only": only, "complete": False,
         "rows": rows,
     }  # fmt: skip
     for row in rows_of(bench.anatomy.sites[0]):
-        if only not in row.name:
+        if only not in row.name or (row.name, row.keep) in known:
             continue
-        rows.append(bench.measure(row))
+        rows.append({"commit": data["commit"], **bench.measure(row)})
         last = rows[-1]
         print(f"{last['keep']:5} {last['name']:50} {last['gap']:+.4f} {last['seconds']:.0f} s", flush=True)  # noqa: T201
         save(data)
