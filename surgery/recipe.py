@@ -198,17 +198,59 @@ STEPS: dict[str, type[Step]] = {"identity": IdentityStep, "gqa": GqaStep, "mla":
 
 @dataclass(frozen=True, kw_only=True)
 class Uptrain:
-    """How much training the recipe asks for after conversion. Conversion itself never trains."""
+    """How the converted model is trained afterwards (`surgery train`). Conversion itself never trains."""
 
     tokens: int
-    learning_rate: float = 1e-4
+    """Text to train on; repeated where there is less of it."""
+    layer_local: float = 0.1
+    """Part of the tokens for the first stage: each converted attention is fitted on the parent's own inputs."""
+    learning_rate: float | None = None
+    """Peak, of the second stage. None: 0.2 / hidden size, which is 1e-4 at width 2048 and 1e-3 at 192."""
+    local_learning_rate: float | None = None
+    """Peak, of the first stage. None: that of the second, times 3."""
     schedule: Literal["wsd", "cosine"] = "wsd"
-    train: Literal["converted", "attention", "all"] = "converted"
+    warmup: float = 0.03
+    """Part of the steps of each stage in which the learning rate rises."""
+    decay: float = 0.2
+    """`wsd` only: part of the steps, at the end, in which it falls to zero as 1 - sqrt."""
+    kl: float = 1.0
+    """Weight of KL(parent || model) on the logits in the second stage."""
+    ce: float = 0.0
+    """Weight of the cross-entropy on the text."""
+    hidden: float = 0.0
+    """Weight of the relative squared distance to the parent's last hidden state."""
+    temperature: float = 1.0
+    """Of both distributions in the KL, which is multiplied by its square."""
+    train: Literal["converted", "attention", "all", "lora"] = "converted"
+    """Attention that was converted, every attention, everything, or low-rank adapters (`lora_*`)."""
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] | None = None
+    """Names of linear layers, such as `q_proj`. None: every linear layer in the converted attention."""
+    batch: int = 32
+    """Sequences per optimizer step, over all devices."""
+    length: int | None = None
+    """Tokens per sequence. None: the model's context, at most 4096."""
+    weight_decay: float = 0.1
+    """Of matrices; vectors (gains, biases) have none."""
+    separate_documents: bool = True
+    """Positions start again at each document of a packed sequence, and no attention crosses the border."""
 
     def validate(self, where: str) -> None:
-        for name in ("tokens", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise RecipeError(f"{where}.{name}: {getattr(self, name)} must be positive.")
+        for name in ("tokens", "learning_rate", "local_learning_rate", "temperature", "batch", "lora_rank"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise RecipeError(f"{where}.{name}: {value} must be positive.")
+        for name in ("layer_local", "warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"{where}.{name}: {getattr(self, name)} is a part of the whole: give 0 to 1.")
+        for name in ("kl", "ce", "hidden", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{where}.{name}: {getattr(self, name)} must not be negative.")
+        if self.layer_local < 1 and not (self.kl or self.ce or self.hidden):
+            raise RecipeError(f"{where}: kl, ce and hidden are all 0: the second stage would learn nothing.")
+        if self.length is not None and self.length < 8:
+            raise RecipeError(f"{where}.length: {self.length} tokens; give at least 8.")
 
 
 @dataclass(frozen=True, kw_only=True)
