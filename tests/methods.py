@@ -34,12 +34,15 @@ class Method:
 
     plan_and_weights: Callable[[AttentionSite, PreTrainedModel], tuple[Project, Weights]]
     families: Sequence[str] = tuple(REPRESENTATIVE)
+    shares: bool = False
+    """Layer 0 owns the cache of all."""
 
     def plan(self, site: AttentionSite, model: PreTrainedModel) -> LayerPlan:
         return self._layer(site, self.plan_and_weights(site, model)[0])
 
     def _layer(self, site: AttentionSite, project: Project) -> LayerPlan:
-        return LayerPlan(layer=site.layer, project=project, owner=site.layer, window=site.window, dtype="float32")
+        owner = 0 if self.shares else site.layer
+        return LayerPlan(layer=site.layer, project=project, owner=owner, window=site.window, dtype="float32")
 
     def convert(self, model: PreTrainedModel, sites: Sequence[AttentionSite]) -> PreTrainedModel:
         made = [self.plan_and_weights(site, model) for site in sites]
@@ -88,6 +91,17 @@ def select_heads(site: AttentionSite, weights: Weights, groups: Groups) -> Weigh
     return selected
 
 
+def shared(method: Method, families: Sequence[str]) -> Method:
+    """`method` with all layers but the first as readers: no parameters that make K and V."""
+
+    def made(site: AttentionSite, model: PreTrainedModel) -> tuple[Project, Weights]:
+        project, weights = method.plan_and_weights(site, model)
+        made_by = ("k_proj", "v_proj", "k_norm", "v_norm", "kv_down") if site.layer else ()
+        return project, {name: tensor for name, tensor in weights.items() if not name.startswith(made_by)}
+
+    return Method(made, families, shares=True)
+
+
 def own_groups(site: AttentionSite) -> Groups:
     return tuple(tuple(range(k * site.group_size, (k + 1) * site.group_size)) for k in range(site.kv_heads))
 
@@ -119,8 +133,16 @@ METHODS = {
     "lowrank": latent(lambda w, m: lowrank(w, m, 10, 13), LINEAR),
     "freq": latent(lambda w, m: mla_freq(w, m, 11, some_turning(w)), ["llama", "gemma2", "gpt_oss"]),
 }
+REFUSED = [(name, f) for name, method in METHODS.items() for f in REPRESENTATIVE if f not in method.families]
+ALIKE = ["llama", "mistral", "qwen3", "gpt_neox", "gpt2", "olmo2"]
+"""Families whose layers are alike, and hand keyword arguments to their attentions."""
+METHODS |= {
+    "shared": shared(METHODS["identity"], ALIKE),
+    "shared_unequal_groups": shared(METHODS["unequal_groups"], ["llama"]),
+    "shared_mla": shared(METHODS["mla"], ["llama", "gpt_neox"]),
+    "shared_lowrank": shared(METHODS["lowrank"], ["llama", "mistral"]),
+}
 PAIRS = [(name, family) for name, method in METHODS.items() for family in method.families]
-REFUSED = [(name, family) for name in METHODS for family in REPRESENTATIVE if (name, family) not in PAIRS]
 
 
 @functools.cache

@@ -204,6 +204,38 @@ def test_every_new_parameter_has_a_gradient_also_under_checkpointing(method: str
         torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-6)
 
 
+def test_reentrant_checkpointing_of_shared_caches_is_refused() -> None:
+    model = converted("shared", "llama")
+    with pytest.raises(ValueError, match="loses their gradients"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_gradients_of_two_forward_passes_stay_apart_under_checkpointing() -> None:
+    model = converted("shared", "llama").train()
+    ids = tokens(), tokens(seed=1)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        first, second = (model(x, labels=x, use_cache=False).loss for x in ids)
+        (first + second).backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_reader_called_alone_says_where_its_cache_comes_from() -> None:
+    model = converted("shared", "llama")
+    with pytest.raises(ValueError, match="call the converted model as a whole"):
+        model.model(tokens(), use_cache=False)
+
+
+def test_readers_have_no_parameters_for_keys_and_values() -> None:
+    alone, shared = converted("identity", "llama"), converted("shared", "llama")
+    kv = 2 * sum(p.numel() for p in alone.model.layers[1].self_attn.k_proj.parameters())
+    assert sum(p.numel() for p in shared.parameters()) == sum(p.numel() for p in alone.parameters()) - kv
+
+
 RELOAD = """
 import sys, torch
 from pathlib import Path
@@ -318,7 +350,11 @@ def test_a_post_norm_scale_turns_and_stretches_queries() -> None:
 def test_plans_that_the_runtime_cannot_run_are_refused() -> None:
     model, found = parent("llama"), sites("llama")
     plans = [METHODS["identity"].plan(site, model) for site in found]
-    for wrong, message in (({"owner": 1}, "sharing"), ({"window": 4}, "keeps 4 tokens"), ({"layer": 5}, "layer 5")):
+    for wrong, message in (
+        ({"owner": 1}, "not there yet"),
+        ({"window": 4}, "keeps 4 tokens"),
+        ({"layer": 5}, "layer 5"),
+    ):
         data = {**plans[0].to_dict(), **wrong}
         with pytest.raises(ValueError, match=message):
             from_parent(model, found, [LayerPlan.from_dict(data), *plans[1:]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from .calling import BIAS_NAMES, CACHE_NAMES, CallingConvention, once
 from .layout import AttentionSite, HeadNorm, LayerPlan, Projection
 
 Shapes = Mapping[str, tuple[int, ...]]
+KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None
+SHARED_STATES = "shared_kv_states"
+"""Keyword argument that takes the caches of owners to their readers, through the parent's own layers."""
 
 
 def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -84,7 +87,11 @@ class SurgeryAttention(nn.Module):
 
     What every form of the cache shares: the calling convention, queries, masks, the attention function, the output.
     A subclass makes keys and values (`_query_key_value`) from the parameters that it names in `linears`, `norms` and
-    `tensors`.
+    `tensors`; those in `cache_linears` and `cache_norms` exist only in a layer that owns its cache.
+
+    A reader (`plan.owner` is an earlier layer) attends to what its owner's cache gave in the same forward pass. That
+    travels in `shared_kv_states`, a mapping which the model makes anew for each pass and hands to every layer: state
+    kept in modules would be wrong as soon as activation checkpointing runs a layer again after another pass.
 
     Args:
         config: the config that carries `_attn_implementation`.
@@ -98,8 +105,10 @@ class SurgeryAttention(nn.Module):
     Departs from parents in one thing: dropout on weights and output is kept, other dropout inside attention is not.
     """
 
-    linears: tuple[str, ...]
-    norms: tuple[str, ...]
+    linears: tuple[str, ...] = ("q_proj", "o_proj")
+    cache_linears: tuple[str, ...]
+    norms: tuple[str, ...] = ("q_norm",)
+    cache_norms: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ("sinks", "post_norm_scale")
     q_proj: nn.Linear
     o_proj: nn.Linear
@@ -122,11 +131,13 @@ class SurgeryAttention(nn.Module):
         self.scaling = site.scale
         self.sliding_window = site.window
         self.num_key_value_groups = site.group_size
+        self.owns_cache = plan.owner == plan.layer
+        self.has_readers = False
 
-        for name in self.linears:
+        for name in self.linears + (self.cache_linears if self.owns_cache else ()):
             rows, columns = shapes[f"{name}.weight"]
             setattr(self, name, nn.Linear(columns, rows, bias=f"{name}.bias" in shapes))
-        for name in self.norms:
+        for name in self.norms + (self.cache_norms if self.owns_cache else ()):
             norm: HeadNorm | None = getattr(site, name)
             module = SurgeryHeadNorm(norm, shapes.get(f"{name}.weight"), shapes.get(f"{name}.bias")) if norm else None
             setattr(self, name, module)
@@ -170,10 +181,11 @@ class SurgeryAttention(nn.Module):
         position_embeddings = named.pop("position_embeddings", None)
         position_ids: Tensor | None = named.get("position_ids")
         cache = next((c for c in [named.pop(name, None) for name in CACHE_NAMES] if c is not None), None)
+        shared: KVStates = named.pop(SHARED_STATES, None)
         for name in BIAS_NAMES:
             named.pop(name, None)
 
-        query, key, value = self._query_key_value(hidden_states, position_embeddings, position_ids, cache)
+        query, key, value = self._query_key_value(hidden_states, position_embeddings, position_ids, cache, shared)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -218,10 +230,43 @@ class SurgeryAttention(nn.Module):
         return tuple(answers[place] for place in self.call.returns)
 
     def _query_key_value(
-        self, hidden_states: Tensor, position_embeddings: Any, position_ids: Tensor | None, cache: Any
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+        shared: KVStates,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the attention function takes, [B, N, T, .] and twice [B, K, S, .], after the cache was updated."""
         raise NotImplementedError
+
+    def _store(self, key: Tensor, value: Tensor, cache: Any, shared: KVStates) -> tuple[Tensor, Tensor]:
+        """Append to the layer's own cache; returns all that is to be seen, and leaves it to the readers."""
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if self.has_readers:
+            assert shared is not None
+            shared[self.layer_idx] = key, value
+        return key, value
+
+    def _borrow(self, tokens: int, cache: Any, shared: KVStates) -> tuple[Tensor, Tensor]:
+        """What the owner of the cache sees.
+
+        The layer's own place in the cache gets no heads, once: no bytes, but releases of transformers before 5.22
+        cannot crop a place that nothing was ever written to.
+        """
+        if shared is None or self.plan.owner not in shared:
+            raise ValueError(
+                f"layer {self.layer_idx} reads the cache of layer {self.plan.owner}, which left none in "
+                f"`{SHARED_STATES}`: call the converted model as a whole"
+            )
+        key, value = shared[self.plan.owner]
+        if cache is not None and not (
+            len(cache.layers) > self.layer_idx and cache.layers[self.layer_idx].is_initialized
+        ):
+            nothing = key.new_empty(len(key), 0, tokens, 0)
+            cache.update(nothing, nothing, self.layer_idx)
+        return key, value
 
     def _absorbs(self, hidden_states: Tensor) -> bool:
         """Whether scores and means are taken over the cached latents themselves; `_values` then maps the means up."""
@@ -240,8 +285,11 @@ class SurgeryAttention(nn.Module):
         """[B or 1, T]; counted through the cache where the parent passes none."""
         if position_ids is not None:
             return position_ids
-        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        return past + torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        tokens = hidden_states.shape[1]
+        past = 0 if cache is None else cache.get_seq_length(self.plan.owner)
+        if not self.owns_cache and cache is not None:
+            past = past - tokens  # the owner has appended them
+        return past + torch.arange(tokens, device=hidden_states.device)[None]
 
     def _project(self, projection: nn.Module, hidden_states: Tensor, width: int) -> Tensor:
         x = projection(hidden_states)
@@ -293,11 +341,11 @@ class SurgeryAttention(nn.Module):
             return None
         # Some parents keep the window inside their attention (GPT-Neo); where the mask has it, this changes nothing.
         # A sliding cache layer drops old keys, and the mask made for it knows which are left.
-        sliding = cache is not None and getattr(cache.layers[self.layer_idx], "is_sliding", False)
+        sliding = cache is not None and getattr(cache.layers[self.plan.owner], "is_sliding", False)
         window = None if sliding or length <= (self.site.window or length) else self.site.window
         if self.site.alibi_slopes is None and window is None and (mask is not None or tokens == 1):
             return mask
-        past = 0 if cache is None else cache.get_seq_length(self.layer_idx) - tokens
+        past = 0 if cache is None else cache.get_seq_length(self.plan.owner) - tokens
         positions = past + torch.arange(tokens, device=key.device)
         distance = positions[:, None] - torch.arange(length, device=key.device)
         visible = distance >= 0
@@ -401,8 +449,8 @@ def _check(site: AttentionSite, plan: LayerPlan) -> None:
         raise ValueError(f"{where}: gates its head outputs, which this runtime cannot do")
     if plan.layer != site.layer:
         raise ValueError(f"{where}: was given the plan of layer {plan.layer}")
-    if plan.owner != plan.layer:
-        raise ValueError(f"{where}: reads the cache of layer {plan.owner}; sharing needs a runtime that has it")
+    if plan.owner > plan.layer:
+        raise ValueError(f"{where}: reads the cache of layer {plan.owner}, which is not there yet when it runs")
     if plan.window not in (None, site.window):
         raise ValueError(f"{where}: keeps {plan.window} tokens where its attention sees {site.window}")
 

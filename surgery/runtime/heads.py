@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
+from .attention import KVStates, Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
 from .calling import CallingConvention
 from .layout import AttentionSite, Heads, LayerPlan
 
@@ -15,8 +16,8 @@ from .layout import AttentionSite, Heads, LayerPlan
 class SurgeryHeadsAttention(SurgeryAttention):
     """`SurgeryAttention` under a `Heads` plan; parameters as `canonical_weights` names them."""
 
-    linears = ("q_proj", "k_proj", "v_proj", "o_proj")
-    norms = ("q_norm", "k_norm", "v_norm")
+    cache_linears = ("k_proj", "v_proj")
+    cache_norms = ("k_norm", "v_norm")
     k_proj: nn.Linear
     v_proj: nn.Linear
     k_norm: SurgeryHeadNorm | None
@@ -46,20 +47,27 @@ class SurgeryHeadsAttention(SurgeryAttention):
         return self.call.rotary_layout is None
 
     def _query_key_value(
-        self, hidden_states: Tensor, position_embeddings: Any, position_ids: Tensor | None, cache: Any
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+        shared: KVStates,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q = self._queries(hidden_states)
-        k = norm_heads(self.k_norm, self._project(self.k_proj, hidden_states, self.site.head_dim), False)
-        v = norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
+        q, turn = self._queries(hidden_states), lambda x_BTNH: x_BTNH
         if self.site.rotary is not None:
             if self.call.rotary_layout is None:
                 position_ids = self._positions(hidden_states, position_ids, cache)
             cos, sin = self._cos_sin(position_embeddings, position_ids, q.dtype)
-            q, k = self._turn(q, cos, sin), self._turn(k, cos, sin)
-        q, k = norm_heads(self.q_norm, q, True), norm_heads(self.k_norm, k, True)
-        query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            turn = partial(self._turn, cos=cos, sin=sin)
+        query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
+        if self.owns_cache:
+            k = norm_heads(self.k_norm, self._project(self.k_proj, hidden_states, self.site.head_dim), False)
+            v = norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
+            k = norm_heads(self.k_norm, turn(k), True)
+            key, value = self._store(k.transpose(1, 2), v.transpose(1, 2), cache, shared)
+        else:
+            key, value = self._borrow(hidden_states.shape[1], cache, shared)
         if not self.heads.is_uniform:
             key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
         return query, key, value

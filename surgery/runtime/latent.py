@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 
-from .attention import Shapes, SurgeryAttention, angles_of, turn_halves
+from .attention import KVStates, Shapes, SurgeryAttention, angles_of, turn_halves
 from .calling import CallingConvention
 from .layout import AttentionSite, Latent, LayerPlan
 
@@ -34,8 +34,7 @@ class SurgeryLatentAttention(SurgeryAttention):
     Source: the absorbed form of DeepSeek-V2, arXiv:2405.04434; Palu, arXiv:2407.21118, for `rotate_on_read`.
     """
 
-    linears = ("q_proj", "kv_down", "o_proj")
-    norms = ("q_norm",)
+    cache_linears = ("kv_down",)
     tensors = (*SurgeryAttention.tensors, "k_up", "v_up", "q_rope")
     kv_down: nn.Linear
     k_up: nn.Parameter | None
@@ -71,22 +70,29 @@ class SurgeryLatentAttention(SurgeryAttention):
         return hidden_states.shape[1] == 1 and self.config._attn_implementation in ("sdpa", "eager")
 
     def _query_key_value(
-        self, hidden_states: Tensor, position_embeddings: Any, position_ids: Tensor | None, cache: Any
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+        shared: KVStates,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q = self._queries(hidden_states)
-        entry = self.kv_down(hidden_states)
         rank, rope_dims = self.latent.rank, self.latent.rope_dims
-        q_rope = None
+        q_rope, angles = None, None
         if self.q_rope is not None:
             positions = self._positions(hidden_states, position_ids, cache)
-            cos, sin = angles_of(positions, self.rope_freq_bits, 1.0, q.dtype)
-            k_rope = turn_halves(entry[..., rank:], cos, sin).to(entry.dtype)
-            entry = torch.cat((entry[..., :rank], k_rope), dim=-1)
+            angles = cos, sin = angles_of(positions, self.rope_freq_bits, 1.0, q.dtype)
             q_rope = torch.einsum("btkgh,kfh->btkgf", self._by_kv_head(q), self.q_rope).flatten(2, 3)
             q_rope = turn_halves(q_rope, cos.unsqueeze(2), sin.unsqueeze(2)).to(q.dtype)
-        cached = entry[:, None]
-        if cache is not None:
-            cached, _ = cache.update(cached, cached[..., :0], self.layer_idx)
+        if self.owns_cache:
+            entry = self.kv_down(hidden_states)
+            if angles is not None:
+                k_rope = turn_halves(entry[..., rank:], *angles).to(entry.dtype)
+                entry = torch.cat((entry[..., :rank], k_rope), dim=-1)
+            cached, _ = self._store(entry[:, None], entry[:, None, :, :0], cache, shared)
+        else:
+            cached, _ = self._borrow(hidden_states.shape[1], cache, shared)
         absorbs = self._absorbs(hidden_states)
         c_BSR = cached[:, 0, :, :rank]
         # Means are taken over whole entries and cut afterwards: sdpa copies nothing where K and V are equally wide.
@@ -139,7 +145,7 @@ class SurgeryLatentAttention(SurgeryAttention):
         rotary, tokens, length = self.site.rotary, q_BTNH.shape[1], key_BKSH.shape[2]
         if rotary is None:
             return q_BTNH.transpose(1, 2), key_BKSH
-        end = tokens if cache is None else cache.get_seq_length(self.layer_idx)
+        end = tokens if cache is None else cache.get_seq_length(self.plan.owner)
         if isinstance(end, int):  # a tensor in a static cache, which never drops tokens
             end = min(end, length)
         slots = torch.arange(length, device=key_BKSH.device)
@@ -153,13 +159,12 @@ class SurgeryLatentAttention(SurgeryAttention):
         return x_BTNH.unflatten(2, (self.latent.kv_heads, -1))
 
 
-def latent_shapes(site: AttentionSite, latent: Latent) -> dict[str, tuple[int, ...]]:
+def latent_shapes(site: AttentionSite, latent: Latent, owns_cache: bool = True) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters that a latent has in the place of K and V (`kv_down` may have a bias beside them)."""
     K, H, V = latent.kv_heads, latent.head_dim, latent.value_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "kv_down.weight": (latent.dims, site.hidden_size),
-        "v_up": (K, V, latent.value_rank),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"v_up": (K, V, latent.value_rank)}
+    if owns_cache:
+        shapes["kv_down.weight"] = (latent.dims, site.hidden_size)
     if latent.key_rank:
         shapes["k_up"] = (K, H, latent.key_rank)
     if latent.rope_dims:

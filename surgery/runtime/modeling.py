@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .attention import SurgeryAttention, SurgeryHeadNorm, canonical_weights
+from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm, canonical_weights
 from .calling import CallingConvention, record_calls
 from .configuration import config_class, converted_config
 from .heads import SurgeryHeadsAttention
@@ -25,6 +27,9 @@ _MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 class SurgeryMixin:
     """Before a `PreTrainedModel` in the bases: builds it, then swaps attention as `config.surgery` says."""
 
+    shares_caches = False
+    """Whether layers read the caches of others."""
+
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         layers = config.surgery["layers"]
@@ -35,6 +40,21 @@ class SurgeryMixin:
             [CallingConvention.from_dict(layer["call"]) for layer in layers],
             [layer["shapes"] for layer in layers],
         )
+        self.shares_caches = any(layer["plan"]["owner"] != layer["plan"]["layer"] for layer in layers)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As the parent's; `use_reentrant` is False unless said otherwise, and must be where layers share caches.
+
+        Raises:
+            ValueError: reentrant checkpointing, which would drop the gradients of readers into their owners' caches.
+        """
+        chosen = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if self.shares_caches and chosen["use_reentrant"]:
+            raise ValueError(
+                f"{type(self).__name__}: layers share caches, and reentrant checkpointing loses their gradients. "
+                "Use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        super().gradient_checkpointing_enable(chosen)  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
         """Initialise as the parent does, then our own modules, which the parent's sub-models know nothing of."""
@@ -59,13 +79,39 @@ def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     cls = type(
         f"Surgery{parent.__name__}",
         (SurgeryMixin, parent),
-        {"__module__": __name__, "__doc__": f"{parent.__name__} with rewritten attention.", "config_class": config},
+        {
+            "__module__": __name__,
+            "__doc__": f"{parent.__name__} with rewritten attention.",
+            "config_class": config,
+            "forward": _with_shared_states(parent.forward),
+            "_skip_keys_device_placement": _with_shared_key(parent._skip_keys_device_placement),
+        },
     )
     AutoConfig.register(config.model_type, config, exist_ok=True)
     auto = AutoModelForCausalLM if parent.can_generate() else AutoModel
     auto.register(config, cls, exist_ok=True)
     _MADE[parent] = cls
     return cls
+
+
+def _with_shared_states(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with a fresh mapping for the caches of owners, where layers share any.
+
+    A UserDict: wrappers of modules (FSDP) rebuild a plain dict on its way to each layer, and readers would find the
+    copy empty.
+    """
+
+    @functools.wraps(forward)  # generate and others read the signature
+    def wrapper(self: SurgeryMixin, *args: Any, **kwargs: Any) -> Any:
+        if self.shares_caches:
+            kwargs.setdefault(SHARED_STATES, collections.UserDict())
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _with_shared_key(names: Any) -> list[str]:
+    return [*([names] if isinstance(names, str) else names or ()), SHARED_STATES]
 
 
 def swap_attention(
@@ -76,6 +122,7 @@ def swap_attention(
     shapes: Sequence[dict[str, Sequence[int]]],
 ) -> None:
     """Put a `SurgeryAttention` in the place of each site's module, in this model instance only."""
+    owners = {plan.owner for plan in plans if plan.owner != plan.layer}
     for site, plan, call, sizes in zip(sites, plans, calls, shapes, strict=True):
         name = site.module
         if not hasattr(model, model.base_model_prefix):  # a base model: names there lack the prefix
@@ -88,6 +135,7 @@ def swap_attention(
             config = model.config.get_text_config(decoder=True)
         form = SurgeryLatentAttention if isinstance(plan.project, Latent) else SurgeryHeadsAttention
         attention = form(config, site, plan, call, {k: tuple(v) for k, v in sizes.items()})
+        attention.has_readers = site.layer in owners
         parameter = next(replaced.parameters())
         attention.to(dtype=parameter.dtype)
         setattr(owner, attribute, attention.train(replaced.training))
@@ -126,6 +174,8 @@ def from_parent(
             if isinstance(plan.project, Latent):
                 raise ValueError(f"layer {site.layer}: its plan is a latent, and no weights are given for it")
             canonical = canonical_weights(site, tensors.__getitem__)
+            if plan.owner != plan.layer:
+                canonical = {k: t for k, t in canonical.items() if k.split(".")[0] not in _OWNERS}
         _check_shapes(site, plan, canonical)
         shapes = {name: list(tensor.shape) for name, tensor in canonical.items()}
         layers.append({"site": site.to_dict(), "plan": plan.to_dict(), "call": call.to_dict(), "shapes": shapes})
@@ -185,20 +235,20 @@ def converted_class(path: str) -> type[PreTrainedModel]:
 
 def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tensor]) -> None:
     if isinstance(plan.project, Latent):
-        wanted = latent_shapes(site, plan.project)
+        wanted = latent_shapes(site, plan.project, plan.owner == plan.layer)
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        for name in sorted({name for name in {*wanted, *found} if name.split(".")[0] in _LATENT}):
+        for name in sorted({name for name in {*wanted, *found} if name.split(".")[0] in {*_LATENT, *_OWNERS}}):
             if name != "kv_down.bias" and wanted.get(name) != found.get(name):
                 raise ValueError(
                     f"layer {site.layer}: {name} has shape {found.get(name)}, its plan asks for {wanted.get(name)}"
                 )
         return
     heads = plan.project
-    rows = {
-        "q_proj": site.heads * site.head_dim,
-        "k_proj": heads.kv_heads * site.head_dim,
-        "v_proj": heads.kv_heads * site.value_dim,
-    }
+    rows = {"q_proj": site.heads * site.head_dim}
+    if plan.owner == plan.layer:
+        rows |= {"k_proj": heads.kv_heads * site.head_dim, "v_proj": heads.kv_heads * site.value_dim}
+    elif surplus := [name for name in weights if name.split(".")[0] in _OWNERS]:
+        raise ValueError(f"layer {site.layer}: reads the cache of layer {plan.owner} and has {surplus[0]} of its own")
     for name, count in rows.items():
         rows_found = weights[f"{name}.weight"].shape[0]
         if rows_found != count:
@@ -208,7 +258,9 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
             )
 
 
-_LATENT = ("kv_down", "k_up", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "k_norm", "v_norm")
+_LATENT = ("kv_down", "k_up", "v_up", "q_rope", "rope_freq_bits")
+_OWNERS = ("k_proj", "v_proj", "k_norm", "v_norm")
+"""Parameters of heads that make K and V: a reader has none."""
 
 
 def _copy_buffers(parent: nn.Module, converted: nn.Module) -> None:
