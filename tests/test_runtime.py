@@ -224,10 +224,11 @@ def test_gradients_of_two_forward_passes_stay_apart_under_checkpointing() -> Non
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_a_reader_called_alone_says_where_its_cache_comes_from() -> None:
+@torch.no_grad()
+def test_a_base_model_inside_a_causal_one_runs_alone() -> None:
     model = converted("shared", "llama")
-    with pytest.raises(ValueError, match="call the converted model as a whole"):
-        model.model(tokens(), use_cache=False)
+    states = model.model(tokens(), use_cache=False).last_hidden_state
+    assert torch.equal(model.lm_head(states), model(tokens()).logits)
 
 
 def test_readers_have_no_parameters_for_keys_and_values() -> None:

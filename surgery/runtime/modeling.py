@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,20 +41,23 @@ class SurgeryMixin:
             [layer["shapes"] for layer in layers],
         )
         self.shares_caches = any(layer["plan"]["owner"] != layer["plan"]["layer"] for layer in layers)
+        if self.shares_caches:
+            self.base_model.register_forward_pre_hook(_hand_down_states, with_kwargs=True)  # type: ignore[attr-defined]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """As the parent's; `use_reentrant` is False unless said otherwise, and must be where layers share caches.
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent's, behind every public switch.
 
         Raises:
-            ValueError: reentrant checkpointing, which would drop the gradients of readers into their owners' caches.
+            ValueError: reentrant checkpointing where layers share caches: the gradients that readers have for the
+                caches of their owners would be dropped.
         """
-        chosen = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if self.shares_caches and chosen["use_reentrant"]:
+        functions = [a for a in (*args, *kwargs.values()) if isinstance(a, functools.partial)]
+        if self.shares_caches and any(f.keywords.get("use_reentrant") for f in functions):
             raise ValueError(
                 f"{type(self).__name__}: layers share caches, and reentrant checkpointing loses their gradients. "
                 "Use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        super().gradient_checkpointing_enable(chosen)  # type: ignore[misc]
+        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
         """Initialise as the parent does, then our own modules, which the parent's sub-models know nothing of."""
@@ -83,7 +86,6 @@ def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__module__": __name__,
             "__doc__": f"{parent.__name__} with rewritten attention.",
             "config_class": config,
-            "forward": _with_shared_states(parent.forward),
             "_skip_keys_device_placement": _with_shared_key(parent._skip_keys_device_placement),
         },
     )
@@ -94,20 +96,13 @@ def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return cls
 
 
-def _with_shared_states(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with a fresh mapping for the caches of owners, where layers share any.
+def _hand_down_states(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give each forward pass a fresh mapping for the caches of owners.
 
     A UserDict: wrappers of modules (FSDP) rebuild a plain dict on its way to each layer, and readers would find the
     copy empty.
     """
-
-    @functools.wraps(forward)  # generate and others read the signature
-    def wrapper(self: SurgeryMixin, *args: Any, **kwargs: Any) -> Any:
-        if self.shares_caches:
-            kwargs.setdefault(SHARED_STATES, collections.UserDict())
-        return forward(self, *args, **kwargs)
-
-    return wrapper
+    return args, {SHARED_STATES: collections.UserDict(), **kwargs}
 
 
 def _with_shared_key(names: Any) -> list[str]:
