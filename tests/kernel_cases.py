@@ -1,0 +1,193 @@
+"""What every operator must compute: small cases that run on a CPU, under Triton's interpreter, and on a GPU.
+
+`python tests/kernel_cases.py NAME ...` runs them on the Triton kernels, with TRITON_INTERPRET=1 on CPU tensors, and
+otherwise on the GPU; it prints one JSON line per case. Fresh memory is filled with NaN, and so is what lies behind the
+live length of every cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
+LENGTHS = (0, 1, 63, 64, 65, 300)
+
+Operators = Callable[[str], Callable[..., Any]]
+CASES: dict[str, Callable[[Operators, torch.dtype, str], None]] = {}
+
+
+def case(name: str, **arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register `function(op, dtype, device, **arguments)` under `name`; `op` maps an operator's name to a callable."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        assert name not in CASES
+        CASES[name] = lambda op, dtype, device: function(op, dtype, device, **arguments)
+        return function
+
+    return add
+
+
+def random(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"surgery.kernels.{name}")
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float | None = None) -> None:
+    """Relative Frobenius error against float64."""
+    assert got.shape == want.shape and not got.isnan().any(), (got.shape, want.shape)
+    error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+    limit = TOLERANCE[got.dtype] if tolerance is None else tolerance
+    assert error <= limit, f"relative error {error:.2e}, allowed {limit:.0e}"
+
+
+def assert_same_lse(got: Tensor, want: Tensor) -> None:
+    empty = want == -torch.inf
+    assert torch.equal(got == -torch.inf, empty)
+    assert (got.double() - want).masked_fill(empty, 0.0).abs().max() <= 1e-3
+
+
+def poison(cache_BKS_: Tensor, lengths: Tensor) -> Tensor:
+    """NaN behind the live length; [B, K, S, .] with lengths [B] or [B, K]."""
+    limit = lengths if lengths.ndim == 2 else lengths[:, None]
+    behind = torch.arange(cache_BKS_.shape[2], device=cache_BKS_.device) >= limit[..., None]
+    return cache_BKS_.masked_fill(behind[..., None], torch.nan)
+
+
+@case("decode_gqa_group_4", heads=8, kv_heads=2)
+@case("decode_gqa_mha", heads=2, kv_heads=2)
+@case("decode_gqa_mqa_of_20_heads", heads=20, kv_heads=1)
+@case("decode_gqa_more_heads_than_one_block", heads=72, kv_heads=1)
+@case("decode_gqa_width_64", heads=4, kv_heads=1, width=64)
+@case("decode_gqa_odd_widths", heads=4, kv_heads=2, width=48, value_width=80)
+@case("decode_gqa_lengths_by_head", heads=4, kv_heads=2, by_head=True)
+def decode_gqa_dense(
+    op: Operators,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    heads: int,
+    kv_heads: int,
+    width: int = 32,
+    value_width: int | None = None,
+    by_head: bool = False,
+) -> None:
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    if by_head:
+        lengths = torch.stack((lengths, lengths.flip(0)), 1).contiguous()
+    B, S = lengths.shape[0], 300
+    q = random(B, heads, width, dtype=dtype, device=device)
+    k = poison(random(B, kv_heads, S, width, dtype=dtype, device=device, seed=1), lengths)
+    v = poison(random(B, kv_heads, S, value_width or width, dtype=dtype, device=device, seed=2), lengths)
+    out, lse = op("decode_gqa")(q, k, v, lengths, 0.2)
+    want, want_lse = module("decode_gqa").decode_gqa_reference(q, k.nan_to_num(), v.nan_to_num(), lengths, 0.2)
+    assert_near(out, want)
+    assert_same_lse(lse, want_lse)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+
+
+@case("decode_gqa_reads_what_a_mask_shows")
+def decode_gqa_visible(op: Operators, dtype: torch.dtype, device: str) -> None:
+    B, N, K, S, H = 3, 4, 2, 130, 32
+    q = random(B, N, H, dtype=dtype, device=device)
+    k, v = (random(B, K, S, H, dtype=dtype, device=device, seed=i) for i in (1, 2))
+    visible = torch.ones(B, S, dtype=torch.bool, device=device)
+    visible[0, :70] = False  # left padding: the first tile shows nothing
+    visible[1, 5:9] = False
+    visible[2] = False
+    lengths = torch.tensor([130, 100, 90], dtype=torch.int32, device=device)
+    out, lse = op("decode_gqa")(q, k, v, lengths, 0.2, visible)
+    want, want_lse = module("decode_gqa").decode_gqa_reference(q, k, v, lengths, 0.2, visible)
+    assert_near(out, want)
+    assert_same_lse(lse, want_lse)
+
+
+@case("decode_gqa_without_lengths_and_with_strides")
+def decode_gqa_strided(op: Operators, dtype: torch.dtype, device: str) -> None:
+    B, N, K, S, H = 2, 4, 2, 65, 32
+    q = random(B, N, 2 * H, dtype=dtype, device=device)[..., :H]
+    k, v = (random(B, S, K, H, dtype=dtype, device=device, seed=i).transpose(1, 2) for i in (1, 2))
+    out, lse = op("decode_gqa")(q, k, v, None, 0.2)
+    want, want_lse = module("decode_gqa").decode_gqa_reference(q, k, v, None, 0.2)
+    assert_near(out, want)
+    assert_same_lse(lse, want_lse)
+
+
+@case("decode_gqa_paged")
+def decode_gqa_paged(op: Operators, dtype: torch.dtype, device: str) -> None:
+    B, N, K, H, page = 3, 4, 2, 32, 64
+    k, v = (random(20, K, page, H, dtype=dtype, device=device, seed=i) for i in (1, 2))
+    pages = torch.randperm(20, generator=torch.Generator().manual_seed(3))[:15].view(B, 5)
+    pages = pages.to(device, torch.int32)
+    q = random(B, N, H, dtype=dtype, device=device)
+    lengths = torch.tensor([0, 65, 300], dtype=torch.int32, device=device)
+    out, lse = op("decode_gqa")(q, k, v, lengths, 0.2, None, pages)
+    want, want_lse = module("decode_gqa").decode_gqa_reference(q, k, v, lengths, 0.2, None, pages)
+    assert_near(out, want)
+    assert_same_lse(lse, want_lse)
+
+
+@case("combine_skips_empty_parts")
+def combine(op: Operators, dtype: torch.dtype, device: str) -> None:
+    R, P, G, V = 3, 21, 2, 40
+    partial = random(R, P, G, V, dtype=torch.float32, device=device)
+    lse = 20 * random(R, P, G, dtype=torch.float32, device=device, seed=1)
+    lse[0, 3:] = -torch.inf
+    lse[1] = -torch.inf
+    partial = partial.masked_fill((lse == -torch.inf)[..., None], torch.nan)
+    out, total = op("combine")(partial, lse, dtype)
+    want, want_total = module("combine").combine_reference(partial, lse)
+    assert_near(out, want)
+    assert_same_lse(total, want_total)
+
+
+def run(name: str, op: Operators, dtype: torch.dtype, device: str) -> None:
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        CASES[name](op, dtype, device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def on_device(name: str) -> Callable[..., Any]:
+    """The operator as a model calls it."""
+    module(MODULES.get(name, name))
+    return getattr(torch.ops.surgery, name)
+
+
+def on_triton(name: str) -> Callable[..., Any]:
+    """The launcher of the Triton kernel, for CPU tensors under the interpreter."""
+    return getattr(module(MODULES.get(name, name)), f"{name}_triton")
+
+
+MODULES: dict[str, str] = {}
+"""File of each operator that is not alone in a file of its name."""
+
+
+def main() -> None:
+    import surgery.kernels.launching as launching
+
+    device = "cpu" if launching.INTERPRETED else "cuda"
+    for request in sys.argv[1:]:
+        name, _, dtype = request.rpartition("-")
+        start, error = time.time(), None
+        try:
+            run(name, on_triton if launching.INTERPRETED else on_device, getattr(torch, dtype), device)
+        except Exception:
+            error = traceback.format_exc(limit=-6)
+        sys.stdout.write(json.dumps({"case": request, "error": error, "seconds": round(time.time() - start, 2)}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
