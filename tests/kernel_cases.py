@@ -138,6 +138,77 @@ def decode_gqa_paged(op: Operators, dtype: torch.dtype, device: str) -> None:
     assert_same_lse(lse, want_lse)
 
 
+@case("decode_latent_512_like", heads=16, rank=64, rope=16)
+@case("decode_latent_all_of_it_is_value", heads=3, rank=32, rope=0)
+@case("decode_latent_20_heads_odd_rank", heads=20, rank=48, rope=32)
+def decode_latent(op: Operators, dtype: torch.dtype, device: str, *, heads: int, rank: int, rope: int) -> None:
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    B, S = len(LENGTHS), 300
+    q = random(B, heads, rank + rope, dtype=dtype, device=device)
+    cache = poison(random(B, 1, S, rank + rope, dtype=dtype, device=device, seed=1), lengths)
+    out, lse = op("decode_latent")(q, cache, lengths, 0.15, rank)
+    want, want_lse = module("decode_latent").decode_latent_reference(q, cache.nan_to_num(), lengths, 0.15, rank)
+    assert_near(out, want)
+    assert_same_lse(lse, want_lse)
+
+
+@case("decode_latent_reads_what_a_mask_shows")
+def decode_latent_visible(op: Operators, dtype: torch.dtype, device: str) -> None:
+    q = random(2, 4, 48, dtype=dtype, device=device)
+    cache = random(2, 1, 90, 48, dtype=dtype, device=device, seed=1)
+    visible = torch.ones(2, 90, dtype=torch.bool, device=device)
+    visible[0, :40] = False
+    visible[1, 7] = False
+    out, lse = op("decode_latent")(q, cache, None, 0.15, 32, visible)
+    want, want_lse = module("decode_latent").decode_latent_reference(q, cache, None, 0.15, 32, visible)
+    assert_near(out, want)
+    assert_same_lse(lse, want_lse)
+
+
+@case("rope_append_halves", pairs=8, start=0)
+@case("rope_append_all_channels", pairs=16, start=0)
+@case("rope_append_interleaved_in_the_middle", pairs=6, start=10, interleaved=True)
+@case("rope_append_without_rotation", pairs=0, start=0)
+@case("rope_append_latent", pairs=8, start=16, kv_heads=1, values=False)
+@case("rope_append_paged", pairs=16, start=0, paged=True)
+def rope_append(
+    op: Operators,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    pairs: int,
+    start: int,
+    kv_heads: int = 2,
+    interleaved: bool = False,
+    values: bool = True,
+    paged: bool = False,
+) -> None:
+    B, N, K, H, V, S, page = 4, 6, kv_heads, 32, 48, 32, 16
+    q, k = random(B, N, H, dtype=dtype, device=device), random(B, K, H, dtype=dtype, device=device, seed=1)
+    v = random(B, K, V, dtype=dtype, device=device, seed=2) if values else None
+    angles = 9 * random(B, pairs, dtype=torch.float32, device=device, seed=3)
+    cos, sin = angles.cos(), angles.sin()
+    slots = torch.tensor([0, 31, -1, 17], dtype=torch.int32, device=device)
+    lines, places = (7, K, page) if paged else (B, K, S), slots.tolist()
+    pages = torch.tensor([[4, 0], [6, 2], [1, 1], [3, 5]], dtype=torch.int32, device=device) if paged else None
+    k_cache = random(*lines, H, dtype=dtype, device=device, seed=4)
+    v_cache = random(*lines, V, dtype=dtype, device=device, seed=5) if values else None
+    turn = module("rope_append").rope_reference
+    want_k, want_v = k_cache.double(), None if v_cache is None else v_cache.double()
+    for b, slot in enumerate(places):
+        if slot < 0:
+            continue
+        line, place = (b, slot) if pages is None else (int(pages[b, slot // page]), slot % page)
+        want_k[line, :, place] = turn(k, cos, sin, start, interleaved)[b]
+        if want_v is not None:
+            want_v[line, :, place] = v[b].double()
+    turned = op("rope_append_")(q, k, v, cos, sin, slots, k_cache, v_cache, interleaved, start, pages)
+    assert_near(turned, turn(q, cos, sin, start, interleaved))
+    assert_near(k_cache, want_k)
+    if want_v is not None:
+        assert torch.equal(v_cache.double(), want_v)
+
+
 @case("combine_skips_empty_parts")
 def combine(op: Operators, dtype: torch.dtype, device: str) -> None:
     R, P, G, V = 3, 21, 2, 40
@@ -171,7 +242,7 @@ def on_triton(name: str) -> Callable[..., Any]:
     return getattr(module(MODULES.get(name, name)), f"{name}_triton")
 
 
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {"rope_append_": "rope_append"}
 """File of each operator that is not alone in a file of its name."""
 
 

@@ -1,0 +1,85 @@
+"""Representative launches of every kernel, over tensors without memory: what gates and tuner compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .decode_gqa import decode_gqa_triton
+from .decode_latent import decode_latent_triton
+from .launching import Device, Launch, recording
+from .rope_append import rope_append__triton
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _lengths(*shape: int) -> Tensor:
+    return _new(*shape, dtype=torch.int32)
+
+
+def _gqa(
+    *, batch: int = 16, heads: int = 32, kv_heads: int = 8, width: int = 128, capacity: int = 32768,
+    dtype: torch.dtype = torch.bfloat16, paged: bool = False, visible: bool = False,
+) -> Callable[[], object]:  # fmt: skip
+    def run() -> object:
+        lines = (batch * capacity // 64, kv_heads, 64) if paged else (batch, kv_heads, capacity)
+        k = _new(*lines, width, dtype=dtype)
+        return decode_gqa_triton(
+            _new(batch, heads, width, dtype=dtype), k, torch.empty_like(k), _lengths(batch), 0.1,
+            _new(batch, capacity, dtype=torch.bool) if visible else None,
+            _lengths(batch, capacity // 64) if paged else None,
+        )  # fmt: skip
+
+    return run
+
+
+def _latent(*, heads: int, rank: int = 512, rope: int = 64, batch: int = 16) -> Callable[[], object]:
+    def run() -> object:
+        cache = _new(batch, 1, 32768, rank + rope)
+        return decode_latent_triton(_new(batch, heads, rank + rope), cache, _lengths(batch), 0.1, rank)
+
+    return run
+
+
+def _append(*, kv_heads: int, width: int, pairs: int, start: int, values: bool) -> Callable[[], object]:
+    def run() -> object:
+        cache, new = _new(16, kv_heads, 32768, width), _new(16, kv_heads, width)
+        angles = _new(16, pairs, dtype=torch.float32)
+        return rope_append__triton(
+            _new(16, 32, width), new, new if values else None, angles, angles, _lengths(16), cache,
+            cache if values else None, False, start,
+        )  # fmt: skip
+
+    return run
+
+
+SHAPES: dict[str, Callable[[], object]] = {
+    "gqa 32/8": _gqa(),
+    "gqa 32/8 batch 1": _gqa(batch=1),
+    "gqa 32/8 fp16": _gqa(dtype=torch.float16),
+    "gqa 32/8 width 64": _gqa(width=64),
+    "gqa 32/8 paged": _gqa(paged=True),
+    "gqa 32/8 visible": _gqa(visible=True),
+    "mha 32": _gqa(kv_heads=32),
+    "mqa 32": _gqa(kv_heads=1),
+    "mqa 64": _gqa(heads=64, kv_heads=1),
+    "gqa 16/8 width 256": _gqa(heads=16, width=256),
+    "latent 16 x 512+64": _latent(heads=16),
+    "latent 32 x 512+64": _latent(heads=32),
+    "latent 64 x 512+64": _latent(heads=64),
+    "latent 32 x 256+32": _latent(heads=32, rank=256, rope=32),
+    "latent 32 x 128": _latent(heads=32, rank=128, rope=0),
+    "append 32/8": _append(kv_heads=8, width=128, pairs=64, start=0, values=True),
+    "append latent": _append(kv_heads=1, width=576, pairs=32, start=512, values=False),
+}
+
+
+def launches(name: str, device: Device) -> list[Launch]:
+    """What a shape launches on `device`."""
+    with recording(device) as made:
+        SHAPES[name]()
+    return made
