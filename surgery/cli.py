@@ -1,4 +1,4 @@
-"""The command line: `surgery inspect | plan | convert | eval | report | generate | demo`."""
+"""The command line: `surgery inspect | plan | convert | train | eval | report | generate | demo`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers.utils import logging as hf_logging
 
 from .errors import CheckpointError, SurgeryError
+from .train import command as training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -136,6 +137,9 @@ def convert(
         overwrite=overwrite,
     )
     _out(*made.tables(), f"[bold]written to {out}[/bold]")
+
+
+app.command(name="train", epilog=training.EXAMPLES)(training.train)
 
 
 @app.command(

@@ -23,7 +23,8 @@ RECIPE_FILE = "recipe.yaml"
 def provenance(plan: Plan, config: Any, windows: Windows | None, seed: int) -> dict[str, Any]:
     """Parent and revision, recipe, seed, calibration digest, versions, plan with predicted bytes."""
     return {
-        "parent": config.name_or_path or None,
+        # Read from a file, a config names that file.
+        "parent": config.name_or_path.removesuffix("config.json").rstrip("/") or None,
         "parent_revision": getattr(config, "_commit_hash", None),
         "recipe": plan.recipe.to_dict(),
         "seed": seed,

@@ -1,0 +1,127 @@
+"""The arguments of `surgery train` and of `accelerate launch -m surgery.train.uptrain`: one function, two doors.
+
+Nothing heavy is imported before a run begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from surgery.errors import RecipeError
+
+if TYPE_CHECKING:
+    from .uptrain import Run
+
+EXAMPLES = (
+    "Examples: surgery train --model ./smaller --data text.jsonl -o ./trained --dry-run | "
+    "surgery train --model ./smaller --data text/ --held-out valid.jsonl -o ./trained --set tokens=2e6 | "
+    "surgery train --model ./smaller --data text/ -o ./control --control | "
+    "accelerate launch --config_file train/configs/fsdp2.yaml -m surgery.train.uptrain --model ./smaller "
+    "--data text/ -o ./trained"
+)
+OptionalPath = Path | None
+
+
+def train(
+    model: Annotated[str | None, typer.Option(help="Folder of the converted model.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text: .jsonl, .txt, .parquet, a folder of them, or a name for `datasets`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for checkpoints and OUT/model.")] = None,
+    parent: Annotated[str | None, typer.Option(help="Folder or Hub id; default: as the model says.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Recipe whose `uptrain` section counts; default: the model's.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of these options, with an `uptrain` section.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override an option of `uptrain`.")
+    ] = None,
+    held_out: Annotated[str | None, typer.Option(help="Text to score before and after.")] = None,
+    held_out_windows: Annotated[int | None, typer.Option(min=1, help="At most so many sequences of it (64).")] = None,
+    eval_steps: Annotated[int | None, typer.Option(min=1, help="Also score it every so many steps.")] = None,
+    control: Annotated[
+        bool | None, typer.Option("--control", help="Train the parent on the same tokens instead, by cross-entropy.")
+    ] = None,
+    resume: Annotated[str | None, typer.Option(help="auto (default), no, or the folder of a checkpoint.")] = None,
+    force: Annotated[
+        bool | None, typer.Option("--force", help="Resume with another recipe; take a parent that differs.")
+    ] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints (200).")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep (2).")] = None,
+    log_steps: Annotated[int | None, typer.Option(min=1, help="Steps between log entries (10).")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per forward pass and device; default: all at once.")
+    ] = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing", help="Recompute activations: less memory, a third slower.")
+    ] = None,
+    share_parent: Annotated[
+        bool | None, typer.Option(help="Share frozen weights with the parent; default: where they are equal.")
+    ] = None,
+    bf16: Annotated[bool | None, typer.Option(help="Compute in bfloat16; default: on a GPU.")] = None,
+    nonfinite_limit: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many steps with NaN or inf (3).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of text order and everything random (0).")] = None,
+    report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, trackio, ... (none).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan: parameters, steps, memory.")] = False,
+    json_file: Annotated[OptionalPath, typer.Option("--json", help="Also write the summary to this file.")] = None,
+) -> None:
+    """Train a converted model briefly against its parent. Resumes by itself; writes OUT/model."""
+    given = {name: value for name, value in locals().items() if name not in ("config", "set_", "dry_run", "json_file")}
+    run = make_run(config, given, tuple(set_ or ()))
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    from .show import plan_tables, summary_tables
+    from .uptrain import prepare
+    from .uptrain import train as carry_out
+
+    setup = prepare(run)
+    _show(plan_tables(setup), main_process)
+    if dry_run:
+        return
+    summary = carry_out(setup)
+    _show([*summary_tables(summary), f"[bold]written to {run.out / 'model'}[/bold]"], main_process)
+    if json_file is not None and main_process:
+        json_file.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _show(parts: list[Any], shown: bool) -> None:
+    console = Console(highlight=False, width=None if Console().is_terminal else 100)
+    for part in parts if shown else ():
+        console.print(part)
+
+
+def make_run(config: Path | None, given: dict[str, Any], overrides: tuple[str, ...]) -> Run:
+    """The run that a YAML file and the command line describe together; the command line wins.
+
+    Raises:
+        RecipeError: a key of the file is unknown, or model, data or out is missing.
+    """
+    from .uptrain import Run
+
+    known = [f.name for f in dataclasses.fields(Run) if f.name != "overrides"]
+    values: dict[str, Any] = {}
+    if config is not None:
+        if not config.is_file():
+            raise RecipeError(f"{config}: no such file.")
+        values = yaml.safe_load(config.read_text()) or {}
+        if not isinstance(values, dict):
+            raise RecipeError(f"{config}: holds {type(values).__name__}, needs a mapping.")
+        for key in values:
+            if key not in known:
+                raise RecipeError(f"{config}: unknown key {key!r}. Known: {', '.join(known)}.")
+    values |= {name: value for name, value in given.items() if value is not None}
+    for name in ("model", "data", "out"):
+        if not values.get(name):
+            raise RecipeError(f"--{name} is missing. Pass it, or name it in --config.")
+    if values.get("resume") in ("no", False):
+        values["resume"] = None
+    return Run(**{**values, "out": Path(values["out"]), "overrides": overrides})

@@ -1,0 +1,386 @@
+"""Hugging Face's Trainer with our losses, our data, and checkpoints that appear complete or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from surgery.checkpoint import copy_companions
+from surgery.errors import CheckpointError, SurgeryError
+from surgery.recipe import Uptrain
+from surgery.text import Windows
+
+from .data import PackedText
+from .losses import IGNORE, Distilled, Weights, distil, hidden_match, squared_error
+from .parent import Parent, head_input, head_of
+from .schedule import LAYER_LOCAL, Schedule
+
+logger = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint-"
+_SAVING = ".saving"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Means over held-out tokens, in nats."""
+
+    nats_per_token: float
+    kl: float
+    parent_nats_per_token: float
+
+
+class NonFinite(SurgeryError):
+    """Training met NaN or inf too often."""
+
+
+class Uptrainer(Trainer):
+    """Trains a converted model against its parent.
+
+    Args:
+        model: the converted model, or a peft model around it; what is trained requires a gradient.
+        args: of Trainer; `max_steps` and the learning rate are the schedule's.
+        text: this device's batches.
+        parent: None where no loss asks for it.
+        local: names of attention modules that the layer-local stage fits, and E|y|² of the parent's output in each.
+        companions: folder whose tokenizer files go into every checkpoint.
+        nonfinite_limit: so many optimizer steps with NaN or inf in loss or gradient end the run; each is left out.
+        keep: checkpoints to keep.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        text: PackedText,
+        schedule: Schedule,
+        uptrain: Uptrain,
+        parent: Parent | None,
+        local: dict[str, float],
+        companions: Path | None = None,
+        nonfinite_limit: int = 3,
+        keep: int = 2,
+        head: tuple[float, float | None] = (1.0, None),
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=text, callbacks=callbacks)
+        self.model_accepts_loss_kwargs = True  # makes Trainer count the predicted tokens of all devices
+        self.text, self.schedule, self.uptrain, self.parent, self.local = text, schedule, uptrain, parent, local
+        self.companions, self.nonfinite_limit, self.keep, self.head = companions, nonfinite_limit, keep, head
+        self.nonfinite = 0
+        inside = {id(p) for name in local for p in core(model).get_submodule(name).parameters()}
+        self._outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+        self.root = Path(str(args.output_dir))
+        self._staging: Path | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._seconds, self._begun = 0.0, time.monotonic()
+        self.remove_callback(PrinterCallback)
+
+    def go(self, resume: Path | None) -> None:
+        """Train from the start or from a checkpoint, to the end."""
+        if resume is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+        self._seconds = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        if state.global_step < self.schedule.steps:
+            self.train(resume_from_checkpoint=str(resume))
+        else:  # Trainer would do one step more
+            self._load_from_checkpoint(str(resume))
+            self.state = state
+
+    # What is read
+
+    def get_train_dataloader(self) -> Any:
+        """Batches in this process, not read ahead: the tokenizer is much faster than the model."""
+        return torch.utils.data.DataLoader(self.text, batch_size=None)
+
+    # What is minimised
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one micro-batch: a sum over its tokens, divided by the tokens of the step on all devices."""
+        labels = inputs["labels"]
+        read = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        if self.schedule.stage(self.state.global_step).name == LAYER_LOCAL:
+            error = self._layer_local(model, read)
+            loss = error / (self.text.batch * self.text.length * len(self.local))
+            self._count(layer_local=error.detach() / len(self.local), tokens=labels.numel())
+        else:
+            wants_parent = bool(self.uptrain.kl or self.uptrain.hidden)
+            sums, extra = self._distilled(model, read, labels, self.parent if wants_parent else None)
+            loss = (sums.total + extra) / num_items_in_batch
+            self._count(
+                kl=sums.kl,
+                nll=sums.nll,
+                parent_nll=sums.parent_nll,
+                hidden=extra.detach(),
+                predicted=(labels != IGNORE).sum(),
+            )
+        if not torch.isfinite(loss):
+            self._keep_batch(inputs)
+        # DDP and FSDP average over devices; the divisor above is already that of all of them.
+        return loss * self.accelerator.num_processes
+
+    def _layer_local(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Sum over layers and tokens of the relative squared error of attention outputs, on the parent's own inputs.
+
+        One forward pass: behind each attention the parent's runs on the same input, and its output is what the layer
+        goes on with. So every layer reads what it would in the parent.
+        """
+        assert self.parent is not None
+        inner = core(self.accelerator.unwrap_model(model))
+        # FSDP gathers a layer's weights for the backward pass when a gradient arrives at the layer's output, so there
+        # the errors must hang on the stream of hidden states; elsewhere backward through the MLPs is saved.
+        connected = self.is_fsdp_enabled
+        errors: list[Tensor] = []
+        handles = []
+        for name, scale in self.local.items():
+            own, teacher = inner.get_submodule(name), self.parent.attention[name]
+            handles.append(own.register_forward_pre_hook(_detach, with_kwargs=True))
+            handles.append(own.register_forward_hook(_forced(teacher, scale, errors, connected), with_kwargs=True))
+        try:
+            with head_input(inner):
+                logits = model(**inputs, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = torch.stack(errors).sum()
+        if connected:
+            return total + 0.0 * logits.float().sum()
+        # DDP waits for a gradient of everything that is trained; `_get_grad_norm` drops these again.
+        return total + 0.0 * sum(p.flatten()[0].float() for p in self._outside)
+
+    def _distilled(
+        self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, parent: Parent | None
+    ) -> tuple[Distilled, Tensor]:
+        """The sums of `distil`, and the weighted sum of the hidden match."""
+        inner = core(self.accelerator.unwrap_model(model))
+        parent_h, parent_head = (None, None) if parent is None else parent.last_hidden(inner, inputs)
+        with head_input(inner) as seen:
+            logits = model(**inputs, use_cache=False).logits
+        h = seen[-1]
+        weights = Weights(self.uptrain.kl, self.uptrain.ce, self.uptrain.temperature)
+        sums = distil(h, head_of(inner, *self.head), labels, parent_h, parent_head, weights)
+        extra = h.new_zeros((), dtype=torch.float32)
+        if self.uptrain.hidden and parent_h is not None:
+            extra = self.uptrain.hidden * hidden_match(h, parent_h, labels)
+        if self.is_fsdp_enabled:  # see _layer_local
+            extra = extra + 0.0 * logits.float().sum()
+        return sums, extra
+
+    @torch.no_grad()
+    def score(self, windows: Windows, batch: int = 8) -> Score:
+        """Held-out loss of the model as it is, and KL to the parent. Every device works through all of it."""
+        model = self.model_wrapped
+        was = model.training
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        tokens = 0
+        for ids, mask in windows.batches(batch):
+            labels = ids.masked_fill(~mask, IGNORE).to(self.args.device)
+            labels[:, 0] = IGNORE
+            found, _ = self._distilled(model, {"input_ids": ids.to(self.args.device)}, labels, self.parent)
+            sums += torch.stack([found.nll, found.kl, found.parent_nll]).double().cpu()
+            tokens += int((labels != IGNORE).sum())
+        model.train(was)
+        return Score(nats_per_token=float(sums[0]) / tokens, kl=float(sums[1]) / tokens,
+                     parent_nats_per_token=float(sums[2]) / tokens)  # fmt: skip
+
+    # How fast
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule's learning rates, as factors of the optimizer's."""
+        if self.lr_scheduler is None:
+            base = self.args.learning_rate
+            optimizer = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(optimizer, lambda step: self.schedule.learning_rate(step) / base)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's, and the place where a step with NaN or inf in it is left out: the norm is the same everywhere."""
+        if self.schedule.stage(self.state.global_step).name == LAYER_LOCAL:
+            for parameter in self._outside:
+                parameter.grad = None
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(float(norm)):
+            self.nonfinite += 1
+            model.zero_grad(set_to_none=True)  # no gradient: the optimizer changes nothing
+            step = self.state.global_step + 1
+            logger.warning("step %d: loss or gradient is not finite; the step is left out", step)
+            if self.nonfinite >= self.nonfinite_limit:
+                raise NonFinite(
+                    f"step {step}: loss or gradient is not finite, {self.nonfinite} times so far. Stopped. The batches "
+                    f"of such a loss lie in {self.args.output_dir}. Lower the learning rate, or look at that text."
+                )
+        return norm
+
+    def _keep_batch(self, inputs: dict[str, Tensor]) -> None:
+        file = self.root / f"nonfinite-step-{self.state.global_step + 1}-{self.args.process_index}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({name: tensor.tolist() for name, tensor in inputs.items()}) + "\n")
+
+    # What is told
+
+    def _count(self, **sums: Any) -> None:
+        for name, value in sums.items():
+            value = torch.as_tensor(value, device=self.args.device).detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with the parts of the loss per token since the last time; tokens instead of epochs."""
+        names = sorted(self._sums)
+        if names and "loss" in logs:
+            values = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
+            sums = dict(zip(names, values.tolist(), strict=True))
+            if sums.get("tokens"):
+                logs["layer_local"] = sums["layer_local"] / sums["tokens"]
+            if sums.get("predicted"):
+                logs["nll"] = sums["nll"] / sums["predicted"]
+                if self.uptrain.kl or self.uptrain.hidden:
+                    logs |= {name: sums[name] / sums["predicted"] for name in ("kl", "parent_nll")}
+                if self.uptrain.hidden:
+                    logs["hidden"] = sums["hidden"] / sums["predicted"]
+            self._sums.clear()
+        logs["seconds"] = round(self._seconds + time.monotonic() - self._begun, 2)
+        logs["tokens"] = self.state.global_step * self.text.batch * self.text.length
+        super().log(logs, start_time)
+        self.state.log_history[-1].pop("epoch", None)  # of a stream without end
+
+    # What is kept
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, written beside the checkpoints and renamed when every device has written its part."""
+        root = self.root
+        name = f"{CHECKPOINT}{self.state.global_step}"
+        staging = root / _SAVING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            with _disk_errors(root):
+                super()._save_checkpoint(model, trial)
+                self.text.save(staging / name, self.state.global_step, self.args.process_index)
+                if self.args.should_save and self.companions is not None:
+                    copy_companions(self.companions, staging / name)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(root / name, ignore_errors=True)
+            (staging / name).rename(root / name)
+            shutil.rmtree(staging)
+            for old in checkpoints(root)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.text.load(Path(resume_from_checkpoint))
+
+
+class HeldOut(TrainerCallback):
+    """Scores held-out text before training, every so many steps, and at the end; the log keeps the results."""
+
+    def __init__(self, windows: Windows, every: int | None = None) -> None:
+        self.windows, self.every = windows, every
+        self.trainer: Uptrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._score()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps or (self.every and state.global_step % self.every == 0):
+            self._score()
+
+    def _score(self) -> None:
+        assert self.trainer is not None
+        found = self.trainer.score(self.windows)
+        self.trainer.log({f"held_out_{name}": value for name, value in dataclasses.asdict(found).items()})
+
+
+class FreshOptimizer(TrainerCallback):
+    """Forgets the moments of the gradients where a stage begins: they are another loss's."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.begins = {stage.begin for stage in schedule.stages[1:]}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if state.global_step in self.begins:
+            getattr(optimizer, "optimizer", optimizer).state.clear()
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first. What a killed run was writing has another name."""
+    found = [p for p in root.glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(CHECKPOINT)))
+
+
+@contextmanager
+def _disk_errors(root: Path) -> Iterator[None]:
+    """What the many writers of a checkpoint raise when the disk is full, as one error."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text and "No space" not in text:
+            raise
+        shutil.rmtree(root / _SAVING, ignore_errors=True)
+        kept = checkpoints(root)
+        last = f"The last one stays: {kept[-1]}." if kept else "There is none yet."
+        reason = "the disk is full" if "No space" in text or "PytorchStreamWriter" in text else text
+        raise CheckpointError(
+            f"{root}: a checkpoint cannot be written ({reason}). {last} Free space and resume."
+        ) from error
+
+
+def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Stop gradients at a module's inputs."""
+
+    def cut(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+
+
+def _forced(teacher: nn.Module, scale: float, errors: list[Tensor], connected: bool) -> Any:
+    """A forward hook that measures a module's output against the teacher's, and hands on the teacher's."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        with torch.no_grad():
+            target = teacher(*args, **kwargs)
+        y, y_t = (o[0] if isinstance(o, tuple) else o for o in (output, target))
+        errors.append(squared_error(y, y_t, scale))
+        if connected:
+            y_t = y_t + (y - y.detach())
+        return (y_t, *target[1:]) if isinstance(target, tuple) else y_t
+
+    return hook
+
+
+def core(model: nn.Module) -> Any:
+    """The plain model, which peft may have wrapped."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
