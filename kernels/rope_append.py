@@ -64,11 +64,9 @@ def rope_append_kernel(  # type: ignore[no-untyped-def]
     inside = dims < K_DIM
     is_query = head < HEADS
     kv = tl.maximum(head - HEADS, 0)
-    row = tl.where(is_query, 0, kv)
-    if is_query:
-        x_ptr = q_ptr + b * stride_qb + head * stride_qn
-    else:
-        x_ptr = k_ptr + b * stride_kb + row * stride_kk
+    x_ptr = q_ptr + b * stride_qb + head * stride_qn
+    if not is_query:
+        x_ptr = k_ptr + b * stride_kb + kv * stride_kk
     x = tl.load(x_ptr + dims, mask=inside, other=0.0)
     if PAIRS > 0:
         turning = (dims >= START) & (dims < START + 2 * PAIRS)

@@ -73,7 +73,9 @@ def test_imports_run_downwards(file):
 
 def test_runtime_imports_only_itself():
     for file in (ROOT / "surgery" / "runtime").glob("*.py"):
-        assert set(imports(file)) <= {"runtime"}, file.name
+        # Exported models run where the kernels are absent: ops.py alone asks for them, and does without.
+        guarded = {"kernels"} if file.name == "ops.py" else set()
+        assert set(imports(file)) <= {"runtime"} | guarded, file.name
         assert "from .." not in file.read_text(), file.name
 
 

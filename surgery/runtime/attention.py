@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .calling import BIAS_NAMES, CACHE_NAMES, CallingConvention, once
-from .layout import AttentionSite, HeadNorm, LayerPlan, Projection
+from .layout import AttentionSite, HeadNorm, Latent, LayerPlan, Projection
+from .ops import decodes, latent_attention_forward
 
 Shapes = Mapping[str, tuple[int, ...]]
+_LIKE_SDPA = ("sdpa", "surgery")
+"""Attention functions that take sdpa's masks, and neither soft caps nor sinks."""
 KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None
 SHARED_STATES = "shared_kv_states"
 """Keyword argument that takes the caches of owners to their readers, through the parent's own layers."""
@@ -193,10 +196,10 @@ class SurgeryAttention(nn.Module):
         implementation = self.config._attn_implementation
         if self._absorbs(hidden_states):
             attention_interface = grouped_attention_forward
-        elif implementation == "sdpa" and (self.site.softcap is not None or self.sinks is not None):
+        elif implementation in _LIKE_SDPA and (self.site.softcap is not None or self.sinks is not None):
             attention_interface = eager_attention_forward
         own = attention_interface in (eager_attention_forward, grouped_attention_forward)
-        if own or implementation == "sdpa":
+        if own or implementation in _LIKE_SDPA:
             mask = self._mask(mask, query, key, cache, not own)
         elif self.site.alibi_slopes is not None:
             raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
@@ -405,14 +408,19 @@ def grouped_attention_forward(
     """One new token against few KV heads: query heads that share one stand in the place of tokens, nothing is repeated.
 
     query [B, N, 1, H], key [B, K, S, H], value [B, 1, S, R] shared by all heads; returns [B, 1, N, R] and, unless
-    computed by sdpa, the weights [B, N, 1, S].
+    computed by sdpa or an operator, the weights [B, N, 1, S].
     """
     B, N, K, S = query.shape[0], query.shape[1], key.shape[1], key.shape[2]
     folded = query.reshape(B, K, N // K, -1)
     mask = attention_mask
     if mask is not None and mask.shape[1] > 1:  # of every query head: ALiBi
         mask = mask.reshape(-1, K, N // K, S)
-    sdpa = module.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    latent: Latent = module.latent  # type: ignore[assignment]
+    plain = softcap is None and s_aux is None and not latent.rotate_on_read
+    if implementation == "surgery" and plain and decodes(query, attention_mask, dropout):
+        return latent_attention_forward(query, key, attention_mask, scaling, latent.rank), None
+    sdpa = implementation in _LIKE_SDPA
     if K == 1 and sdpa and softcap is None and s_aux is None:
         out = nn.functional.scaled_dot_product_attention(
             folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling

@@ -67,7 +67,7 @@ class SurgeryLatentAttention(SurgeryAttention):
         return isinstance(self.plan.project, Latent) and self.plan.project.rotate_on_read
 
     def _absorbs(self, hidden_states: Tensor) -> bool:
-        return hidden_states.shape[1] == 1 and self.config._attn_implementation in ("sdpa", "eager")
+        return hidden_states.shape[1] == 1 and self.config._attn_implementation in ("sdpa", "eager", "surgery")
 
     def _query_key_value(
         self,

@@ -1,0 +1,83 @@
+"""`attn_implementation="surgery"`: one new token reads the live part of a cache once; more tokens go through sdpa.
+
+Decoding goes through the operators of `surgery.kernels`, Triton on a GPU and packed sdpa on a CPU. Where that package
+is absent, as it may be beside an exported model, the name is not registered and transformers refuses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+try:
+    from surgery.kernels.decode_gqa import decode_gqa
+    from surgery.kernels.decode_latent import decode_latent
+
+    AVAILABLE = True
+except ImportError:
+    AVAILABLE = False
+
+NAME = "surgery"
+
+
+def surgery_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [B, N, T, H], key and value [B, K, S, .]; returns [B, T, N, V]. For any model of transformers.
+
+    Raises:
+        ValueError: soft caps and sinks run with attn_implementation "eager".
+    """
+    if softcap is not None or s_aux is not None:
+        raise ValueError(f"soft caps and sinks run with attn_implementation 'eager', not {NAME!r}")
+    if not decodes(query, attention_mask, dropout):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    lengths, visible = live(attention_mask, len(query))
+    out, _ = decode_gqa(query[:, :, 0], key, value, lengths, scale, visible)
+    return out[:, None], None
+
+
+def latent_attention_forward(
+    query: Tensor, cached: Tensor, attention_mask: Tensor | None, scaling: float, rank: int
+) -> Tensor:
+    """query [B, N, 1, W] in the space of the cached entries [B, 1, S, W]; the mean of their latents [B, 1, N, R]."""
+    lengths, visible = live(attention_mask, len(query))
+    out, _ = decode_latent(query[:, :, 0], cached, lengths, scaling, rank, visible)
+    return out[:, None]
+
+
+def decodes(query: Tensor, mask: Tensor | None, dropout: float = 0.0) -> bool:
+    """Whether the operators can serve: one token, no gradient, and a mask that says yes or no to all heads alike."""
+    plain = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+    return query.shape[2] == 1 and plain and not dropout and not query.requires_grad
+
+
+def live(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """Live length [B], behind which nothing is visible, and what is visible before it [B, S], of [B or 1, 1, 1, S]."""
+    if mask is None:
+        return None, None
+    visible = mask[:, 0, 0].expand(batch, -1)
+    places = torch.arange(1, visible.shape[1] + 1, device=mask.device, dtype=torch.int32)
+    return (visible * places).amax(-1), visible
+
+
+if AVAILABLE:
+    AttentionInterface.register(NAME, surgery_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
