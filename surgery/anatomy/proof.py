@@ -149,16 +149,17 @@ def attention_probs(
     window: int | None,
     alibi_slopes: tuple[float, ...] | None,
     sinks_N: Tensor | None,
+    time: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores before the mask, and causal attention weights, of whole sequences (positions 0..T-1): [B, N, T, T] each.
 
-    A sink takes its share of the weights and is not among them.
+    A sink takes its share of the weights and is not among them. `time` [m]: the positions of the queries, if not all.
     """
     scores = q_BNTH @ k_BNTH.mT * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    token = torch.arange(q_BNTH.shape[2], device=q_BNTH.device)
-    behind = token[:, None] - token
+    token = torch.arange(k_BNTH.shape[2], device=q_BNTH.device)
+    behind = (token if time is None else time.to(token.device))[:, None] - token
     if alibi_slopes is not None:
         slopes = torch.tensor(alibi_slopes, dtype=scores.dtype, device=scores.device)
         scores = scores - slopes[:, None, None] * behind

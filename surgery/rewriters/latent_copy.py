@@ -22,7 +22,7 @@ from ..runtime.layout import AttentionSite
 from ..text import Windows
 from ..working_copy import WorkingCopy
 from .attention_weights import AttentionWeights, read_attention, write_attention
-from .latent import LatentWeights, attend_latent, check_latent
+from .latent import LatentWeights, check_latent, latent_outputs
 
 
 class LatentCopy(WorkingCopy):
@@ -91,7 +91,7 @@ class LatentCopy(WorkingCopy):
             if latent is None:
                 return None
             x = self._inputs.pop(site.layer)
-            out = attend_latent(read_attention(site, attribute), latent, x).out_BTNV.flatten(2)
+            out = latent_outputs(read_attention(site, attribute), latent, x).flatten(2)
             made = torch.zeros_like(out).index_copy(-1, columns, out)
             return (made.reshape(args[0].shape), *args[1:])
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..anatomy.proof import rotate_pairs
+from ..anatomy.proof import attention_probs, rotate_pairs
 from ..linalg import hermitian, to_double
 from .attention_weights import AttentionWeights
 from .moments import Moments
-from .reference import attend, rotation
+from .reference import project, rotation
+
+READ_TOKENS = 6_000
+"""Calibration tokens for `q_read_NHH`, which has H² numbers per head and costs H² products per pair of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,51 +77,73 @@ class MomentSums:
     def __init__(self, parent: AttentionWeights) -> None:
         self.parent = parent
         self.tokens = 0
-        self.sums: list[Tensor] = []
+        self.read_tokens = 0
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor) -> None:
         """Inputs of the projections: the parent's decide where it looks, the student's are what will be projected."""
-        w = self.parent
-        found = attend(w, x_parent_BTD)
-        x = x_student_BTD
+        w, x = self.parent, x_student_BTD
+        q, k, _ = project(replace(w, rotary=None), x_parent_BTD)  # before their rotation
+        cos, sin = rotation(w, x.shape[1], x)
+        q_turned, k = rotate_pairs(w.rotary, q, cos, sin), rotate_pairs(w.rotary, k, cos, sin)
+        _, p = attention_probs(
+            q_turned,
+            k[:, w.kv_of()],
+            scale=w.scale,
+            softcap=w.softcap,
+            window=w.window,
+            alibi_slopes=w.alibi_slopes,
+            sinks_N=w.sinks_N,
+        )
+        if w.sinks_N is not None:
+            p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
+        if not bool(mask_BT.all()):
+            p = p * mask_BT[:, None, :, None]
         if w.has_bias:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-        T, D = x.shape[1:]
-        real = mask_BT.to(x)
-        p = found.probs_BNTT * real[:, None, :, None]
-        p = p / p.sum(-1, keepdim=True).clamp_min(1e-30) * real[:, None, :, None]
-        flat = x[mask_BT]
-        value = torch.zeros(D, D, dtype=torch.float64)
+        flat, q = x[mask_BT], q.transpose(0, 1)[:, mask_BT]
+        value = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
         for n in range(w.heads):
             rows = (p[:, n] @ x)[mask_BT]
-            value += (rows.T @ rows).double()
-        value = value / w.heads
-        seen = (x * p.sum((1, 2))[..., None]).flatten(0, 1).T @ x.flatten(0, 1) / w.heads
-        cos, sin = rotation(w, T, x)
-        scaling = 1.0 if w.rotary is None else w.rotary.scaling
-        q_turned = found.q_BNTH
-        q = rotate_pairs(w.rotary, q_turned, cos / scaling**2, -sin / scaling**2)
-        q_mom = torch.stack([q[:, n][mask_BT].T @ q[:, n][mask_BT] for n in range(w.heads)])
-        read = []
-        for n in range(w.heads):
-            outer = torch.einsum("bti,btj->btij", q_turned[:, n], q_turned[:, n])
-            at_key = (p[:, n].mT @ outer.flatten(2)).unflatten(-1, outer.shape[-2:])
-            turned = rotate_pairs(w.rotary, at_key, cos[:, None], -sin[:, None])
-            read.append(rotate_pairs(w.rotary, turned.mT, cos[:, None], -sin[:, None]).sum((0, 1)))
-        phase = torch.complex(cos, sin) / scaling  # [T, F]
-        rho = torch.einsum("bntf,tf->nf", p.to(phase.dtype) @ phase, phase.conj())
-        parts = [to_double(part) for part in (flat.T @ flat, seen, value, q_mom, torch.stack(read), rho)]
-        self.sums = [a + b for a, b in zip(self.sums, parts, strict=True)] if self.sums else parts
+            value += rows.mT @ rows
+        seen = (x * p.sum((1, 2))[..., None]).flatten(0, 1).mT @ x.flatten(0, 1)
+        self._sum("input", flat.mT @ flat)
+        self._sum("seen", seen / w.heads)
+        self._sum("value", value / w.heads)
+        self._sum("q", q.mT @ q)
+        self._sum("rho", self._phases(p, cos, sin))
         self.tokens += len(flat)
+        if self.read_tokens < READ_TOKENS:
+            self._sum("read", self._read(p, q_turned, cos, sin))
+            self.read_tokens += len(flat)
+
+    def _sum(self, name: str, part: Tensor) -> None:
+        self.sums[name] = self.sums[name] + to_double(part) if name in self.sums else to_double(part)
+
+    def _phases(self, p_BNTT: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+        """Σ_mn p_mn e^{iθ(n-m)} [N, F], in real products: the weights are real and by far the largest factor."""
+        scaling = 1.0 if self.parent.rotary is None else self.parent.rotary.scaling
+        c, s = cos_TF / scaling, sin_TF / scaling
+        at_c, at_s = p_BNTT @ c, p_BNTT @ s
+        return torch.complex((at_c * c + at_s * s).sum((0, 2)), (at_s * c - at_c * s).sum((0, 2)))
+
+    def _read(self, p_BNTT: Tensor, q_BNTH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+        rotary, read = self.parent.rotary, []
+        for n in range(self.parent.heads):
+            outer = torch.einsum("bti,btj->btij", q_BNTH[:, n], q_BNTH[:, n])
+            at_key = (p_BNTT[:, n].mT @ outer.flatten(2)).unflatten(-1, outer.shape[-2:])
+            turned = rotate_pairs(rotary, at_key, cos_TF[:, None], -sin_TF[:, None])
+            read.append(rotate_pairs(rotary, turned.mT, cos_TF[:, None], -sin_TF[:, None]).sum((0, 1)))
+        return torch.stack(read)
 
     def finish(self) -> LatentMoments:
         """The moments of all that was added."""
-        input_DD, seen, value, q, read, rho = (s / self.tokens for s in self.sums)
+        mean = {name: s / (self.read_tokens if name == "read" else self.tokens) for name, s in self.sums.items()}
         return LatentMoments(
-            input_DD=hermitian(input_DD),
-            key_DD=hermitian(seen - value),
-            value_DD=hermitian(value),
-            q_NHH=hermitian(q),
-            q_read_NHH=hermitian(read),
-            rho_NF=rho,
+            input_DD=hermitian(mean["input"]),
+            key_DD=hermitian(mean["seen"] - mean["value"]),
+            value_DD=hermitian(mean["value"]),
+            q_NHH=hermitian(mean["q"]),
+            q_read_NHH=hermitian(mean["read"]),
+            rho_NF=mean["rho"],
         )

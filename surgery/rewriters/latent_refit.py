@@ -10,16 +10,15 @@ from torch import Tensor
 
 from ..anatomy.proof import rotate_pairs
 from ..calibrate import Activations
-from ..runtime.layout import Rotary
 from .attention_weights import AttentionWeights
-from .latent import LatentWeights, attend_latent
+from .latent import LatentWeights, cached_entries, latent_outputs, shared_rotary
 from .latent_lowrank import expanded_weights
-from .reference import attend
-from .refit import OutputFit, QueryFit
+from .reference import head_outputs
+from .refit import OutputFit, QueryFit, ScoreFit
 
 
-class LatentQueryFit(QueryFit):
-    """`QueryFit` where the key that a query sees depends on where it stands: k_up c_n + q_ropeᵀ rot(k_r,n, n - m)."""
+class LatentQueryFit(ScoreFit):
+    """`ScoreFit` where the key that a query sees depends on where it stands: k_up c_n + q_ropeᵀ rot(k_r,n, n - m)."""
 
     def __init__(self, parent: AttentionWeights, student: AttentionWeights, latent: LatentWeights) -> None:
         super().__init__(parent, student, range(student.heads))
@@ -27,39 +26,34 @@ class LatentQueryFit(QueryFit):
 
     def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor, stride: int = 1) -> None:
         """Both streams' inputs of the projections; every `stride`-th position serves as a query."""
-        latent, T = self.latent, x_student_BTD.shape[1]
-        parent = attend(self.parent, x_parent_BTD)
-        student = attend_latent(self.student, latent, x_student_BTD)
-        time = torch.arange(0, T, stride)
-        p, s = parent.probs_BNTT[:, :, time], parent.scores_BNTT[:, :, time]
-        if self.student.alibi_slopes is not None:
-            slopes = torch.tensor(self.student.alibi_slopes, dtype=s.dtype)
-            s = s - slopes[:, None, None] * (torch.arange(T)[None] - time[:, None])
-        p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)  # a sink takes no part in the comparison of keys
-        keep = mask_BT[:, time]
-        kv_of = self.student.kv_of()
-        turned: Tensor | None = None
-        if latent.rope_dims:
-            rotary = Rotary(dims=latent.rope_dims, inv_freq=tuple(latent.inv_freq_F.tolist()))
-            angle = -time[:, None].double() * latent.inv_freq_F.double()
-            cos, sin = angle.cos().to(s)[:, None], angle.sin().to(s)[:, None]
-            shared = student.k_rope_BTF[:, None].expand(-1, len(time), -1, -1)
-            turned = rotate_pairs(rotary, shared, cos, sin)  # [B, m, S, 2F']
+        latent = self.latent
+        time, p, s, keep = self.parents_view(x_parent_BTD, mask_BT, stride)
+        c, k_r = cached_entries(latent, x_student_BTD)
+        entry = torch.cat([c, k_r], -1)
+        entry = entry - entry.mean(1, keepdim=True)  # changes no variance; without it they are differences
+        # What query m sees of token n is [k_up, G_m] entry_n: G_m = q_ropeᵀ turned back by m takes in the rotation.
+        turn = torch.eye(latent.rope_dims, dtype=torch.float64).expand(len(time), -1, -1)
+        angle = -time[:, None, None].double() * latent.inv_freq_F.double()
+        turn = rotate_pairs(shared_rotary(latent), turn, angle.cos(), angle.sin())
+        weight = p.sqrt()[..., None, :]
+        logits = (s - (p * s).sum(-1, keepdim=True))[..., None, :]
         metric, target = [], []
-        for n, a in enumerate(kv_of):
-            plain = student.c_BTR @ latent.k_up_KHR[a].to(s).mT
-            seen = plain[:, None].expand(-1, len(time), -1, -1)
-            if turned is not None:
-                seen = seen + turned @ latent.q_rope_KFH[a].to(s)
-            weight = p[:, n][..., None]
-            centred = seen - (weight * seen).sum(2, keepdim=True)
-            weighted = weight * centred
-            logits = s[:, n] - (p[:, n] * s[:, n]).sum(-1, keepdim=True)
-            metric.append((weighted.mT @ centred)[keep] * self.student.scale**2)
-            target.append((weighted.mT @ logits[..., None])[..., 0][keep] * self.student.scale)
+        for a, group in enumerate(self.student.groups):
+            k_up = latent.k_up_KHR[a].to(turn).expand(len(time), -1, -1)
+            read = torch.cat([k_up, (turn @ latent.q_rope_KFH[a].to(turn)).mT], -1)  # [m, H, R + 2F']
+            seen = (read.flatten(0, 1).to(entry) @ entry.mT).unflatten(1, (len(time), -1))  # [B, m, H, S]
+            for n in group:
+                # One product gives the keys' second moments, their means and what they owe the logits.
+                rows = torch.cat([seen, torch.ones_like(weight[:, n]), logits[:, n]], 2) * weight[:, n]
+                both = rows[:, :, :-2] @ rows.mT
+                mean = both[..., -2:-1]
+                metric.append((both[..., :-2] - mean @ mean.mT)[keep] * self.student.scale**2)
+                target.append(both[..., -1][keep] * self.student.scale)
+        order = [h for group in self.student.groups for h in group]
+        place = [order.index(h) for h in range(len(order))]
         self.x.append(x_student_BTD[:, time][keep])
-        self.metric.append(torch.stack(metric))
-        self.target.append(torch.stack(target))
+        self.metric.append(torch.stack(metric)[place])
+        self.target.append(torch.stack(target)[place])
 
 
 def refit_queries(
@@ -73,7 +67,7 @@ def refit_queries(
     """`student` with W_q fitted to the parent's attention logits; unchanged behind a q norm or a soft cap."""
     if student.q_norm is not None or student.softcap is not None:
         return student
-    fit: QueryFit
+    fit: QueryFit | LatentQueryFit
     if latent.rotate_on_read:
         fit = QueryFit(parent, expanded_weights(student, latent), range(student.heads))
     else:
@@ -93,8 +87,8 @@ def refit_output(
     """`student` with W_o fitted to the parent's attention output and to what the residual stream has lost before."""
     fit = OutputFit()
     for a in activations:
-        y = torch.einsum("btnv,dnv->btd", attend(parent, a.x_parent_BTD).out_BTNV, parent.o_DNV)
-        fit.add(attend_latent(student, latent, a.x_student_BTD).out_BTNV, y + a.gap_BTD, a.mask_BT)
+        y = torch.einsum("btnv,dnv->btd", head_outputs(parent, a.x_parent_BTD), parent.o_DNV)
+        fit.add(latent_outputs(student, latent, a.x_student_BTD), y + a.gap_BTD, a.mask_BT)
     return fit.solve(student, ridge)
 
 

@@ -12,10 +12,10 @@ from ..anatomy.proof import rotate_pairs
 from ..errors import PlanError
 from ..linalg import damp, hermitian, ridge_regression
 from .attention_weights import AttentionWeights
-from .reference import attend, rotation
+from .reference import attend, project, rotation
 
 
-class QueryFit:
+class ScoreFit:
     """Least squares for all rows of W_q, head by head, on the parent's attention logits; add batches, then `solve`.
 
     Minimises Σ_m Var_{n~p_m}(s'_mn - s_mn) over q' = W_q x, where p is the parent's attention and s its logits: to
@@ -38,18 +38,52 @@ class QueryFit:
         self.metric: list[Tensor] = []
         self.target: list[Tensor] = []
 
-    def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor, stride: int = 1) -> None:
-        """Both streams' inputs of the projections; every `stride`-th position serves as a query."""
-        parent, student = attend(self.parent, x_parent_BTD), attend(self.student, x_student_BTD)
-        time = slice(None, None, stride)
-        p, s = parent.probs_BNTT[:, self.order, time], parent.scores_BNTT[:, self.order, time]
-        k = student.k_BKTH[:, self.student.kv_of()]
+    def parents_view(self, x_parent_BTD: Tensor, mask_BT: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Positions of the queries [m], the parent's attention and logits there [B, N, m, S], True at real queries."""
+        time = torch.arange(0, x_parent_BTD.shape[1], stride)
+        parent = attend(self.parent, x_parent_BTD, time)
+        p, s = parent.probs_BNTT[:, self.order], parent.scores_BNTT[:, self.order]
         if self.student.alibi_slopes is not None:
-            steps = torch.arange(s.shape[-1])
             slopes = torch.tensor(self.student.alibi_slopes, dtype=s.dtype)
-            s = s - slopes[:, None, None] * (steps[None] - steps[time, None])
-        p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)  # a sink takes no part in the comparison of keys
-        keep = mask_BT[:, time]
+            s = s - slopes[:, None, None] * (torch.arange(s.shape[-1])[None] - time[:, None])
+        # A sink takes no part in the comparison of keys.
+        return time, p / p.sum(-1, keepdim=True).clamp_min(1e-30), s, mask_BT[:, time]
+
+    def solve(self, ridge: float = 1e-3, steps: int = 20) -> AttentionWeights:
+        """The student with refitted W_q; `ridge` is relative, and shrinks to the rows that it had."""
+        x = torch.cat(self.x)
+        w = self.student.with_bias("q")
+        if self.student.q_bias_NH is not None:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], -1)
+        else:
+            w = w[..., : x.shape[-1]]
+        M, v = torch.cat(self.metric, 1), torch.cat(self.target, 1)
+        C = x.double().T @ x.double() / len(x)
+        mean = hermitian(M.mean(1, dtype=torch.float64))
+        level = mean.diagonal(0, -2, -1).mean(-1) * C.diagonal().mean()
+        new = _solve_rows(M, x, v, w.to(x), (ridge * level).to(x), damp(mean, 1e-2), damp(C, 1e-2), steps)
+        return _with_queries(self.student, new)
+
+
+class QueryFit(ScoreFit):
+    """`ScoreFit` for students that rotate their keys as the parent does."""
+
+    def add(
+        self,
+        x_parent_BTD: Tensor,
+        x_student_BTD: Tensor,
+        mask_BT: Tensor,
+        stride: int = 1,
+        k_BKTH: Tensor | None = None,
+    ) -> None:
+        """Both streams' inputs of the projections; every `stride`-th position serves as a query.
+
+        Args:
+            k_BKTH: the keys that the student reads, where it does not make them from its own input.
+        """
+        time, p, s, keep = self.parents_view(x_parent_BTD, mask_BT, stride)
+        k = project(self.student, x_student_BTD, time)[1] if k_BKTH is None else k_BKTH
+        k = k[:, self.student.kv_of()]
         rotary = self.student.rotary
         cos, sin = (y[time, None] for y in rotation(self.student, x_student_BTD.shape[1], x_student_BTD))
         metric, target = [], []
@@ -67,24 +101,6 @@ class QueryFit:
         self.metric.append(torch.stack(metric))
         self.target.append(torch.stack(target))
 
-    def solve(self, ridge: float = 1e-3, steps: int = 60) -> AttentionWeights:
-        """The student with refitted W_q; `ridge` is relative, and shrinks to the rows that it had."""
-        x = torch.cat(self.x).double()
-        w = self.student.with_bias("q")
-        if self.student.q_bias_NH is not None:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], -1)
-        else:
-            w = w[..., : x.shape[-1]]
-        C = x.T @ x / len(x)
-        new = []
-        for n in range(self.student.heads):
-            M = torch.cat([m[n] for m in self.metric]).double()
-            v = torch.cat([t[n] for t in self.target]).double()
-            mean = hermitian(M.mean(0))
-            mu = ridge * float(torch.trace(mean) / len(mean) * torch.trace(C) / len(C))
-            new.append(_solve_rows(M, x, v, w[n], mu, damp(mean, 1e-2), damp(C, 1e-2), steps))
-        return _with_queries(self.student, torch.stack(new))
-
 
 def _with_queries(weights: AttentionWeights, w_NHD: Tensor) -> AttentionWeights:
     if weights.q_bias_NH is None:
@@ -94,31 +110,43 @@ def _with_queries(weights: AttentionWeights, w_NHD: Tensor) -> AttentionWeights:
 
 
 def _solve_rows(
-    M_tHH: Tensor, x_tD: Tensor, v_tH: Tensor, start_HD: Tensor, mu: float, left: Tensor, right: Tensor, steps: int
+    M_NtHH: Tensor,
+    x_tD: Tensor,
+    v_NtH: Tensor,
+    start_NHD: Tensor,
+    mu_N: Tensor,
+    left_NHH: Tensor,
+    right_DD: Tensor,
+    steps: int,
 ) -> Tensor:
-    """Conjugate gradients for Σ_t M_t W x_t x_tᵀ / T + μ (W - W_0) = Σ_t v_t x_tᵀ / T."""
-    T = len(x_tD)
-    L, R = torch.linalg.cholesky(left), torch.linalg.cholesky(right)
+    """Conjugate gradients, all heads at once, for Σ_t M_t W x_t x_tᵀ / T + μ (W - W_0) = Σ_t v_t x_tᵀ / T.
+
+    In the dtype of the activations: where they are float32, so are the products, which cost nearly all the time.
+    """
+    T, mu = len(x_tD), mu_N[:, None, None]
+    left, right = torch.linalg.inv(left_NHH).to(x_tD), torch.linalg.inv(right_DD).to(x_tD)
 
     def apply(W: Tensor) -> Tensor:
-        return torch.einsum("tij,tj->ti", M_tHH, x_tD @ W.T).T @ x_tD / T + mu * W
+        turned = M_NtHH @ (x_tD @ W.mT)[..., None]
+        return turned[..., 0].mT @ x_tD / T + mu * W
 
-    def precondition(r: Tensor) -> Tensor:
-        return torch.cholesky_solve(torch.cholesky_solve(r, L).T, R).T
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((1, 2))
 
-    W = start_HD.clone()
-    r = v_tH.T @ x_tD / T + mu * start_HD - apply(W)
-    z = precondition(r)
-    p, rz, first = z, (r * z).sum(), (r * z).sum()
+    W = start_NHD.clone()
+    r = v_NtH.mT @ x_tD / T + mu * start_NHD - apply(W)
+    z = left @ r @ right
+    p, rz = z, dot(r, z)
+    goal = 1e-8 * rz
     for _ in range(steps):
-        if rz <= 1e-10 * first or rz <= 0:
+        if not bool((rz > goal).any()):
             break
         Ap = apply(p)
-        step = rz / (p * Ap).sum()
+        step = torch.where(rz > 0, rz / dot(p, Ap).clamp_min(1e-30), 0)[:, None, None]
         W, r = W + step * p, r - step * Ap
-        z = precondition(r)
-        rz, old = (r * z).sum(), rz
-        p = z + rz / old * p
+        z = left @ r @ right
+        rz, old = dot(r, z), rz
+        p = z + torch.where(old > 0, rz / old.clamp_min(1e-30), 0)[:, None, None] * p
     return W
 
 
