@@ -1,4 +1,4 @@
-"""The command line: `surgery inspect | plan | convert | train | eval | report | generate | demo`."""
+"""The command line: `surgery inspect | plan | convert | train | eval | report | generate | bench | demo`."""
 
 from __future__ import annotations
 
@@ -237,6 +237,52 @@ def demo(
     from .demo import run
 
     run(out, fast=fast, overwrite=overwrite)
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure what a cache layout gives, in speed.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command(
+    name="decode",
+    epilog="Examples: surgery bench decode --shape llama-3-8b --variant base --variant mla-512-64 | "
+    "surgery bench decode --shape small --device cpu --dtype float32 --context 2048 --batch 1",
+)
+def bench_decode(
+    shape: Annotated[str, typer.Option(help="llama-2-7b, llama-3-8b or small; weights are random.")] = "llama-3-8b",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="base, mha, mqa, gqa-K, mla-RANK-ROPE, also with +cla-N; several times."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; several times. Default 1, 16, 64.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Cached tokens; several times. Default 4096, 32768.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the shape has.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps; the median counts.")] = 32,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default a GPU where there is one.")] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Do not time transformers beside it.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Time compiled decode steps of cache layouts over random weights, beside transformers and the memory's speed."""
+    from .bench import decode
+
+    result = decode(
+        shape,
+        variant or ("base", "mqa", "mla-512-64", "base+cla-2"),
+        batches=batch or (1, 16, 64),
+        contexts=context or (4096, 32768),
+        layers=layers,
+        steps=steps,
+        dtype=dtype,
+        device=device,
+        compiled=not eager,
+        transformers=not alone,
+    )
+    _out(*result.tables())
+    _write_json(json_file, result.to_dict())
 
 
 def _name_of(model: str) -> str:

@@ -22,7 +22,7 @@ LEVELS = [
     ("measure",),
     ("report", "plots", "harness"),
     ("evaluate", "generate"),
-    ("cli", "demo", "export", "serve", "train", "benchmarks"),
+    ("cli", "bench", "demo", "export", "serve", "train", "benchmarks"),
 ]
 
 
