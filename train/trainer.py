@@ -88,6 +88,7 @@ class Uptrainer(Trainer):
         self.root = Path(str(args.output_dir))
         self._staging: Path | None = None
         self._sums: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
         self._seconds, self._begun = 0.0, time.monotonic()
         self.remove_callback(PrinterCallback)
 
@@ -111,6 +112,23 @@ class Uptrainer(Trainer):
         return torch.utils.data.DataLoader(self.text, batch_size=None)
 
     # What is minimised
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's. Hooks stay until the backward pass is over, which recomputes layers under checkpointing."""
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            self.remove_hooks()
+        if torch.isfinite(loss):
+            return loss
+        self._count(not_finite=1)
+        return torch.zeros_like(loss)  # Trainer's running mean would stay NaN for ever
+
+    def remove_hooks(self) -> None:
+        """Give the model's modules back as they were before `compute_loss`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -150,17 +168,13 @@ class Uptrainer(Trainer):
         # the errors must hang on the stream of hidden states; elsewhere backward through the MLPs is saved.
         connected = self.is_fsdp_enabled
         errors: list[Tensor] = []
-        handles = []
         for name, scale in self.local.items():
             own, teacher = inner.get_submodule(name), self.parent.attention[name]
-            handles.append(own.register_forward_pre_hook(_detach, with_kwargs=True))
-            handles.append(own.register_forward_hook(_forced(teacher, scale, errors, connected), with_kwargs=True))
-        try:
-            with head_input(inner):
-                logits = model(**inputs, use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
+            self._hooks.append(own.register_forward_pre_hook(_detach, with_kwargs=True))
+            forced = _forced(teacher, scale, errors, connected)
+            self._hooks.append(own.register_forward_hook(forced, with_kwargs=True))
+        with head_input(inner):
+            logits = model(**inputs, use_cache=False).logits
         total = torch.stack(errors).sum()
         if connected:
             return total + 0.0 * logits.float().sum()
@@ -258,6 +272,8 @@ class Uptrainer(Trainer):
                     logs |= {name: sums[name] / sums["predicted"] for name in ("kl", "parent_nll")}
                 if self.uptrain.hidden:
                     logs["hidden"] = sums["hidden"] / sums["predicted"]
+            if sums.get("not_finite"):
+                logs["not_finite"] = sums["not_finite"]
             self._sums.clear()
         logs["seconds"] = round(self._seconds + time.monotonic() - self._begun, 2)
         logs["tokens"] = self.state.global_step * self.text.batch * self.text.length

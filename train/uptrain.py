@@ -186,9 +186,10 @@ def prepare(run: Run) -> Setup:
     head = read_head(student)
     teacher = None
     if not run.control and (section.kl or section.hidden or section.layer_local or held_out is not None):
-        teacher = _teacher(run, section, model, parent, attention, trained, head, str(parent_name), origin)
+        teacher = _teacher(run, section, model, parent, attention, converted, trained, head, str(parent_name), origin)
     if section.separate_documents:
         check_separates(student)
+    torch.manual_seed(run.seed)  # of adapters
     wrapped = select(student, section, trained, str(folder))
     return Setup(
         run=run,
@@ -236,6 +237,7 @@ def _teacher(
     model: PreTrainedModel,
     parent: PreTrainedModel,
     attention: tuple[str, ...],
+    converted: list[str],
     trained: tuple[str, ...],
     head: tuple[float, float | None],
     where: str,
@@ -261,20 +263,9 @@ def _teacher(
     modules = {name: parent.get_submodule(name) for name in attention}
     if shared:
         # Where attention is untouched and frozen the model's own module serves both.
-        keep = set(trained) | {n for n in attention if different_attention(model, parent, n)}
+        keep = attention if origin.get("uptrained") else {*converted, *trained}
         return Parent(None, {name: module for name, module in modules.items() if name in keep}, *head)
     return Parent(parent, modules, *head)
-
-
-def different_attention(model: nn.Module, parent: nn.Module, name: str) -> bool:
-    """Whether the attention module `name` is not the same function, by class and weights."""
-    a, b = model.get_submodule(name), parent.get_submodule(name)
-    if type(a) is not type(b):
-        return True
-    mine, theirs = dict(a.named_parameters()), dict(b.named_parameters())
-    return mine.keys() != theirs.keys() or any(
-        mine[key].shape != theirs[key].shape or not torch.equal(mine[key], theirs[key]) for key in mine
-    )
 
 
 @torch.no_grad()
@@ -479,7 +470,6 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute whole decoder layers in the backward pass. Reentrant, it would drop gradients of shared KV."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    model.enable_input_require_grads()
 
 
 def parameter_groups(setup: Setup) -> dict[str, dict[str, int]]:

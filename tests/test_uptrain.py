@@ -1,0 +1,457 @@
+"""Uptraining end to end, on tiny models: what is trained, what it learns from, resuming, refusals, faults."""
+
+import dataclasses
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from families import tiny_model
+from uptraining import losses, make_home, run
+
+import surgery
+from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
+from surgery.provenance import provenance_of
+from surgery.train import trainer as training
+from surgery.train.losses import Distilled, Head, distil
+from surgery.train.parent import read_head
+from surgery.train.trainer import NonFinite, Uptrainer, checkpoints
+from surgery.train.uptrain import check_separates, prepare, train, uptrain
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("uptrain"))
+
+
+@pytest.mark.parametrize(("model", "part"), [("native", 0.8), ("latent", 0.97)])
+def test_training_comes_closer_to_the_parent_and_changes_converted_attention_only(home, tmp_path, model, part):
+    out = tmp_path / "out"
+    options = ("tokens=2560", "learning_rate=1e-2")
+    summary = uptrain(run(home, out, *options, model=model, held_out=str(home / "held.jsonl")))
+    assert summary["after"]["kl"] < part * summary["before"]["kl"]
+    assert summary["steps"] == 40
+    before, after = surgery.load(home / model), surgery.load(out / "model")
+    assert type(after) is type(before)
+    converted = "model.layers.1.self_attn" if model == "latent" else ".self_attn."
+    old = before.state_dict()
+    for name, tensor in after.state_dict().items():
+        trained = converted in name and tensor.is_floating_point()
+        assert torch.equal(tensor, old[name]) != trained, name
+    record = provenance_of(after)["uptrained"]
+    assert record[0]["tokens"] == 2560
+    assert record[0]["data"]["documents"] == 60
+    assert (out / "model" / "tokenizer.json").is_file()
+    assert surgery.Recipe.load(out / "model" / "recipe.yaml").uptrain.tokens == 2560
+    again = prepare(run(home, tmp_path / "again", model=model)).origin
+    assert "uptrained" not in again
+
+
+def test_a_trained_model_can_be_trained_on(home, tmp_path):
+    uptrain(run(home, tmp_path / "a"))
+    uptrain(dataclasses.replace(run(home, tmp_path / "b"), model=str(tmp_path / "a" / "model")))
+    assert len(provenance_of(surgery.load(tmp_path / "b" / "model"))["uptrained"]) == 2
+
+
+def trainer_of(home, tmp_path, *overrides, model="native", **options):
+    """The Trainer of a run as it stands before the first step."""
+    made = {}
+
+    class Stop(Exception):
+        pass
+
+    def go(self, resume):
+        made["trainer"] = self
+        raise Stop
+
+    setup = prepare(run(home, tmp_path / "out", *overrides, model=model, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Uptrainer, "go", go)
+        with pytest.raises(Stop):
+            train(setup)
+    return made["trainer"], setup
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("model", ["native", "latent"])
+def test_layer_local_loss_is_the_error_of_each_attention_on_the_parents_own_inputs(home, tmp_path, model):
+    trainer, setup = trainer_of(home, tmp_path, model=model)
+    inputs = next(iter(trainer.text))
+    found = trainer.compute_loss(trainer.model, dict(inputs))
+    found.backward()
+    trainer.remove_hooks()
+    grads = gradients(setup.model)
+
+    parent = surgery.load(home / "parent").eval()
+    calls = {}
+
+    def record(name):
+        def hook(module, args, kwargs, output):
+            calls[name] = args, kwargs, output[0]
+
+        return hook
+
+    for name in setup.trained_attention:
+        parent.get_submodule(name).register_forward_hook(record(name), with_kwargs=True)
+    read = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    with torch.no_grad():
+        parent(**read, use_cache=False)
+    wanted = 0.0
+    setup.model.zero_grad()
+    for name in setup.trained_attention:
+        args, kwargs, target = calls[name]
+        y = setup.model.get_submodule(name)(*args, **kwargs)[0]
+        wanted = wanted + (y - target).square().sum() / trainer.local[name]
+    wanted = wanted / (64 * len(setup.trained_attention))
+    wanted.backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    assert grads.keys() == gradients(setup.model).keys()
+    for name, grad in gradients(setup.model).items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("model", ["native", "latent"])
+def test_a_parent_that_shares_weights_teaches_the_same_and_holds_attention_alone(home, tmp_path, model):
+    found = {}
+    for shared in (True, False):
+        trainer, setup = trainer_of(home, tmp_path, "layer_local=0", model=model, share_parent=shared)
+        inputs = next(iter(trainer.text))
+        count = (inputs["labels"] != -100).sum()
+        loss = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=count)
+        loss.backward()
+        found[shared] = loss.detach(), gradients(setup.model), setup.parent.bytes
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-5, atol=1e-6)
+    for name, grad in found[True][1].items():
+        torch.testing.assert_close(grad, found[False][1][name], rtol=1e-4, atol=1e-6)
+    parent = surgery.load(home / "parent")
+    names = setup.trained_attention
+    assert found[True][2] == sum(p.numel() * 4 for n in names for p in parent.get_submodule(n).parameters())
+    assert found[False][2] == sum(p.numel() * 4 for p in parent.parameters())
+
+
+def test_the_loss_is_the_divergence_from_the_parent_per_predicted_token(home, tmp_path):
+    trainer, _ = trainer_of(home, tmp_path, "layer_local=0")
+    inputs = next(iter(trainer.text))
+    labels = inputs["labels"]
+    wanted = labels[:, 1:] != -100
+    found = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=wanted.sum())
+    read = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    with torch.no_grad():
+        logp = [m(**read, use_cache=False).logits[:, :-1][wanted].log_softmax(-1)
+                for m in (surgery.load(home / "parent"), surgery.load(home / "native"))]  # fmt: skip
+    kl = (logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean()
+    torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["parent", "native", "latent"])
+def test_packed_documents_do_not_see_each_other(home, tmp_path, model):
+    loaded = surgery.load(home / model).eval()
+    check_separates(loaded)
+    trainer, _ = trainer_of(home, tmp_path)
+    inputs = next(iter(trainer.text))
+    packed = loaded(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+    for row in range(4):
+        starts = [i for i, p in enumerate(inputs["position_ids"][row].tolist()) if p == 0]
+        for begin, end in zip(starts, [*starts[1:], 16], strict=True):
+            alone = loaded(input_ids=inputs["input_ids"][row : row + 1, begin:end], use_cache=False).logits[0]
+            torch.testing.assert_close(packed[row, begin:end], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_cannot_keep_documents_apart_is_refused(home):
+    model = tiny_model("gpt2")  # learned positions, and a mask that knows them: fine
+    check_separates(model)
+    model.forward = lambda **kwargs: type(model).forward(model, **{**kwargs, "position_ids": None})
+    with pytest.raises(UnsupportedModel, match="separate_documents=false"):
+        check_separates(model)
+
+
+@pytest.mark.parametrize("mode", ["attention", "all"])
+def test_what_trains_is_what_the_recipe_names(home, tmp_path, mode):
+    out = tmp_path / "out"
+    summary = uptrain(run(home, out, f"train={mode}", model="latent"))
+    before, after = surgery.load(home / "latent").state_dict(), surgery.load(out / "model").state_dict()
+    for name, tensor in after.items():
+        trained = tensor.is_floating_point() and (mode == "all" or ".self_attn." in name)
+        assert torch.equal(tensor, before[name]) != trained, name
+    assert (summary["parameters"]["other"]["trained"] > 0) == (mode == "all")
+
+
+def test_only_attention_moves_in_the_layer_local_stage_of_a_run_that_trains_all(home, tmp_path):
+    out = tmp_path / "out"
+    uptrain(run(home, out, "train=all", "layer_local=1"))
+    before, after = surgery.load(home / "native").state_dict(), surgery.load(out / "model").state_dict()
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name]) == (".self_attn." not in name), name
+
+
+def test_adapters_are_saved_beside_their_base_and_merged_on_export(home, tmp_path):
+    peft = pytest.importorskip("peft")
+    out = tmp_path / "out"
+    summary = uptrain(run(home, out, "train=lora", "lora_rank=2", model="latent"))
+    assert summary["parameters"]["LoRA"]["trained"] > 0
+    assert summary["parameters"]["converted attention"]["trained"] == 0
+    ids = torch.arange(3, 20)[None]
+    merged = surgery.load(out / "model")
+    adapted = peft.PeftModel.from_pretrained(surgery.load(out / "base"), out / "adapter")
+    base = surgery.load(home / "latent")
+    with torch.no_grad():
+        wanted, found, old = (m.eval()(input_ids=ids, use_cache=False).logits for m in (adapted, merged, base))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, old, atol=1e-3)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+
+
+def test_a_control_trains_the_parent_on_the_same_text(home, tmp_path):
+    out = tmp_path / "out"
+    summary = uptrain(run(home, out, control=True, held_out=str(home / "held.jsonl")))
+    trained, parent = surgery.load(out / "model"), surgery.load(home / "parent")
+    assert trained.config.num_key_value_heads == parent.config.num_key_value_heads == 2
+    assert summary["after"]["nats_per_token"] < summary["before"]["nats_per_token"]
+    assert summary["uptrain"]["ce"] == 1.0
+
+
+@pytest.mark.parametrize("overrides", [(), ("train=lora",)], ids=["converted", "lora"])
+def test_an_interrupted_run_continues_bit_for_bit(home, tmp_path, monkeypatch, overrides):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    uptrain(run(home, whole, *overrides))
+    step = Uptrainer.training_step
+
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 6:  # behind the checkpoint of step 4
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Uptrainer, "training_step", die)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(run(home, broken, *overrides))
+    assert [p.name for p in checkpoints(broken / "checkpoints")] == ["checkpoint-4"]
+    monkeypatch.undo()
+    torch.manual_seed(12345)
+    uptrain(run(home, broken, *overrides))
+    assert losses(broken) == losses(whole)
+    assert len(losses(whole)) == 10
+    a, b = (surgery.load(out / "model").state_dict() for out in (whole, broken))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_accumulation_changes_nothing_but_rounding(home, tmp_path):
+    for name, micro in (("whole", None), ("parts", 1)):
+        uptrain(run(home, tmp_path / name, micro_batch=micro))
+    for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_recomputing_activations_changes_nothing_but_rounding(home, tmp_path):
+    for name, flag in (("whole", False), ("recomputed", True)):
+        uptrain(run(home, tmp_path / name, checkpointing=flag))
+    for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "recomputed"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+def test_a_finished_run_is_not_trained_again(home, tmp_path):
+    out = tmp_path / "out"
+    uptrain(run(home, out))
+    first = surgery.load(out / "model").state_dict()
+    shutil.rmtree(out / "model")
+    summary = uptrain(run(home, out))
+    assert summary["steps"] == 10
+    again = surgery.load(out / "model").state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_half_written_checkpoint_is_never_resumed_from(home, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    save = training.PackedText.save
+
+    def die(self, folder, step, rank):
+        if step == 8:
+            raise KeyboardInterrupt  # as good as kill -9: nothing below runs
+        save(self, folder, step, rank)
+
+    monkeypatch.setattr(training.PackedText, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(run(home, out))
+    written = out / "checkpoints" / ".saving" / "checkpoint-8"
+    assert (written / "model.safetensors").is_file()
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["checkpoint-4"]
+    monkeypatch.undo()
+    uptrain(run(home, out))
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["checkpoint-8", "checkpoint-10"]
+    assert not written.exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(home, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write = torch.save
+
+    def full(data, file, *args, **kwargs):
+        if "checkpoint-8" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(data, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"the disk is full.*checkpoint-4") as caught:
+        uptrain(run(home, out))
+    assert "resume" in str(caught.value)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["checkpoint-4"]
+    assert not (out / "checkpoints" / ".saving").exists()
+    assert uptrain(run(home, out))["steps"] == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "named"),
+    [
+        ({}, ("learning_rate=1e-3",), "uptrain.learning_rate was 0.005, is 0.001"),
+        ({"seed": 1}, (), "seed was 0, is 1"),
+        ({"model": "latent"}, (), "model was"),
+        ({"data": "held.jsonl"}, (), "data was"),
+    ],
+)
+def test_resuming_another_run_is_refused_unless_forced(home, tmp_path, monkeypatch, options, overrides, named):
+    out = tmp_path / "out"
+    uptrain(run(home, out, "tokens=320"))
+    if "data" in options:
+        options = {"data": str(home / options["data"])}
+    if "model" in options:
+        options = {"model": str(home / options["model"])}
+    changed = run(home, out, "tokens=320", *overrides, **options)
+    with pytest.raises(CheckpointError, match=named):
+        uptrain(changed)
+    if "model" not in options:
+        assert uptrain(dataclasses.replace(changed, force=True))["steps"] == 5
+
+
+def test_a_new_start_beside_old_checkpoints_is_refused(home, tmp_path):
+    uptrain(run(home, tmp_path / "out", "tokens=320"))
+    with pytest.raises(CheckpointError, match="holds checkpoints"):
+        uptrain(run(home, tmp_path / "out", "tokens=320", resume=None))
+    with pytest.raises(CheckpointError, match="no checkpoint of a training run"):
+        uptrain(run(home, tmp_path / "out", resume=str(tmp_path)))
+
+
+def broken_distil(monkeypatch, at, seen):
+    """`distil` with a NaN in it at the calls `at`."""
+    real = distil
+
+    def sometimes(h, *args, **kwargs):
+        found = real(h, *args, **kwargs)
+        seen.append(1)
+        return Distilled(found.total * float("nan"), *found[1:]) if len(seen) in at else found
+
+    monkeypatch.setattr(training, "distil", sometimes)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_told(home, tmp_path, monkeypatch):
+    seen = []
+    broken_distil(monkeypatch, {3}, seen)
+    out = tmp_path / "out"
+    summary = uptrain(run(home, out, "layer_local=0"))
+    assert summary["skipped_steps"] == 1
+    (file,) = (out / "checkpoints").glob("nonfinite-step-*.json")
+    assert file.name == "nonfinite-step-3-0.json"
+    ids = torch.tensor(json.loads(file.read_text())["input_ids"])
+    text = iter(trainer_of(home, tmp_path / "x")[0].text)
+    assert torch.equal(ids, [next(text) for _ in range(3)][2]["input_ids"])
+    for tensor in surgery.load(out / "model").state_dict().values():
+        assert torch.isfinite(tensor).all()
+    told = {entry["step"]: entry for entry in losses(out)}
+    assert told[3]["not_finite"] == 1
+    assert all("not_finite" not in told[step] and told[step]["loss"] > 0 for step in (2, 4, 10))
+
+
+def test_training_stops_when_steps_keep_being_not_finite(home, tmp_path, monkeypatch):
+    seen = []
+    broken_distil(monkeypatch, {6, 7}, seen)
+    with pytest.raises(NonFinite, match=r"step 7: .* 2 times"):
+        uptrain(run(home, tmp_path / "out", "layer_local=0", nonfinite_limit=2))
+    assert [p.name for p in checkpoints(tmp_path / "out" / "checkpoints")] == ["checkpoint-4"]
+
+
+def other_parent(tmp_path, home, **changes):
+    model = tiny_model("llama")
+    config = model.config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(1)
+    type(model)(config).save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("native", {"vocab_size": 136}, "vocab_size is 136, the model has 128: not its parent"),
+        ("native", {"num_hidden_layers": 3}, "num_hidden_layers is 3"),
+        ("latent", {"intermediate_size": 80}, "intermediate_size is 80"),
+        ("latent", {"num_key_value_heads": 4}, "layer 0 has kv_heads 4, the model was converted from one with 2"),
+        ("native", {}, "differs from the model's, though conversion leaves it alone"),
+    ],
+)
+def test_a_parent_of_another_kind_is_refused(home, tmp_path, model, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        prepare(run(home, tmp_path / "out", model=model, parent=other_parent(tmp_path, home, **changes)))
+
+
+def test_a_parent_of_another_architecture_is_refused(home, tmp_path):
+    tiny_model("qwen2").save_pretrained(tmp_path / "qwen")
+    with pytest.raises(CheckpointError, match="is a Qwen2ForCausalLM, the model was converted from a LlamaForCausalLM"):
+        prepare(run(home, tmp_path / "out", parent=str(tmp_path / "qwen")))
+
+
+def test_a_parent_with_other_weights_can_be_forced_but_not_shared(home, tmp_path):
+    options = {"parent": other_parent(tmp_path, home), "force": True}
+    setup = prepare(run(home, tmp_path / "out", "layer_local=0", **options))
+    assert not setup.parent.shared
+    with pytest.raises(RecipeError, match="layer_local"):
+        prepare(run(home, tmp_path / "out", **options))
+    with pytest.raises(RecipeError, match="--share-parent"):
+        prepare(run(home, tmp_path / "out", "layer_local=0", share_parent=True, **options))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("tokns=5",), "Did you mean 'tokens'"),
+        (("kl=0", "ce=0"), "the second stage would learn nothing"),
+        (("layer_local=2",), "give 0 to 1"),
+        (("train=lora", "lora_targets=[q_prj]"), "no linear layer is called q_prj"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_work(home, tmp_path, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        prepare(run(home, tmp_path / "out", *overrides))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_tokenizer_or_that_was_not_converted_is_refused(home, tmp_path):
+    shutil.copytree(home / "native", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(CheckpointError, match="no tokenizer lies beside the model"):
+        prepare(dataclasses.replace(run(home, tmp_path / "out"), model=str(tmp_path / "bare")))
+    with pytest.raises(CheckpointError, match="not converted by surgery"):
+        prepare(run(home, tmp_path / "out", model="parent"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite"])
+def test_the_head_is_read_with_its_scale_and_soft_cap(family):
+    model = tiny_model(family).eval()
+    scale, softcap = read_head(model)
+    seen = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        made = Head(weight_VD=model.get_output_embeddings().weight, scale=scale, softcap=softcap)(seen[0])
+    torch.testing.assert_close(made, logits, rtol=1e-3, atol=1e-3)
+    assert (softcap is not None) == (family == "gemma2")
+
+
+def test_a_head_of_another_form_is_refused():
+    model = tiny_model("llama")
+    model.get_output_embeddings().register_forward_hook(lambda _, args, output: output.square())
+    with pytest.raises(UnsupportedModel, match="output embedding"):
+        read_head(model)
