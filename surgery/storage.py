@@ -37,11 +37,12 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def check_whole(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where tensors are missing or do not fit the config. Reads no tensor."""
-    config: Any = load_config(checkpoint.folder)
+    config: Any
     if _is_converted(checkpoint.folder):
-        architecture = converted_class(str(checkpoint.folder))
+        architecture = converted_class(str(checkpoint.folder))  # makes its config known to transformers
         config = cast(Any, architecture.config_class).from_pretrained(checkpoint.folder)
     else:
+        config = load_config(checkpoint.folder)
         architecture = type(meta_model(config))
     check_fits(checkpoint, architecture, config)
 
