@@ -17,10 +17,11 @@ from .native import native_config
 from .plan import Plan
 from .plan import plan as make_plan
 from .provenance import provenance
-from .recipe import LatentStep, Recipe
+from .recipe import LatentStep, Recipe, ShareStep
 from .rewriters import rewriter_for
 from .rewriters.attention_weights import parameter_names, write_attention
 from .rewriters.latent_steps import LatentStepCopy
+from .rewriters.share_copy import SharedCopy
 from .runtime.modeling import from_parent
 from .storage import check_whole, load, save
 from .streaming import can_stream, stream
@@ -63,21 +64,25 @@ def convert(
     _check_calibration(plan, calibration)
     windows = _windows(calibration, parent.config, tokenizer, length, samples)
     torch.manual_seed(seed)
-    copy_ = (LatentStepCopy if plan.needs_calibration else WorkingCopy)(parent, plan.anatomy)
+    copy_ = _copy_for(recipe)(parent, plan.anatomy)
     for step in recipe.steps:
-        rewriter = rewriter_for(step, seed)
-        for site, layer in plan.changed(step):
-            rewriter.convert_layer(copy_, site.layer, layer.project, windows)
-        rewriter.finish(copy_, windows)
+        rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
     if not plan.native:
-        plan = plan.settled({layer: copy_.project(layer) for layer in copy_.converted})
+        plan = plan.settled(map(copy_.settle, plan.after))
     origin = provenance(plan, parent.config, windows, seed)
     return (_native if plan.native else _own)(parent, plan, copy_, origin)
 
 
+def _copy_for(recipe: Recipe) -> type[WorkingCopy]:
+    """The working copy that the steps need: one runs latents, one lets layers read the caches of others."""
+    if any(isinstance(step, ShareStep) for step in recipe.steps):
+        return SharedCopy
+    return LatentStepCopy if any(isinstance(step, LatentStep) for step in recipe.steps) else WorkingCopy
+
+
 def _check_calibration(plan: Plan, calibration: Any) -> None:
     if calibration is None and plan.needs_calibration:
-        step = next(step.rewriter for step in plan.recipe.steps if isinstance(step, LatentStep))
+        step = next(step.rewriter for step in plan.recipe.steps if isinstance(step, (LatentStep, ShareStep)))
         raise PlanError(f"{plan.recipe.name}: {step} asks for calibration text. Give a few hundred documents of it.")
 
 

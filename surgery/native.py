@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .anatomy import Anatomy
+from .runtime.attention import SHARED_STATES
 from .runtime.layout import AttentionSite
 
 
@@ -38,6 +41,27 @@ def meta_model(config: Any) -> PreTrainedModel:
     """The causal LM of `config` without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+
+def hands_down_keywords(anatomy: Anatomy) -> bool:
+    """Whether an unknown keyword argument of the model reaches its first attention, through all layers between."""
+    model = meta_model(anatomy.config)
+    found: list[bool] = []
+
+    class Reached(Exception):
+        pass
+
+    def look(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(SHARED_STATES in kwargs)
+        raise Reached
+
+    model.get_submodule(anatomy.sites[0].module).register_forward_pre_hook(look, with_kwargs=True)
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 2, 2, device="meta")  # a finished mask: making one would read values, and there are none
+    # TypeError: an argument that nobody takes. The others: models that want values before their first attention.
+    with torch.no_grad(), contextlib.suppress(Reached, TypeError, ValueError, RuntimeError):
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **{SHARED_STATES: {}})
+    return found == [True]
 
 
 def _kv_settings(config: Any, value: int) -> list[str]:

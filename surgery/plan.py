@@ -5,7 +5,7 @@ Everything that can be refused is refused here, before a weight is touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +14,11 @@ from rich.table import Table
 
 from .anatomy import Anatomy, examine
 from .errors import PlanError
-from .native import meta_model, native_config
-from .recipe import GqaStep, LatentStep, LowrankStep, MlaStep, Recipe, Step, parse_layers
+from .native import hands_down_keywords, meta_model, native_config
+from .recipe import GqaStep, LatentStep, LowrankStep, MlaStep, Recipe, ShareStep, Step, parse_layers
 from .runtime.latent import latent_refusal
 from .runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
+from .sharing import SEARCHED, check_map, owners_of, sharable
 from .show import count, human_bytes, render, spans
 
 CONTEXTS = {"4k": 4096, "32k": 32768, "128k": 131072}
@@ -45,7 +46,7 @@ class Plan:
         return [
             (site, after)
             for site, before, after in layers
-            if before.project != after.project and (step is None or step.selects(site.layer))
+            if _differs(before, after) and (step is None or step.selects(site.layer))
         ]
 
     @property
@@ -72,18 +73,19 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe has no form without text."""
-        return any(isinstance(step, LatentStep) for step in self.recipe.steps)
+        return any(isinstance(s, LatentStep) or (isinstance(s, ShareStep) and s.needs_text) for s in self.recipe.steps)
 
     @property
     def wants_calibration(self) -> bool:
         """Whether text makes the result better: all but `mean`-like inits and identity."""
         return self.needs_calibration or any(
-            isinstance(s, GqaStep) and s.init not in ("mean", "sqrt_g", "first", "random") for s in self.recipe.steps
+            isinstance(s, ShareStep) or (isinstance(s, GqaStep) and s.init not in ("mean", "sqrt_g", "first", "random"))
+            for s in self.recipe.steps
         )
 
-    def settled(self, projects: Mapping[int, Project]) -> Plan:
-        """The plan with what the calibration text has decided: the project axis of each layer in `projects`."""
-        after = tuple(replace(layer, project=projects.get(layer.layer, layer.project)) for layer in self.after)
+    def settled(self, layers: Iterable[LayerPlan]) -> Plan:
+        """The plan with what the calibration text has decided: all its `layers`."""
+        after = tuple(layers)
         return replace(self, after=after, parameters=_parameters(self.anatomy, self.before, after))
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
     if (
         not any(step.rewriter == "identity" or _is_uneven(step) for step in recipe.steps)
         and all(isinstance(layer.project, Heads) and layer.project.is_uniform for layer in after)
+        and all(layer.owner == layer.layer for layer in after)
         and len(kv_heads) == 1
     ):
         config = native_config(anatomy.config, anatomy.sites, min(kv_heads))
@@ -146,7 +149,23 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
 
 def _check_order(recipe: Recipe) -> None:
     """Refuse recipes whose steps cannot work on one copy of the model."""
+    share = next((i for i, step in enumerate(recipe.steps) if isinstance(step, ShareStep)), None)
+    if share is not None and share < len(recipe.steps) - 1:
+        raise PlanError(
+            f"{recipe.name}: steps[{share + 1}] is {recipe.steps[share + 1].rewriter}, after share: heads are merged "
+            "before caches are shared, and a model shares once. Put share last."
+        )
     kinds = {step.rewriter: i for i, step in enumerate(recipe.steps) if isinstance(step, (GqaStep, LatentStep))}
+    if share is not None:
+        step = recipe.steps[share]
+        assert isinstance(step, ShareStep)
+        other = next((name for name in kinds if name != "gqa" or step.init == "latent"), None)
+        if other is not None:
+            raise PlanError(
+                f"{recipe.name}: steps[{kinds[other]}] is {other}, steps[{share}] shares caches"
+                f"{' of latents' if step.init == 'latent' else ''}: one cache has one form. Take share with init: "
+                "latent and `keep`, which makes one latent for all its readers."
+            )
     if "gqa" in kinds and len(kinds) > 1:
         other = next(name for name in kinds if name != "gqa")
         raise PlanError(
@@ -158,7 +177,21 @@ def _check_order(recipe: Recipe) -> None:
 def _parameters(anatomy: Anatomy, before: tuple[LayerPlan, ...], after: tuple[LayerPlan, ...]) -> int:
     """Parameters of a result whose attentions are ours."""
     layers = zip(anatomy.sites, before, after, strict=True)
-    return anatomy.parameters - sum(_kv_parameters(site, b) - _kv_parameters(site, a) for site, b, a in layers)
+    kept = anatomy.parameters - sum(_kv_parameters(site, b) - _kv_parameters(site, a) for site, b, a in layers)
+    readers = [site for site, a in zip(anatomy.sites, after, strict=True) if a.owner != a.layer]
+    norms = [norm for site in readers for norm in (site.k_norm, site.v_norm) if norm is not None]
+    names = {name for norm in norms for part in (norm.weight, norm.bias) for name in _names(part)}
+    if names:
+        kept -= sum(p.numel() for name, p in meta_model(anatomy.config).named_parameters() if name in names)
+    return kept
+
+
+def _names(parameter: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (parameter,) if isinstance(parameter, str) else parameter or ()
+
+
+def _differs(before: LayerPlan, after: LayerPlan) -> bool:
+    return (before.project, before.owner) != (after.project, after.owner)
 
 
 def _is_uneven(step: Step) -> bool:
@@ -187,7 +220,10 @@ def _kv_parameters(site: AttentionSite, layer: LayerPlan) -> int:
     project = layer.project
     if isinstance(project, Latent):
         maps = project.head_dim * (project.key_rank + project.rope_dims) + project.value_dim * project.value_rank
-        return project.dims * (site.hidden_size + _has_bias(site)) + project.kv_heads * maps
+        down = project.dims * (site.hidden_size + _has_bias(site)) if layer.owner == layer.layer else 0
+        return down + project.kv_heads * maps
+    if layer.owner != layer.layer:
+        return 0
     biases = (site.head_dim if site.k.bias else 0) + (site.value_dim if site.v.bias else 0)
     return project.kv_heads * (site.hidden_size * (site.head_dim + site.value_dim) + biases)
 
@@ -205,6 +241,8 @@ def _apply(step: Step, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ..
             raise PlanError(
                 f"{where}.layers: the model has no attention layer {absent[0]}; it has {spans(sorted(present))}."
             )
+    if isinstance(step, ShareStep):
+        return _share(step, where, anatomy, layers)
     if not isinstance(step, (GqaStep, LatentStep)):
         return layers
     done = []
@@ -253,6 +291,56 @@ def _merge_heads(step: GqaStep, where: str, site: AttentionSite, layer: LayerPla
             f"Use one of {divisors}, or write the groups out: groups: [[0, 1], [2], ...]."
         )
     return replace(layer, project=_heads(site, kv_heads))
+
+
+def _share(step: ShareStep, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+    sites = {site.layer: site for site in anatomy.sites}
+    plans = {layer.layer: layer for layer in layers}
+    chosen = [layer for layer in sorted(sites) if step.selects(layer)]
+    if not hands_down_keywords(anatomy):
+        raise PlanError(
+            f"{where}: {anatomy.architecture} hands its attentions no keyword arguments, so that no layer can be given "
+            "the cache of another. Use gqa."
+        )
+    if isinstance(step.layout, str):
+        owners = owners_of(step.layout, chosen, step.kv_layers, where)
+        if step.layout in SEARCHED:
+            possible = {reader: found for reader, found in sharable(chosen, sites, plans).items() if found}
+            if len(possible) < len(owners):
+                raise PlanError(
+                    f"{where}: {len(owners)} layers are to read the cache of an earlier one, and only {len(possible)} "
+                    f"find one like their own. Use kv_layers: {len(chosen) - len(possible)} or more."
+                )
+            readers = sorted(possible)[-len(owners) :] if owners else []
+            owners = {reader: max(set(possible[reader]) - set(readers)) for reader in readers}
+    else:
+        owners = dict(step.layout)
+        outside = sorted(set(owners) - set(chosen))
+        if outside and outside[0] in sites:
+            raise PlanError(f"{where}: layer {outside[0]} is in the map, and not among layers: {step.layers}.")
+    check_map(owners, sites, plans)
+    for layer in sorted({*owners, *owners.values()}):
+        for fault, is_there in (
+            (f"clamps keys and values to {sites[layer].clip_qkv}", sites[layer].clip_qkv is not None),
+            ("gates its head outputs", sites[layer].gated_output),
+        ):
+            if is_there:
+                raise PlanError(f"layer {layer}: {where} fits what readers read, and this attention {fault}. Use gqa.")
+    if step.init == "latent":
+        groups = {owner for owner in owners.values()}
+        for layer in sorted({*owners, *groups}):
+            at = sites[layer]
+            reason = latent_refusal(at)
+            if reason:
+                raise PlanError(f"layer {layer}: {where} makes a latent, but {reason}")
+            plans[layer] = replace(plans[layer], project=_shared_latent(step, at))
+    return tuple(replace(plans[layer.layer], owner=owners.get(layer.layer, layer.owner)) for layer in layers)
+
+
+def _shared_latent(step: ShareStep, site: AttentionSite) -> Latent:
+    """K of all readers is rotated at read: its mean over layers has no rotated part that suits them all."""
+    numbers = min(int(step.keep * site.kv_dims + 1e-9), site.hidden_size + _has_bias(site))
+    return _latent_of(site, numbers, 0, rotate_on_read=True)
 
 
 # The rules of `surgery.rewriters.latent` (`latent_budget`, `check_latent`), which stands above this module: what it
@@ -354,7 +442,8 @@ def _layers(plan: Plan) -> Table:
         saved = 1 - a.bytes_per_token / b.bytes_per_token if b.bytes_per_token else 0
         return (
             f"{site.heads} q heads x {site.head_dim}",
-            f"{_form(b.project)}{' heads' if isinstance(a.project, Latent) else ''} → {_form(a.project)}",
+            f"{_form(b.project)}{' heads' if isinstance(a.project, Latent) else ''} → {_form(a.project)}"
+            + (f", of layer {a.owner}" if a.owner != a.layer else ""),
             "all" if site.window is None else str(site.window),
             f"{b.bytes_per_token:,} → {a.bytes_per_token:,}",
             f"{saved:.0%}",
@@ -371,9 +460,9 @@ def _layers(plan: Plan) -> Table:
 def _form(project: Project) -> str:
     """What is cached, in a word."""
     if isinstance(project, Latent):
-        if project.rotate_on_read and project.k_rank is not None:
+        if project.k_rank:
             return f"latent {project.k_rank} K, {project.value_rank} V"
-        return f"latent {project.rank} + {project.rope_dims}"
+        return f"latent {project.rank}" + (f" + {project.rope_dims}" if project.rope_dims else "")
     sizes = sorted({len(group) for group in project.groups})
     uneven = "" if len(sizes) == 1 else f" ({'/'.join(map(str, sizes))} q each)"
     return f"{project.kv_heads}{uneven}"
@@ -397,6 +486,8 @@ def _notes(plan: Plan) -> list[str]:
         notes.append("needs: calibration text (a few hundred documents)")
         if any(isinstance(step, LatentStep) and _searches(step) for step in plan.recipe.steps):
             notes.append("the text decides per layer how the numbers are split; their sum stays")
+        if any(isinstance(step, ShareStep) and step.layout in SEARCHED for step in plan.recipe.steps):
+            notes.append("the text decides which layers read which; how many keep a cache stays")
     elif plan.wants_calibration:
         notes.append("asks for: calibration text (a few hundred documents); without it, quality falls")
     if plan.recipe.uptrain:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from .errors import RecipeError
+from .sharing import SEARCHED, check_layout
 
 Init = Literal[
     "rank1", "aligned", "mean", "sqrt_g", "first", "medoid", "random", "weighted", "key_norm", "asym", "qcqa", "dha"
@@ -24,6 +25,7 @@ Grouping = Literal["search", "neighbour"]
 MlaInit = Literal["default", "svd", "whitened", "transmla"]
 LowrankInit = Literal["qw", "plain", "whitened"]
 Layout = Literal["joint", "grouped", "head", "freq"]
+ShareInit = Literal["best", "latent", "replace", "mean", "least_squares"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,57 @@ class LowrankStep(LatentStep):
             raise RecipeError(f"{where}.init: {self.init!r} has no `freq` layout. Use layout: joint, grouped or head.")
 
 
-STEPS: dict[str, type[Step]] = {"identity": IdentityStep, "gqa": GqaStep, "mla": MlaStep, "lowrank": LowrankStep}
+@dataclass(frozen=True, kw_only=True)
+class ShareStep(Step):
+    """Let layers read the cache of an earlier layer and keep none of their own; `layers` selects those that may."""
+
+    rewriter: Literal["share"] = "share"
+    layout: str | dict[int, int] = "cla2"
+    """`cla2`, `cla(3)`, `mlkv(layers=4)`, `yoco`; `mlkv`, `pizza-bottom`, `sandwich-bottom`, `lasagna-bottom` with
+    `kv_layers`; `search` and `kvsharer`, which the text decides; or a map of readers to owners: `{1: 0, 3: 2}`."""
+    kv_layers: int | float | None = None
+    """Layers that keep a cache: how many, or what part of those selected."""
+    init: ShareInit = "best"
+    """How a reader learns to read: the best of `replace` (as it is), `mean` (owner gets the mean of the weights) and
+    `least_squares` (maps folded into q and o) for each reader; or `latent`: the owner caches a latent of its input,
+    made for all its readers."""
+    keep: float = 1.0
+    """`latent` only: numbers of an owner's cache as part of those it had."""
+    refit_queries: bool = True
+    """Refit the readers' `q_proj` by least squares to the parent's attention scores."""
+    refit_output: bool = True
+    """Refit `o_proj` by ridge regression to the parent's attention output."""
+    gain_fit: bool = True
+    """Fit one gain per query head on q and on o by KL to the parent, then fold."""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether there is no form without calibration text."""
+        return self.init not in ("replace", "mean") or self.layout in SEARCHED
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if isinstance(self.layout, str):
+            check_layout(self.layout, self.kv_layers is not None, where)
+        elif self.kv_layers is not None:
+            raise RecipeError(f"{where}: a map says itself how many layers keep a cache. Leave out kv_layers.")
+        elif not self.layout:
+            raise RecipeError(f"{where}.layout: the map is empty. Write for example {{1: 0, 3: 2}}, reader: owner.")
+        if self.kv_layers is not None and (
+            self.kv_layers < 1 if isinstance(self.kv_layers, int) else not 0 < self.kv_layers <= 1
+        ):
+            raise RecipeError(
+                f"{where}.kv_layers: {self.kv_layers} must be a number of layers (4) or a part of them (0.5)."
+            )
+        if not 0 < self.keep <= 1:
+            raise RecipeError(f"{where}.keep: {self.keep:g} must be above 0 and at most 1.")
+        if self.keep < 1 and self.init != "latent":
+            raise RecipeError(f"{where}.keep: {self.init} shares whole heads. Set init: latent, or leave out keep.")
+
+
+STEPS: dict[str, type[Step]] = {
+    "identity": IdentityStep, "gqa": GqaStep, "mla": MlaStep, "lowrank": LowrankStep, "share": ShareStep
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,6 +449,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return value
         near = _nearest(str(value), [str(a) for a in arguments])
         raise RecipeError(f"{where}: {value!r} is not allowed.{near} Allowed: {', '.join(map(str, arguments))}.")
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {
+                _coerce(key, arguments[0], where): _coerce(item, arguments[1], f"{where}.{key}")
+                for key, item in value.items()
+            }
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(item, arguments[0], where) for item in value)

@@ -14,7 +14,7 @@ from .anatomy import Anatomy
 from .errors import PlanError
 from .rewriters.attention_weights import AttentionWeights, parameter_names, read_attention, write_attention
 from .runtime.attention import canonical_weights
-from .runtime.layout import Heads, Project
+from .runtime.layout import Heads, LayerPlan, Project
 from .text import Windows
 
 
@@ -35,8 +35,7 @@ class WorkingCopy:
 
     def read(self, layer: int) -> AttentionWeights:
         """The layer's weights as they are now, with as many KV heads as it really has."""
-        weights = read_attention(self.sites[layer], self.tensor)
-        return collapse(weights, self._groups[layer]) if layer in self._groups else weights
+        return self._collapsed(layer, read_attention(self.sites[layer], self.tensor))
 
     def write(self, layer: int, weights: AttentionWeights) -> None:
         """Replace the layer's weights."""
@@ -45,6 +44,10 @@ class WorkingCopy:
             for name, value in write_attention(expand(weights, site.kv_heads, layer), site, self.tensor).items():
                 self.model.get_parameter(name).copy_(value)
         self._groups[layer] = weights.groups
+
+    def _collapsed(self, layer: int, weights: AttentionWeights) -> AttentionWeights:
+        """Weights as they stand in the copy, without the repetitions of KV heads."""
+        return collapse(weights, self._groups[layer]) if layer in self._groups else weights
 
     def tensor(self, name: str) -> Tensor:
         """One parameter of the copy."""
@@ -72,6 +75,10 @@ class WorkingCopy:
         return Heads(
             kv_heads=weights.kv_heads, head_dim=weights.head_dim, value_dim=weights.value_dim, groups=weights.groups
         )
+
+    def settle(self, plan: LayerPlan) -> LayerPlan:
+        """`plan` with what the text has decided for its layer."""
+        return replace(plan, project=self.project(plan.layer)) if plan.layer in self.converted else plan
 
     @torch.no_grad()
     def divergence(self, windows: Windows) -> float:

@@ -10,6 +10,7 @@ REWRITERS = {
     "identity": "surgery.rewriters.identity:Identity",
     "lowrank": "surgery.rewriters.latent_steps:Lowrank",
     "mla": "surgery.rewriters.latent_steps:Mla",
+    "share": "surgery.rewriters.share:Share",
 }
 
 

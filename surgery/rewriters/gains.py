@@ -11,6 +11,7 @@ from torch import Tensor
 from ..runtime.layout import AttentionSite
 
 
+@torch.enable_grad()
 def fit_gains(
     student: torch.nn.Module,
     parent: torch.nn.Module,

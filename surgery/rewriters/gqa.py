@@ -28,6 +28,7 @@ from .grouping import (
     search_groups,
     share_queries,
 )
+from .layerwise import Layerwise
 from .moments import Moments, stream_moments
 from .pooling import pool_heads, source_queries
 from .reference import attend
@@ -39,7 +40,7 @@ GAIN_WINDOWS = 64
 GAIN_BATCH = 8
 
 
-class Gqa:
+class Gqa(Layerwise):
     """Merges KV heads, each layer on statistics of the already converted prefix (error compensation)."""
 
     def __init__(self, step: GqaStep, seed: int = 0) -> None:

@@ -6,13 +6,10 @@ from typing import Any
 
 
 class Identity:
-    """The rewriter of `IdentityStep`: no layer changes its plan, so no layer is ever handed to it."""
+    """The rewriter of `IdentityStep`: no layer changes its plan, so no layer is handed to it."""
 
     def __init__(self, step: Any, seed: int = 0) -> None:
         del step, seed
 
-    def convert_layer(self, *args: Any) -> None:
+    def convert(self, *args: Any) -> None:
         """Nothing to convert."""
-
-    def finish(self, *args: Any) -> None:
-        """Nothing to tune."""

@@ -16,6 +16,7 @@ from .latent import LatentWeights, in_site_order, rope_splits
 from .latent_copy import LatentCopy
 from .latent_fit import Candidate, FitOptions, finish, fit_layer, lowrank_candidates, mla_candidates
 from .latent_mla import mla_freq
+from .layerwise import Layerwise
 
 SHARES = (0.34, 0.38, 0.42, 0.46)
 """Parts of a `lowrank` budget tried for K: V needs the larger one."""
@@ -39,7 +40,7 @@ class LatentStepCopy(LatentCopy):
         return canonical_latent(self.latents[layer], site, canonical_weights(site, self.tensor))
 
 
-class LatentStep:
+class LatentStep(Layerwise):
     """What both steps share; each layer is fitted on the converted prefix."""
 
     def __init__(self, step: MlaStep | LowrankStep, seed: int = 0) -> None:

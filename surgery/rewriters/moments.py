@@ -74,7 +74,7 @@ def stream_moments(copy: WorkingCopy, layer: int, weights: AttentionWeights, win
         return Moments.of_weights(weights, input_moments(copy.model, site, windows, weights.has_bias))
     sums: list[Tensor] = []
     for x_PD in projection_inputs(copy.model, site, windows):
-        q, k, v = _normed(weights, x_PD)
+        q, k, v = normed_heads(weights, x_PD)
         parts = [
             torch.einsum("pah,pbj->ahbj", k, k),
             torch.einsum("pnh,pnj->nhj", q, q),
@@ -85,8 +85,8 @@ def stream_moments(copy: WorkingCopy, layer: int, weights: AttentionWeights, win
     return Moments(k_KHKH=k_KHKH, q_NHH=q_NHH, v_KVKV=v_KVKV)
 
 
-def _normed(weights: AttentionWeights, x_PD: Tensor) -> list[Tensor]:
-    """q [P, N, H], k [P, K, H], v [P, K, Hv] in float64."""
+def normed_heads(weights: AttentionWeights, x_PD: Tensor) -> list[Tensor]:
+    """q [P, N, H], k [P, K, H], v [P, K, Hv] of inputs [P, D]: behind q/k norms, before rotation. float64."""
     x = x_PD.double()
     if weights.has_bias:
         x = torch.cat([x, torch.ones_like(x[:, :1])], -1)

@@ -1,0 +1,170 @@
+"""The `share` step: layers read the cache of an earlier layer, and learn to by closed forms on calibration text.
+
+Readers are converted in order, each on the converted prefix. What is fitted on one part of the text is kept only where
+another part confirms it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..recipe import ShareStep
+from ..runtime.layout import Latent, LayerPlan
+from ..sharing import SEARCHED, kept_layers, sharable
+from ..text import Windows
+from .attention_weights import AttentionWeights
+from .gains import fit_gains
+from .reference import head_outputs
+from .refit import OutputFit, QueryFit
+from .share_copy import SharedCopy
+from .share_latent import share_latents
+from .share_maps import least_squares, mean_weights, pair_moments
+from .share_search import kvsharer_pairs, search_pairs
+
+QUERY_TOKENS = 6_000
+SEARCH_WINDOWS = 12
+"""Check windows that inits are compared on; refits are accepted on all of them."""
+GAIN_WINDOWS = 64
+GAIN_BATCH = 8
+
+
+class Share:
+    """Gives readers their owners, by a layout or by a search, and fits them."""
+
+    def __init__(self, step: ShareStep, seed: int = 0) -> None:
+        self.step = step
+        self.orders: dict[int, list[int]] = {}
+        """The query head, before, of each of a reader's."""
+        del seed  # nothing here is random
+
+    def convert(self, copy: SharedCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
+        """Convert all readers, and in latent form their owners. In place; None asks for the data-free form."""
+        self.merged = set(copy.converted)
+        owners = self.owners(copy, plans, windows)
+        if self.step.init == "latent":
+            assert windows is not None
+            ranks = {plan.project.rank for plan in plans if isinstance(plan.project, Latent)}
+            share_latents(copy, owners, min(ranks), windows, self._refit)
+        else:
+            originals = {layer: copy.read(layer) for layer in copy.sites}
+            for reader, owner in sorted(owners.items()):
+                self._share_heads(copy, reader, owner, originals, windows)
+        if windows is not None and self.step.gain_fit:
+            self._fit_gains(copy, windows)
+
+    def owners(self, copy: SharedCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> dict[int, int]:
+        """Reader -> owner: the plan's, or what the text says is cheapest."""
+        planned = {plan.layer: plan.owner for plan in plans if plan.owner != plan.layer}
+        if self.step.layout not in SEARCHED:
+            return planned
+        assert windows is not None
+        chosen = [layer for layer in sorted(copy.sites) if self.step.selects(layer)]
+        alone = {
+            layer: LayerPlan(layer=layer, project=copy.project(layer), owner=layer, window=copy.sites[layer].window)
+            for layer in chosen
+        }
+        readers = len(chosen) - kept_layers(self.step.kv_layers, len(chosen), "kv_layers")
+        possible = sharable(chosen, copy.sites, alone)
+        if self.step.layout == "kvsharer":
+            return kvsharer_pairs(copy, possible, readers, windows)
+        return search_pairs(copy, possible, readers, windows, latent=self.step.init == "latent")
+
+    def _share_heads(
+        self,
+        copy: SharedCopy,
+        reader: int,
+        owner: int,
+        originals: dict[int, AttentionWeights],
+        windows: Windows | None,
+    ) -> None:
+        before, kept = originals[reader], copy.read(owner)
+        copy.owners[reader] = owner
+        moments = None if windows is None else pair_moments(copy, reader, owner, windows)
+
+        def mean() -> AttentionWeights:
+            members = [owner, *(r for r, o in copy.owners.items() if o == owner)]
+            copy.write(owner, mean_weights(copy, {layer: originals[layer] for layer in members}, owner))
+            return before
+
+        def mapped() -> AttentionWeights:
+            assert moments is not None
+            made, self.orders[reader] = least_squares(before, moments)
+            return made
+
+        forms: dict[str, Callable[[], AttentionWeights]] = {
+            "replace": lambda: before,
+            "mean": mean,
+            "least_squares": mapped,
+        }
+        if self.step.init != "best":
+            forms = {self.step.init: forms[self.step.init]}
+        tried = []
+        for name, make in forms.items():
+            copy.write(owner, kept)
+            copy.write(reader, make())
+            loss = 0.0
+            if len(forms) > 1:
+                assert windows is not None
+                loss = copy.divergence(windows.split()[1].take(SEARCH_WINDOWS))
+            tried.append((loss, name, copy.read(reader), copy.read(owner)))
+        _, name, chosen, made = min(tried, key=lambda found: found[0])
+        if name != "least_squares":
+            self.orders.pop(reader, None)
+        copy.write(owner, made)
+        copy.write(reader, chosen)
+        if windows is not None:
+            self._refit(copy, reader, owner, before, windows)
+
+    def _refit(self, copy: SharedCopy, layer: int, owner: int, target: AttentionWeights, windows: Windows) -> None:
+        """W_q by the scores of `target`, then W_o by the parent's output, on what the layer now reads; kept if better.
+
+        Args:
+            target: the layer before it was to read others' K and V.
+        """
+        fit, check = windows.split()
+        best, loss = copy.read(layer), copy.divergence(check)
+        steps = []
+        if self.step.refit_queries and best.q_norm is None and best.softcap is None:
+            steps.append(self._fit_queries)
+        if self.step.refit_output:
+            steps.append(self._fit_output)
+        for step in steps:
+            copy.write(layer, step(copy, layer, owner, target, fit))
+            found = copy.divergence(check)
+            if found < loss:
+                best, loss = copy.read(layer), found
+            else:
+                copy.write(layer, best)
+
+    def _fit_queries(
+        self, copy: SharedCopy, layer: int, owner: int, target: AttentionWeights, fit: Windows
+    ) -> AttentionWeights:
+        student = copy.read(layer)
+        found = QueryFit(target, student, self.orders.get(layer, range(student.heads)))
+        for a, x_owner in copy.activations(layer, owner, fit):
+            k, _ = copy.keys_values(layer, x_owner)
+            # Merged heads have no scores of the parent's to meet: theirs are those of the layer after merging.
+            x_target = a.x_student_BTD if layer in self.merged else a.x_parent_BTD
+            found.add(x_target, a.x_student_BTD, a.mask_BT, max(1, fit.tokens // QUERY_TOKENS), k)
+        return found.solve()
+
+    def _fit_output(
+        self, copy: SharedCopy, layer: int, owner: int, target: AttentionWeights, fit: Windows
+    ) -> AttentionWeights:
+        student, parent, found = copy.read(layer), copy.parent(layer), OutputFit()
+        for a, x_owner in copy.activations(layer, owner, fit):
+            y = torch.einsum("btnv,dnv->btd", head_outputs(parent, a.x_parent_BTD), parent.o_DNV)
+            found.add(copy.outputs(layer, a.x_student_BTD, x_owner, student), y + a.gap_BTD, a.mask_BT)
+        return found.solve(student)
+
+    def _fit_gains(self, copy: SharedCopy, windows: Windows) -> None:
+        """One gain per query head on q and on o, in all converted layers together, by KL to the parent."""
+        fit, check = windows.take(GAIN_WINDOWS).split()
+        batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(GAIN_BATCH)]
+        sites = [copy.sites[layer] for layer in sorted({*copy.owners, *copy.latents})]
+        before, kept = copy.divergence(check), copy.state()
+        fit_gains(copy.model, copy.teacher, batches, [site for site in sites if not site.gated_output])
+        if copy.divergence(check) > before:
+            copy.restore(kept)
