@@ -24,9 +24,8 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     partial_lse_ptr,
     out_ptr,
     lse_ptr,
-    tiles_ptr,  # ragged: running number of tiles by row, [rows + 1]
+    plan_ptr,  # ragged: running number of pages by row [rows + 1], pages per program
     parts,
-    per_program,  # ragged: tiles per program
     GROUP: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -37,8 +36,9 @@ def combine_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     g = tl.program_id(1)
     if RAGGED:
-        begin = tl.load(tiles_ptr + row)
-        end = tl.load(tiles_ptr + row + 1)
+        begin = tl.load(plan_ptr + row)
+        end = tl.load(plan_ptr + row + 1)
+        per_program = tl.load(plan_ptr + tl.num_programs(0) + 1)
         first = begin // per_program + row
         count = tl.where(end > begin, (end - 1) // per_program - begin // per_program + 1, 0)
     else:
@@ -83,10 +83,9 @@ def launch_combine(
     rows: int,
     group: int,
     parts: int,
-    tiles: Tensor | None = None,
-    per_program: int = 1,
+    plan: Tensor | None = None,
 ) -> None:
-    """Fill `out` and `lse`; with `tiles`, the parts of a row lie where `decode_ragged` puts them."""
+    """Fill `out` and `lse`; with `plan`, the parts of a row lie where `decode_ragged` puts them."""
     width = out.shape[-1]
     launch(
         combine_kernel,
@@ -95,14 +94,13 @@ def launch_combine(
         partial_lse,
         out,
         lse,
-        partial_lse if tiles is None else tiles,
+        partial_lse if plan is None else plan,
         parts,
-        per_program,
         GROUP=group,
         V_DIM=width,
         BLOCK_V=power_of_two(width),
         BLOCK_P=16,
-        RAGGED=tiles is not None,
+        RAGGED=plan is not None,
         num_warps=4,
     )
 

@@ -204,6 +204,7 @@ def decode_gqa_triton(
         width=power_of_two(H),
         block_m=block_m,
         rows=bucket(B * K),
+        paged=page > 0,
     )
     block_n = min(config.block_n, page) if page else config.block_n
     blocks = B * K * ceil_div(group, block_m)

@@ -7,9 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .compact import compact__triton
 from .decode_gqa import decode_gqa_triton
 from .decode_latent import decode_latent_triton
+from .decode_ragged import decode_ragged_triton
 from .launching import Device, Launch, recording
+from .merge_append import merge_append__triton
+from .ragged_schedule import ragged_schedule_triton
 from .rope_append import rope_append__triton
 
 
@@ -57,6 +61,38 @@ def _append(*, kv_heads: int, width: int, pairs: int, start: int, values: bool) 
     return run
 
 
+def _ragged(*, heads: int = 32, kv_heads: int = 8, width: int = 128) -> Callable[[], object]:
+    def run() -> object:
+        k = _new(16 * kv_heads * 512, 64, width)
+        lengths, programs = _lengths(16, kv_heads), 2 * 132
+        plan = _lengths(16 * kv_heads + 2 + programs)
+        return decode_ragged_triton(
+            _new(16, heads, width), k, torch.empty_like(k), _lengths(16, kv_heads, 512), lengths, plan, 0.1
+        )
+
+    return run
+
+
+def _schedule() -> object:
+    return ragged_schedule_triton(_lengths(32, 16, 8), 264, 64)
+
+
+def _compact() -> None:
+    k = _new(16 * 8 * 512, 64, 128)
+    keep = _new(16, 8, 512 * 64, dtype=torch.bool)
+    compact__triton(k, torch.empty_like(k), _lengths(16, 8, 512), keep, _lengths(16, 8))
+
+
+def _merge() -> object:
+    k, sums = _new(16 * 8 * 512, 64, 128), _new(16, 8, 128, dtype=torch.float32)
+    small, new = _new(16, 8, dtype=torch.float32), _new(16, 8, 128)
+    angles = _new(16, 64, dtype=torch.float32)
+    return merge_append__triton(
+        _new(16, 32, 128), new, new, _new(16, 8, dtype=torch.bool), small, angles, angles, _lengths(16, 8, 512), k,
+        torch.empty_like(k), sums, sums, small, _lengths(16, 8),
+    )  # fmt: skip
+
+
 SHAPES: dict[str, Callable[[], object]] = {
     "gqa 32/8": _gqa(),
     "gqa 32/8 batch 1": _gqa(batch=1),
@@ -75,6 +111,12 @@ SHAPES: dict[str, Callable[[], object]] = {
     "latent 32 x 128": _latent(heads=32, rank=128, rope=0),
     "append 32/8": _append(kv_heads=8, width=128, pairs=64, start=0, values=True),
     "append latent": _append(kv_heads=1, width=576, pairs=32, start=512, values=False),
+    "ragged 32/8": _ragged(),
+    "ragged mha 32": _ragged(kv_heads=32),
+    "ragged 32/8 width 64": _ragged(width=64),
+    "ragged schedule": _schedule,
+    "compact": _compact,
+    "merge append": _merge,
 }
 
 

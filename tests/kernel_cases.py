@@ -209,6 +209,108 @@ def rope_append(
         assert torch.equal(v_cache.double(), want_v)
 
 
+def paged(lengths_BK: Tensor, page: int, *widths: int, dtype: torch.dtype, device: str) -> tuple[Tensor, list[Tensor]]:
+    """A page table for `lengths`, with pages in random order, and caches [pages, page, width] full of numbers."""
+    B, K = lengths_BK.shape
+    count = -(-int(lengths_BK.max()) // page) + 1
+    order = torch.randperm(B * K * count + 3, generator=torch.Generator().manual_seed(9))[: B * K * count]
+    caches = [random(B * K * count + 3, page, w, dtype=dtype, device=device, seed=i) for i, w in enumerate(widths)]
+    return order.view(B, K, count).to(device, torch.int32), caches
+
+
+@case("ragged_schedule", programs=7)
+@case("ragged_schedule_more_programs_than_work", programs=100)
+def ragged_schedule(op: Operators, dtype: torch.dtype, device: str, *, programs: int) -> None:
+    lengths = torch.tensor([[[0, 1, 64], [65, 3000, 0]], [[0, 0, 0], [0, 0, 0]], [[9, 9, 9], [9, 9, 9000]]])
+    lengths = lengths.to(device, torch.int32)
+    plan = op("ragged_schedule")(lengths, programs, 64)
+    want = module("ragged_schedule").ragged_schedule_reference(lengths.flatten(1), programs, 64)
+    assert torch.equal(plan, want)
+
+
+@case("decode_ragged_group_4", heads=8, kv_heads=2)
+@case("decode_ragged_mha_few_programs", heads=2, kv_heads=2, programs=2)
+@case("decode_ragged_pages_of_16", heads=2, kv_heads=1, page=16, programs=5)
+@case("decode_ragged_odd_widths", heads=4, kv_heads=2, width=48, value_width=80)
+def decode_ragged(
+    op: Operators,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    heads: int,
+    kv_heads: int,
+    page: int = 64,
+    programs: int = 11,
+    width: int = 32,
+    value_width: int = 32,
+) -> None:
+    lengths = torch.tensor([[0, 300], [1, 65], [64, 63], [600, 0]], dtype=torch.int32, device=device)
+    lengths = lengths[:, :kv_heads].contiguous()
+    q = random(4, heads, width, dtype=dtype, device=device)
+    pages, (k, v) = paged(lengths, page, width, value_width, dtype=dtype, device=device)
+    want, want_lse = module("decode_ragged").decode_ragged_reference(q, k, v, pages, lengths, 0.2)
+    behind = torch.arange(pages.shape[2] * page, device=device) >= lengths[..., None]
+    for cache in (k, v):
+        cache[pages.long()] = cache[pages.long()].masked_fill(behind.unflatten(-1, (-1, page))[..., None], torch.nan)
+    plan = op("ragged_schedule")(lengths[None], programs, page)[0]
+    out, lse = op("decode_ragged")(q, k, v, pages, lengths, plan, 0.2)
+    assert_near(out, want)
+    assert_same_lse(lse, want_lse)
+
+
+@case("compact")
+def compact(op: Operators, dtype: torch.dtype, device: str) -> None:
+    lengths = torch.tensor([[70, 0], [33, 128], [1, 100]], dtype=torch.int32, device=device)
+    pages, (k, v) = paged(lengths, 32, 32, 48, dtype=dtype, device=device)
+    keep = torch.rand(3, 2, pages.shape[2] * 32, generator=torch.Generator().manual_seed(1)).to(device) > 0.4
+    keep[1, 1], keep[2, 1] = True, False
+    keys, values, counts = module("compact").compact_reference(k, v, pages, keep, lengths)
+    before = k.clone()
+    op("compact_")(k, v, pages, keep, lengths)
+    assert torch.equal(lengths.cpu(), counts)
+    for row, table in enumerate(pages.flatten(0, 1).long()):
+        assert torch.equal(k[table].flatten(0, 1)[: len(keys[row])], keys[row])
+        assert torch.equal(v[table].flatten(0, 1)[: len(values[row])], values[row])
+    unused = [page for page in range(len(k)) if page not in pages.flatten().tolist()]
+    assert torch.equal(k[unused], before[unused])
+
+
+@case("merge_append_halves")
+@case("merge_append_interleaved_in_the_middle", pairs=6, start=10, interleaved=True)
+@case("merge_append_without_rotation", pairs=0)
+def merge_append(
+    op: Operators, dtype: torch.dtype, device: str, *, pairs: int = 16, start: int = 0, interleaved: bool = False
+) -> None:
+    B, N, K, H, V, page = 3, 4, 2, 32, 48, 16
+    lengths = torch.tensor([[0, 5], [16, 31], [1, 17]], dtype=torch.int32, device=device)
+    pages, (k_cache, v_cache) = paged(lengths, page, H, V, dtype=dtype, device=device)
+    q, k, v = (random(B, n, w, dtype=dtype, device=device, seed=i) for i, (n, w) in enumerate(((N, H), (K, H), (K, V))))
+    merge = torch.tensor([[True, True], [False, False], [True, False]], device=device)
+    weight = torch.rand(B, K, generator=torch.Generator().manual_seed(5)).to(device) + 0.1
+    angles = 9 * random(B, pairs, dtype=torch.float32, device=device, seed=3)
+    cos, sin = angles.cos(), angles.sin()
+    open_run = (merge & (lengths > 0))[..., None]
+    sums_k = random(B, K, H, dtype=torch.float32, device=device, seed=6).masked_fill(~open_run, torch.nan)
+    sums_v = random(B, K, V, dtype=torch.float32, device=device, seed=7).masked_fill(~open_run, torch.nan)
+    z = torch.full((B, K), 1.5, device=device).masked_fill(~open_run[..., 0], torch.nan)
+    rope = module("rope_append").rope_reference
+    key, value, *want = module("merge_append").merge_append_reference(
+        k, v, merge, weight, cos, sin, sums_k, sums_v, z, lengths, start, interleaved
+    )
+    caches, state = [k_cache.clone(), v_cache.clone()], [sums_k, sums_v, z, lengths]
+    turned = op("merge_append_")(q, k, v, merge, weight, cos, sin, pages, *caches, *state, interleaved, start)
+    assert_near(turned, rope(q, cos, sin, start, interleaved))
+    for got, wanted in zip(state[:3], want[:3], strict=True):
+        assert_near(got, wanted)
+    assert torch.equal(lengths, want[3])
+    slots = (lengths - 1).long()
+    lines = pages.gather(2, (slots // page)[..., None])[..., 0].long()
+    for cache, before, new in zip(caches, (k_cache, v_cache), (key, value), strict=True):
+        assert_near(cache[lines, slots % page], new)
+        before[lines, slots % page] = cache[lines, slots % page]
+        assert torch.equal(cache, before)
+
+
 @case("combine_skips_empty_parts")
 def combine(op: Operators, dtype: torch.dtype, device: str) -> None:
     R, P, G, V = 3, 21, 2, 40
@@ -242,7 +344,7 @@ def on_triton(name: str) -> Callable[..., Any]:
     return getattr(module(MODULES.get(name, name)), f"{name}_triton")
 
 
-MODULES: dict[str, str] = {"rope_append_": "rope_append"}
+MODULES: dict[str, str] = {"rope_append_": "rope_append", "compact_": "compact", "merge_append_": "merge_append"}
 """File of each operator that is not alone in a file of its name."""
 
 
