@@ -291,7 +291,7 @@ class Uptrainer(Trainer):
         name = f"{CHECKPOINT}{self.state.global_step}"
         staging = root / _SAVING
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            clean(root)
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._staging = staging
@@ -305,11 +305,11 @@ class Uptrainer(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            shutil.rmtree(root / name, ignore_errors=True)
+            old = [root / name] if (root / name).exists() else []
+            _remove(root, old)
             (staging / name).rename(root / name)
-            shutil.rmtree(staging)
-            for old in checkpoints(root)[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            _remove(root, checkpoints(root)[: -self.keep])
+            clean(root)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -355,6 +355,19 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix(CHECKPOINT)))
 
 
+def _remove(root: Path, folders: list[Path]) -> None:
+    """Delete checkpoints; one that is half deleted has another name, like one that is half written."""
+    for folder in folders:
+        (root / _SAVING).mkdir(exist_ok=True)
+        folder.rename(root / _SAVING / f"old-{folder.name}")
+        shutil.rmtree(root / _SAVING / f"old-{folder.name}", ignore_errors=True)
+
+
+def clean(root: Path) -> None:
+    """Remove what a killed run was writing or deleting."""
+    shutil.rmtree(root / _SAVING, ignore_errors=True)
+
+
 @contextmanager
 def _disk_errors(root: Path) -> Iterator[None]:
     """What the many writers of a checkpoint raise when the disk is full, as one error."""
@@ -364,7 +377,7 @@ def _disk_errors(root: Path) -> Iterator[None]:
         text = str(error)
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text and "No space" not in text:
             raise
-        shutil.rmtree(root / _SAVING, ignore_errors=True)
+        clean(root)
         kept = checkpoints(root)
         last = f"The last one stays: {kept[-1]}." if kept else "There is none yet."
         reason = "the disk is full" if "No space" in text or "PytorchStreamWriter" in text else text

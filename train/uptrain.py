@@ -36,7 +36,7 @@ from .data import PackedText, split_batch
 from .documents import Documents, open_documents, training_tokenizer
 from .parent import Parent, check_parent, check_sites, different_weights, read_head
 from .schedule import Schedule, schedule
-from .trainer import FreshOptimizer, HeldOut, Uptrainer, checkpoints, core
+from .trainer import FreshOptimizer, HeldOut, Uptrainer, checkpoints, clean, core
 
 RUN = "run.json"
 SUMMARY = "uptraining.json"
@@ -446,7 +446,8 @@ def _resume_from(setup: Setup) -> Path | None:
         CheckpointError: OUT belongs to another run.
     """
     run = setup.run
-    shutil.rmtree(run.out / "checkpoints" / ".saving", ignore_errors=True)
+    if _world()[1] == 0:
+        clean(run.out / "checkpoints")
     found = checkpoints(run.out / "checkpoints")
     if run.resume is None:
         if found:
