@@ -239,7 +239,7 @@ def demo(
     run(out, fast=fast, overwrite=overwrite)
 
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure what a cache layout gives, in speed.")
+bench_app = typer.Typer(no_args_is_help=True, help="What a cache layout gives, in speed and in sequences.")
 app.add_typer(bench_app, name="bench")
 
 
@@ -280,6 +280,37 @@ def bench_decode(
         device=device,
         compiled=not eager,
         transformers=not alone,
+    )
+    _out(*result.tables())
+    _write_json(json_file, result.to_dict())
+
+
+@bench_app.command(
+    name="capacity",
+    epilog="Examples: surgery bench capacity ./my-model | surgery bench capacity ./my-model -r cla2 -r gqa-4x "
+    "--memory 24GB --context 8192",
+)
+def bench_capacity(
+    model: Model,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="Several times. Default cla2, gqa-2x, cla2-gqa-2x.")
+    ] = None,
+    memory: Annotated[str, typer.Option(help="For weights and caches, such as 80GiB or 24GB.")] = "80GiB",
+    context: Annotated[
+        list[int] | None, typer.Option(help="Tokens per sequence; several times. Default 4096, 32768, 131072.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Count the sequences that fit into a memory, for the model and for what recipes make of it. Reads no weights."""
+    from .capacity import capacity
+    from .measure.memory import parse_bytes
+    from .plan import CONTEXTS
+
+    result = capacity(
+        model,
+        recipe or ("cla2", "gqa-2x", "cla2-gqa-2x"),
+        memory=parse_bytes(memory),
+        contexts=context or tuple(CONTEXTS.values()),
     )
     _out(*result.tables())
     _write_json(json_file, result.to_dict())

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import surgery
 from surgery.anatomy import examine
+from surgery.capacity import capacity
 from surgery.errors import PlanError, RecipeError
 from surgery.measure.memory import cache_bytes
 from surgery.plan import plan
@@ -21,6 +22,7 @@ from surgery.recipe import Recipe
 from surgery.rewriters.share_copy import SharedCopy
 from surgery.rewriters.share_maps import assign, input_gain, mean_weights
 from surgery.sharing import owners_of
+from surgery.show import render
 
 BARE = {"refit_queries": False, "refit_output": False, "gain_fit": False}
 
@@ -184,10 +186,10 @@ def test_a_latent_serves_readers_whose_weights_differ() -> None:
     [
         ("llama", {"init": "best"}),
         ("llama", {"init": "latent", "keep": 0.75}),
-        ("llama_bias_wide", {"init": "latent", "keep": 0.3}),
-        ("qwen3", {"init": "least_squares"}),
-        ("mistral", {"init": "latent", "keep": 0.75}),
-        ("phi3", {"init": "best"}),
+        ("llama_bias_wide", {"init": "latent", "keep": 0.3, **BARE}),
+        ("qwen3", {"init": "least_squares", **BARE}),
+        ("mistral", {"init": "latent", "keep": 0.75, **BARE}),
+        ("phi3", {"init": "best", **BARE}),
     ],
 )
 def test_the_cache_holds_what_is_planned_and_readers_lose_their_projections(family: str, step: dict[str, Any]) -> None:
@@ -275,6 +277,20 @@ def test_the_assignment_of_heads_is_a_good_permutation() -> None:
         best = max(sum(gain[i, p[i]] for i in range(5)) for p in itertools.permutations(range(5)))
         assert sorted(chosen) == list(range(5))
         assert sum(gain[i, c] for i, c in enumerate(chosen)) >= 0.99 * best
+
+
+def test_capacity_counts_what_fits_beside_the_weights() -> None:
+    model = deep()
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    per_sequence = plan(model, "identity").cache_bytes(100)
+    found = capacity(model, [recipe(init="mean")], memory=weights + 10 * per_sequence, contexts=[100, 10**6])
+    before, after = found.rows
+    assert before.batches == (10, 0)
+    gained = (before.weight_bytes - after.weight_bytes) // (per_sequence // 2)
+    assert after.batches == (20 + gained, 0)
+    assert "none fits" in render(found.tables())
+    with pytest.raises(PlanError, match="contexts"):
+        capacity(model, [], memory=1, contexts=[])
 
 
 def test_converting_leaves_the_parent_as_it_was() -> None:
