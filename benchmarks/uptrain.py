@@ -1,0 +1,426 @@
+"""Uptraining: tokens until most of a conversion's damage is gone, equality of runs, step time, memory.
+
+    python benchmarks/uptrain.py recover      # tokens to close 90 % of the gap: ours beside plain cross-entropy
+    python benchmarks/uptrain.py recipes      # every recipe on the bundled model, before and after, with its control
+    python benchmarks/uptrain.py resume       # kill -9 at three random moments, compared bit for bit
+    python benchmarks/uptrain.py processes    # two gloo processes beside one, 50 steps
+    python benchmarks/uptrain.py overhead     # step time with the parent beside plain fine-tuning
+    python benchmarks/uptrain.py memory       # chunked KL at a vocabulary of 128k
+    python benchmarks/uptrain.py plot         # the curves of `recover`
+
+Each part replaces its own section of results/uptrain.json. Text: of the bundled model's corpus, the first 1500
+documents of the training split, and the validation split; for the stories model, stories 0-379 and from 400 on,
+lower-cased. The stories model is first trained on its text until that teaches it nothing more (`adapted`): otherwise
+plain cross-entropy gets better than the parent by learning the text, whatever the conversion did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, environment, peak_gigabytes, reference, write
+from rich.console import Console
+from rich.table import Table
+
+import surgery
+from surgery.reference import SMALL
+from surgery.train.losses import Head, distil
+from surgery.train.pretrain import read_corpus
+from surgery.train.trainer import checkpoints
+from surgery.train.uptrain import Run, uptrain
+
+SEED = 0
+LENGTH = 256
+PLAIN = {"grouping": "neighbour", "refit_queries": False, "refit_output": False, "gain_fit": False}
+OURS = {"layer_local": 0.1}
+CE = {"layer_local": 0, "kl": 0, "ce": 1}
+WORK = Path(tempfile.gettempdir()) / "surgery-uptrain-benchmark"
+"""Converted models and runs; kept, so that a later part need not convert again."""
+
+
+def jsonl(path: Path, texts: list[str]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def text_of(model: str) -> tuple[str, str]:
+    """(training, held-out) text files."""
+    train, held = WORK / f"{model}-train.jsonl", WORK / f"{model}-held.jsonl"
+    if not held.exists() and model == "small":
+        corpus = reference("corpus")
+        jsonl(train, list(itertools.islice(read_corpus(corpus / "train.jsonl.xz"), 1500)))
+        jsonl(held, list(read_corpus(corpus / "valid.jsonl.xz")))
+    elif not held.exists():
+        lines = reference("text", "tinystories-917.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"].lower() for line in lines]
+        jsonl(train, texts[:380])
+        jsonl(held, texts[400:])
+    return str(train), str(held)
+
+
+def adapted() -> Path:
+    """stories940K after 0.8M more tokens of its training text."""
+    folder = WORK / "stories" / "model"
+    if not folder.exists():
+        train, held = text_of("stories")
+        source = reference("checkpoints", "stories940K-tok105-hf")
+        seedling = WORK / "stories-seedling"
+        if not seedling.exists():  # the program trains converted models, and their parents as a control
+            surgery.save(surgery.convert(surgery.load(source), recipe("mqa", PLAIN | {"init": "mean"})), seedling)
+        uptrain(
+            Run(
+                model=str(seedling),
+                data=train,
+                out=WORK / "stories",
+                control=True,
+                held_out=held,
+                held_out_windows=64,
+                eval_steps=40,
+                overrides=("train=all", "tokens=800000", "batch=16", f"length={LENGTH}", "learning_rate=1e-3"),
+            )
+        )
+    return folder
+
+
+def recipe(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    made = surgery.Recipe.load(name, [f"{key}={value}" for key, value in options.items()])
+    return {**made.to_dict(), "uptrain": {"tokens": 1}}
+
+
+def converted(model: str, name: str, options: dict[str, Any] | None = None) -> str:
+    """A conversion of the bundled or the adapted stories model, made once."""
+    out = WORK / f"{model}-{name}{'-mean' if options else ''}"
+    if not out.exists():
+        parent = SMALL if model == "small" else adapted()
+        train, _ = text_of(model)
+        surgery.convert_checkpoint(
+            parent, recipe(name, options or {}), out, calibration=None if options else train, samples=48, length=LENGTH
+        )
+    return str(out)
+
+
+MEAN = {"init": "mean", **PLAIN}
+RECOVER: dict[str, dict[str, Any]] = {
+    "small gqa-4x": {
+        "runs": {
+            "mean, ours": ("small", "gqa-4x", MEAN, OURS),
+            "mean, cross-entropy": ("small", "gqa-4x", MEAN, CE),
+        },
+        "tokens": 163840, "batch": 8, "rates": {"ours": 1e-3, "cross-entropy": 1e-3}, "target": "mean, ours",
+    },
+    "stories 4->1": {
+        "runs": {
+            "ours, ours": ("stories", "mqa", None, OURS),
+            "ours, cross-entropy": ("stories", "mqa", None, CE),
+            "mean, ours": ("stories", "mqa", MEAN, OURS),
+            "mean, cross-entropy": ("stories", "mqa", MEAN, CE),
+        },
+        "tokens": 409600, "batch": 16, "rates": {"ours": 1e-3, "cross-entropy": 1e-3}, "target": "ours, ours",
+    },
+}  # fmt: skip
+"""Conversion, then training. The common goal closes 90 % of the gap of the run named `target`."""
+
+
+def curve(name: str, model: str, text: str, tokens: int, batch: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Held-out loss and KL along one run."""
+    train, held = text_of(text)
+    out = WORK / "runs" / name.replace(" ", "-").replace(",", "").replace(">", "")
+    shutil.rmtree(out, ignore_errors=True)
+    sets = {"tokens": tokens, "batch": batch, "length": LENGTH, **options}
+    summary = uptrain(
+        Run(
+            model=model,
+            data=train,
+            out=out,
+            held_out=held,
+            held_out_windows=32,
+            seed=SEED,
+            eval_steps=max(1, tokens // (batch * LENGTH) // 20),
+            save_steps=10**9,
+            log_steps=10,
+            overrides=tuple(f"{key}={value}" for key, value in sets.items()),
+        )
+    )
+    log = json.loads((out / "uptraining.json").read_text())["log"]
+    points = [
+        {"tokens": e["tokens"], "nats": e["held_out_nats_per_token"], "kl": e["held_out_kl"], "seconds": e["seconds"]}
+        for e in log
+        if "held_out_kl" in e
+    ]
+    shutil.rmtree(out / "checkpoints")
+    return {
+        "options": sets,
+        "parent": summary["before"]["parent_nats_per_token"],
+        "points": points,
+        "seconds": summary["seconds"],
+        "held_out": summary["held_out"],
+    }
+
+
+def reached(points: list[dict[str, Any]], key: str, goal: float) -> float | None:
+    """Tokens at which the curve falls to `goal`, between the points on a line; None where it does not."""
+    for a, b in itertools.pairwise(points):
+        if b[key] <= goal:
+            part = (a[key] - goal) / max(a[key] - b[key], 1e-12)
+            return float(a["tokens"] + max(0.0, min(1.0, part)) * (b["tokens"] - a["tokens"]))
+    return None
+
+
+def recover(only: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = section("recover")
+    for case, spec in RECOVER.items():
+        if only and only not in case:
+            continue
+        runs = {}
+        for name, (text, made, init, options) in spec["runs"].items():
+            rate = spec["rates"]["cross-entropy" if "cross-entropy" in name else "ours"]
+            options = {**options, "learning_rate": rate}
+            runs[name] = curve(
+                f"{case} {name}", converted(text, made, init), text, spec["tokens"], spec["batch"], options
+            )
+            print(case, name, [round(p["nats"], 3) for p in runs[name]["points"]], flush=True)  # noqa: T201
+        base = runs[spec["target"]]
+        goals = {
+            "nats": base["parent"] + 0.1 * (base["points"][0]["nats"] - base["parent"]),
+            "kl": 0.1 * base["points"][0]["kl"],
+        }
+        for run in runs.values():
+            own = run["parent"] + 0.1 * (run["points"][0]["nats"] - run["parent"])
+            run["tokens_to_goal"] = reached(run["points"], "nats", goals["nats"])
+            run["tokens_to_kl_goal"] = reached(run["points"], "kl", goals["kl"])
+            run["tokens_to_90_percent_of_own_gap"] = reached(run["points"], "nats", own)
+        found[case] = {"goals": goals, "runs": runs}
+        save("recover", found)
+    return found
+
+
+RECIPES = {
+    "gqa-2x": 131072, "gqa-4x": 131072, "mqa": 131072, "lowrank-2x": 131072, "mla-2x": 131072, "mla-4x": 131072,
+}  # fmt: skip
+
+
+def recipes(only: str | None) -> dict[str, Any]:
+    """Rows of recipes/README.md. The control is the same for all of them: the parent, the same tokens."""
+    found: dict[str, Any] = section("recipes")
+    train, held = text_of("small")
+    common = ("batch=8", f"length={LENGTH}")
+    for name, tokens in [*RECIPES.items(), ("control", 131072)]:
+        if only and only != name:
+            continue
+        out = WORK / "recipes" / name
+        shutil.rmtree(out, ignore_errors=True)
+        model = converted("small", "gqa-2x" if name == "control" else name)
+        summary = uptrain(
+            Run(
+                model=model,
+                data=train,
+                out=out,
+                held_out=held,
+                held_out_windows=64,
+                seed=SEED,
+                save_steps=10**9,
+                control=name == "control",
+                overrides=(f"tokens={tokens}", *common),
+            )
+        )
+        found[name] = {
+            key: summary[key] for key in ("tokens", "seconds", "before", "after", "held_out", "parent_bytes")
+        }
+        save("recipes", found)
+        print(name, json.dumps(found[name]), flush=True)  # noqa: T201
+    return found
+
+
+def command(model: str, data: str, out: Path, *sets: str, steps: int = 5) -> list[str]:
+    arguments = [sys.executable, "-m", "surgery.train.uptrain", "--model", model, "--data", data, "-o", str(out)]
+    arguments += ["--log-steps", "1", "--save-steps", str(steps)]
+    return arguments + [word for each in sets for word in ("--set", each)]
+
+
+def losses(out: Path) -> list[dict[str, Any]]:
+    state = json.loads((checkpoints(out / "checkpoints")[-1] / "trainer_state.json").read_text())
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in state["log_history"] if "loss" in e]
+
+
+def resume(only: str | None) -> dict[str, Any]:
+    """Kill -9 three times at random moments; losses and weights beside the run that nobody touched."""
+    model, (train, _) = converted("small", "gqa-4x", MEAN), text_of("small")
+    sets = ("tokens=61440", "batch=8", "length=128")
+    rng = random.Random(SEED)
+    for name in ("whole", "killed"):
+        shutil.rmtree(WORK / name, ignore_errors=True)
+    begun = time.monotonic()
+    subprocess.run(command(model, train, WORK / "whole", *sets), check=True, capture_output=True)
+    whole = time.monotonic() - begun
+    kills: list[dict[str, Any]] = []
+    while len(kills) < 3:
+        job = subprocess.Popen(command(model, train, WORK / "killed", *sets), stdout=subprocess.DEVNULL)
+        while job.poll() is None and not (WORK / "killed" / "run.json").exists():
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0.2, 0.5) * whole)
+        if job.poll() is not None:
+            sys.exit("the run ended before it could be killed: give it more tokens")
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        found = checkpoints(WORK / "killed" / "checkpoints")
+        kills.append({"last checkpoint": found[-1].name if found else None})
+    subprocess.run(command(model, train, WORK / "killed", *sets), check=True, capture_output=True)
+    a, b = (surgery.load(WORK / name / "model").state_dict() for name in ("whole", "killed"))
+    result = {
+        "steps": len(losses(WORK / "whole")),
+        "kills": kills,
+        "losses_equal": losses(WORK / "whole") == losses(WORK / "killed"),
+        "weights_equal": all(torch.equal(a[name], b[name]) for name in a),
+    }
+    save("resume", result)
+    return result
+
+
+def processes(only: str | None) -> dict[str, Any]:
+    """Largest difference of the loss over 50 steps."""
+    model, (train, _) = converted("small", "gqa-4x", MEAN), text_of("small")
+    sets = ("tokens=51200", "batch=8", "length=128")
+    for name in ("one", "two"):
+        shutil.rmtree(WORK / name, ignore_errors=True)
+    subprocess.run(command(model, train, WORK / "one", *sets, steps=50), check=True, capture_output=True)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "train/configs/cpu-2.yaml"),
+    ]
+    subprocess.run(launch + command(model, train, WORK / "two", *sets, steps=50)[1:], check=True, capture_output=True)
+    one, two = losses(WORK / "one"), losses(WORK / "two")
+    devices = json.loads((WORK / "two" / "uptraining.json").read_text())["devices"]
+    differences = [abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True)]
+    result = {"steps": len(one), "devices": devices, "largest_difference": max(differences)}
+    save("processes", result)
+    return result
+
+
+def overhead(only: str | None) -> dict[str, Any]:
+    """Median seconds of a step, runs in turn: plain fine-tuning of the student, KL with the parent, layer-local."""
+    model, (train, _) = converted("small", "gqa-4x", MEAN), text_of("small")
+    kinds = {"plain cross-entropy": CE, "KL to the parent": {"layer_local": 0}, "layer-local": {"layer_local": 1}}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(3):
+        for name, options in kinds.items():
+            out = WORK / "overhead"
+            shutil.rmtree(out, ignore_errors=True)
+            sets = {"tokens": 8 * LENGTH * 10, "batch": 8, "length": LENGTH, **options}
+            uptrain(
+                Run(
+                    model=model,
+                    data=train,
+                    out=out,
+                    save_steps=10**9,
+                    log_steps=1,
+                    overrides=tuple(f"{key}={value}" for key, value in sets.items()),
+                )
+            )
+            log = [e["seconds"] for e in json.loads((out / "uptraining.json").read_text())["log"] if "loss" in e]
+            seconds[name] += [b - a for a, b in itertools.pairwise(log)]
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    plain = medians["plain cross-entropy"]
+    result = {"seconds": medians, "ratio": {name: median / plain for name, median in medians.items()}}
+    save("overhead", result)
+    return result
+
+
+def memory(only: str | None) -> dict[str, Any]:
+    """Growth of the peak of resident memory by the loss at a vocabulary of 128k, 2048 tokens, width 1024, float32."""
+    B, T, D, V = 1, 2048, 1024, 128 * 1024
+    torch.manual_seed(SEED)
+    weight = torch.randn(V, D) * D**-0.5
+    h, parent_h = torch.randn(B, T, D, requires_grad=True), torch.randn(B, T, D)
+    labels = torch.randint(V, (B, T))
+    warm = labels.clone()
+    warm[:, 2:] = -100
+    head = Head(weight_VD=weight)
+    distil(h, head, warm, parent_h, head).total.backward()
+    before = peak_gigabytes()
+    begun = time.monotonic()
+    distil(h, head, labels, parent_h, head).total.backward()
+    result = {
+        "vocabulary": V, "tokens": T, "added_gigabytes": peak_gigabytes() - before,
+        "logits_of_all_tokens_gigabytes": 4 * T * V / 1e9, "seconds": time.monotonic() - begun,
+    }  # fmt: skip
+    save("memory", result)
+    return result
+
+
+def plot(only: str | None) -> dict[str, Any]:
+    """results/uptrain.png."""
+    from matplotlib.figure import Figure
+
+    from surgery.plots import COLOURS, DPI
+
+    cases = section("recover")
+    figure = Figure(figsize=(5 * len(cases), 3.6), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for panel, (case, data) in zip(panels, cases.items(), strict=True):
+        for colour, (name, run) in zip(COLOURS, data["runs"].items(), strict=False):
+            panel.plot(
+                [p["tokens"] / 1000 for p in run["points"]],
+                [p["nats"] - run["parent"] for p in run["points"]],
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=name,
+            )
+        panel.axhline(data["goals"]["nats"] - run["parent"], color="#999999", linestyle="--", linewidth=1)
+        panel.axhline(0, color="#333333", linewidth=1)
+        panel.set_title(f"{case} (conversion, training)", fontsize=10)
+        panel.set_xlabel("thousand tokens")
+        panel.set_ylabel("nats/token above the parent")
+        panel.legend(fontsize=8, frameon=False)
+    figure.savefig(ROOT / "benchmarks" / "results" / "uptrain.png")
+    return {}
+
+
+def section(name: str) -> dict[str, Any]:
+    path = ROOT / "benchmarks" / "results" / "uptrain.json"
+    return dict(json.loads(path.read_text()).get(name, {}).get("result", {})) if path.exists() else {}
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    path = ROOT / "benchmarks" / "results" / "uptrain.json"
+    data = json.loads(path.read_text()) if path.exists() else {}
+    write("uptrain", {**data, name: {**environment(SEED), "result": result}})
+
+
+PARTS = {f.__name__: f for f in (recover, recipes, resume, processes, overhead, memory, plot)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--only", help="one case of `recover`, or one recipe")
+    arguments = parser.parse_args()
+    result = PARTS[arguments.part](arguments.only)
+    table = Table(title=arguments.part, width=100)
+    table.add_column("")
+    table.add_column("")
+    for name, value in result.items():
+        shown = {k: v["tokens_to_goal"] for k, v in value["runs"].items()} if arguments.part == "recover" else value
+        table.add_row(name, json.dumps(shown))
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
