@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from .errors import RecipeError
-from .sharing import SEARCHED, check_layout
+from .sharing import SEARCHED, SVFORMER, check_layout
 
 Init = Literal[
     "rank1", "aligned", "mean", "sqrt_g", "first", "medoid", "random", "weighted", "key_norm", "asym", "qcqa", "dha"
@@ -131,8 +131,8 @@ class LatentStep(Step):
     """Refit `q_proj` by least squares to the parent's attention scores."""
     refit_output: bool = True
     """Refit `o_proj` by ridge regression to the parent's attention output."""
-    gain_fit: bool = True
-    """Fit one gain per query head on q and on o by KL to the parent, then fold."""
+    gain_fit: bool = False
+    """Fit one gain per query head on q and on o by KL to the parent, then fold. Little is left to gain after refits."""
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -202,7 +202,8 @@ class ShareStep(Step):
     rewriter: Literal["share"] = "share"
     layout: str | dict[int, int] = "cla2"
     """`cla2`, `cla(3)`, `mlkv(layers=4)`, `yoco`; `mlkv`, `pizza-bottom`, `sandwich-bottom`, `lasagna-bottom` with
-    `kv_layers`; `search` and `kvsharer`, which the text decides; or a map of readers to owners: `{1: 0, 3: 2}`."""
+    `kv_layers`; `search` and `kvsharer`, which the text decides; `svformer`, where only V is shared, that of the first
+    layer; or a map of readers to owners: `{1: 0, 3: 2}`."""
     kv_layers: int | float | None = None
     """Layers that keep a cache: how many, or what part of those selected."""
     init: ShareInit = "best"
@@ -239,6 +240,10 @@ class ShareStep(Step):
             )
         if not 0 < self.keep <= 1:
             raise RecipeError(f"{where}.keep: {self.keep:g} must be above 0 and at most 1.")
+        if self.layout == SVFORMER and self.init in ("latent", "mean"):
+            raise RecipeError(
+                f"{where}.init: {self.init!r} has no svformer layout. Use best, least_squares or replace."
+            )
         if self.keep < 1 and self.init != "latent":
             raise RecipeError(f"{where}.keep: {self.init} shares whole heads. Set init: latent, or leave out keep.")
 

@@ -232,6 +232,16 @@ def test_alternation_never_loses_and_stays_where_nothing_is_to_gain():
     assert value(stay, m.input_DD, m.input_DD) == pytest.approx(value(start, m.input_DD, m.input_DD), rel=1e-3)
 
 
+def test_alternation_takes_moments_that_rounding_made_indefinite():
+    w, x = make(heads=4, kv_heads=4), inputs(1, 6)  # 6 tokens for 32 channels
+    m = moments_of(w, x)
+    rounded = m.key_DD - 1e-3 * torch.eye(D, dtype=torch.float64) * m.key_DD.diagonal().mean()
+    k, v = w.k_KHD.flatten(0, 1), w.v_KVD.flatten(0, 1)
+    eye = torch.eye(len(k), dtype=torch.float64)
+    start = joint_latent(w.k_KHD, w.v_KVD, 12, cov_DD=m.input_DD)[0]
+    assert all(part.isfinite().all() for part in alternate(start, k, v, eye, eye, rounded, m.value_DD))
+
+
 def test_complex_mixing_gathers_more_of_the_score_than_real_or_none():
     w, x = make(heads=8, kv_heads=4), inputs()
     m = moments_of(w, x)
@@ -409,6 +419,34 @@ def _mla(w, m, ranks, init):
 
 def _lowrank(w, m, ranks, init):
     return lowrank(w, m, *ranks, options=init)
+
+
+def test_layers_that_return_more_than_their_stream_are_run_with_the_whole_model():
+    model = families.tiny_model("gptj")
+    copy = LatentCopy(model, examine(model))
+    ids = torch.randint(3, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), "random")
+    assert copy.streams(windows, 0) is None
+    assert copy.divergence(windows, 0) == 0.0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_streams_that_move_on_are_those_of_the_whole_model(family):
+    model = families.tiny_model(family)
+    copy = LatentCopy(model, examine(model))
+    ids = torch.randint(3, 120, (10, 24), generator=torch.Generator().manual_seed(0))
+    windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), "random")
+    for layer, site in copy.sites.items():
+        streams = copy.streams(windows, layer)
+        assert streams is not None
+        for a, b in zip(streams.activations(site), layer_activations(copy, site, windows), strict=True):
+            for got, want in zip(a, b, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        w = copy.parent(layer)
+        for rank in (9, 12):
+            copy.write_latent(layer, mla(w, LatentMoments.of_weights(w), rank, 2 if w.frequencies else 0))
+            assert copy.divergence(windows, layer) == pytest.approx(copy.divergence(windows), rel=1e-3)
+    assert copy.streams(windows, 0) is not streams  # the way back is a new start
 
 
 @pytest.mark.parametrize("kind", ["mla", "lowrank"])

@@ -7,7 +7,8 @@ on the projection of q notes its input, one before `o` exchanges what `o` reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from ..text import Windows
 from ..working_copy import WorkingCopy
 from .attention_weights import AttentionWeights, read_attention, write_attention
 from .latent import LatentWeights, check_latent, latent_outputs
+from .latent_streams import Streams, streams_of
+
+HELD_NUMBERS = 2**27
+"""Activations, and answers of the parent, that are kept in memory (512 MB each) rather than computed anew."""
 
 
 class LatentCopy(WorkingCopy):
@@ -31,8 +36,11 @@ class LatentCopy(WorkingCopy):
     def __init__(self, parent: PreTrainedModel, anatomy: Anatomy) -> None:
         super().__init__(parent, anatomy)
         self.latents: dict[int, LatentWeights] = {}
+        self.choice: int | None = None
+        """Index of the candidate that the last layer chose: where the search of the next one starts."""
         self._inputs: dict[int, Tensor] = {}
         self._targets: dict[str, list[Tensor]] = {}
+        self._streams: dict[str, Streams | None] = {}
         for site in self.sites.values():
             self.model.get_submodule(module_of(site.q)).register_forward_hook(self._note(site.layer))
             self.model.get_submodule(module_of(site.o)).register_forward_pre_hook(self._exchange(site))
@@ -52,23 +60,61 @@ class LatentCopy(WorkingCopy):
 
     def write_latent(self, layer: int, latent: LatentWeights, weights: AttentionWeights | None = None) -> None:
         """Run the layer in latent form, with q and o of `weights` if given."""
+        self._streams = {d: s for d, s in self._streams.items() if s is None or s.layer <= layer}
         self.latents[layer] = latent.to(torch.float32)
         if weights is not None:
             with torch.no_grad():
                 for name, value in write_attention(weights, self.sites[layer], self.tensor).items():
                     self.model.get_parameter(name).copy_(value)
 
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.forget_streams()
+        super().restore(state)
+
+    def forget_streams(self) -> None:
+        """To be called where weights of the copy were changed other than by `write_latent`."""
+        self._streams.clear()
+
+    def streams(self, windows: Windows, layer: int) -> Streams | None:
+        """Both models' residual streams on `windows`, brought to before `layer`; None where they cannot be kept."""
+        known = self._streams.get(windows.digest)
+        if windows.digest not in self._streams or (known is not None and known.layer > layer):
+            known = self._streams[windows.digest] = streams_of(self, windows, HELD_NUMBERS)
+        if known is not None:
+            known.move(layer)
+        return known
+
     @torch.no_grad()
-    def divergence(self, windows: Windows) -> float:
-        """KL(parent || copy) in nats per token; the parent's answers to these windows are kept for the next call."""
+    def divergence(self, windows: Windows, layer: int | None = None, batches: int | None = None) -> float:
+        """KL(parent || copy) in nats per token; the parent's answers to these windows are kept for the next call.
+
+        Args:
+            layer: the only layer that changes between calls: the layers before it are then not run again.
+            batches: only so many batches of windows.
+        """
+        streams = None if layer is None else self.streams(windows, layer)
+        found = self._logits(windows) if streams is None else streams.logits()
+        total, tokens = 0.0, 0
+        for target, logits in itertools.islice(zip(self._wanted(windows), found, strict=True), batches):
+            total += float(F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True))
+            tokens += len(logits)
+        return total / tokens
+
+    def _logits(self, windows: Windows) -> Iterator[Tensor]:
+        for ids, mask in windows.batches():
+            yield self.model(input_ids=ids, use_cache=False).logits[mask]
+
+    def _wanted(self, windows: Windows) -> Iterator[Tensor]:
+        """The parent's log-probabilities, kept where they are few enough."""
         known = self._targets.setdefault(windows.digest, [])
-        total = 0.0
         for i, (ids, mask) in enumerate(windows.batches()):
-            if i == len(known):
-                known.append(self.teacher(input_ids=ids, use_cache=False).logits[mask].log_softmax(-1))
-            found = self.model(input_ids=ids, use_cache=False).logits[mask].log_softmax(-1)
-            total += float(F.kl_div(found, known[i], reduction="sum", log_target=True))
-        return total / windows.tokens
+            if i < len(known):
+                yield known[i]
+                continue
+            found = self.teacher(input_ids=ids, use_cache=False).logits[mask].log_softmax(-1)
+            if i == len(known) and found.shape[-1] * windows.tokens <= HELD_NUMBERS:
+                known.append(found)
+            yield found
 
     def _note(self, layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -69,7 +69,7 @@ def alternate(
     tr(M_k ΔK C_k ΔKᵀ) + tr(M_v ΔV C_v ΔVᵀ) has no closed form in both factors where C_k ≠ C_v; in each alone it has:
     `up` is a regression on the latent, `down` a Sylvester equation that two simultaneous diagonalisations solve.
     """
-    key, value = damp(key_DD, ridge), damp(value_DD, ridge)
+    key, value = _definite(key_DD, value_DD, ridge)
     x_basis, x_share = _simultaneous(key, value)
     left_k, left_v = k_metric_PP @ k_PD @ key, v_metric_QQ @ v_QD @ value
     down = down_RD
@@ -110,6 +110,18 @@ def joint_error(
 def _regress(W: Tensor, C: Tensor, down: Tensor) -> Tensor:
     """argmin over up of E‖W x - up down x‖², whatever the metric."""
     return torch.linalg.solve(damp(down @ C @ down.mT, 1e-12), down @ C @ W.mT).mT
+
+
+def _definite(a: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Both damped so far that their sum is positive definite.
+
+    `ridge` does, but for moments of little text: rank deficient, and known to the float32 rounding of a difference.
+    """
+    while True:
+        damped = damp(a, ridge), damp(b, ridge)
+        if ridge >= 1 or not int(torch.linalg.cholesky_ex(damped[0] + damped[1])[1]):
+            return damped
+        ridge *= 10
 
 
 def _simultaneous(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,10 +57,12 @@ class LatentStep(Layerwise):
         site = copy.sites[layer]
         if windows is None:
             raise PlanError(f"layer {layer}: {self.options.rewriter} asks for calibration text: pass calibration=...")
-        if windows.tokens < site.hidden_size:
+        tokens = windows.split()[0].tokens
+        if tokens < site.hidden_size:
+            # The same words for every layer: Python shows them once.
             warnings.warn(
-                f"layer {layer}: {windows.tokens} calibration tokens for {site.hidden_size} channels: moments are "
-                f"singular and damped. Give {10 * site.hidden_size} tokens or more.",
+                f"{tokens} calibration tokens to fit {site.hidden_size} channels: moments are singular and damped. "
+                f"Give {10 * site.hidden_size} tokens or more.",
                 stacklevel=2,
             )
         fit_layer(copy, layer, self.candidates(site, project), windows, self.fit)
