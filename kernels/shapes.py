@@ -10,9 +10,12 @@ from torch import Tensor
 from .compact import compact__triton
 from .decode_gqa import decode_gqa_triton
 from .decode_latent import decode_latent_triton
+from .decode_quant import decode_quant_triton
 from .decode_ragged import decode_ragged_triton
 from .launching import Device, Launch, recording
 from .merge_append import merge_append__triton
+from .quant_append import quant_append__triton
+from .quant_format import halves_of, planes_of
 from .ragged_schedule import ragged_schedule_triton
 from .rope_append import rope_append__triton
 
@@ -93,6 +96,31 @@ def _merge() -> object:
     )  # fmt: skip
 
 
+def _quantised(bits: int, width: int, kv_heads: int) -> tuple[Tensor, ...]:
+    rows, scale = 32768 // halves_of(bits), torch.float16
+    words = _new(16, kv_heads, rows, width // planes_of(bits), dtype=torch.int16)
+    k_scale, v_scale = _new(16, kv_heads, 256, width, dtype=scale), _new(16, kv_heads, 32768, dtype=scale)
+    ring = _new(16, kv_heads, 128, width)
+    return words, k_scale, k_scale, words, v_scale, v_scale, ring, ring
+
+
+def _quant(*, bits: int, heads: int = 32, kv_heads: int = 8, width: int = 128) -> Callable[[], object]:
+    def run() -> object:
+        tensors = (_new(16, heads, width), *_quantised(bits, width, kv_heads), _lengths(16))
+        return decode_quant_triton(*tensors, bits, 0.1)  # type: ignore[call-arg, arg-type]
+
+    return run
+
+
+def _quant_append(*, bits: int) -> Callable[[], object]:
+    def run() -> None:
+        new = _new(16, 8, 128)
+        tensors = (new, new, _lengths(16), *_quantised(bits, 128, 8))
+        quant_append__triton(*tensors, bits)  # type: ignore[call-arg, arg-type]
+
+    return run
+
+
 SHAPES: dict[str, Callable[[], object]] = {
     "gqa 32/8": _gqa(),
     "gqa 32/8 batch 1": _gqa(batch=1),
@@ -117,6 +145,12 @@ SHAPES: dict[str, Callable[[], object]] = {
     "ragged schedule": _schedule,
     "compact": _compact,
     "merge append": _merge,
+    "int8 32/8": _quant(bits=8),
+    "int4 32/8": _quant(bits=4),
+    "int4 mha 32": _quant(bits=4, kv_heads=32),
+    "int2 32/8": _quant(bits=2),
+    "append int4": _quant_append(bits=4),
+    "append int2": _quant_append(bits=2),
 }
 
 

@@ -311,6 +311,74 @@ def merge_append(
         assert torch.equal(cache, before)
 
 
+def quantised(
+    lengths: Tensor, kv_heads: int, width: int, value_width: int, bits: int, group: int, dtype: torch.dtype, device: str
+) -> list[Tensor]:
+    """Words, scales, lows of keys and of values, and both rings, of a cache with room for 192 tokens."""
+    pack, B = module("quant_format"), len(lengths)
+    k = pack.pack_keys(3 * random(B, kv_heads, 192, width, dtype=dtype, device=device, seed=1), bits, group)
+    v = pack.pack_values(3 * random(B, kv_heads, 192, value_width, dtype=dtype, device=device, seed=2) + 1, bits, group)
+    rings = [
+        random(B, kv_heads, group, w, dtype=dtype, device=device, seed=s) for s, w in ((3, width), (4, value_width))
+    ]
+    return [k.words, k.scale, k.low, v.words, v.scale, v.low, *rings]
+
+
+@case("decode_quant_8_bits", bits=8)
+@case("decode_quant_4_bits", bits=4)
+@case("decode_quant_4_bits_mha", bits=4, heads=2, kv_heads=2)
+@case("decode_quant_2_bits", bits=2)
+@case("decode_quant_wider_values", bits=8, value_width=64)
+def decode_quant(
+    op: Operators, dtype: torch.dtype, device: str, *, bits: int, heads: int = 4,
+    kv_heads: int = 1, value_width: int | None = None,
+) -> None:  # fmt: skip
+    width, group = 64 if bits < 8 else 32, 64
+    lengths = torch.tensor([0, 1, 63, 64, 65, 255], dtype=torch.int32, device=device)
+    q = random(len(lengths), heads, width, dtype=dtype, device=device)
+    cache = quantised(lengths, kv_heads, width, value_width or width, bits, group, dtype, device)
+    want, want_lse = module("decode_quant").decode_quant_reference(q, *cache, lengths, bits, 0.05)
+    rest = lengths % group
+    cache[6], cache[7] = poison(cache[6], rest), poison(cache[7], rest)
+    out, lse = op("decode_quant")(q, *cache, lengths, bits, 0.05)
+    assert_near(out, want)
+    assert_same_lse(lse, want_lse)
+
+
+@case("quant_append_8_bits", bits=8)
+@case("quant_append_4_bits", bits=4)
+@case("quant_append_2_bits", bits=2)
+def quant_append(op: Operators, dtype: torch.dtype, device: str, *, bits: int) -> None:
+    width, group, K, pack = 64 if bits < 8 else 32, 16, 2, module("quant_format")
+    slots = torch.tensor([-1, 0, 14, 15, 47, 206], dtype=torch.int32, device=device)
+    B = len(slots)
+    cache = quantised(slots, K, width, width, bits, group, dtype, device)
+    before = [t.clone() for t in cache]
+    k, v = (random(B, K, width, dtype=dtype, device=device, seed=s) for s in (7, 8))
+    k[3, :, 5] = cache[6][3, :, :, 5] = 2.0  # a channel without any range
+    op("quant_append_")(k, v, slots, *cache, bits)
+    for b, slot in enumerate(slots.tolist()):
+        full = slot % group == group - 1 and slot >= 0
+        for ring, new, old in ((cache[6], k, before[6]), (cache[7], v, before[7])):
+            if slot >= 0:
+                assert torch.equal(ring[b, :, slot % group], new[b])
+                ring[b, :, slot % group] = old[b, :, slot % group]
+        for t, old in zip(cache[:6], before[:6], strict=True):
+            assert full or torch.equal(t[b], old[b])
+        if full:
+            first, halves, one = slot + 1 - group, pack.halves_of(bits), slice(b, b + 1)
+            members, groups = slice(first, slot + 1), slice(slot // group, slot // group + 1)
+            lines = slice(first // halves, (slot + 1) // halves)
+            k_group, v_group = (torch.cat((cache[i][one, :, :-1], t[one, :, None]), 2) for i, t in ((6, k), (7, v)))
+            keys = (cache[0][one, :, lines], cache[1][one, :, groups], cache[2][one, :, groups])
+            keys = pack.unpack_keys(*keys, bits, group, torch.float64)
+            values = (cache[3][one, :, lines], cache[4][one, :, members], cache[5][one, :, members])
+            values = pack.unpack_values(*values, bits, group, torch.float64)
+            for got, kept, low, dim in ((keys, k_group, 2, 2), (values, v_group, 3, 3)):
+                span = (kept.double().amax(dim, True) - kept.double().amin(dim, True)) / (2**bits - 1)
+                assert ((got - kept.double()).abs() <= 0.51 * span + 2e-3).all(), low
+
+
 @case("combine_skips_empty_parts")
 def combine(op: Operators, dtype: torch.dtype, device: str) -> None:
     R, P, G, V = 3, 21, 2, 40
@@ -344,7 +412,12 @@ def on_triton(name: str) -> Callable[..., Any]:
     return getattr(module(MODULES.get(name, name)), f"{name}_triton")
 
 
-MODULES: dict[str, str] = {"rope_append_": "rope_append", "compact_": "compact", "merge_append_": "merge_append"}
+MODULES: dict[str, str] = {
+    "rope_append_": "rope_append",
+    "compact_": "compact",
+    "merge_append_": "merge_append",
+    "quant_append_": "quant_append",
+}
 """File of each operator that is not alone in a file of its name."""
 
 
