@@ -218,3 +218,13 @@ def test_parquet_without_a_text_column_and_missing_files_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no .jsonl"):
         open_documents(tmp_path / "empty")
+
+
+def test_repeated_epochs_have_the_same_sequences(texts):
+    ids = [batch["input_ids"] for batch in steps(stream(texts, batch=1, repeat=True), 60)]
+    first = next(n for n in range(1, 60) if torch.equal(ids[n], ids[0]))
+    assert first < 50
+    for n in range(60 - first):
+        assert torch.equal(ids[n], ids[n + first])
+    fresh = [batch["input_ids"] for batch in steps(stream(texts, batch=1), 60)]
+    assert not torch.equal(fresh[first + 1], fresh[1])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgery.train.losses import IGNORE, Head, Weights, distil, hidden_match, squared_error
+from surgery.train.losses import IGNORE, Head, TopK, Weights, distil, hidden_match, squared_error
 
 B, T, D, V = 2, 9, 8, 37
 
@@ -129,3 +129,33 @@ def test_hidden_match_is_relative_and_counts_predicting_positions_only():
     predicted = int((labels[:, 1:] != IGNORE).sum())
     assert float(hidden_match(2 * h, h, labels)) == pytest.approx(predicted, rel=1e-5)
     assert float(hidden_match(h, h, labels)) == 0
+
+
+@pytest.mark.parametrize("weights", [Weights(), Weights(kl=0.7, ce=0.3, temperature=2.0)])
+def test_all_tokens_kept_is_the_whole_divergence(weights):
+    h, w, _, parent_h, parent_w, labels = inputs()
+    logits = parent_h @ parent_w.T
+    log_p, ids = (logits / weights.temperature).log_softmax(-1).topk(V, -1)
+    kept = TopK(ids, log_p, torch.zeros(B, T))
+    found = distil(h, Head(weight_VD=w), labels, weights=weights, kept=kept)
+    wanted = distil(h, Head(weight_VD=w), labels, parent_h, Head(weight_VD=parent_w), weights)
+    torch.testing.assert_close(found[:3], wanted[:3], rtol=1e-4, atol=1e-4)
+    for a, b in zip(*(torch.autograd.grad(f.total, (h, w)) for f in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_few_kept_tokens_and_the_rest_as_one_are_a_lower_bound_with_its_own_gradient():
+    h, w, _, parent_h, parent_w, labels = inputs()
+    log_p, ids = (parent_h @ parent_w.T).log_softmax(-1).topk(5, -1)
+    kept = TopK(ids, log_p, torch.zeros(B, T))
+    found = distil(h, Head(weight_VD=w), labels, kept=kept, chunk_logits=3 * V)
+    grad = torch.autograd.grad(found.total, h)[0]
+    wanted = labels[:, 1:] != IGNORE
+    q = (h @ w.T).softmax(-1).gather(-1, ids)[:, :-1][wanted]
+    p = log_p.exp()[:, :-1][wanted]
+    rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
+    direct = (p * (p / q).log()).sum() + (rest_p * (rest_p / rest_q).log()).sum()
+    torch.testing.assert_close(found.total, direct.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad, torch.autograd.grad(direct, h)[0], rtol=1e-3, atol=1e-4)
+    whole = distil(h, Head(weight_VD=w), labels, parent_h, Head(weight_VD=parent_w))
+    assert 0 < float(found.kl) < float(whole.kl)

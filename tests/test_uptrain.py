@@ -14,8 +14,9 @@ import surgery
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.provenance import provenance_of
 from surgery.train import trainer as training
+from surgery.train.kept import KeptLogits
 from surgery.train.losses import Distilled, Head, distil
-from surgery.train.parent import read_head
+from surgery.train.parent import Parent, read_head
 from surgery.train.trainer import NonFinite, Uptrainer, checkpoints
 from surgery.train.uptrain import check_separates, prepare, train, uptrain
 
@@ -455,3 +456,37 @@ def test_a_head_of_another_form_is_refused():
     model.get_output_embeddings().register_forward_hook(lambda _, args, output: output.square())
     with pytest.raises(UnsupportedModel, match="output embedding"):
         read_head(model)
+
+
+def test_kept_logits_replace_the_parent_from_the_second_epoch_on(home, tmp_path, monkeypatch):
+    runs = []
+    last_hidden = Parent.last_hidden
+
+    def counted(self, *args):
+        runs.append(1)
+        return last_hidden(self, *args)
+
+    monkeypatch.setattr(Parent, "last_hidden", counted)
+    options = ("layer_local=0", "tokens=2560")
+    uptrain(run(home, tmp_path / "a", *options))
+    assert len(runs) == 40
+    runs.clear()
+    uptrain(run(home, tmp_path / "kept", *options, keep_logits=128))
+    assert 0 < len(runs) < 30
+    kept, plain = losses(tmp_path / "kept"), losses(tmp_path / "a")
+    for a, b in zip(kept[:5], plain[:5], strict=True):  # later epochs of the plain run are shuffled anew
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+        assert a["parent_nll"] == pytest.approx(b["parent_nll"], rel=1e-4)
+    with pytest.raises(RecipeError, match="--keep-logits"):
+        prepare(run(home, tmp_path / "b", "hidden=1", keep_logits=8))
+
+
+def test_a_run_with_kept_logits_continues_bit_for_bit_and_refuses_those_of_another_parent(home, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    uptrain(run(home, whole, keep_logits=8))
+    uptrain(run(home, broken, keep_logits=8))
+    shutil.rmtree(checkpoints(broken / "checkpoints")[-1])
+    uptrain(run(home, broken, keep_logits=8))
+    assert losses(broken) == losses(whole)
+    with pytest.raises(CheckpointError, match="Remove the folder"):
+        KeptLogits(whole / "parent-logits", k=9, temperature=1.0, parent="p")

@@ -63,6 +63,10 @@ def train(
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing", help="Recompute activations: less memory, a third slower.")
     ] = None,
+    keep_logits: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the parent's N likeliest tokens on disk: later epochs need no parent."),
+    ] = None,
     share_parent: Annotated[
         bool | None, typer.Option(help="Share frozen weights with the parent; default: where they are equal.")
     ] = None,

@@ -47,6 +47,8 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         length: tokens per sequence.
         rank, world: this device among all.
         micro_batch: sequences per forward pass on one device.
+        repeat: every epoch has the same sequences, in the same order. The rest of a lane's last sequence is filled
+            from the next epoch's documents.
         separate: positions start again at each document, which transformers reads as "no attention across".
 
     Yields:
@@ -69,9 +71,10 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         world: int = 1,
         micro_batch: int | None = None,
         separate: bool = True,
+        repeat: bool = False,
     ) -> None:
         self.documents, self.tokenizer = documents, tokenizer
-        self.batch, self.length, self.seed, self.separate = batch, length, seed, separate
+        self.batch, self.length, self.seed, self.separate, self.repeat = batch, length, seed, separate, repeat
         self.micro_batch, self.accumulation = split_batch(batch, world, micro_batch)
         share = batch // world
         self._lanes = {v: _Lane(v, 0) for v in range(rank * share, (rank + 1) * share)}
@@ -125,6 +128,8 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         labels: list[int] = []
         positions: list[int] = []
         empty = 0
+        if self.repeat and lane.place >= len(self.documents):
+            lane.place, lane.used, lane.tokens = number, 0, None
         while len(ids) < self.length:
             if lane.tokens is None:
                 lane.tokens = self._tokens(lane.place)

@@ -44,6 +44,17 @@ class Weights(NamedTuple):
     temperature: float = 1.0
 
 
+class TopK(NamedTuple):
+    """What is kept of the parent's distribution over the next token at each position."""
+
+    ids: Tensor
+    """[B, T, k] or [P, k], integers."""
+    log_p: Tensor
+    """Log-probabilities of these tokens, at the temperature of the loss."""
+    nll: Tensor
+    """Cross-entropy of the text at temperature 1, [B, T] or [P]."""
+
+
 class Distilled(NamedTuple):
     """Sums over the predicted tokens. Only `total` carries a gradient."""
 
@@ -64,6 +75,7 @@ def distil(
     parent_head: Head | None = None,
     weights: Weights = Weights(),  # noqa: B008 - immutable
     chunk_logits: int = CHUNK_LOGITS,
+    kept: TopK | None = None,
 ) -> Distilled:
     """Sum of kl * KL(parent || model) + ce * cross-entropy over the tokens that `labels_BT` names.
 
@@ -73,6 +85,8 @@ def distil(
             where nothing is.
         parent_h_BTD, parent_head: None where the KL is not asked for; the widths may differ, the vocabulary may not.
         chunk_logits: numbers in the logits of one chunk of tokens.
+        kept: instead of the parent: its likeliest tokens. The KL is then that of the distributions over these and
+            "another token", which is at most the whole one.
 
     The KL is the forward one: the expectation is the parent's. Gradients reach `h_BTD` and the head's tensors.
 
@@ -82,7 +96,8 @@ def distil(
     wanted = labels_BT[:, 1:] != IGNORE
     h_PD = h_BTD[:, :-1][wanted]
     parent_h_PD = None if parent_h_BTD is None else parent_h_BTD[:, :-1][wanted]
-    call = _Call(head, parent_head, labels_BT[:, 1:][wanted], parent_h_PD, weights, chunk_logits)
+    chosen = None if kept is None else TopK(*(tensor[:, :-1][wanted] for tensor in kept))
+    call = _Call(head, parent_head, labels_BT[:, 1:][wanted], parent_h_PD, weights, chunk_logits, chosen)
     return Distilled(*_Distil.apply(h_PD, head.weight_VD, head.bias_V, call))
 
 
@@ -95,6 +110,7 @@ class _Call(NamedTuple):
     parent_h_PD: Tensor | None
     weights: Weights
     chunk_logits: int
+    kept: TopK | None
 
 
 class _Distil(torch.autograd.Function):
@@ -117,7 +133,8 @@ class _Distil(torch.autograd.Function):
             logits_t = None
             if call.parent_h_PD is not None and call.parent_head is not None:
                 logits_t = call.parent_head(call.parent_h_PD[rows])
-            grad = _chunk(logits, logits_t, call.labels_P[rows], weights, sums, any(ctx.needs_input_grad))
+            kept = None if call.kept is None else TopK(*(tensor[rows] for tensor in call.kept))
+            grad = _chunk(logits, logits_t, kept, call.labels_P[rows], weights, sums, any(ctx.needs_input_grad))
             if grad is None:
                 continue
             if head.softcap is not None:
@@ -151,7 +168,13 @@ class _Distil(torch.autograd.Function):
 
 
 def _chunk(
-    logits: Tensor, logits_t: Tensor | None, labels_P: Tensor, weights: Weights, sums: Tensor, needs_grad: bool
+    logits: Tensor,
+    logits_t: Tensor | None,
+    kept: TopK | None,
+    labels_P: Tensor,
+    weights: Weights,
+    sums: Tensor,
+    needs_grad: bool,
 ) -> Tensor | None:
     """Add KL and cross-entropies of one chunk to `sums`; the gradient with respect to `logits`, which stay as they are.
 
@@ -171,11 +194,28 @@ def _chunk(
         sums[0] += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64) * tau**2
         if needs_grad and weights.kl:
             grad = log_q.exp_().sub_(p).mul_(weights.kl * tau)
+    if kept is not None:
+        sums[2] += kept.nll.sum()
+        kl, grad = _kept_chunk(logits, kept, weights.temperature)
+        sums[0] += kl
+        grad = grad.mul_(weights.kl) if needs_grad and weights.kl else None
     if needs_grad and weights.ce:
         own = (logits - log_sum).exp_()
         own.scatter_add_(-1, at, torch.full_like(at, -1, dtype=own.dtype))
         grad = own.mul_(weights.ce) if grad is None else grad.add_(own, alpha=weights.ce)
     return grad
+
+
+def _kept_chunk(logits: Tensor, kept: TopK, tau: float) -> tuple[Tensor, Tensor]:
+    """KL over the kept tokens and the rest as one, times tau², and its gradient with respect to `logits`."""
+    ids, log_p = kept.ids.long(), kept.log_p.float()
+    p, q = log_p.exp(), (logits / tau).softmax(-1)
+    q_kept = q.gather(-1, ids)
+    rest_p = (1 - p.sum(-1)).clamp_min(0.0)
+    rest_q = (1 - q_kept.sum(-1)).clamp_min(1e-7)
+    kl = (p * (log_p - q_kept.clamp_min(1e-30).log())).sum(-1) + torch.special.xlogy(rest_p, rest_p / rest_q)
+    grad = q.mul_(1 - (rest_p / rest_q)[:, None]).scatter_(-1, ids, q_kept - p).mul_(tau)
+    return kl.sum(dtype=torch.float64) * tau**2, grad
 
 
 def squared_error(y_BTD: Tensor, target_BTD: Tensor, scale: Tensor | float) -> Tensor:

@@ -26,6 +26,7 @@ from surgery.recipe import Uptrain
 from surgery.text import Windows
 
 from .data import PackedText
+from .kept import KeptLogits
 from .losses import IGNORE, Distilled, Weights, distil, hidden_match, squared_error
 from .parent import Parent, head_input, head_of
 from .schedule import LAYER_LOCAL, Schedule
@@ -60,6 +61,8 @@ class Uptrainer(Trainer):
         companions: folder whose tokenizer files go into every checkpoint.
         nonfinite_limit: so many optimizer steps with NaN or inf in loss or gradient end the run; each is left out.
         keep: checkpoints to keep.
+        head: scale and soft cap of the logits (`read_head`).
+        kept: where the parent's likeliest tokens are kept on disk.
     """
 
     def __init__(
@@ -76,12 +79,14 @@ class Uptrainer(Trainer):
         nonfinite_limit: int = 3,
         keep: int = 2,
         head: tuple[float, float | None] = (1.0, None),
+        kept: KeptLogits | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=text, callbacks=callbacks)
         self.model_accepts_loss_kwargs = True  # makes Trainer count the predicted tokens of all devices
         self.text, self.schedule, self.uptrain, self.parent, self.local = text, schedule, uptrain, parent, local
         self.companions, self.nonfinite_limit, self.keep, self.head = companions, nonfinite_limit, keep, head
+        self.kept = kept
         self.nonfinite = 0
         inside = {id(p) for name in local for p in core(model).get_submodule(name).parameters()}
         self._outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
@@ -186,12 +191,20 @@ class Uptrainer(Trainer):
     ) -> tuple[Distilled, Tensor]:
         """The sums of `distil`, and the weighted sum of the hidden match."""
         inner = core(self.accelerator.unwrap_model(model))
-        parent_h, parent_head = (None, None) if parent is None else parent.last_hidden(inner, inputs)
+        keep = self.kept if model.training else None
+        kept = None if keep is None or parent is None else keep.read(inputs)
+        parent_h, parent_head = None, None
+        if parent is not None and kept is None:
+            parent_h, parent_head = parent.last_hidden(inner, inputs)
+            if keep is not None:
+                kept = keep.write(inputs, parent_h, parent_head, labels)
         with head_input(inner) as seen:
             logits = model(**inputs, use_cache=False).logits
         h = seen[-1]
         weights = Weights(self.uptrain.kl, self.uptrain.ce, self.uptrain.temperature)
-        sums = distil(h, head_of(inner, *self.head), labels, parent_h, parent_head, weights)
+        if kept is not None:
+            parent_h, parent_head = None, None
+        sums = distil(h, head_of(inner, *self.head), labels, parent_h, parent_head, weights, kept=kept)
         extra = h.new_zeros((), dtype=torch.float32)
         if self.uptrain.hidden and parent_h is not None:
             extra = self.uptrain.hidden * hidden_match(h, parent_h, labels)

@@ -34,6 +34,7 @@ from surgery.text import Windows, load_windows
 
 from .data import PackedText, split_batch
 from .documents import Documents, open_documents, training_tokenizer
+from .kept import KeptLogits
 from .parent import Parent, check_parent, check_sites, different_weights, read_head
 from .schedule import Schedule, schedule
 from .trainer import FreshOptimizer, HeldOut, Uptrainer, checkpoints, clean, core
@@ -75,6 +76,9 @@ class Run:
     """Sequences per forward pass on one device; the rest is accumulated. None: all at once."""
     checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    keep_logits: int | None = None
+    """Keep the parent's so many likeliest tokens per position in OUT/parent-logits, and repeat the same sequences in
+    every epoch: from the second on the parent is not run."""
     share_parent: bool | None = None
     """Let the parent use the model's weights outside attention. None: wherever they are equal and frozen."""
     resume: str | None = "auto"
@@ -127,6 +131,7 @@ class Setup:
             "control": self.run.control,
             "data": self.documents.digest,
             "seed": self.run.seed,
+            "keep_logits": self.run.keep_logits,
             "length": self.length,
             **{f"uptrain.{name}": value for name, value in _plain(self.uptrain).items()},
         }
@@ -159,6 +164,8 @@ def prepare(run: Run) -> Setup:
         section = dataclasses.replace(section, kl=0.0, ce=1.0, hidden=0.0, layer_local=0.0)
     if section.train == "lora":
         _peft()
+    if run.keep_logits is not None and (section.hidden or not section.kl):
+        raise RecipeError("--keep-logits: serves the KL alone. Set kl above 0 and hidden=0, or leave it out.")
     parent_name = run.parent or origin.get("parent")
     if not parent_name:
         raise CheckpointError(f"{folder}: does not say what it was converted from. Pass --parent.")
@@ -405,7 +412,13 @@ def train(setup: Setup) -> dict[str, Any]:
         world=world,
         micro_batch=setup.micro_batch,
         separate=setup.uptrain.separate_documents,
+        repeat=run.keep_logits is not None,
     )
+    kept = None
+    if run.keep_logits is not None:
+        k = min(run.keep_logits, core(setup.model).config.get_text_config(decoder=True).vocab_size)
+        temperature = setup.uptrain.temperature
+        kept = KeptLogits(out / "parent-logits", k=k, temperature=temperature, parent=setup.parent_name)
     scales = local_scales(setup)
     if run.checkpointing:
         enable_checkpointing(core(setup.model))
@@ -423,6 +436,7 @@ def train(setup: Setup) -> dict[str, Any]:
         nonfinite_limit=run.nonfinite_limit,
         keep=run.keep,
         head=setup.head,
+        kept=kept,
         callbacks=callbacks + ([scorer] if scorer else []),
     )
     if scorer is not None:
