@@ -1,17 +1,17 @@
 """Cross-layer sharing without training: loss of every layout and init at equal bytes, the parent in the same run.
 
-    python benchmarks/share_quality.py             # all rows, about 40 minutes on one core
+    python benchmarks/share_quality.py             # all rows, about an hour on one core
     python benchmarks/share_quality.py --resume    # keep the rows that an interrupted run has written
 
 The results are written after every row: an interrupted run keeps what it measured (`complete` is then false).
 
-stories940K: stories 400 onward for evaluation, the first 200 for calibration, lower-cased for the character model, first
-256 tokens each. The bundled model: documents of the reference corpus that it was not trained on; 200 of those that it was
-for calibration.
+stories940K: stories 400 onward for evaluation, the first 200 for calibration, lower-cased for the character model,
+first 256 tokens each. The bundled model: documents of the reference corpus that it was not trained on; 200 of those
+that it was for calibration.
 
-`replace`, `mean`, `kvsharer` and fixed patterns stand for what is published; `best` and `latent` are this library's. Rows
-"pairs of best" share the same layers as the search of `best` found, so that only the init differs. No language-model loss
-is used but for the gains, two numbers per query head.
+`replace`, `mean`, `kvsharer` and fixed patterns stand for what is published; `best` and `latent` are this library's.
+Rows "pairs of best" share the same layers as the search of `best` found, so that only the init differs. No
+language-model loss is used but for the gains, two numbers per query head.
 """
 
 from __future__ import annotations
@@ -67,10 +67,9 @@ def texts_of(name: str) -> tuple[Any, list[str], list[str]]:
 def rows_of(name: str) -> list[tuple[str, int | None, dict[str, Any]]]:
     """(label, layers that keep a cache, step); those of `SAME_PAIRS` get their layout from the row of best + search."""
     fixed = [(f"cla2, {init}", None, {"layout": "cla2", **step}) for init, step in PATTERN.items()]
-    budgets = (4, 3) if name != "small" else (5, 4, 3)
     return fixed + [
         (label, kv_layers, step | ({} if label in SAME_PAIRS else {"kv_layers": kv_layers}))
-        for kv_layers in budgets
+        for kv_layers in (4, 3)
         for label, step in (BUDGETED | SAME_PAIRS).items()
     ]
 
@@ -105,9 +104,8 @@ def measure(name: str, known: list[dict[str, Any]], save: Any) -> dict[str, Any]
                 "parameters": sum(p.numel() for p in child.parameters()),
                 "seconds": seconds,
             }
-            print(
-                name, label, kv_layers, row["owners"], round(row["nats_per_token"], 4), f"{seconds:.0f} s", flush=True
-            )  # noqa: T201
+            line = f"{name}, {label}, {kv_layers}: {row['nats_per_token']:.4f}, {row['owners']}, {seconds:.0f} s"
+            print(line, flush=True)  # noqa: T201
         found["rows"].append(row)
         save(found)
     return found

@@ -18,7 +18,7 @@ from .native import hands_down_keywords, meta_model, native_config
 from .recipe import GqaStep, LatentStep, LowrankStep, MlaStep, Recipe, ShareStep, Step, parse_layers
 from .runtime.latent import latent_refusal
 from .runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
-from .sharing import SEARCHED, check_map, owners_of, sharable
+from .sharing import SEARCHED, SVFORMER, check_map, owners_of, sharable
 from .show import count, human_bytes, render, spans
 
 CONTEXTS = {"4k": 4096, "32k": 32768, "128k": 131072}
@@ -129,7 +129,7 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
     if (
         not any(step.rewriter == "identity" or _is_uneven(step) for step in recipe.steps)
         and all(isinstance(layer.project, Heads) and layer.project.is_uniform for layer in after)
-        and all(layer.owner == layer.layer for layer in after)
+        and not any(layer.lenders for layer in after)
         and len(kv_heads) == 1
     ):
         config = native_config(anatomy.config, anatomy.sites, min(kv_heads))
@@ -178,8 +178,12 @@ def _parameters(anatomy: Anatomy, before: tuple[LayerPlan, ...], after: tuple[La
     """Parameters of a result whose attentions are ours."""
     layers = zip(anatomy.sites, before, after, strict=True)
     kept = anatomy.parameters - sum(_kv_parameters(site, b) - _kv_parameters(site, a) for site, b, a in layers)
-    readers = [site for site, a in zip(anatomy.sites, after, strict=True) if a.owner != a.layer]
-    norms = [norm for site in readers for norm in (site.k_norm, site.v_norm) if norm is not None]
+    norms = [
+        norm
+        for site, a in zip(anatomy.sites, after, strict=True)
+        for name, norm in (("k_norm", site.k_norm), ("v_norm", site.v_norm))
+        if norm is not None and name in a.absent
+    ]
     names = {name for norm in norms for part in (norm.weight, norm.bias) for name in _names(part)}
     if names:
         kept -= sum(p.numel() for name, p in meta_model(anatomy.config).named_parameters() if name in names)
@@ -191,7 +195,7 @@ def _names(parameter: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _differs(before: LayerPlan, after: LayerPlan) -> bool:
-    return (before.project, before.owner) != (after.project, after.owner)
+    return (before.project, before.lenders) != (after.project, after.lenders)
 
 
 def _is_uneven(step: Step) -> bool:
@@ -222,10 +226,11 @@ def _kv_parameters(site: AttentionSite, layer: LayerPlan) -> int:
         maps = project.head_dim * (project.key_rank + project.rope_dims) + project.value_dim * project.value_rank
         down = project.dims * (site.hidden_size + _has_bias(site)) if layer.owner == layer.layer else 0
         return down + project.kv_heads * maps
-    if layer.owner != layer.layer:
-        return 0
-    biases = (site.head_dim if site.k.bias else 0) + (site.value_dim if site.v.bias else 0)
-    return project.kv_heads * (site.hidden_size * (site.head_dim + site.value_dim) + biases)
+    return sum(
+        project.kv_heads * width * (site.hidden_size + (projection.bias is not None))
+        for name, projection, width in (("k_proj", site.k, site.head_dim), ("v_proj", site.v, site.value_dim))
+        if name not in layer.absent
+    )
 
 
 def _has_bias(site: AttentionSite) -> bool:
@@ -334,7 +339,10 @@ def _share(step: ShareStep, where: str, anatomy: Anatomy, layers: tuple[LayerPla
             if reason:
                 raise PlanError(f"layer {layer}: {where} makes a latent, but {reason}")
             plans[layer] = replace(plans[layer], project=_shared_latent(step, at))
-    return tuple(replace(plans[layer.layer], owner=owners.get(layer.layer, layer.owner)) for layer in layers)
+    for layer, owner in owners.items():
+        plan = plans[layer]
+        plans[layer] = replace(plan, value_owner=owner) if step.layout == SVFORMER else replace(plan, owner=owner)
+    return tuple(plans[layer.layer] for layer in layers)
 
 
 def _shared_latent(step: ShareStep, site: AttentionSite) -> Latent:
@@ -443,7 +451,7 @@ def _layers(plan: Plan) -> Table:
         return (
             f"{site.heads} q heads x {site.head_dim}",
             f"{_form(b.project)}{' heads' if isinstance(a.project, Latent) else ''} → {_form(a.project)}"
-            + (f", of layer {a.owner}" if a.owner != a.layer else ""),
+            + (f", {'V ' if a.value_owner is not None else ''}of layer {a.lenders[0]}" if a.lenders else ""),
             "all" if site.window is None else str(site.window),
             f"{b.bytes_per_token:,} → {a.bytes_per_token:,}",
             f"{saved:.0%}",

@@ -10,7 +10,9 @@ from .runtime.layout import AttentionSite, LayerPlan
 
 SEARCHED = ("search", "kvsharer")
 """Layouts that calibration text decides; the plan knows only how many layers keep a cache."""
-LAYOUTS = ("cla2", "cla3", "mlkv", "pizza-bottom", "sandwich-bottom", "lasagna-bottom", "yoco", *SEARCHED)
+SVFORMER = "svformer"
+"""Layout in which all layers read V of the first and keep their own K."""
+LAYOUTS = ("cla2", "cla3", "mlkv", "pizza-bottom", "sandwich-bottom", "lasagna-bottom", "yoco", SVFORMER, *SEARCHED)
 BUDGETED = ("mlkv", "pizza", "sandwich", "lasagna", *SEARCHED)
 """Layouts that need to be told how many layers keep a cache."""
 
@@ -41,6 +43,8 @@ def check_layout(layout: str, budget: bool, where: str) -> None:
 def owners_of(layout: str, layers: Sequence[int], kv_layers: int | float | None, where: str) -> dict[int, int]:
     """Reader -> owner under a named layout; for layouts that text decides, evenly spaced owners as a stand-in.
 
+    For `svformer` the owner is that of V alone.
+
     Args:
         layers: attention layers that may share, in order.
         kv_layers: how many of them keep a cache, or what part of them.
@@ -49,13 +53,15 @@ def owners_of(layout: str, layers: Sequence[int], kv_layers: int | float | None,
         PlanError: the budget does not fit the number of layers.
 
     Source: CLA arXiv:2405.12981; MLKV arXiv:2406.09297; pizza, sandwich, lasagna arXiv:2410.14442; YOCO
-    arXiv:2405.05254 (without its windows below).
+    arXiv:2405.05254 (without its windows below); SVFormer arXiv:2410.17897.
     """
     name, size, _ = _parse(layout, where)
     n = len(layers)
     if name == "cla":
         assert size is not None
         owner = [size * (i // size) for i in range(n)]
+    elif name == SVFORMER:
+        owner = [0] * n
     elif name == "yoco":
         owner = [min(i, n // 2) for i in range(n)]
     else:
@@ -144,13 +150,13 @@ def _parse(layout: str, where: str) -> tuple[str, int | None, str | None]:
     """`cla(3)`, `mlkv(layers=4)`, `pizza-bottom` -> name, number, target."""
     match = re.fullmatch(r"([a-z]+?)(?:(\d+)|\((?:layers=)?(\d+)\))?(?:[- ]([a-z]+))?", layout.strip())
     name = match.group(1) if match else layout
-    if match is None or name not in {"cla", "yoco", *BUDGETED}:
+    if match is None or name not in {"cla", "yoco", SVFORMER, *BUDGETED}:
         raise RecipeError(f"{where}.layout: no layout {layout!r}. Use one of {', '.join(LAYOUTS)}, or a map.")
     size = match.group(2) or match.group(3)
     number = int(size) if size else None
     if name == "cla" and (number is None or number < 2):
         raise RecipeError(f"{where}.layout: {layout!r} must say how many layers share a cache, such as cla2.")
-    if name in ("yoco", *SEARCHED) and number is not None:
+    if name in ("yoco", SVFORMER, *SEARCHED) and number is not None:
         raise RecipeError(f"{where}.layout: {layout!r} takes no number. Write {name}.")
     return name, number, match.group(4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from families import tiny_model
 from torch import Tensor
@@ -34,15 +35,18 @@ class Method:
 
     plan_and_weights: Callable[[AttentionSite, PreTrainedModel], tuple[Project, Weights]]
     families: Sequence[str] = tuple(REPRESENTATIVE)
-    shares: bool = False
-    """Layer 0 owns the cache of all."""
+    shares: Literal["", "owner", "value_owner"] = ""
+    """Layer 0 owns the cache of all, or its V alone."""
 
     def plan(self, site: AttentionSite, model: PreTrainedModel) -> LayerPlan:
         return self._layer(site, self.plan_and_weights(site, model)[0])
 
     def _layer(self, site: AttentionSite, project: Project) -> LayerPlan:
-        owner = 0 if self.shares else site.layer
-        return LayerPlan(layer=site.layer, project=project, owner=owner, window=site.window, dtype="float32")
+        lent = {self.shares: 0} if self.shares and site.layer else {}
+        return LayerPlan(
+            **{"layer": site.layer, "project": project, "owner": site.layer, "window": site.window, "dtype": "float32"}
+            | lent
+        )
 
     def convert(self, model: PreTrainedModel, sites: Sequence[AttentionSite]) -> PreTrainedModel:
         made = [self.plan_and_weights(site, model) for site in sites]
@@ -91,15 +95,16 @@ def select_heads(site: AttentionSite, weights: Weights, groups: Groups) -> Weigh
     return selected
 
 
-def shared(method: Method, families: Sequence[str]) -> Method:
-    """`method` with all layers but the first as readers: no parameters that make K and V."""
+def shared(method: Method, families: Sequence[str], what: Literal["owner", "value_owner"] = "owner") -> Method:
+    """`method` with all layers but the first as readers: no parameters that make K and V, or V."""
+    result = Method(method.plan_and_weights, families, shares=what)
 
     def made(site: AttentionSite, model: PreTrainedModel) -> tuple[Project, Weights]:
         project, weights = method.plan_and_weights(site, model)
-        made_by = ("k_proj", "v_proj", "k_norm", "v_norm", "kv_down") if site.layer else ()
-        return project, {name: tensor for name, tensor in weights.items() if not name.startswith(made_by)}
+        absent = result._layer(site, project).absent
+        return project, {name: tensor for name, tensor in weights.items() if not name.startswith(absent)}
 
-    return Method(made, families, shares=True)
+    return replace(result, plan_and_weights=made)
 
 
 def own_groups(site: AttentionSite) -> Groups:
@@ -138,6 +143,7 @@ ALIKE = ["llama", "mistral", "qwen3", "gpt_neox", "gpt2", "olmo2"]
 """Families whose layers are alike, and hand keyword arguments to their attentions."""
 METHODS |= {
     "shared": shared(METHODS["identity"], ALIKE),
+    "shared_values": shared(METHODS["identity"], ALIKE, "value_owner"),
     "shared_unequal_groups": shared(METHODS["unequal_groups"], ["llama"]),
     "shared_mla": shared(METHODS["mla"], ["llama", "gpt_neox"]),
     "shared_lowrank": shared(METHODS["lowrank"], ["llama", "mistral"]),

@@ -94,6 +94,7 @@ def test_named_layouts_say_who_reads_whom(layout: str, kv_layers: Any, owners: d
         ({"keep": 0.5}, "Set init: latent"),
         ({"init": "latent", "keep": 0}, "above 0"),
         ({"init": "nearest"}, "Allowed: best"),
+        ({"layout": "svformer", "init": "latent"}, "no svformer layout"),
     ],
 )
 def test_impossible_recipes_are_refused(step: dict[str, Any], message: str) -> None:
@@ -148,16 +149,26 @@ def test_inits_that_need_text_ask_for_it() -> None:
     assert not plan(deep(), recipe(init="mean")).needs_calibration
 
 
-@pytest.mark.parametrize("init", ["replace", "mean", "least_squares", "best", "latent"])
-def test_a_duplicated_layer_is_shared_without_loss(init: str) -> None:
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"init": "replace"},
+        {"init": "mean"},
+        {"init": "least_squares"},
+        {"init": "best"},
+        {"init": "latent"},
+        {"layout": "svformer"},
+    ],
+)
+def test_a_duplicated_layer_is_shared_without_loss(step: dict[str, Any]) -> None:
     model = twins()
     first, second = (layer.self_attn for layer in model.model.layers)
     with torch.no_grad():
         second.k_proj.weight.copy_(first.k_proj.weight)
         second.v_proj.weight.copy_(first.v_proj.weight)
-    child = surgery.convert(model, recipe(init=init, **BARE), calibration=text())
+    child = surgery.convert(model, recipe(**step, **BARE), calibration=text())
     assert distance(model, child) < 2e-4
-    assert child.config.surgery["layers"][1]["plan"]["owner"] == 0
+    assert 0 in [child.config.surgery["layers"][1]["plan"][name] for name in ("owner", "value_owner")]
 
 
 def test_least_squares_undoes_what_heads_can_be_turned_and_mixed_by() -> None:
@@ -190,6 +201,7 @@ def test_a_latent_serves_readers_whose_weights_differ() -> None:
         ("qwen3", {"init": "least_squares", **BARE}),
         ("mistral", {"init": "latent", "keep": 0.75, **BARE}),
         ("phi3", {"init": "best", **BARE}),
+        ("qwen3", {"layout": "svformer"}),
     ],
 )
 def test_the_cache_holds_what_is_planned_and_readers_lose_their_projections(family: str, step: dict[str, Any]) -> None:
@@ -199,7 +211,7 @@ def test_the_cache_holds_what_is_planned_and_readers_lose_their_projections(fami
     ids = text(1)
     assert cache_bytes(child, ids) == planned.cache_bytes(ids.shape[1]) < cache_bytes(model, ids)
     assert sum(p.numel() for p in child.parameters()) == planned.parameters
-    assert not [name for name, _ in child.named_parameters() if name.startswith("model.layers.1") and "k_proj" in name]
+    assert not [name for name, _ in child.named_parameters() if name.startswith("model.layers.1") and "v_proj" in name]
     logits = child(ids).logits
     cache = None
     for i in range(ids.shape[1]):

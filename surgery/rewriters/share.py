@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..calibrate import layer_activations
 from ..recipe import ShareStep
 from ..runtime.layout import Latent, LayerPlan
 from ..sharing import SEARCHED, kept_layers, sharable
@@ -20,7 +21,7 @@ from .reference import head_outputs
 from .refit import OutputFit, QueryFit
 from .share_copy import SharedCopy
 from .share_latent import share_latents
-from .share_maps import least_squares, mean_weights, pair_moments
+from .share_maps import least_squares, map_values, mean_weights, pair_moments
 from .share_search import kvsharer_pairs, search_pairs
 
 QUERY_TOKENS = 6_000
@@ -51,6 +52,9 @@ class Share:
             originals = {layer: copy.read(layer) for layer in copy.sites}
             for reader, owner in sorted(owners.items()):
                 self._share_heads(copy, reader, owner, originals, windows)
+            for plan in plans:
+                if plan.value_owner is not None:
+                    self._share_values(copy, plan.layer, plan.value_owner, windows)
         if windows is not None and self.step.gain_fit:
             self._fit_gains(copy, windows)
 
@@ -104,10 +108,7 @@ class Share:
         for name, make in forms.items():
             copy.write(owner, kept)
             copy.write(reader, make())
-            loss = 0.0
-            if len(forms) > 1:
-                assert windows is not None
-                loss = copy.divergence(windows.split()[1].take(SEARCH_WINDOWS))
+            loss = _search_loss(copy, windows) if len(forms) > 1 else 0.0
             tried.append((loss, name, copy.read(reader), copy.read(owner)))
         _, name, chosen, made = min(tried, key=lambda found: found[0])
         if name != "least_squares":
@@ -115,9 +116,22 @@ class Share:
         copy.write(owner, made)
         copy.write(reader, chosen)
         if windows is not None:
-            self._refit(copy, reader, owner, before, windows)
+            self._refit(copy, reader, before, windows)
 
-    def _refit(self, copy: SharedCopy, layer: int, owner: int, target: AttentionWeights, windows: Windows) -> None:
+    def _share_values(self, copy: SharedCopy, reader: int, owner: int, windows: Windows | None) -> None:
+        """Own K, another layer's V (SVFormer, arXiv:2410.17897, here from pretrained weights)."""
+        before = copy.read(reader)
+        copy.value_owners[reader] = owner
+        if windows is None:
+            return
+        if self.step.init in ("best", "least_squares"):
+            loss = _search_loss(copy, windows)
+            copy.write(reader, map_values(before, pair_moments(copy, reader, owner, windows)))
+            if self.step.init == "best" and _search_loss(copy, windows) > loss:
+                copy.write(reader, before)
+        self._refit(copy, reader, before, windows)
+
+    def _refit(self, copy: SharedCopy, layer: int, target: AttentionWeights, windows: Windows) -> None:
         """W_q by the scores of `target`, then W_o by the parent's output, on what the layer now reads; kept if better.
 
         Args:
@@ -131,40 +145,43 @@ class Share:
         if self.step.refit_output:
             steps.append(self._fit_output)
         for step in steps:
-            copy.write(layer, step(copy, layer, owner, target, fit))
+            copy.write(layer, step(copy, layer, target, fit))
             found = copy.divergence(check)
             if found < loss:
                 best, loss = copy.read(layer), found
             else:
                 copy.write(layer, best)
 
-    def _fit_queries(
-        self, copy: SharedCopy, layer: int, owner: int, target: AttentionWeights, fit: Windows
-    ) -> AttentionWeights:
+    def _fit_queries(self, copy: SharedCopy, layer: int, target: AttentionWeights, fit: Windows) -> AttentionWeights:
         student = copy.read(layer)
         found = QueryFit(target, student, self.orders.get(layer, range(student.heads)))
-        for a, x_owner in copy.activations(layer, owner, fit):
-            k, _ = copy.keys_values(layer, x_owner)
+        for a in layer_activations(copy, copy.sites[layer], fit):
+            k, _ = copy.keys_values(layer)
             # Merged heads have no scores of the parent's to meet: theirs are those of the layer after merging.
             x_target = a.x_student_BTD if layer in self.merged else a.x_parent_BTD
             found.add(x_target, a.x_student_BTD, a.mask_BT, max(1, fit.tokens // QUERY_TOKENS), k)
         return found.solve()
 
-    def _fit_output(
-        self, copy: SharedCopy, layer: int, owner: int, target: AttentionWeights, fit: Windows
-    ) -> AttentionWeights:
+    def _fit_output(self, copy: SharedCopy, layer: int, target: AttentionWeights, fit: Windows) -> AttentionWeights:
         student, parent, found = copy.read(layer), copy.parent(layer), OutputFit()
-        for a, x_owner in copy.activations(layer, owner, fit):
+        for a in layer_activations(copy, copy.sites[layer], fit):
             y = torch.einsum("btnv,dnv->btd", head_outputs(parent, a.x_parent_BTD), parent.o_DNV)
-            found.add(copy.outputs(layer, a.x_student_BTD, x_owner, student), y + a.gap_BTD, a.mask_BT)
+            found.add(copy.outputs(layer), y + a.gap_BTD, a.mask_BT)
         return found.solve(student)
 
     def _fit_gains(self, copy: SharedCopy, windows: Windows) -> None:
         """One gain per query head on q and on o, in all converted layers together, by KL to the parent."""
         fit, check = windows.take(GAIN_WINDOWS).split()
         batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(GAIN_BATCH)]
-        sites = [copy.sites[layer] for layer in sorted({*copy.owners, *copy.latents})]
+        sites = [copy.sites[layer] for layer in sorted({*copy.owners, *copy.value_owners, *copy.latents})]
+        if not sites:
+            return
         before, kept = copy.divergence(check), copy.state()
         fit_gains(copy.model, copy.teacher, batches, [site for site in sites if not site.gated_output])
         if copy.divergence(check) > before:
             copy.restore(kept)
+
+
+def _search_loss(copy: SharedCopy, windows: Windows | None) -> float:
+    assert windows is not None
+    return copy.divergence(windows.split()[1].take(SEARCH_WINDOWS))

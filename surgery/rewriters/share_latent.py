@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..calibrate import layer_activations
 from ..linalg import blockdiag, damp, factorise, hermitian, ridge_regression
 from ..text import Windows
 from .attention_weights import AttentionWeights
@@ -26,7 +27,7 @@ from .latent_mla import output_metric, query_metric
 from .latent_moments import MomentSums
 from .share_copy import SharedCopy
 
-Refit = Callable[[SharedCopy, int, int, AttentionWeights, Windows], None]
+Refit = Callable[[SharedCopy, int, AttentionWeights, Windows], None]
 RIDGE = 1e-4
 UNIFORM = 0.05
 """Part of the moments in which every token counts alike: attention alone leaves directions that it never met."""
@@ -73,7 +74,7 @@ def share_latents(copy: SharedCopy, owners: Mapping[int, int], rank: int, window
             copy.owners[layer] = owner
         copy.latents[layer] = _read_from(before[layer], moments, downs[owner])
         copy.write(layer, before[layer])
-        refit(copy, layer, owner, before[layer], windows)
+        refit(copy, layer, before[layer], windows)
 
 
 def regress_reader(copy: SharedCopy, reader: int, owner: int, fit: Windows) -> LatentWeights:
@@ -86,8 +87,8 @@ def reader_moments(copy: SharedCopy, reader: int, owner: int, fit: Windows) -> R
     """Stream the moments of one reader and its owner; `reader` may be the owner itself."""
     weights = copy.parent(reader)
     sums = MomentSums(weights)
-    for a, x_owner in copy.activations(reader, owner, fit):
-        sums.add(a.x_parent_BTD, torch.cat([a.x_parent_BTD, x_owner], -1), a.mask_BT)
+    for a in layer_activations(copy, copy.sites[reader], fit):
+        sums.add(a.x_parent_BTD, torch.cat([a.x_parent_BTD, copy.inputs[owner]], -1), a.mask_BT)
     found = sums.finish()
     D = weights.q_NHD.shape[-1]
     wanted = [*range(D), 2 * D] if weights.has_bias else [*range(D)]  # x~ = [x_reader; x_owner; 1]

@@ -87,6 +87,15 @@ def least_squares(weights: AttentionWeights, moments: PairMoments) -> tuple[Atte
     return permute_queries(replace(folded, groups=groups)), [h for group in groups for h in group]
 
 
+def map_values(weights: AttentionWeights, moments: PairMoments) -> AttentionWeights:
+    """The reader of another layer's V alone: each KV head regressed on the same head there, folded into o."""
+    if not weights.v_foldable:
+        return weights
+    maps = torch.stack([_value_map(moments, a, a) for a in range(weights.kv_heads)])[weights.kv_of()]
+    o = torch.einsum("dnv,nvw->dnw", weights.o_DNV.double(), maps)
+    return replace(weights, o_DNV=o.to(weights.o_DNV.dtype))
+
+
 def assign(gain_KK: Tensor) -> list[int]:
     """One column for each row, all different, with a large sum: from many starts, exchanges of two while any helps."""
     gain, K = gain_KK.tolist(), len(gain_KK)

@@ -144,7 +144,7 @@ def _mean_cache(copy: SharedCopy, layer: int, windows: Windows) -> tuple[Tensor,
     for ids, _ in windows.batches(BATCH):
         run_to(copy.model, module_of(copy.sites[layer].q), ids)
         k, v = (F.pad(t.sum(0), (0, 0, 0, windows.ids_BT.shape[1] - t.shape[2]))
-                for t in copy.keys_values(layer, copy.inputs[layer]))  # fmt: skip
+                for t in copy.keys_values(layer))  # fmt: skip
         total = [total[0] + k, total[1] + v] if total else [k, v]
     return total[0] / len(windows), total[1] / len(windows)
 

@@ -90,7 +90,7 @@ class SurgeryAttention(nn.Module):
 
     What every form of the cache shares: the calling convention, queries, masks, the attention function, the output.
     A subclass makes keys and values (`_query_key_value`) from the parameters that it names in `linears`, `norms` and
-    `tensors`; those in `cache_linears` and `cache_norms` exist only in a layer that owns its cache.
+    `tensors`; those in `plan.absent` are not built.
 
     A reader (`plan.owner` is an earlier layer) attends to what its owner's cache gave in the same forward pass. That
     travels in `shared_kv_states`, a mapping which the model makes anew for each pass and hands to every layer: state
@@ -108,10 +108,8 @@ class SurgeryAttention(nn.Module):
     Departs from parents in one thing: dropout on weights and output is kept, other dropout inside attention is not.
     """
 
-    linears: tuple[str, ...] = ("q_proj", "o_proj")
-    cache_linears: tuple[str, ...]
-    norms: tuple[str, ...] = ("q_norm",)
-    cache_norms: tuple[str, ...] = ()
+    linears: tuple[str, ...]
+    norms: tuple[str, ...]
     tensors: tuple[str, ...] = ("sinks", "post_norm_scale")
     q_proj: nn.Linear
     o_proj: nn.Linear
@@ -137,10 +135,10 @@ class SurgeryAttention(nn.Module):
         self.owns_cache = plan.owner == plan.layer
         self.has_readers = False
 
-        for name in self.linears + (self.cache_linears if self.owns_cache else ()):
+        for name in (name for name in self.linears if name not in plan.absent):
             rows, columns = shapes[f"{name}.weight"]
             setattr(self, name, nn.Linear(columns, rows, bias=f"{name}.bias" in shapes))
-        for name in self.norms + (self.cache_norms if self.owns_cache else ()):
+        for name in (name for name in self.norms if name not in plan.absent):
             norm: HeadNorm | None = getattr(site, name)
             module = SurgeryHeadNorm(norm, shapes.get(f"{name}.weight"), shapes.get(f"{name}.bias")) if norm else None
             setattr(self, name, module)
@@ -252,18 +250,22 @@ class SurgeryAttention(nn.Module):
             shared[self.layer_idx] = key, value
         return key, value
 
+    def _lent(self, lender: int, shared: KVStates) -> tuple[Tensor, Tensor]:
+        """What another layer sees in its cache, in this forward pass."""
+        if shared is None or lender not in shared:
+            raise ValueError(
+                f"layer {self.layer_idx} reads the cache of layer {lender}, which left none in `{SHARED_STATES}`: call "
+                "the converted model as a whole"
+            )
+        return shared[lender]
+
     def _borrow(self, tokens: int, cache: Any, shared: KVStates) -> tuple[Tensor, Tensor]:
         """What the owner of the cache sees.
 
         The layer's own place in the cache gets no heads, once: no bytes, but releases of transformers before 5.22
         cannot crop a place that nothing was ever written to.
         """
-        if shared is None or self.plan.owner not in shared:
-            raise ValueError(
-                f"layer {self.layer_idx} reads the cache of layer {self.plan.owner}, which left none in "
-                f"`{SHARED_STATES}`: call the converted model as a whole"
-            )
-        key, value = shared[self.plan.owner]
+        key, value = self._lent(self.plan.owner, shared)
         if cache is not None and not (
             len(cache.layers) > self.layer_idx and cache.layers[self.layer_idx].is_initialized
         ):
@@ -457,8 +459,8 @@ def _check(site: AttentionSite, plan: LayerPlan) -> None:
         raise ValueError(f"{where}: gates its head outputs, which this runtime cannot do")
     if plan.layer != site.layer:
         raise ValueError(f"{where}: was given the plan of layer {plan.layer}")
-    if plan.owner > plan.layer:
-        raise ValueError(f"{where}: reads the cache of layer {plan.owner}, which is not there yet when it runs")
+    if any(lender >= plan.layer for lender in plan.lenders):
+        raise ValueError(f"{where}: reads the cache of layer {plan.lenders[0]}, which is not there yet when it runs")
     if plan.window not in (None, site.window):
         raise ValueError(f"{where}: keeps {plan.window} tokens where its attention sees {site.window}")
 

@@ -16,8 +16,8 @@ from .layout import AttentionSite, Heads, LayerPlan
 class SurgeryHeadsAttention(SurgeryAttention):
     """`SurgeryAttention` under a `Heads` plan; parameters as `canonical_weights` names them."""
 
-    cache_linears = ("k_proj", "v_proj")
-    cache_norms = ("k_norm", "v_norm")
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj")
+    norms = ("q_norm", "k_norm", "v_norm")
     k_proj: nn.Linear
     v_proj: nn.Linear
     k_norm: SurgeryHeadNorm | None
@@ -63,9 +63,13 @@ class SurgeryHeadsAttention(SurgeryAttention):
         query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
         if self.owns_cache:
             k = norm_heads(self.k_norm, self._project(self.k_proj, hidden_states, self.site.head_dim), False)
-            v = norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
-            k = norm_heads(self.k_norm, turn(k), True)
-            key, value = self._store(k.transpose(1, 2), v.transpose(1, 2), cache, shared)
+            k = norm_heads(self.k_norm, turn(k), True).transpose(1, 2)
+            if self.plan.value_owner is None:
+                v = norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
+                key, value = self._store(k, v.transpose(1, 2), cache, shared)
+            else:
+                key, _ = self._store(k, k[..., :0], cache, shared)
+                _, value = self._lent(self.plan.value_owner, shared)
         else:
             key, value = self._borrow(hidden_states.shape[1], cache, shared)
         if not self.heads.is_uniform:

@@ -34,7 +34,8 @@ class SurgeryLatentAttention(SurgeryAttention):
     Source: the absorbed form of DeepSeek-V2, arXiv:2405.04434; Palu, arXiv:2407.21118, for `rotate_on_read`.
     """
 
-    cache_linears = ("kv_down",)
+    linears = ("q_proj", "kv_down", "o_proj")
+    norms = ("q_norm",)
     tensors = (*SurgeryAttention.tensors, "k_up", "v_up", "q_rope")
     kv_down: nn.Linear
     k_up: nn.Parameter | None

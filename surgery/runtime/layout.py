@@ -192,6 +192,8 @@ class LayerPlan:
     project: Project
     owner: int
     """Share axis: index of the layer whose cache is read; its own index where it owns one."""
+    value_owner: int | None = None
+    """Share axis of V alone, in a layer that owns its K: index of the layer whose V is read (SVFormer)."""
     window: int | None = None
     """Retain axis: newest tokens kept; None keeps all."""
     dtype: str = "bfloat16"
@@ -200,7 +202,25 @@ class LayerPlan:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one more token adds to the cache while the window, if any, is not full."""
-        return self.project.dims * _BYTES[self.dtype] if self.owner == self.layer else 0
+        if self.owner != self.layer:
+            return 0
+        dims = self.project.dims
+        if self.value_owner is not None:
+            dims -= self.project.kv_heads * self.project.value_dim
+        return dims * _BYTES[self.dtype]
+
+    @property
+    def lenders(self) -> tuple[int, ...]:
+        """Layers whose cache this one reads beside its own."""
+        if self.owner != self.layer:
+            return (self.owner,)
+        return () if self.value_owner is None else (self.value_owner,)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Modules that the layer does without: those that would make K and V which it reads elsewhere."""
+        keys = () if self.owner == self.layer else ("k_proj", "k_norm", "kv_down")
+        return (*keys, "v_proj", "v_norm") if self.lenders else keys
 
     def bytes_at(self, tokens: int) -> int:
         """Bytes of this layer's dynamic cache after `tokens` tokens; a window keeps its newest but one for the next."""

@@ -40,7 +40,7 @@ class SurgeryMixin:
             [CallingConvention.from_dict(layer["call"]) for layer in layers],
             [layer["shapes"] for layer in layers],
         )
-        self.shares_caches = any(layer["plan"]["owner"] != layer["plan"]["layer"] for layer in layers)
+        self.shares_caches = any(LayerPlan.from_dict(layer["plan"]).lenders for layer in layers)
         if self.shares_caches:
             self.base_model.register_forward_pre_hook(_hand_down_states, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -117,7 +117,7 @@ def swap_attention(
     shapes: Sequence[dict[str, Sequence[int]]],
 ) -> None:
     """Put a `SurgeryAttention` in the place of each site's module, in this model instance only."""
-    owners = {plan.owner for plan in plans if plan.owner != plan.layer}
+    lenders = {lender for plan in plans for lender in plan.lenders}
     for site, plan, call, sizes in zip(sites, plans, calls, shapes, strict=True):
         name = site.module
         if not hasattr(model, model.base_model_prefix):  # a base model: names there lack the prefix
@@ -130,7 +130,7 @@ def swap_attention(
             config = model.config.get_text_config(decoder=True)
         form = SurgeryLatentAttention if isinstance(plan.project, Latent) else SurgeryHeadsAttention
         attention = form(config, site, plan, call, {k: tuple(v) for k, v in sizes.items()})
-        attention.has_readers = site.layer in owners
+        attention.has_readers = site.layer in lenders
         parameter = next(replaced.parameters())
         attention.to(dtype=parameter.dtype)
         setattr(owner, attribute, attention.train(replaced.training))
@@ -169,8 +169,7 @@ def from_parent(
             if isinstance(plan.project, Latent):
                 raise ValueError(f"layer {site.layer}: its plan is a latent, and no weights are given for it")
             canonical = canonical_weights(site, tensors.__getitem__)
-            if plan.owner != plan.layer:
-                canonical = {k: t for k, t in canonical.items() if k.split(".")[0] not in _OWNERS}
+            canonical = {name: t for name, t in canonical.items() if name.split(".")[0] not in plan.absent}
         _check_shapes(site, plan, canonical)
         shapes = {name: list(tensor.shape) for name, tensor in canonical.items()}
         layers.append({"site": site.to_dict(), "plan": plan.to_dict(), "call": call.to_dict(), "shapes": shapes})
@@ -229,33 +228,34 @@ def converted_class(path: str) -> type[PreTrainedModel]:
 
 
 def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tensor]) -> None:
+    where = f"layer {site.layer}"
+    surplus = [name for name in weights if name.split(".")[0] in plan.absent]
+    if surplus:
+        raise ValueError(f"{where}: reads the cache of layer {plan.lenders[0]} and has {surplus[0]} of its own")
     if isinstance(plan.project, Latent):
         wanted = latent_shapes(site, plan.project, plan.owner == plan.layer)
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        for name in sorted({name for name in {*wanted, *found} if name.split(".")[0] in {*_LATENT, *_OWNERS}}):
+        for name in sorted({name for name in {*wanted, *found} if name.split(".")[0] in _LATENT}):
             if name != "kv_down.bias" and wanted.get(name) != found.get(name):
-                raise ValueError(
-                    f"layer {site.layer}: {name} has shape {found.get(name)}, its plan asks for {wanted.get(name)}"
-                )
+                raise ValueError(f"{where}: {name} has shape {found.get(name)}, its plan asks for {wanted.get(name)}")
         return
     heads = plan.project
-    rows = {"q_proj": site.heads * site.head_dim}
-    if plan.owner == plan.layer:
-        rows |= {"k_proj": heads.kv_heads * site.head_dim, "v_proj": heads.kv_heads * site.value_dim}
-    elif surplus := [name for name in weights if name.split(".")[0] in _OWNERS]:
-        raise ValueError(f"layer {site.layer}: reads the cache of layer {plan.owner} and has {surplus[0]} of its own")
+    rows = {
+        "q_proj": site.heads * site.head_dim,
+        "k_proj": heads.kv_heads * site.head_dim,
+        "v_proj": heads.kv_heads * site.value_dim,
+    }
     for name, count in rows.items():
+        if name in plan.absent:
+            continue
         rows_found = weights[f"{name}.weight"].shape[0]
         if rows_found != count:
             raise ValueError(
-                f"layer {site.layer}: {name}.weight has {rows_found} rows, its plan asks for {count} "
-                f"({heads.kv_heads} KV heads)"
+                f"{where}: {name}.weight has {rows_found} rows, its plan asks for {count} ({heads.kv_heads} KV heads)"
             )
 
 
-_LATENT = ("kv_down", "k_up", "v_up", "q_rope", "rope_freq_bits")
-_OWNERS = ("k_proj", "v_proj", "k_norm", "v_norm")
-"""Parameters of heads that make K and V: a reader has none."""
+_LATENT = ("kv_down", "k_up", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "k_norm", "v_norm")
 
 
 def _copy_buffers(parent: nn.Module, converted: nn.Module) -> None:
