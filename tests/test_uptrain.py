@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import shutil
+from collections import UserDict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from uptraining import losses, make_home, run
 import surgery
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.provenance import provenance_of
+from surgery.runtime.attention import SHARED_STATES
 from surgery.train import trainer as training
 from surgery.train.kept import KeptLogits
 from surgery.train.losses import Distilled, Head, distil
@@ -26,7 +28,7 @@ def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("uptrain"))
 
 
-@pytest.mark.parametrize(("model", "part"), [("native", 0.8), ("latent", 0.97)])
+@pytest.mark.parametrize(("model", "part"), [("native", 0.8), ("latent", 0.97), ("shared", 0.8)])
 def test_training_comes_closer_to_the_parent_and_changes_converted_attention_only(home, tmp_path, model, part):
     out = tmp_path / "out"
     options = ("tokens=2560", "learning_rate=1e-2")
@@ -78,7 +80,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("model", ["native", "latent"])
+@pytest.mark.parametrize("model", ["native", "latent", "shared"])
 def test_layer_local_loss_is_the_error_of_each_attention_on_the_parents_own_inputs(home, tmp_path, model):
     trainer, setup = trainer_of(home, tmp_path, model=model)
     inputs = next(iter(trainer.text))
@@ -103,8 +105,11 @@ def test_layer_local_loss_is_the_error_of_each_attention_on_the_parents_own_inpu
         parent(**read, use_cache=False)
     wanted = 0.0
     setup.model.zero_grad()
+    states = UserDict()
     for name in setup.trained_attention:
         args, kwargs, target = calls[name]
+        if model == "shared":
+            kwargs = {**kwargs, SHARED_STATES: states}
         y = setup.model.get_submodule(name)(*args, **kwargs)[0]
         wanted = wanted + (y - target).square().sum() / trainer.local[name]
     wanted = wanted / (64 * len(setup.trained_attention))
@@ -115,7 +120,7 @@ def test_layer_local_loss_is_the_error_of_each_attention_on_the_parents_own_inpu
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("model", ["native", "latent"])
+@pytest.mark.parametrize("model", ["native", "latent", "shared"])
 def test_a_parent_that_shares_weights_teaches_the_same_and_holds_attention_alone(home, tmp_path, model):
     found = {}
     for shared in (True, False):

@@ -39,6 +39,8 @@ def make_home(home):
     low = {"name": "tiny", "steps": [{"rewriter": "lowrank", "rank": 16, "layers": "1"}]}
     ids = torch.randint(3, 120, (16, 16), generator=torch.Generator().manual_seed(0))
     surgery.save(surgery.convert(parent, low, calibration=ids), home / "latent")
+    shared = {"name": "tiny", "steps": [{"rewriter": "share", "layout": "cla2", "init": "mean"}]}
+    surgery.save(surgery.convert(parent, shared), home / "shared")
     return home
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from surgery.errors import CheckpointError, UnsupportedModel
 from surgery.provenance import provenance_of
+from surgery.runtime.attention import SHARED_STATES
 from surgery.runtime.layout import AttentionSite
 
 from .losses import Head
@@ -41,6 +42,8 @@ class Parent:
         self.head_scale, self.head_softcap = head_scale, head_softcap
         for module in [*self.attention.values(), *([] if model is None else [model])]:
             module.requires_grad_(False).eval()
+        for module in self.attention.values():
+            module.register_forward_pre_hook(_without_shared_states, with_kwargs=True)
 
     @property
     def shared(self) -> bool:
@@ -91,6 +94,13 @@ class Parent:
         finally:
             for name, module in own.items():
                 _put(trained, name, module)
+
+
+def _without_shared_states(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a converted model hands from layer to layer says nothing to the parent's attention."""
+    return args, {name: value for name, value in kwargs.items() if name != SHARED_STATES}
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

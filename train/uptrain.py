@@ -26,9 +26,10 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from surgery.checkpoint import check_output, copy_companions, local_folder, new_folder, read_json
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
-from surgery.plan import plan
+from surgery.plan import Plan, plan
 from surgery.provenance import provenance_of, versions, write_provenance
 from surgery.recipe import Recipe, Uptrain
+from surgery.runtime.attention import SurgeryAttention, canonical_weights
 from surgery.storage import load
 from surgery.text import Windows, load_windows
 
@@ -173,7 +174,7 @@ def prepare(run: Run) -> Setup:
     check_parent(model, parent, parent_name)
     made = plan(parent, origin["recipe"])
     check_sites(model, made.anatomy.sites, parent_name)
-    converted = [site.module for site, _ in made.changed()]
+    converted = changed_attention(model, parent, made)
     if not converted:
         raise RecipeError(f"{origin['recipe'].get('name')}: changes no layer, so there is nothing to train.")
     config = model.config.get_text_config(decoder=True)
@@ -270,9 +271,27 @@ def _teacher(
     modules = {name: parent.get_submodule(name) for name in attention}
     if shared:
         # Where attention is untouched and frozen the model's own module serves both.
-        keep = attention if origin.get("uptrained") else {*converted, *trained}
+        keep = {*converted, *trained}
         return Parent(None, {name: module for name, module in modules.items() if name in keep}, *head)
     return Parent(parent, modules, *head)
+
+
+def changed_attention(model: PreTrainedModel, parent: PreTrainedModel, made: Plan) -> list[str]:
+    """Names of attention modules that are not the parent's: of another form, or with other weights (an owner that was
+    fitted to its readers keeps its form)."""
+    changed = {site.module for site, _ in made.changed()}
+    tensors = parent.state_dict()
+    for site in made.anatomy.sites:
+        module = model.get_submodule(site.module)
+        own: dict[str, Tensor] = dict(module.named_parameters())
+        theirs: dict[str, Tensor] = dict(parent.get_submodule(site.module).named_parameters())
+        if isinstance(module, SurgeryAttention):
+            theirs = canonical_weights(site, tensors.__getitem__)
+        if own.keys() != theirs.keys() or any(
+            own[key].shape != theirs[key].shape or not torch.equal(own[key], theirs[key]) for key in own
+        ):
+            changed.add(site.module)
+    return [site.module for site in made.anatomy.sites if site.module in changed]
 
 
 @torch.no_grad()
