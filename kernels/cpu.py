@@ -71,7 +71,7 @@ def slices(
         for b, row in enumerate(lengths.tolist()):
             yield from ((slice(b, b + 1), slice(kv, kv + 1), 0, end) for kv, end in enumerate(row))
         return
-    ends = [capacity] * batch if lengths is None else lengths.reshape(batch, -1)[:, 0].tolist()
+    ends = [capacity] * batch if lengths is None else (lengths if lengths.ndim == 1 else lengths[:, 0]).tolist()
     begins = [0] * batch if visible is None else visible.byte().argmax(1).tolist()
     bounds = [(min(begin, end), end) for begin, end in zip(begins, ends, strict=True)]
     if len(set(bounds)) == 1:

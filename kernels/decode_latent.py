@@ -137,7 +137,8 @@ def decode_latent_triton(
     S = cache_B1SW.shape[2]
     if B == 0:
         return out, lse
-    block_m = min(64, max(16, power_of_two(N)))
+    # 64 heads times 512 numbers of sums do not fit into the registers of a program.
+    block_m = min(64 if rank <= 256 else 32, max(16, power_of_two(N)))
     device = device_of(q_BNW)
     config = config_for(
         "decode_latent",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .aot import SHARED_LIMIT, Gates
 from .compact import compact__triton
 from .decode_gqa import decode_gqa_triton
 from .decode_latent import decode_latent_triton
@@ -136,6 +137,7 @@ SHAPES: dict[str, Callable[[], object]] = {
     "latent 32 x 512+64": _latent(heads=32),
     "latent 64 x 512+64": _latent(heads=64),
     "latent 32 x 256+32": _latent(heads=32, rank=256, rope=32),
+    "latent 64 x 256+64": _latent(heads=64, rank=256),
     "latent 32 x 128": _latent(heads=32, rank=128, rope=0),
     "append 32/8": _append(kv_heads=8, width=128, pairs=64, start=0, values=True),
     "append latent": _append(kv_heads=1, width=576, pairs=32, start=512, values=False),
@@ -159,3 +161,30 @@ def launches(name: str, device: Device) -> list[Launch]:
     with recording(device) as made:
         SHAPES[name]()
     return made
+
+
+GATED = {
+    "decode_gqa_kernel": 1000,
+    "decode_latent_kernel": 1100,
+    "decode_ragged_kernel": 1100,
+    "decode_quant_kernel": 1700,
+}
+"""Kernels whose loop must load 16 bytes at a time and multiply matrices, with the most instructions their largest loop
+may have on sm_80 and sm_90, about a fifth above what the widest shape was first compiled to."""
+
+
+def failures(name: str, found: Gates) -> list[str]:
+    """What of a kernel's machine code is out of bounds."""
+    limits = {
+        "spills": found.spills == 0,
+        "registers": found.registers <= (512 if found.arch.startswith("gfx") else 255),
+        "shared memory": found.shared <= SHARED_LIMIT[found.arch],
+    }
+    if found.kernel in GATED:
+        limits["16-byte loads"] = found.loads_128 > 0
+        # Masks are bytes, and the scales of values two bytes per token.
+        narrow = 4 if name.startswith("int") or "visible" in name else 0
+        limits["no narrow loads"] = found.loads_narrow <= narrow or found.arch.startswith("gfx")
+        limits["matrix instruction"] = bool(found.mma)
+        limits["instructions"] = found.arch not in ("sm_80", "sm_90") or found.instructions <= GATED[found.kernel]
+    return [what for what, holds in limits.items() if not holds]
