@@ -1,4 +1,4 @@
-"""The command line: `surgery inspect | plan | convert | train | eval | report | generate | bench | demo`."""
+"""The command line: `surgery inspect | plan | convert | train | eval | report | export | generate | bench | demo`."""
 
 from __future__ import annotations
 
@@ -194,6 +194,28 @@ def evaluate(
     _out(*report.tables())
     _write_json(json_file, report.to_dict())
     _write(markdown, report.to_markdown())
+
+
+@app.command(
+    epilog="Examples: surgery export ./smaller --to native -o ./deepseek | "
+    "surgery export ./smaller --to native --norm calibrated --text text.jsonl -o ./deepseek"
+)
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist, or be empty.")],
+    to: Annotated[str, typer.Option(help="native: the stock class that can say it (mla: DeepSeek-V3).")] = "native",
+    norm: Annotated[
+        str, typer.Option(help="Norm on the latent: neutral (exact, needs biases), calibrated (to be trained).")
+    ] = "neutral",
+    text: Annotated[
+        Path | None, typer.Option(help="Text (.txt, .jsonl, .parquet) to calibrate and compare on.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+) -> None:
+    """Write a converted model as a stock class, reload it without this library, and compare the logits."""
+    from .export import export as write
+
+    _out(*write(model, out, to=to, norm=norm, text=text, overwrite=overwrite).lines(), f"[bold]written to {out}[/bold]")
 
 
 @app.command(epilog="Example: surgery report 2x.json 4x.json -o ./report")
