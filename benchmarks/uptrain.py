@@ -108,7 +108,7 @@ def converted(model: str, name: str, options: dict[str, Any] | None = None) -> s
         parent = SMALL if model == "small" else adapted()
         train, _ = text_of(model)
         surgery.convert_checkpoint(
-            parent, recipe(name, options or {}), out, calibration=None if options else train, samples=48, length=LENGTH
+            parent, recipe(name, options or {}), out, calibration=None if options else train, samples=32, length=LENGTH
         )
     return str(out)
 
@@ -129,7 +129,7 @@ RECOVER: dict[str, dict[str, Any]] = {
             "mean, ours": ("stories", "mqa", MEAN, OURS),
             "mean, cross-entropy": ("stories", "mqa", MEAN, CE),
         },
-        "tokens": 245760, "batch": 16, "rates": {"ours": 1e-3, "cross-entropy": 1e-3}, "target": "ours, ours",
+        "tokens": 122880, "batch": 16, "rates": {"ours": 1e-3, "cross-entropy": 1e-3}, "target": "ours, ours",
     },
 }  # fmt: skip
 """Conversion, then training. The common goal closes 90 % of the gap of the run named `target`."""
@@ -259,7 +259,7 @@ def losses(out: Path) -> list[dict[str, Any]]:
 def resume(only: str | None) -> dict[str, Any]:
     """Kill -9 three times at random moments; losses and weights beside the run that nobody touched."""
     model, (train, _) = converted("small", "gqa-4x", MEAN), text_of("small")
-    sets = ("tokens=61440", "batch=8", "length=128")
+    sets = ("tokens=30720", "batch=8", "length=128")
     rng = random.Random(SEED)
     for name in ("whole", "killed"):
         shutil.rmtree(WORK / name, ignore_errors=True)
@@ -271,7 +271,7 @@ def resume(only: str | None) -> dict[str, Any]:
         job = subprocess.Popen(command(model, train, WORK / "killed", *sets), stdout=subprocess.DEVNULL)
         while job.poll() is None and not (WORK / "killed" / "run.json").exists():
             time.sleep(0.1)
-        time.sleep(rng.uniform(0.2, 0.5) * whole)
+        time.sleep(rng.uniform(0.5, 0.9) * whole)  # a good part of it is starting
         if job.poll() is not None:
             sys.exit("the run ended before it could be killed: give it more tokens")
         job.send_signal(signal.SIGKILL)
@@ -293,7 +293,7 @@ def resume(only: str | None) -> dict[str, Any]:
 def processes(only: str | None) -> dict[str, Any]:
     """Largest difference of the loss over 50 steps."""
     model, (train, _) = converted("small", "gqa-4x", MEAN), text_of("small")
-    sets = ("tokens=51200", "batch=8", "length=128")
+    sets = ("tokens=25600", "batch=8", "length=64")
     for name in ("one", "two"):
         shutil.rmtree(WORK / name, ignore_errors=True)
     subprocess.run(command(model, train, WORK / "one", *sets, steps=50), check=True, capture_output=True)
@@ -318,11 +318,11 @@ def overhead(only: str | None) -> dict[str, Any]:
     model, (train, _) = converted("small", "gqa-4x", MEAN), text_of("small")
     kinds = {"plain cross-entropy": CE, "KL to the parent": {"layer_local": 0}, "layer-local": {"layer_local": 1}}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(3):
+    for _ in range(2):
         for name, options in kinds.items():
             out = WORK / "overhead"
             shutil.rmtree(out, ignore_errors=True)
-            sets = {"tokens": 8 * LENGTH * 10, "batch": 8, "length": LENGTH, **options}
+            sets = {"tokens": 8 * LENGTH * 8, "batch": 8, "length": LENGTH, **options}
             uptrain(
                 Run(
                     model=model,

@@ -28,6 +28,19 @@ def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("uptrain"))
 
 
+@pytest.fixture(scope="module")
+def finished_once(home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    uptrain(run(home, out))
+    return out
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path):
+    """The folder of a run of 10 steps that came to its end."""
+    return shutil.copytree(finished_once, tmp_path / "finished")
+
+
 @pytest.mark.parametrize(("model", "part"), [("native", 0.8), ("latent", 0.97), ("shared", 0.8)])
 def test_training_comes_closer_to_the_parent_and_changes_converted_attention_only(home, tmp_path, model, part):
     out = tmp_path / "out"
@@ -51,9 +64,8 @@ def test_training_comes_closer_to_the_parent_and_changes_converted_attention_onl
     assert "uptrained" not in again
 
 
-def test_a_trained_model_can_be_trained_on(home, tmp_path):
-    uptrain(run(home, tmp_path / "a"))
-    uptrain(dataclasses.replace(run(home, tmp_path / "b"), model=str(tmp_path / "a" / "model")))
+def test_a_trained_model_can_be_trained_on(home, tmp_path, finished):
+    uptrain(dataclasses.replace(run(home, tmp_path / "b"), model=str(finished / "model")))
     assert len(provenance_of(surgery.load(tmp_path / "b" / "model"))["uptrained"]) == 2
 
 
@@ -221,9 +233,11 @@ def test_a_control_trains_the_parent_on_the_same_text(home, tmp_path):
 
 
 @pytest.mark.parametrize("overrides", [(), ("train=lora",)], ids=["converted", "lora"])
-def test_an_interrupted_run_continues_bit_for_bit(home, tmp_path, monkeypatch, overrides):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    uptrain(run(home, whole, *overrides))
+def test_an_interrupted_run_continues_bit_for_bit(home, tmp_path, finished, monkeypatch, overrides):
+    whole, broken = finished, tmp_path / "broken"
+    if overrides:
+        whole = tmp_path / "whole"
+        uptrain(run(home, whole, *overrides))
     step = Uptrainer.training_step
 
     def die(self, *args, **kwargs):
@@ -244,28 +258,25 @@ def test_an_interrupted_run_continues_bit_for_bit(home, tmp_path, monkeypatch, o
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_accumulation_changes_nothing_but_rounding(home, tmp_path):
-    for name, micro in (("whole", None), ("parts", 1)):
-        uptrain(run(home, tmp_path / name, micro_batch=micro))
-    for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
+def test_accumulation_changes_nothing_but_rounding(home, tmp_path, finished):
+    uptrain(run(home, tmp_path / "parts", micro_batch=1))
+    for a, b in zip(losses(finished), losses(tmp_path / "parts"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
-def test_recomputing_activations_changes_nothing_but_rounding(home, tmp_path):
-    for name, flag in (("whole", False), ("recomputed", True)):
-        uptrain(run(home, tmp_path / name, checkpointing=flag))
-    for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "recomputed"), strict=True):
+def test_recomputing_activations_changes_nothing_but_rounding(home, tmp_path, finished):
+    uptrain(run(home, tmp_path / "recomputed", checkpointing=True))
+    for a, b in zip(losses(finished), losses(tmp_path / "recomputed"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
-def test_a_finished_run_is_not_trained_again(home, tmp_path):
-    out = tmp_path / "out"
-    uptrain(run(home, out))
-    first = surgery.load(out / "model").state_dict()
-    shutil.rmtree(out / "model")
-    summary = uptrain(run(home, out))
+def test_a_finished_run_is_not_trained_again(home, finished, monkeypatch):
+    first = surgery.load(finished / "model").state_dict()
+    shutil.rmtree(finished / "model")
+    monkeypatch.setattr(Uptrainer, "training_step", None)
+    summary = uptrain(run(home, finished))
     assert summary["steps"] == 10
-    again = surgery.load(out / "model").state_dict()
+    again = surgery.load(finished / "model").state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -318,24 +329,21 @@ def test_a_full_disk_keeps_the_last_checkpoint(home, tmp_path, monkeypatch):
         ({"data": "held.jsonl"}, (), "data was"),
     ],
 )
-def test_resuming_another_run_is_refused_unless_forced(home, tmp_path, monkeypatch, options, overrides, named):
-    out = tmp_path / "out"
-    uptrain(run(home, out, "tokens=320"))
+def test_resuming_another_run_is_refused_unless_forced(home, finished, options, overrides, named):
     if "data" in options:
         options = {"data": str(home / options["data"])}
     if "model" in options:
         options = {"model": str(home / options["model"])}
-    changed = run(home, out, "tokens=320", *overrides, **options)
+    changed = run(home, finished, *overrides, **options)
     with pytest.raises(CheckpointError, match=named):
         uptrain(changed)
-    if "model" not in options:
-        assert uptrain(dataclasses.replace(changed, force=True))["steps"] == 5
+    if "seed" in options:
+        assert uptrain(dataclasses.replace(changed, force=True))["steps"] == 10
 
 
-def test_a_new_start_beside_old_checkpoints_is_refused(home, tmp_path):
-    uptrain(run(home, tmp_path / "out", "tokens=320"))
+def test_a_new_start_beside_old_checkpoints_is_refused(home, tmp_path, finished):
     with pytest.raises(CheckpointError, match="holds checkpoints"):
-        uptrain(run(home, tmp_path / "out", "tokens=320", resume=None))
+        uptrain(run(home, finished, resume=None))
     with pytest.raises(CheckpointError, match="no checkpoint of a training run"):
         uptrain(run(home, tmp_path / "out", resume=str(tmp_path)))
 
