@@ -1,28 +1,19 @@
-"""A working copy whose attentions are computed in latent form: for calibration, searches and measurements.
-
-This is not the runtime: it has no cache, it runs whole sequences, and the parent's own attention is computed too and
-thrown away. What it buys is that every family runs, at any layer, without a module or a class being replaced: a hook
-on the projection of q notes its input, one before `o` exchanges what `o` reads.
-"""
+"""A working copy whose attentions are computed in latent form: for calibration, searches and measurements."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..calibrate import module_of
-from ..errors import UnsupportedModel
-from ..runtime.layout import AttentionSite
 from ..text import Windows
-from ..working_copy import WorkingCopy
 from .attention_weights import AttentionWeights, read_attention, write_attention
+from .exchanging_copy import ExchangingCopy
 from .latent import LatentWeights, check_latent, latent_outputs
 from .latent_streams import Streams, streams_of
 
@@ -30,7 +21,7 @@ HELD_NUMBERS = 2**27
 """Activations, and answers of the parent, that are kept in memory (512 MB each) rather than computed anew."""
 
 
-class LatentCopy(WorkingCopy):
+class LatentCopy(ExchangingCopy):
     """`latents` has the layers in latent form; K and V of the copy's own weights are the parent's and unused there."""
 
     def __init__(self, parent: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -38,12 +29,14 @@ class LatentCopy(WorkingCopy):
         self.latents: dict[int, LatentWeights] = {}
         self.choice: int | None = None
         """Index of the candidate that the last layer chose: where the search of the next one starts."""
-        self._inputs: dict[int, Tensor] = {}
         self._targets: dict[str, list[Tensor]] = {}
         self._streams: dict[str, Streams | None] = {}
-        for site in self.sites.values():
-            self.model.get_submodule(module_of(site.q)).register_forward_hook(self._note(site.layer))
-            self.model.get_submodule(module_of(site.o)).register_forward_pre_hook(self._exchange(site))
+
+    def computes(self, layer: int) -> bool:
+        return layer in self.latents
+
+    def head_outputs(self, layer: int, get_tensor: Callable[[str], Tensor]) -> Tensor:
+        return latent_outputs(read_attention(self.sites[layer], get_tensor), self.latents[layer], self.inputs[layer])
 
     def parent(self, layer: int) -> AttentionWeights:
         """The parent's weights of one layer.
@@ -52,8 +45,6 @@ class LatentCopy(WorkingCopy):
             UnsupportedModel: no latent can stand for this attention.
         """
         site = self.sites[layer]
-        if site.gated_output:
-            raise UnsupportedModel(f"layer {layer}: the head outputs are gated before o; this copy computes no gates.")
         found = read_attention(site, lambda name: self.teacher.get_parameter(name).detach())
         check_latent(found, site, rotate_on_read=True)
         return found
@@ -115,30 +106,3 @@ class LatentCopy(WorkingCopy):
             if i == len(known) and found.shape[-1] * windows.tokens <= HELD_NUMBERS:
                 known.append(found)
             yield found
-
-    def _note(self, layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if layer in self.latents:
-                self._inputs[layer] = args[0]
-
-        return hook
-
-    def _exchange(self, site: AttentionSite) -> Callable[..., Any]:
-        columns = (torch.tensor(site.o.head_rows)[:, None] + torch.arange(site.value_dim)).flatten()
-
-        def attribute(name: str) -> Tensor:
-            # Not get_parameter: torch.func puts tensors there that are no parameters.
-            module, _, leaf = name.rpartition(".")
-            found: Tensor = getattr(self.model.get_submodule(module), leaf)
-            return found
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            latent = self.latents.get(site.layer)
-            if latent is None:
-                return None
-            x = self._inputs.pop(site.layer)
-            out = latent_outputs(read_attention(site, attribute), latent, x).flatten(2)
-            made = torch.zeros_like(out).index_copy(-1, columns, out)
-            return (made.reshape(args[0].shape), *args[1:])
-
-        return hook

@@ -166,7 +166,7 @@ class Share:
         student, parent, found = copy.read(layer), copy.parent(layer), OutputFit()
         for a in layer_activations(copy, copy.sites[layer], fit):
             y = torch.einsum("btnv,dnv->btd", head_outputs(parent, a.x_parent_BTD), parent.o_DNV)
-            found.add(copy.outputs(layer), y + a.gap_BTD, a.mask_BT)
+            found.add(copy.head_outputs(layer, copy.tensor), y + a.gap_BTD, a.mask_BT)
         return found.solve(student)
 
     def _fit_gains(self, copy: SharedCopy, windows: Windows) -> None:

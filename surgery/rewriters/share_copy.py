@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..calibrate import module_of
 from ..runtime.attention import canonical_weights
-from ..runtime.layout import AttentionSite, LayerPlan, Project
-from ..working_copy import WorkingCopy
+from ..runtime.layout import LayerPlan, Project
 from .attention_weights import AttentionWeights, read_attention
+from .exchanging_copy import ExchangingCopy
 from .latent import LatentWeights
 from .latent_lowrank import expanded_weights
 from .latent_steps import canonical_latent, latent_of
 from .reference import causal_heads, project
 
 
-class SharedCopy(WorkingCopy):
+class SharedCopy(ExchangingCopy):
     """`owners` says which layer reads whose cache, `value_owners` which reads V alone.
 
     A reader's K and V are projected from its owner's input, by the owner's own rows, or from the owner's latent where
-    `latents` has one for the layer. This is not the runtime: whole sequences, no cache, the parent's own attention is
-    computed too and thrown away.
+    `latents` has one for the layer.
     """
 
     def __init__(self, parent: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -35,11 +32,6 @@ class SharedCopy(WorkingCopy):
         self.owners: dict[int, int] = {}
         self.value_owners: dict[int, int] = {}
         self.latents: dict[int, LatentWeights] = {}
-        self.inputs: dict[int, Tensor] = {}
-        """What q, k and v of each layer were projected from in the last forward pass, [B, T, D]."""
-        for site in self.sites.values():
-            self.model.get_submodule(module_of(site.q)).register_forward_hook(self._note(site.layer))
-            self.model.get_submodule(module_of(site.o)).register_forward_pre_hook(self._exchange(site))
 
     @property
     def converted(self) -> list[int]:
@@ -73,15 +65,14 @@ class SharedCopy(WorkingCopy):
         absent = self.settle(LayerPlan(layer=layer, project=self.project(layer), owner=layer)).absent
         return {name: tensor for name, tensor in found.items() if name.split(".")[0] not in absent}
 
-    def outputs(self, layer: int) -> Tensor:
-        """Head outputs [B, T, N, V] of `layer` in the last forward pass."""
-        return self._outputs(layer, self.tensor)
+    def computes(self, layer: int) -> bool:
+        return any(layer in table for table in (self.owners, self.value_owners, self.latents))
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """K [B, K, T, H] and V that `layer` read in the last forward pass, as its scores and means see them."""
         return self._keys_values(layer, self.tensor)
 
-    def _outputs(self, layer: int, get_tensor: Callable[[str], Tensor]) -> Tensor:
+    def head_outputs(self, layer: int, get_tensor: Callable[[str], Tensor]) -> Tensor:
         own = self._collapsed(layer, read_attention(self.sites[layer], get_tensor))
         k, v = self._keys_values(layer, get_tensor)
         kv_of = own.kv_of()
@@ -103,28 +94,3 @@ class SharedCopy(WorkingCopy):
         if layer in self.value_owners:
             _, v = made(own(self.value_owners[layer]), self.value_owners[layer])
         return k, v
-
-    def _note(self, layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.inputs[layer] = args[0].reshape(-1, *args[0].shape[-2:])
-
-        return hook
-
-    def _exchange(self, site: AttentionSite) -> Callable[..., Any]:
-        columns = (torch.tensor(site.o.head_rows)[:, None] + torch.arange(site.value_dim)).flatten()
-
-        def attribute(name: str) -> Tensor:
-            # Not get_parameter: torch.func puts tensors there that are no parameters.
-            module, _, leaf = name.rpartition(".")
-            found: Tensor = getattr(self.model.get_submodule(module), leaf)
-            return found
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            layer = site.layer
-            if not any(layer in table for table in (self.owners, self.value_owners, self.latents)):
-                return None
-            out = self._outputs(layer, attribute).flatten(2)
-            made = torch.zeros_like(out).index_copy(-1, columns, out)
-            return (made.reshape(args[0].shape), *args[1:])
-
-        return hook
