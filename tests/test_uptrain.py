@@ -503,3 +503,15 @@ def test_a_run_with_kept_logits_continues_bit_for_bit_and_refuses_those_of_anoth
     assert losses(broken) == losses(whole)
     with pytest.raises(CheckpointError, match="Remove the folder"):
         KeptLogits(whole / "parent-logits", k=9, temperature=1.0, parent="p")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_parent_in_bfloat16_teaches_a_model_in_float32_under_autocast(home, tmp_path, shared):
+    made = run(home, tmp_path / "out", "tokens=2560", bf16=True, share_parent=shared, held_out=str(home / "held.jsonl"))
+    setup = dataclasses.replace(prepare(made), dtype=torch.bfloat16)
+    summary = train(setup)
+    assert {p.dtype for module in setup.parent.attention.values() for p in module.parameters()} == {torch.bfloat16}
+    assert summary["after"]["kl"] < 0.8 * summary["before"]["kl"]
+    plain = uptrain(run(home, tmp_path / "plain", "tokens=2560", held_out=str(home / "held.jsonl")))
+    assert summary["before"]["kl"] == pytest.approx(plain["before"]["kl"], rel=0.05)
+    assert surgery.load(tmp_path / "out" / "model").dtype == torch.bfloat16

@@ -58,9 +58,9 @@ class Parent:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Move to `device`; `dtype` only matters where modules of the trained model run between the parent's."""
+        """Move to `device`, and to `dtype` where one is named: under autocast the parent may be in its own."""
         for module in [*self.attention.values(), *([] if self.model is None else [self.model])]:
-            nn.Module.to(module, device=device, dtype=dtype if self.shared else None)
+            nn.Module.to(module, device=device, dtype=dtype)
 
     @torch.no_grad()
     def last_hidden(self, trained: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Head]:

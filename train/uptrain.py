@@ -438,7 +438,6 @@ def train(setup: Setup) -> dict[str, Any]:
         k = min(run.keep_logits, core(setup.model).config.get_text_config(decoder=True).vocab_size)
         temperature = setup.uptrain.temperature
         kept = KeptLogits(out / "parent-logits", k=k, temperature=temperature, parent=setup.parent_name)
-    scales = local_scales(setup)
     if run.checkpointing:
         enable_checkpointing(core(setup.model))
     callbacks: list[Any] = [FreshOptimizer(setup.schedule)]
@@ -450,7 +449,7 @@ def train(setup: Setup) -> dict[str, Any]:
         schedule=setup.schedule,
         uptrain=setup.uptrain,
         parent=setup.parent,
-        local=scales,
+        local=dict.fromkeys(setup.trained_attention if setup.uptrain.layer_local else (), 1.0),
         companions=setup.folder,
         nonfinite_limit=run.nonfinite_limit,
         keep=run.keep,
@@ -461,7 +460,9 @@ def train(setup: Setup) -> dict[str, Any]:
     if scorer is not None:
         scorer.trainer = trainer
     if setup.parent is not None:
-        setup.parent.to(arguments.device, setup.dtype if gpu else None)
+        setup.parent.to(core(setup.model).device)
+        trainer.local = local_scales(setup)
+        setup.parent.to(arguments.device, setup.dtype if arguments.bf16 else None)
     table = parameter_groups(setup)
     if setup.uptrain.train == "lora" and rank == 0 and not (out / "base").exists():
         with new_folder(out / "base") as base:  # what the adapter in every checkpoint belongs to
