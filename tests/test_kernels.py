@@ -214,7 +214,7 @@ def test_tables_of_launch_parameters_are_whole_and_the_closest_row_wins(
 ) -> None:
     for file in tuned.FOLDER.glob("*.json"):
         for row in json.loads(file.read_text())["rows"]:
-            assert set(row) == {"kernel", "where", "config"}
+            assert {"kernel", "where", "config"} <= set(row)
             Config(**row["config"])
     table = {"rows": [
         {"kernel": "x", "where": {}, "config": {"block_n": 1, "warps": 1, "stages": 1, "ctas_per_sm": 1}},
