@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,9 @@ from .rewriters.attention_weights import AttentionWeights, parameter_names, read
 from .runtime.attention import canonical_weights
 from .runtime.layout import Heads, LayerPlan, Project
 from .text import Windows
+
+HELD_NUMBERS = 2**27
+"""Activations, and answers of the parent, that are kept in memory (512 MB each) rather than computed anew."""
 
 
 class WorkingCopy:
@@ -32,6 +36,7 @@ class WorkingCopy:
         self.teacher = parent if _is_float32(parent) else copy.deepcopy(parent).float()
         self.model = copy.deepcopy(self.teacher).eval()
         self._groups: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._wanted: dict[str, list[Tensor]] = {}
 
     def read(self, layer: int) -> AttentionWeights:
         """The layer's weights as they are now, with as many KV heads as it really has."""
@@ -82,15 +87,28 @@ class WorkingCopy:
 
     @torch.no_grad()
     def divergence(self, windows: Windows) -> float:
-        """KL(parent || copy) in nats per token."""
+        """KL(parent || copy) in nats per token; the parent's answers to these windows are kept for the next call."""
         total = 0.0
-        for ids, mask in windows.batches():
-            target, found = (
-                model(input_ids=ids.to(model.device), use_cache=False).logits[mask.to(model.device)].log_softmax(-1)
-                for model in (self.teacher, self.model)
-            )
-            total += float(F.kl_div(found, target, reduction="sum", log_target=True))
+        for (ids, mask), wanted in zip(windows.batches(), self.wanted(windows), strict=True):
+            device = self.model.device
+            found = self.model(input_ids=ids.to(device), use_cache=False).logits[mask.to(device)].log_softmax(-1)
+            total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
         return total / windows.tokens
+
+    @torch.no_grad()
+    def wanted(self, windows: Windows) -> Iterator[Tensor]:
+        """The parent's log-probabilities of real tokens, batch by batch; kept where they are few enough."""
+        known = self._wanted.setdefault(windows.digest, [])
+        for i, (ids, mask) in enumerate(windows.batches()):
+            if i < len(known):
+                yield known[i]
+                continue
+            device = self.teacher.device
+            logits = self.teacher(input_ids=ids.to(device), use_cache=False).logits
+            found = logits[mask.to(device)].log_softmax(-1)
+            if i == len(known) and found.shape[-1] * windows.tokens <= HELD_NUMBERS:
+                known.append(found)
+            yield found
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the converted layers' parameters, for `restore`."""

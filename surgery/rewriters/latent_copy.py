@@ -12,13 +12,11 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
 from ..text import Windows
+from ..working_copy import HELD_NUMBERS
 from .attention_weights import AttentionWeights, read_attention, write_attention
 from .exchanging_copy import ExchangingCopy
 from .latent import LatentWeights, check_latent, latent_outputs
 from .latent_streams import Streams, streams_of
-
-HELD_NUMBERS = 2**27
-"""Activations, and answers of the parent, that are kept in memory (512 MB each) rather than computed anew."""
 
 
 class LatentCopy(ExchangingCopy):
@@ -29,7 +27,6 @@ class LatentCopy(ExchangingCopy):
         self.latents: dict[int, LatentWeights] = {}
         self.choice: int | None = None
         """Index of the candidate that the last layer chose: where the search of the next one starts."""
-        self._targets: dict[str, list[Tensor]] = {}
         self._streams: dict[str, Streams | None] = {}
 
     def computes(self, layer: int) -> bool:
@@ -86,7 +83,7 @@ class LatentCopy(ExchangingCopy):
         streams = None if layer is None else self.streams(windows, layer)
         found = self._logits(windows) if streams is None else streams.logits()
         total, tokens = 0.0, 0
-        for target, logits in itertools.islice(zip(self._wanted(windows), found, strict=True), batches):
+        for target, logits in itertools.islice(zip(self.wanted(windows), found, strict=True), batches):
             total += float(F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True))
             tokens += len(logits)
         return total / tokens
@@ -94,15 +91,3 @@ class LatentCopy(ExchangingCopy):
     def _logits(self, windows: Windows) -> Iterator[Tensor]:
         for ids, mask in windows.batches():
             yield self.model(input_ids=ids, use_cache=False).logits[mask]
-
-    def _wanted(self, windows: Windows) -> Iterator[Tensor]:
-        """The parent's log-probabilities, kept where they are few enough."""
-        known = self._targets.setdefault(windows.digest, [])
-        for i, (ids, mask) in enumerate(windows.batches()):
-            if i < len(known):
-                yield known[i]
-                continue
-            found = self.teacher(input_ids=ids, use_cache=False).logits[mask].log_softmax(-1)
-            if i == len(known) and found.shape[-1] * windows.tokens <= HELD_NUMBERS:
-                known.append(found)
-            yield found

@@ -6,11 +6,11 @@ another part confirms it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ..calibrate import layer_activations
+from ..calibrate import Activations
 from ..recipe import ShareStep
 from ..runtime.layout import Latent, LayerPlan
 from ..sharing import SEARCHED, kept_layers, sharable
@@ -138,33 +138,38 @@ class Share:
             target: the layer before it was to read others' K and V.
         """
         fit, check = windows.split()
-        best, loss = copy.read(layer), copy.divergence(check)
-        steps = []
+        best = copy.read(layer)
+        fits = [self._fit_output] if self.step.refit_output else []
         if self.step.refit_queries and best.q_norm is None and best.softcap is None:
-            steps.append(self._fit_queries)
-        if self.step.refit_output:
-            steps.append(self._fit_output)
-        for step in steps:
-            copy.write(layer, step(copy, layer, target, fit))
+            fits.insert(0, self._fit_queries)
+        if not fits:
+            return
+        loss, batches = copy.divergence(check), copy.activations(layer, fit)
+        for solve in fits:
+            copy.write(layer, solve(copy, layer, target, batches, fit.tokens))
             found = copy.divergence(check)
             if found < loss:
                 best, loss = copy.read(layer), found
             else:
                 copy.write(layer, best)
 
-    def _fit_queries(self, copy: SharedCopy, layer: int, target: AttentionWeights, fit: Windows) -> AttentionWeights:
+    def _fit_queries(
+        self, copy: SharedCopy, layer: int, target: AttentionWeights, batches: Iterable[Activations], tokens: int
+    ) -> AttentionWeights:
         student = copy.read(layer)
         found = QueryFit(target, student, self.orders.get(layer, range(student.heads)))
-        for a in layer_activations(copy, copy.sites[layer], fit):
+        for a in batches:
             k, _ = copy.keys_values(layer)
             # Merged heads have no scores of the parent's to meet: theirs are those of the layer after merging.
             x_target = a.x_student_BTD if layer in self.merged else a.x_parent_BTD
-            found.add(x_target, a.x_student_BTD, a.mask_BT, max(1, fit.tokens // QUERY_TOKENS), k)
+            found.add(x_target, a.x_student_BTD, a.mask_BT, max(1, tokens // QUERY_TOKENS), k)
         return found.solve()
 
-    def _fit_output(self, copy: SharedCopy, layer: int, target: AttentionWeights, fit: Windows) -> AttentionWeights:
+    def _fit_output(
+        self, copy: SharedCopy, layer: int, target: AttentionWeights, batches: Iterable[Activations], tokens: int
+    ) -> AttentionWeights:
         student, parent, found = copy.read(layer), copy.parent(layer), OutputFit()
-        for a in layer_activations(copy, copy.sites[layer], fit):
+        for a in batches:
             y = torch.einsum("btnv,dnv->btd", head_outputs(parent, a.x_parent_BTD), parent.o_DNV)
             found.add(copy.head_outputs(layer, copy.tensor), y + a.gap_BTD, a.mask_BT)
         return found.solve(student)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
+from ..calibrate import Activations, layer_activations
 from ..runtime.attention import canonical_weights
 from ..runtime.layout import LayerPlan, Project
+from ..text import Windows
+from ..working_copy import HELD_NUMBERS
 from .attention_weights import AttentionWeights, read_attention
 from .exchanging_copy import ExchangingCopy
 from .latent import LatentWeights
@@ -65,6 +68,24 @@ class SharedCopy(ExchangingCopy):
         absent = self.settle(LayerPlan(layer=layer, project=self.project(layer), owner=layer)).absent
         return {name: tensor for name, tensor in found.items() if name.split(".")[0] not in absent}
 
+    def activations(self, layer: int, windows: Windows) -> Iterable[Activations]:
+        """`layer_activations`, to go through several times; `inputs` are those of the batch at each step.
+
+        One pass over the model where the text is small enough to keep, else one for each time.
+        """
+        site = self.sites[layer]
+        wanted = {layer, *self.settle(LayerPlan(layer=layer, project=self.project(layer), owner=layer)).lenders}
+        if (3 + len(wanted)) * windows.ids_BT.numel() * site.hidden_size > HELD_NUMBERS:
+            return _Again(lambda: layer_activations(self, site, windows))
+        kept = [(a, {i: self.inputs[i] for i in wanted}) for a in layer_activations(self, site, windows)]
+
+        def read() -> Iterator[Activations]:
+            for a, inputs in kept:
+                self.inputs |= inputs
+                yield a
+
+        return _Again(read)
+
     def computes(self, layer: int) -> bool:
         return any(layer in table for table in (self.owners, self.value_owners, self.latents))
 
@@ -94,3 +115,13 @@ class SharedCopy(ExchangingCopy):
         if layer in self.value_owners:
             _, v = made(own(self.value_owners[layer]), self.value_owners[layer])
         return k, v
+
+
+@dataclass(frozen=True)
+class _Again:
+    """An iterable from a function that makes an iterator: a new one for each loop."""
+
+    make: Callable[[], Iterator[Activations]]
+
+    def __iter__(self) -> Iterator[Activations]:
+        return self.make()
