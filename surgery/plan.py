@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .anatomy import Anatomy, examine
+from .budget import aligned_rank, full_rank, input_columns, kept_numbers, latent_budget, turning_numbers
 from .errors import PlanError
 from .native import hands_down_keywords, meta_model, native_config
 from .recipe import GqaStep, LatentStep, LowrankStep, MlaStep, Recipe, ShareStep, Step, parse_layers
@@ -224,18 +225,13 @@ def _kv_parameters(site: AttentionSite, layer: LayerPlan) -> int:
     project = layer.project
     if isinstance(project, Latent):
         maps = project.head_dim * (project.key_rank + project.rope_dims) + project.value_dim * project.value_rank
-        down = project.dims * (site.hidden_size + _has_bias(site)) if layer.owner == layer.layer else 0
+        down = project.dims * input_columns(site) if layer.owner == layer.layer else 0
         return down + project.kv_heads * maps
     return sum(
         project.kv_heads * width * (site.hidden_size + (projection.bias is not None))
         for name, projection, width in (("k_proj", site.k, site.head_dim), ("v_proj", site.v, site.value_dim))
         if name not in layer.absent
     )
-
-
-def _has_bias(site: AttentionSite) -> bool:
-    """Whether the input of a latent has one more column: a bias of q, k or v is carried through all statistics."""
-    return any(projection.bias is not None for projection in (site.q, site.k, site.v))
 
 
 def _apply(step: Step, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
@@ -347,12 +343,8 @@ def _share(step: ShareStep, where: str, anatomy: Anatomy, layers: tuple[LayerPla
 
 def _shared_latent(step: ShareStep, site: AttentionSite) -> Latent:
     """K of all readers is rotated at read: its mean over layers has no rotated part that suits them all."""
-    numbers = min(int(step.keep * site.kv_dims + 1e-9), site.hidden_size + _has_bias(site))
+    numbers = min(kept_numbers(step.keep, site), input_columns(site))
     return _latent_of(site, numbers, 0, rotate_on_read=True)
-
-
-# The rules of `surgery.rewriters.latent` (`latent_budget`, `check_latent`), which stands above this module: what it
-# would refuse while it works is refused here before.
 
 
 def _make_latent(step: LatentStep, where: str, site: AttentionSite) -> Latent:
@@ -366,50 +358,33 @@ def _make_latent(step: LatentStep, where: str, site: AttentionSite) -> Latent:
     return _lowrank(step, at, site)
 
 
-def _budget(step: LatentStep, site: AttentionSite) -> int | None:
-    """Numbers per token that `keep` allows; None where the recipe gives a rank."""
-    return None if step.keep is None else int(step.keep * site.kv_dims + 1e-9)
-
-
 def _mla(step: MlaStep, at: str, site: AttentionSite) -> Latent:
-    turning = 0 if site.rotary is None else site.kv_heads * site.rotary.dims
-    full = min(site.kv_dims, site.hidden_size + _has_bias(site))
-    numbers, rope_dims = _budget(step, site), step.rope_dims
+    if step.keep is not None:
+        return _latent_of(site, *latent_budget(kept_numbers(step.keep, site), site, step.rope_dims))
+    assert step.rank is not None
+    turning, full, rope_dims = turning_numbers(site), full_rank(site), step.rope_dims
     if rope_dims is not None and rope_dims > turning:
         raise PlanError(
             f"{at}: rope_dims {rope_dims} is more than the {turning} rotated numbers of K. Use at most that."
         )
-    if step.rank is not None:
-        if step.rank > full:
-            raise PlanError(f"{at}: rank {step.rank} is above full: K and V together have rank {full}. Use less.")
-        if rope_dims is None:
-            rope_dims = min(turning, max(2, step.rank // 6 * 2)) if turning else 0
-        rank = step.rank
-        if rank + rope_dims > site.kv_dims:
-            raise PlanError(
-                f"{at}: rank {rank} + rope_dims {rope_dims} caches {rank + rope_dims} numbers per token where the "
-                f"parent caches {site.kv_dims}. Use less."
-            )
-    else:
-        assert numbers is not None
-        if rope_dims is None:
-            rope_dims = min(turning, max(2, numbers // 8 * 2)) if turning else 0
-        rank = min(numbers - rope_dims, full)
-        if rank < 1:
-            raise PlanError(
-                f"{at}: keep {step.keep:g} leaves {numbers} of {site.kv_dims} numbers, of which {rope_dims} turn and "
-                "none is left for the latent. Raise keep, or lower rope_dims."
-            )
-    return _latent_of(site, rank, rope_dims)
+    if step.rank > full:
+        raise PlanError(f"{at}: rank {step.rank} is above full: K and V together have rank {full}. Use less.")
+    if rope_dims is None:
+        rope_dims = min(turning, max(2, step.rank // 6 * 2)) if turning else 0
+    if step.rank + rope_dims > site.kv_dims:
+        raise PlanError(
+            f"{at}: rank {step.rank} + rope_dims {rope_dims} caches {step.rank + rope_dims} numbers per token where "
+            f"the parent caches {site.kv_dims}. Use less."
+        )
+    return _latent_of(site, aligned_rank(step.rank, rope_dims, min(full, site.kv_dims - rope_dims)), rope_dims)
 
 
 def _lowrank(step: LowrankStep, at: str, site: AttentionSite) -> Latent:
-    numbers = step.rank if step.rank is not None else _budget(step, site)
-    assert numbers is not None
-    inputs = site.hidden_size + _has_bias(site)
+    inputs = input_columns(site)
     full = min(site.kv_heads * site.head_dim, inputs) + min(site.kv_heads * site.value_dim, inputs)
-    if numbers > site.kv_dims or (step.rank is not None and numbers > full):
-        raise PlanError(f"{at}: rank {numbers} is above full: K and V have {full} numbers. Use less.")
+    if step.rank is not None and step.rank > min(full, site.kv_dims):
+        raise PlanError(f"{at}: rank {step.rank} is above full: K and V have {full} numbers. Use less.")
+    numbers = aligned_rank(step.rank, 0, full) if step.rank is not None else kept_numbers(step.keep or 0, site)
     if step.layout == "grouped" and site.kv_heads % step.group:
         raise PlanError(f"{at}: groups of {step.group} do not divide {site.kv_heads} KV heads. Set group.")
     share = 0.42 if step.k_share is None else step.k_share
@@ -492,6 +467,7 @@ def _notes(plan: Plan) -> list[str]:
     notes = [f"parameters: {count(plan.anatomy.parameters)} → {count(plan.parameters)}", f"loads in: {plan.engines}"]
     if plan.needs_calibration:
         notes.append("needs: calibration text (a few hundred documents)")
+        notes += _roundings(plan)
         if any(isinstance(step, LatentStep) and _searches(step) for step in plan.recipe.steps):
             notes.append("the text decides per layer how the numbers are split; their sum stays")
         if any(isinstance(step, ShareStep) and step.layout in SEARCHED for step in plan.recipe.steps):
@@ -501,6 +477,24 @@ def _notes(plan: Plan) -> list[str]:
     if plan.recipe.uptrain:
         notes.append(f"uptraining afterwards: {count(plan.recipe.uptrain.tokens)} tokens suggested")
     return notes
+
+
+def _roundings(plan: Plan) -> list[str]:
+    """Where latents are not as large as the recipe says, so that cache entries fill whole aligned loads."""
+    notes: dict[str, list[int]] = {}
+    for step in (step for step in plan.recipe.steps if isinstance(step, LatentStep)):
+        for site, layer in plan.changed(step):
+            project = layer.project
+            if not isinstance(project, Latent):
+                continue
+            rank = project.dims if isinstance(step, LowrankStep) else project.rank
+            allowed = None if step.keep is None else int(step.keep * site.kv_dims + 1e-9)
+            if step.rank is not None and rank != step.rank:
+                notes.setdefault(f"rank {step.rank} → {rank}: entries of whole 16 bytes", []).append(site.layer)
+            elif allowed is not None and allowed != kept_numbers(step.keep or 0, site):
+                text = f"keep {step.keep:g}: {allowed} → {project.dims} numbers per token, whole 16 bytes"
+                notes.setdefault(text, []).append(site.layer)
+    return [f"layers {spans(layers)}: {text}" for text, layers in notes.items()]
 
 
 def _searches(step: LatentStep) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 import surgery
 from surgery.anatomy import examine
+from surgery.budget import aligned_rank, kept_numbers, latent_budget, rope_splits
 from surgery.calibrate import Activations, layer_activations
 from surgery.errors import PlanError, UnsupportedModel
 from surgery.rewriters.attention_weights import AttentionWeights, read_attention
@@ -22,8 +23,6 @@ from surgery.rewriters.latent import (
     attend_latent,
     check_latent,
     in_site_order,
-    latent_budget,
-    rope_splits,
 )
 from surgery.rewriters.latent_copy import LatentCopy
 from surgery.rewriters.latent_factors import alternate, joint_error, joint_latent
@@ -318,19 +317,31 @@ def test_refits_bring_a_cut_latent_nearer_to_its_parent():
 
 def test_budget_never_exceeds_what_is_kept_and_rotates_pairs():
     site = examine(families.tiny_model("llama")).sites[0]
+    wide = replace(site, head_dim=64)
     for keep in (0.125, 0.25, 0.3, 0.5, 0.75, 1.0):
-        for rank, rope in (latent_budget(keep, site), *rope_splits(keep, site)):
-            assert rank + rope <= keep * site.kv_dims
-            assert rope % 2 == 0 and rank >= 1
-    assert latent_budget(0.5, site, 8) == (24, 8)
-    assert latent_budget(0.5, examine(families.tiny_model("gpt2")).sites[0])[1] == 0
+        for of in (site, wide):
+            numbers = kept_numbers(keep, of)
+            assert keep * of.kv_dims - 8 < numbers <= keep * of.kv_dims
+            for rank, rope in (latent_budget(numbers, of), *rope_splits(numbers, of)):
+                assert rank + rope <= numbers
+                assert rope % 2 == 0 and rank >= 1
+    assert latent_budget(kept_numbers(0.5, site), site, 8) == (24, 8)
+    assert latent_budget(32, examine(families.tiny_model("gpt2")).sites[0])[1] == 0
+
+
+def test_large_entries_fill_whole_aligned_loads():
+    site = replace(examine(families.tiny_model("llama")).sites[0], kv_heads=8, head_dim=64, value_dim=64)
+    assert site.kv_dims == 1024
+    assert kept_numbers(0.3, site) == 304  # 307 rounded down
+    assert [aligned_rank(r, 64, 900) for r in (100, 104, 899)] == [104, 104, 900]
+    assert aligned_rank(50, 3, 900) == 50  # small: as it is
 
 
 @pytest.mark.parametrize(("keep", "rope"), [(0.0, None), (1.5, None), (0.5, 3), (0.5, 64), (0.01, None)])
 def test_impossible_budgets_are_refused(keep, rope):
     site = examine(families.tiny_model("llama")).sites[0]
     with pytest.raises(PlanError, match="layer 0"):
-        latent_budget(keep, site, rope)
+        latent_budget(kept_numbers(keep, site), site, rope)
 
 
 def test_what_a_latent_cannot_hold_is_refused_with_its_reason():

@@ -5,6 +5,7 @@ import typing
 import families
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import surgery
 from surgery import recipe
@@ -142,6 +143,19 @@ def test_models_that_a_step_does_not_fit_are_refused(family, step, message) -> N
         step["steps"][0]["layout"] = "grouped"
     with pytest.raises(PlanError, match=message):
         surgery.plan(families.tiny_model(family), step)
+
+
+def test_the_plan_says_where_it_rounds() -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=512, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8
+    )
+    rounded = surgery.plan(config, one("mla", rank=100, rope_dims=64))
+    assert rounded.after[0].project.rank == 104
+    assert "layers 0-1: rank 100 → 104" in str(rounded)
+    kept = surgery.plan(config, one("lowrank", keep=0.3))
+    assert kept.after[0].project.dims == 304
+    assert "keep 0.3: 307 → 304 numbers per token" in str(kept)
+    assert "→ 304" not in str(surgery.plan(config, one("lowrank", rank=304)))
 
 
 def test_gqa_and_a_latent_in_one_recipe_are_refused() -> None:

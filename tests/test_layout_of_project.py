@@ -16,7 +16,7 @@ LEVELS = [
     ("errors", "linalg", "show", "reference"),
     ("runtime",),
     ("anatomy", "recipe", "checkpoint", "text"),
-    ("native", "plan"),
+    ("native", "budget", "plan"),
     ("rewriters", "working_copy", "calibrate", "provenance"),
     ("storage", "streaming", "convert"),
     ("measure",),

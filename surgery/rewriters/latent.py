@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..anatomy.proof import attention_probs, rotate_pairs
-from ..errors import PlanError, UnsupportedModel
+from ..errors import UnsupportedModel
+from ..runtime.latent import latent_refusal
 from ..runtime.layout import AttentionSite, Rotary
 from .attention_weights import AttentionWeights
 from .reference import apply_norm, causal_heads, rotation
@@ -191,59 +192,12 @@ def in_site_order(latent: LatentWeights, site: AttentionSite) -> LatentWeights:
     return replace(latent, k_up_KHR=latent.k_up_KHR[:, back], q_rope_KFH=latent.q_rope_KFH[:, :, back])
 
 
-def latent_budget(keep: float, site: AttentionSite, rope_dims: int | None = None) -> tuple[int, int]:
-    """(rank, rope_dims) with rank + rope_dims <= keep · (the parent's KV numbers per token); rope_dims even.
-
-    Args:
-        rope_dims: the rotated part; None takes a quarter of the budget, at most what K has and at least one pair
-            (`rope_splits` lists what a search on calibration text should try).
-
-    Raises:
-        PlanError: `keep` is outside (0, 1], leaves no room, or `rope_dims` is odd or does not fit.
-    """
-    if not 0 < keep <= 1:
-        raise PlanError(f"layer {site.layer}: keep {keep} must be above 0 and at most 1.")
-    numbers = int(keep * site.kv_dims + 1e-9)
-    turning = 0 if site.rotary is None else site.kv_heads * site.rotary.dims
-    if rope_dims is None:
-        rope_dims = min(turning, max(2, numbers // 8 * 2)) if turning else 0
-    if rope_dims % 2 or rope_dims > turning:
-        raise PlanError(
-            f"layer {site.layer}: rope_dims {rope_dims} must be even and at most {turning}, the rotated numbers of K."
-        )
-    if numbers - rope_dims < 1:
-        raise PlanError(
-            f"layer {site.layer}: keep {keep} leaves {numbers} of {site.kv_dims} numbers, of which {rope_dims} turn "
-            "and none is left for the latent. Raise keep, or lower rope_dims."
-        )
-    return min(numbers - rope_dims, site.hidden_size + 1, site.kv_dims), rope_dims
-
-
-def rope_splits(keep: float, site: AttentionSite) -> list[tuple[int, int]]:
-    """Splits (rank, rope_dims) of the same budget worth trying: an eighth to five eighths of it rotated."""
-    numbers = int(keep * site.kv_dims + 1e-9)
-    turning = 0 if site.rotary is None else site.kv_heads * site.rotary.dims
-    dims = sorted({min(turning, max(2, round(numbers * part / 2) * 2)) for part in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)})
-    return [latent_budget(keep, site, d) for d in dims if numbers - d >= 1] if turning else [latent_budget(keep, site)]
-
-
 def check_latent(weights: AttentionWeights, site: AttentionSite | None = None, rotate_on_read: bool = False) -> None:
-    """Refuse attentions that a latent cannot stand for.
+    """Refuse attentions that a latent cannot stand for; see `latent_refusal`, which plans ask before.
 
     Raises:
         UnsupportedModel: K or V are not linear in the layer's input (norms, clamps), or the rotation is not fixed.
     """
-    where = "attention" if site is None else f"layer {site.layer}"
-    linear = "a latent that both read needs K and V linear in the layer's input"
-    if weights.k_norm is not None:
-        raise UnsupportedModel(f"{where}: the keys are normed per head ({weights.k_norm.kind}); {linear}. Use gqa.")
-    if weights.v_norm is not None:
-        raise UnsupportedModel(f"{where}: the values are normed ({weights.v_norm.kind}); {linear}. Use gqa.")
-    if site is not None and site.clip_qkv is not None:
-        raise UnsupportedModel(f"{where}: keys and values are clamped to {site.clip_qkv:g}; {linear}. Use gqa.")
-    if weights.q_norm is not None and weights.q_norm.after_rotary:
-        raise UnsupportedModel(f"{where}: the queries are normed after their rotation, which a latent cannot follow.")
-    if weights.rotary is not None and weights.rotary.length_dependent and not rotate_on_read:
-        raise UnsupportedModel(
-            f"{where}: the rotary frequencies vary with the length; rotated components need fixed ones. Use lowrank."
-        )
+    reason = latent_refusal(weights if site is None else site, fixed_rotary=not rotate_on_read)
+    if reason:
+        raise UnsupportedModel(f"{'attention' if site is None else f'layer {site.layer}'}: {reason}")

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..calibrate import Activations, layer_activations
+from ..runtime.layout import AttentionSite
 from ..text import Windows
 from .attention_weights import AttentionWeights
 from .gains import fit_gains
 from .latent import LatentWeights
 from .latent_copy import HELD_NUMBERS, LatentCopy
 from .latent_lowrank import Layout, LowrankInit, lowrank
-from .latent_mla import MlaInit, MlaOptions, mla
+from .latent_mla import MlaInit, MlaOptions, mla, mla_freq
 from .latent_moments import LatentMoments, MomentSums
 from .latent_refit import refit_output, refit_queries
 
@@ -187,3 +188,14 @@ def lowrank_candidates(
         )
 
     return [candidate(share) for share in shares]
+
+
+def freq_candidates(numbers: int, shares: Sequence[float], site: AttentionSite) -> list[Candidate]:
+    """`mla_freq` with each share of `numbers` for K, all of it rotated, the rest for V."""
+
+    def candidate(rope_dims: int) -> Candidate:
+        return lambda weights, moments: mla_freq(weights, moments, numbers - rope_dims, rope_dims)
+
+    full = site.kv_heads * site.head_dim
+    wide = {min(full, max(2, round(numbers * share / 2) * 2)) for share in shares}
+    return [candidate(rope_dims) for rope_dims in sorted(wide) if rope_dims < numbers]

@@ -7,15 +7,23 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..budget import rope_splits
 from ..errors import PlanError
 from ..recipe import LowrankStep, MlaStep
 from ..runtime.attention import as_bits, canonical_weights
 from ..runtime.layout import AttentionSite, Latent, Project
 from ..text import Windows
-from .latent import LatentWeights, in_site_order, rope_splits
+from .latent import LatentWeights, in_site_order
 from .latent_copy import LatentCopy
-from .latent_fit import Candidate, FitOptions, finish, fit_layer, lowrank_candidates, mla_candidates
-from .latent_mla import mla_freq
+from .latent_fit import (
+    Candidate,
+    FitOptions,
+    finish,
+    fit_layer,
+    freq_candidates,
+    lowrank_candidates,
+    mla_candidates,
+)
 from .layerwise import Layerwise
 
 SHARES = (0.34, 0.38, 0.42, 0.46)
@@ -88,7 +96,7 @@ class Mla(LatentStep):
         step = self.step
         splits = [(project.rank, project.rope_dims)]
         if step.keep is not None and step.rope_dims is None:
-            splits = rope_splits(step.keep, site)
+            splits = rope_splits(project.dims, site)
         return mla_candidates(splits, options=step.init)
 
 
@@ -102,15 +110,9 @@ class Lowrank(LatentStep):
     def candidates(self, site: AttentionSite, project: Latent) -> list[Candidate]:
         step, numbers = self.step, project.dims
         shares = SHARES if step.k_share is None else (step.k_share,)
-        if step.layout != "freq":
-            return lowrank_candidates(numbers, shares, step.init, step.layout, step.group)
-
-        def candidate(rope_dims: int) -> Candidate:
-            return lambda weights, moments: mla_freq(weights, moments, numbers - rope_dims, rope_dims)
-
-        full = site.kv_heads * site.head_dim
-        wide = {min(full, max(2, round(numbers * share / 2) * 2)) for share in shares}
-        return [candidate(rope_dims) for rope_dims in sorted(wide) if rope_dims < numbers]
+        if step.layout == "freq":
+            return freq_candidates(numbers, shares, site)
+        return lowrank_candidates(numbers, shares, step.init, step.layout, step.group)
 
 
 def latent_of(latent: LatentWeights, site: AttentionSite) -> Latent:

@@ -196,18 +196,24 @@ def check_latent_site(site: AttentionSite, latent: Latent) -> None:
         raise ValueError(f"{where}: a latent that is rotated at read caches no rotated part, and K must read it")
 
 
-def latent_refusal(site: AttentionSite) -> str | None:
-    """Why no latent can stand for K and V of this attention; None where one can."""
+def latent_refusal(site: Any, fixed_rotary: bool = True) -> str | None:
+    """Why no latent can stand for K and V of this attention; None where one can.
+
+    Args:
+        site: an `AttentionSite`, or anything with its norms and its rotary embedding.
+        fixed_rotary: whether frequencies that vary with the length are refused; the runtime cannot follow them.
+    """
     linear = "a latent that both read needs K and V linear in the layer's input"
+    clip = getattr(site, "clip_qkv", None)
     if site.k_norm is not None:
         return f"the keys are normed per head ({site.k_norm.kind}); {linear}. Use gqa."
     if site.v_norm is not None:
         return f"the values are normed ({site.v_norm.kind}); {linear}. Use gqa."
-    if site.clip_qkv is not None:
-        return f"keys and values are clamped to {site.clip_qkv:g}; {linear}. Use gqa."
+    if clip is not None:
+        return f"keys and values are clamped to {clip:g}; {linear}. Use gqa."
     if site.q_norm is not None and site.q_norm.after_rotary:
         return "the queries are normed after their rotation, which a latent cannot follow. Use gqa."
-    if site.rotary is not None and site.rotary.length_dependent:
+    if fixed_rotary and site.rotary is not None and site.rotary.length_dependent:
         return "the rotary frequencies vary with the length, and cached latents cannot follow. Use gqa."
     if site.gated_output:
         return "the head outputs are gated before o. Use gqa."
