@@ -262,7 +262,7 @@ class Uptrain:
     layer_local: float = 0.1
     """Part of the tokens for the first stage: each converted attention is fitted on the parent's own inputs."""
     learning_rate: float | None = None
-    """Peak, of the second stage. None: 0.2 / hidden size, which is 1e-4 at width 2048 and 1e-3 at 192."""
+    """Peak, of the second stage. None: 0.1 / hidden size, which is 5e-5 at width 2048 and 5e-4 at 192."""
     local_learning_rate: float | None = None
     """Peak, of the first stage. None: that of the second, times 3."""
     schedule: Literal["wsd", "cosine"] = "wsd"
