@@ -5,7 +5,8 @@ import typing
 import families
 import pytest
 import torch
-from transformers import LlamaConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaConfig
 
 import surgery
 from surgery import recipe
@@ -79,6 +80,37 @@ def test_all_components_rotated_keep_the_logits() -> None:
     step = one("mla", rank=32, rope_dims=32, **FAST)  # 2 KV heads of 16: all of K turns, the latent holds V
     child = surgery.convert(parent, step, calibration=text())
     assert error(child(text()).logits, parent(text()).logits) < 1e-4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest storage that any operation returns, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@torch.no_grad()
+def test_decoding_one_token_makes_no_tensor_of_the_size_of_expanded_keys() -> None:
+    child = surgery.convert(families.tiny_model("llama"), one("mla", rank=8, rope_dims=4, **FAST), calibration=text())
+    cached = 600  # more than any weight of the tiny model has rows
+    expanded = cached * 2 * 16 * 4
+    largest = {}
+    for tokens in (1, 2):
+        cache = DynamicCache(config=child.config)
+        child(torch.ones(1, cached, dtype=torch.long), past_key_values=cache)
+        with LargestTensor() as seen:
+            child(torch.ones(1, tokens, dtype=torch.long), past_key_values=cache)
+        largest[tokens] = seen.bytes
+    assert largest[1] < expanded / 2
+    assert largest[2] >= expanded  # more tokens at once do expand
 
 
 def test_steps_on_different_layers_share_a_recipe() -> None:
