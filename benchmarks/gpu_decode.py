@@ -46,7 +46,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     if options.cpu:
         bench = decode(
-            "small", ["base", "gqa-2", "mqa", "mla-128-32", "base+cla-2"], batches=[1, 4], contexts=[1024, 8192],
+            "small", ["base", "gqa-2", "mqa", "mla-128-32", "base+cla-2"], batches=[1, 4], contexts=[8192], layers=2,
             dtype="float32", device="cpu", steps=15,
         )  # fmt: skip
         write("decode_cpu", {**environment(SEED), **bench.to_dict()})

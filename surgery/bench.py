@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
+from .anatomy.reader import load_config
+from .checkpoint import local_folder, read_json
 from .errors import RecipeError
 from .kernels.decode_gqa import decode_gqa
 from .kernels.decode_latent import decode_latent
 from .kernels.rope_append import rope_append_
+from .runtime.layout import Latent, LayerPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +51,34 @@ SHAPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """How the caches of all layers look; `share` layers in a row read one cache."""
+class LayerCache:
+    """What one layer reads at a decode step."""
 
-    name: str
     kv_heads: int
-    head_dim: int
+    owner: int
+    """Index of the layer that stores it."""
     rank: int = 0
     """Of a latent; 0 where heads are cached."""
     rope_dims: int = 0
-    share: int = 1
+
+    def dims(self, head_dim: int) -> int:
+        """Numbers per token."""
+        return self.rank + self.rope_dims if self.rank else 2 * self.kv_heads * head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How the caches of all layers look."""
+
+    name: str
+    layers: tuple[LayerCache, ...]
 
     @property
-    def dims(self) -> int:
-        """Numbers per token in a layer that owns its cache."""
-        return self.rank + self.rope_dims if self.rank else 2 * self.kv_heads * self.head_dim
+    def uniform_heads(self) -> int | None:
+        """KV heads, where every layer caches so many of its own: what transformers can build too."""
+        kinds = {(layer.kv_heads, layer.rank, layer.owner == i) for i, layer in enumerate(self.layers)}
+        (heads, rank, owns) = next(iter(kinds))
+        return heads if len(kinds) == 1 and owns and not rank else None
 
 
 def variant_of(name: str, shape: Shape) -> Variant:
@@ -71,66 +88,112 @@ def variant_of(name: str, shape: Shape) -> Variant:
         RecipeError: the name is none of these, or does not fit the shape.
     """
     cache, _, sharing = name.partition("+")
-    kind, *numbers = cache.split("-")
+    kind, *words = cache.split("-")
+    numbers = [int(word) for word in words if word.isdigit()]
     share = int(sharing[4:]) if sharing.startswith("cla-") and sharing[4:].isdigit() else 0 if sharing else 1
-    heads = {"base": shape.kv_heads, "mha": shape.heads, "mqa": 1}
-    if kind in heads and not numbers:
-        found = Variant(name=name, kv_heads=heads[kind], head_dim=shape.head_dim, share=share)
-    elif kind == "gqa" and len(numbers) == 1 and numbers[0].isdigit():
-        found = Variant(name=name, kv_heads=int(numbers[0]), head_dim=shape.head_dim, share=share)
-    elif kind == "mla" and len(numbers) == 2 and all(n.isdigit() for n in numbers):
-        rank, rope = map(int, numbers)
-        found = Variant(name=name, kv_heads=1, head_dim=shape.head_dim, rank=rank, rope_dims=rope, share=share)
+    named = {"base": shape.kv_heads, "mha": shape.heads, "mqa": 1}
+    rank = rope = 0
+    if kind in named and not words:
+        kv_heads = named[kind]
+    elif kind == "gqa" and len(numbers) == len(words) == 1:
+        kv_heads = numbers[0]
+    elif kind == "mla" and len(numbers) == len(words) == 2 and numbers[0]:
+        kv_heads, (rank, rope) = 1, numbers
     else:
-        found = None
-    if found is None or not share or not found.kv_heads or shape.heads % found.kv_heads or found.rope_dims % 2:
+        kv_heads = 0
+    if not share or not kv_heads or shape.heads % kv_heads or rope % 2:
         raise RecipeError(
             f"variant {name!r}: expected base, mha, mqa, gqa-K with K a divisor of {shape.heads}, or mla-RANK-ROPE, "
             "each also with +cla-N for N layers that share a cache"
         )
-    return found
+    return Variant(
+        name=name,
+        layers=tuple(
+            LayerCache(kv_heads=kv_heads, rank=rank, rope_dims=rope, owner=i - i % share) for i in range(shape.layers)
+        ),
+    )
+
+
+def of_model(model: str) -> tuple[Shape, Variant]:
+    """Shape and caches of a checkpoint, from its config alone; what is not attention is taken for Llama's.
+
+    Raises:
+        CheckpointError: the config cannot be read.
+        RecipeError: groups of unequal size, or latents that are rotated at read, which the loop does not have.
+    """
+    folder = local_folder(model)
+    config: Any = load_config(folder)
+    text = config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    shape = Shape(
+        hidden=text.hidden_size, mlp=text.intermediate_size, layers=text.num_hidden_layers,
+        heads=text.num_attention_heads, kv_heads=getattr(text, "num_key_value_heads", text.num_attention_heads),
+        head_dim=head_dim, vocabulary=text.vocab_size,
+    )  # fmt: skip
+    name = Path(model).name or model
+    surgery = read_json(folder / "config.json").get("surgery") or {}
+    if "layers" not in surgery:
+        return shape, dataclasses.replace(variant_of("base", shape), name=name)
+    layers = []
+    for plan in (LayerPlan.from_dict(layer["plan"]) for layer in surgery["layers"]):
+        cache = plan.project
+        if isinstance(cache, Latent):
+            if cache.rotate_on_read:
+                raise RecipeError(
+                    f"{model}: layer {plan.layer} rotates its keys at read; the loop has no kernel for that"
+                )
+            layers.append(LayerCache(kv_heads=1, rank=cache.rank, rope_dims=cache.rope_dims, owner=plan.owner))
+        elif cache.is_uniform:
+            layers.append(LayerCache(kv_heads=cache.kv_heads, owner=plan.owner))
+        else:
+            raise RecipeError(
+                f"{model}: layer {plan.layer} has groups of unequal size; the loop has no kernel for that"
+            )
+    if len(layers) != shape.layers:
+        raise RecipeError(f"{model}: {len(layers)} of {shape.layers} layers have an attention that was converted")
+    return shape, Variant(name=name, layers=tuple(layers))
 
 
 class Layer(nn.Module):
     """Attention and MLP of one decoder layer, for one new token per sequence."""
 
-    def __init__(self, shape: Shape, variant: Variant, owner: bool) -> None:
+    def __init__(self, shape: Shape, cache: LayerCache, owner: bool) -> None:
         super().__init__()
-        self.shape, self.variant, self.owner = shape, variant, owner
+        self.shape, self.cache, self.owner = shape, cache, owner
         D, N, H = shape.hidden, shape.heads, shape.head_dim
-        R, P = variant.rank, variant.rope_dims
+        R, P = cache.rank, cache.rope_dims
         self.norms = nn.ParameterList(nn.Parameter(torch.ones(D)) for _ in range(2))
         self.q = _linear(D, N * (H + P if R else H))
         self.o = _linear(N * H, D)
         if owner:
-            self.kv = _linear(D, variant.dims)
+            self.kv = _linear(D, cache.dims(H))
         if R:
             self.k_up = nn.Parameter(torch.randn(N, H, R) / H**0.5)
             self.v_up = nn.Parameter(torch.randn(N, R, H) / R**0.5)
         self.gate_up = _linear(D, 2 * shape.mlp)
         self.down = _linear(shape.mlp, D)
 
-    def forward(self, x: Tensor, cache: tuple[Tensor, ...], cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
-        shape, variant = self.shape, self.variant
+    def forward(self, x: Tensor, stored: tuple[Tensor, ...], cos: Tensor, sin: Tensor, places: Tensor) -> Tensor:
+        shape, cache = self.shape, self.cache
         B, N, H = len(x), shape.heads, shape.head_dim
         h = F.rms_norm(x, (shape.hidden,), self.norms[0])
-        if variant.rank:
-            q_nope, q_rope = self.q(h).view(B, N, -1).split((H, variant.rope_dims), -1)
+        if cache.rank:
+            q_nope, q_rope = self.q(h).view(B, N, -1).split((H, cache.rope_dims), -1)
             q = torch.cat((torch.bmm(q_nope.transpose(0, 1), self.k_up).transpose(0, 1), q_rope), -1)
             if self.owner:
-                q = rope_append_(q, self.kv(h)[:, None], None, cos, sin, places, *cache, None, False, variant.rank)
+                q = rope_append_(q, self.kv(h)[:, None], None, cos, sin, places, *stored, None, False, cache.rank)
             else:
-                q = _turn(q, cos, sin, variant.rank)
-            mean, _ = decode_latent(q, *cache, places + 1, (H + variant.rope_dims) ** -0.5, variant.rank)
+                q = _turn(q, cos, sin, cache.rank)
+            mean, _ = decode_latent(q, *stored, places + 1, (H + cache.rope_dims) ** -0.5, cache.rank)
             attended = torch.bmm(mean.transpose(0, 1), self.v_up).transpose(0, 1)
         else:
             q = self.q(h).view(B, N, H)
             if self.owner:
-                k, v = self.kv(h).view(B, 2, variant.kv_heads, H).unbind(1)
-                q = rope_append_(q, k, v, cos, sin, places, *cache)
+                k, v = self.kv(h).view(B, 2, cache.kv_heads, H).unbind(1)
+                q = rope_append_(q, k, v, cos, sin, places, *stored)
             else:
                 q = _turn(q, cos, sin, 0)
-            attended, _ = decode_gqa(q, *cache, places + 1, H**-0.5)
+            attended, _ = decode_gqa(q, *stored, places + 1, H**-0.5)
         x = x + self.o(attended.reshape(B, N * H))
         h = F.rms_norm(x, (shape.hidden,), self.norms[1])
         gate, up = self.gate_up(h).chunk(2, -1)
@@ -140,30 +203,28 @@ class Layer(nn.Module):
 class DecodeLoop(nn.Module):
     """A whole model at a decode step: tokens in, greedy next tokens out, caches and positions advanced in place."""
 
-    cos: Tensor
-    sin: Tensor
     places: Tensor
 
     def __init__(self, shape: Shape, variant: Variant, batch: int, capacity: int) -> None:
         super().__init__()
-        self.shape, self.variant = shape, variant
+        self.shape, H = shape, shape.head_dim
         self.embedding = nn.Parameter(torch.randn(shape.vocabulary, shape.hidden))
-        owners = [i % variant.share == 0 for i in range(shape.layers)]
-        self.layers = nn.ModuleList(Layer(shape, variant, owner) for owner in owners)
+        self.layers = nn.ModuleList(Layer(shape, cache, cache.owner == i) for i, cache in enumerate(variant.layers))
         self.norm = nn.Parameter(torch.ones(shape.hidden))
         self.head = _linear(shape.hidden, shape.vocabulary)
-        for i, owner in enumerate(owners):
-            if owner and variant.rank:
-                self.register_buffer(f"k{i}", torch.randn(batch, 1, capacity, variant.dims))
-            elif owner:
-                for name in ("k", "v"):
-                    cache = torch.randn(batch, variant.kv_heads, capacity, shape.head_dim)
-                    self.register_buffer(f"{name}{i}", cache)
-        pairs = (variant.rope_dims if variant.rank else shape.head_dim) // 2
-        frequency = 10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
-        angles = torch.arange(capacity, dtype=torch.float64)[:, None] * frequency
-        self.register_buffer("cos", angles.cos().float())
-        self.register_buffer("sin", angles.sin().float())
+        angles = {}
+        for i, cache in enumerate(variant.layers):
+            pairs = (cache.rope_dims if cache.rank else H) // 2
+            angles[pairs] = torch.arange(capacity)[:, None] * 10000.0 ** -(torch.arange(pairs) / max(pairs, 1))
+            if cache.owner != i:
+                continue
+            shapes = [(1, cache.rank + cache.rope_dims)] if cache.rank else [(cache.kv_heads, H)] * 2
+            for part, (heads, width) in enumerate(shapes):
+                self.register_buffer(f"cache{i}_{part}", torch.randn(batch, heads, capacity, width))
+        for pairs, table in angles.items():
+            self.register_buffer(f"cos{pairs}", table.cos().float())
+            self.register_buffer(f"sin{pairs}", table.sin().float())
+        self.tables = tuple(angles)
         self.register_buffer("places", torch.zeros(batch, dtype=torch.int32))
 
     def start(self, length: int) -> None:
@@ -172,15 +233,16 @@ class DecodeLoop(nn.Module):
 
     def forward(self, tokens_B: Tensor) -> Tensor:
         places = self.places
-        cos, sin = self.cos.index_select(0, places), self.sin.index_select(0, places)
+        turns = {
+            pairs: [getattr(self, f"{name}{pairs}").index_select(0, places) for name in ("cos", "sin")]
+            for pairs in self.tables
+        }
         x = F.embedding(tokens_B, self.embedding)
-        cache: tuple[Tensor, ...] = ()
-        for i, layer in enumerate(self.layers):
-            if layer.owner:
-                cache = (
-                    (getattr(self, f"k{i}"),) if self.variant.rank else (getattr(self, f"k{i}"), getattr(self, f"v{i}"))
-                )
-            x = layer(x, cache, cos, sin, places)
+        for layer in self.layers:
+            cache: LayerCache = layer.cache  # type: ignore[assignment]
+            stored = tuple(getattr(self, f"cache{cache.owner}_{part}") for part in range(1 if cache.rank else 2))
+            cos, sin = turns[(cache.rope_dims if cache.rank else self.shape.head_dim) // 2]
+            x = layer(x, stored, cos, sin, places)
         x = F.rms_norm(x, (self.shape.hidden,), self.norm)
         places += 1
         return self.head(x).argmax(-1)
@@ -270,9 +332,10 @@ class DecodeBench:
 
 
 def decode(
-    shape: str,
+    shape: str | None,
     variants: Sequence[str] = ("base", "mqa", "mla-512-64", "base+cla-2"),
     *,
+    model: str | None = None,
     batches: Sequence[int] = (1, 16, 64),
     contexts: Sequence[int] = (4096, 32768),
     layers: int | None = None,
@@ -287,8 +350,9 @@ def decode(
     """Time decode steps of every variant at every batch and context.
 
     Args:
-        shape: a name in `SHAPES`.
+        shape: a name in `SHAPES`; not asked where a model is given.
         variants: see `variant_of`.
+        model: folder or Hub id of a checkpoint whose shape is taken, and whose own caches come first.
         layers: fewer layers than the shape has; speeds are then of that smaller model.
         steps: timed steps; the median counts.
         device: default a GPU where there is one.
@@ -297,16 +361,21 @@ def decode(
         report: called with each row as it is done.
 
     Raises:
-        RecipeError: an unknown shape, variant or dtype, or no steps.
+        RecipeError: an unknown shape, variant or dtype, no steps, or a model that the loop cannot stand for.
+        CheckpointError: the model's config cannot be read.
     """
-    if shape not in SHAPES:
+    if model is None and shape not in SHAPES:
         raise RecipeError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise RecipeError(f"dtype {dtype!r} is unknown; use bfloat16, float16 or float32")
     if steps < 1 or min((*batches, *contexts), default=0) < 1:
         raise RecipeError("batches, contexts and steps must name positive numbers")
-    sizes = SHAPES[shape] if layers is None else dataclasses.replace(SHAPES[shape], layers=layers)
-    made = [variant_of(name, sizes) for name in variants]
+    if model is not None and layers is not None:
+        raise RecipeError("layers goes with a shape; a model has its own")
+    sizes, own = (SHAPES[str(shape)], None) if model is None else of_model(model)
+    if layers is not None:
+        sizes = dataclasses.replace(sizes, layers=layers)
+    made = [*([own] if own else []), *(variant_of(name, sizes) for name in variants)]
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind: torch.dtype = getattr(torch, dtype)
     room = memory or (torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else 80 * 2**30)
@@ -322,8 +391,8 @@ def decode(
                 report(row)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return DecodeBench(
-        shape=shape if layers is None else f"{shape}, {layers} layers", device=name, dtype=dtype, compiled=compiled,
-        bandwidth_gb_per_s=bandwidth / 1e9, rows=tuple(rows),
+        shape=str(model or shape) if layers is None else f"{shape}, {layers} layers", device=name, dtype=dtype,
+        compiled=compiled, bandwidth_gb_per_s=bandwidth / 1e9, rows=tuple(rows),
     )  # fmt: skip
 
 
@@ -331,8 +400,8 @@ def _measure(
     shape: Shape, variant: Variant, batch: int, context: int, steps: int, dtype: torch.dtype, device: torch.device,
     compiled: bool, transformers: bool, room: int, bandwidth: float,
 ) -> Row:  # fmt: skip
-    owners = -(-shape.layers // variant.share)
-    kv_bytes = owners * variant.dims * dtype.itemsize
+    dims = [cache.dims(shape.head_dim) for cache in variant.layers]
+    kv_bytes = sum(d for i, d in enumerate(dims) if variant.layers[i].owner == i) * dtype.itemsize
     with torch.device("meta"):
         parameters = list(DecodeLoop(shape, variant, 1, 1).parameters())
     weights = sum(p.numel() for p in parameters) * dtype.itemsize
@@ -349,12 +418,13 @@ def _measure(
     del loop
     # A reader reads the whole cache of its owner again: traffic is of all layers, memory of owners only.
     traffic = weights - shape.vocabulary * shape.hidden * dtype.itemsize
-    traffic += batch * context * shape.layers * variant.dims * dtype.itemsize
+    traffic += batch * context * sum(dims) * dtype.itemsize
     facts |= {
         "tokens_per_s": batch / seconds, "step_ms": seconds * 1e3, "ideal_tokens_per_s": batch * bandwidth / traffic,
     }  # fmt: skip
-    if transformers and not variant.rank and variant.share == 1:
-        other = _transformers(shape, variant.kv_heads, batch, context, capacity, steps, dtype, device, compiled)
+    kv_heads = variant.uniform_heads
+    if transformers and kv_heads is not None:
+        other = _transformers(shape, kv_heads, batch, context, capacity, steps, dtype, device, compiled)
         facts["transformers_tokens_per_s"] = batch / other
     return Row(**facts)
 

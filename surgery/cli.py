@@ -267,10 +267,13 @@ app.add_typer(bench_app, name="bench")
 
 @bench_app.command(
     name="decode",
-    epilog="Examples: surgery bench decode --shape llama-3-8b --variant base --variant mla-512-64 | "
+    epilog="Examples: surgery bench decode ./smaller | surgery bench decode --shape llama-3-8b --variant mla-512-64 | "
     "surgery bench decode --shape small --device cpu --dtype float32 --context 2048 --batch 1",
 )
 def bench_decode(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint whose shape is taken and whose caches come first; default a shape.")
+    ] = None,
     shape: Annotated[str, typer.Option(help="llama-2-7b, llama-3-8b or small; weights are random.")] = "llama-3-8b",
     variant: Annotated[
         list[str] | None,
@@ -293,7 +296,8 @@ def bench_decode(
 
     result = decode(
         shape,
-        variant or ("base", "mqa", "mla-512-64", "base+cla-2"),
+        variant or (("base", "mqa", "mla-512-64", "base+cla-2") if model is None else ("base",)),
+        model=model,
         batches=batch or (1, 16, 64),
         contexts=context or (4096, 32768),
         layers=layers,
