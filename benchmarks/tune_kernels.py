@@ -39,7 +39,7 @@ def table(archs: list[str], shapes: list[str]) -> None:
     """Print the gates of every launch; exit with 1 where one fails."""
     shown = Table(title=f"machine code, Triton {triton.__version__}")
     for column in (
-        "shape", "kernel", "arch", "grid", "registers", "spills B", "shared B", "16-byte loads", "narrow", "matrix",
+        "shape", "kernel", "arch", "grid", "registers", "spills B", "shared B", "16-byte copies", "narrow", "matrix",
         "loop", "CTAs/SM", "fails",
     ):  # fmt: skip
         shown.add_column(column)
@@ -51,7 +51,7 @@ def table(archs: list[str], shapes: list[str]) -> None:
             failed = failed or bool(fails)
             shown.add_row(
                 name, found.kernel.removesuffix("_kernel"), arch, "x".join(map(str, launch.grid)), str(found.registers),
-                str(found.spills), str(found.shared), str(found.loads_128), str(found.loads_narrow), found.mma,
+                str(found.spills), str(found.shared), str(found.copies_128), str(found.loads_narrow), found.mma,
                 str(found.instructions), str(found.ctas_per_sm), ", ".join(fails),
             )  # fmt: skip
     Console(width=170).print(shown)

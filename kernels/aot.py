@@ -43,8 +43,8 @@ class Gates:
     """Bytes of local memory per thread."""
     shared: int
     """Bytes per program."""
-    loads_128: int
-    """Asynchronous 16-byte copies to shared memory (LDGSTS.128), and plain 16-byte loads."""
+    copies_128: int
+    """Asynchronous 16-byte copies from global to shared memory (LDGSTS.128); on AMD, 16-byte loads."""
     loads_narrow: int
     """Loads of 1 or 2 bytes from global memory."""
     mma: str
@@ -97,7 +97,7 @@ def gates(launch: Launch, arch: str) -> Gates:
         wide = len(re.findall(r"(?:buffer|global)_load_dwordx4", code))
         narrow = len(re.findall(r"(?:buffer|global)_load_(?:ushort|ubyte|short|sbyte)", code))
         return Gates(
-            kernel=name, arch=arch, registers=registers, spills=spills, shared=shared, loads_128=wide,
+            kernel=name, arch=arch, registers=registers, spills=spills, shared=shared, copies_128=wide,
             loads_narrow=narrow, mma=mma, instructions=0, ctas_per_sm=0,
         )  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -115,7 +115,7 @@ def gates(launch: Launch, arch: str) -> Gates:
         registers=registers,
         spills=stack,
         shared=shared,
-        loads_128=len(re.findall(r"LDGSTS\.[\w.]*128|LDG\.[\w.]*128", code)),
+        copies_128=len(re.findall(r"LDGSTS\.[\w.]*128", code)),
         loads_narrow=len(re.findall(r"LDG(?:STS)?\.[\w.]*[US](?:8|16)\b", code)),
         mma="+".join(found),
         instructions=_largest_loop(code),

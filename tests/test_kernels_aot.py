@@ -45,12 +45,12 @@ def test_every_shape_compiles_within_its_gates(name: str, arch: str) -> None:
 
 def test_gates_see_what_they_refuse() -> None:
     good = Gates(
-        kernel="decode_gqa_kernel", arch="sm_90", registers=128, spills=0, shared=71680, loads_128=49, loads_narrow=0,
+        kernel="decode_gqa_kernel", arch="sm_90", registers=128, spills=0, shared=71680, copies_128=49, loads_narrow=0,
         mma="HMMA", instructions=341, ctas_per_sm=3,
     )  # fmt: skip
     assert "decode_gqa_kernel" in GATED and not failures("gqa 32/8", good)
     for change in (
-        {"spills": 8}, {"shared": SHARED_LIMIT["sm_90"] + 1}, {"loads_128": 0}, {"loads_narrow": 1}, {"mma": ""},
+        {"spills": 8}, {"shared": SHARED_LIMIT["sm_90"] + 1}, {"copies_128": 0}, {"loads_narrow": 1}, {"mma": ""},
         {"instructions": 5000},
     ):  # fmt: skip
         assert len(failures("gqa 32/8", Gates(**{**vars(good), **change}))) == 1
