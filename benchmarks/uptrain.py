@@ -234,6 +234,7 @@ def recipes(only: str | None) -> dict[str, Any]:
                 save_steps=10**9,
                 control=name == "control",
                 overrides=(f"tokens={tokens}", *common),
+                recipe=None if name == "control" else name,
             )
         )
         found[name] = {

@@ -22,7 +22,7 @@ def test_stages_follow_each_other_and_share_the_tokens():
 
 
 def test_learning_rate_follows_from_the_width_unless_named():
-    assert made().stages[1].learning_rate == pytest.approx(0.1 / 192)
+    assert made().stages[1].learning_rate == pytest.approx(0.06 / 192)
     named = made(learning_rate=2e-4, local_learning_rate=5e-3)
     assert [s.learning_rate for s in named.stages] == [5e-3, 2e-4]
 

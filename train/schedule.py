@@ -79,7 +79,7 @@ def schedule(uptrain: Uptrain, sequence_length: int, hidden_size: int) -> Schedu
     """The schedule of `uptrain`: layer-local first where it is asked for, then the logits."""
     steps = max(1, uptrain.tokens // (uptrain.batch * sequence_length))
     local = min(steps, round(uptrain.layer_local * steps))
-    rate = uptrain.learning_rate or 0.1 / hidden_size
+    rate = uptrain.learning_rate or 0.06 / hidden_size
     stages = []
     if local:
         peak = uptrain.local_learning_rate or LOCAL_RATE * rate
