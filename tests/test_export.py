@@ -11,6 +11,7 @@ import surgery
 from surgery.cli import main
 from surgery.errors import CheckpointError, PlanError
 from surgery.export import export, export_native
+from surgery.reference import SMALL
 
 FAST = {"refit_queries": False, "refit_output": False}
 
@@ -51,6 +52,16 @@ def test_a_neutral_norm_keeps_the_logits_in_a_process_of_its_own(family, options
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
     assert "auto_map" not in config
+
+
+def test_the_bundled_model_keeps_its_logits_and_its_greedy_tokens(tmp_path) -> None:
+    parent = surgery.load(SMALL, dtype=torch.float32)
+    ids = torch.randint(3, 4096, (4, 64), generator=torch.Generator().manual_seed(0))
+    step = {"rewriter": "mla", "rank": 96, "rope_dims": 32, **FAST}
+    child = surgery.convert(parent, {"steps": [step]}, calibration=ids)
+    report = export_native(child, tmp_path / "out", text=ids)
+    assert report.relative_difference < 1e-4
+    assert report.equal_greedy_tokens == 24
 
 
 def test_the_cache_of_the_export_has_the_reported_size(tmp_path) -> None:
