@@ -97,6 +97,24 @@ def decode_gqa_dense(
     assert out.dtype == dtype and lse.dtype == torch.float32
 
 
+@case("decode_gqa_in_any_number_of_parts")
+def decode_gqa_parts(op: Operators, dtype: torch.dtype, device: str) -> None:
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    q = random(len(LENGTHS), 4, 32, dtype=dtype, device=device)
+    k, v = (poison(random(len(LENGTHS), 1, 300, 32, dtype=dtype, device=device, seed=i), lengths) for i in (1, 2))
+    file = module("decode_gqa")
+    want, want_lse = file.decode_gqa_reference(q, k.nan_to_num(), v.nan_to_num(), lengths, 0.2)
+    usual = file.SMALLEST_SPLIT
+    try:
+        for smallest in (32, 64, 512):
+            file.SMALLEST_SPLIT = smallest
+            out, lse = op("decode_gqa")(q, k, v, lengths, 0.2)
+            assert_near(out, want)
+            assert_same_lse(lse, want_lse)
+    finally:
+        file.SMALLEST_SPLIT = usual
+
+
 @case("decode_gqa_reads_what_a_mask_shows")
 def decode_gqa_visible(op: Operators, dtype: torch.dtype, device: str) -> None:
     B, N, K, S, H = 3, 4, 2, 130, 32

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,3 +167,17 @@ def test_compilation_copies_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     # What is left of each mutation is a copy of the cache onto itself, which inductor drops.
     assert all(n.target is torch.ops.aten.copy_.default and n.args[0] is n.args[1] for n in made), made
     assert not [line for line in code.splitlines() if str(capacity) in line and re.search(r"empty|clone|copy_", line)]
+
+
+def test_without_the_kernels_the_name_is_not_registered() -> None:
+    code = """
+import sys
+sys.modules["surgery.kernels.decode_gqa"] = None
+from surgery.runtime import ops
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+assert not ops.AVAILABLE
+assert ops.NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys()
+assert ops.NAME not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
