@@ -259,8 +259,9 @@ class Uptrain:
 
     tokens: int
     """Text to train on; repeated where there is less of it."""
-    layer_local: float = 0.1
-    """Part of the tokens for the first stage: each converted attention is fitted on the parent's own inputs."""
+    layer_local: float | None = None
+    """Part of the tokens for the first stage: each converted attention is fitted on the parent's own inputs. None: 0.1
+    after a conversion without calibration text, else 0, for calibration has fitted each layer already."""
     learning_rate: float | None = None
     """Peak, of the second stage. None: 0.06 / hidden size, which is 3e-5 at width 2048 and 3e-4 at 192; a model
     that was converted without calibration wants several times that."""
@@ -300,12 +301,12 @@ class Uptrain:
             if value is not None and value <= 0:
                 raise RecipeError(f"{where}.{name}: {value} must be positive.")
         for name in ("layer_local", "warmup", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= (getattr(self, name) or 0.0) <= 1:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} is a part of the whole: give 0 to 1.")
         for name in ("kl", "ce", "hidden", "weight_decay"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} must not be negative.")
-        if self.layer_local < 1 and not (self.kl or self.ce or self.hidden):
+        if self.layer_local != 1 and not (self.kl or self.ce or self.hidden):
             raise RecipeError(f"{where}: kl, ce and hidden are all 0: the second stage would learn nothing.")
         if self.length is not None and self.length < 8:
             raise RecipeError(f"{where}.length: {self.length} tokens; give at least 8.")

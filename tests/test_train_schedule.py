@@ -9,7 +9,7 @@ from surgery.train.schedule import LAYER_LOCAL, LOGITS, Ramp, RampCallback, sche
 
 
 def made(**options):
-    return schedule(Uptrain(tokens=100 * 8 * 64, batch=8, **options), 64, 192)
+    return schedule(Uptrain(**{"tokens": 100 * 8 * 64, "batch": 8, "layer_local": 0.1, **options}), 64, 192)
 
 
 def test_stages_follow_each_other_and_share_the_tokens():

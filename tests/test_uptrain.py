@@ -515,3 +515,11 @@ def test_a_parent_in_bfloat16_teaches_a_model_in_float32_under_autocast(home, tm
     plain = uptrain(run(home, tmp_path / "plain", "tokens=2560", held_out=str(home / "held.jsonl")))
     assert summary["before"]["kl"] == pytest.approx(plain["before"]["kl"], rel=0.05)
     assert surgery.load(tmp_path / "out" / "model").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("model", "part"), [("native", 0.1), ("latent", 0.0)])
+def test_layers_that_calibration_has_fitted_are_not_fitted_again_unless_asked_for(home, tmp_path, model, part):
+    made = run(home, tmp_path / "out", model=model)
+    options = tuple(option for option in made.overrides if "layer_local" not in option)
+    assert prepare(dataclasses.replace(made, overrides=options)).uptrain.layer_local == part
+    assert prepare(made).uptrain.layer_local == 0.2

@@ -78,7 +78,7 @@ def cosine(step: int, steps: int) -> float:
 def schedule(uptrain: Uptrain, sequence_length: int, hidden_size: int) -> Schedule:
     """The schedule of `uptrain`: layer-local first where it is asked for, then the logits."""
     steps = max(1, uptrain.tokens // (uptrain.batch * sequence_length))
-    local = min(steps, round(uptrain.layer_local * steps))
+    local = min(steps, round((uptrain.layer_local or 0.0) * steps))
     rate = uptrain.learning_rate or 0.06 / hidden_size
     stages = []
     if local:

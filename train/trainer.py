@@ -347,8 +347,9 @@ class HeldOut(TrainerCallback):
 
     def _score(self) -> None:
         assert self.trainer is not None
-        found = self.trainer.score(self.windows)
-        self.trainer.log({f"held_out_{name}": value for name, value in dataclasses.asdict(found).items()})
+        found = dataclasses.asdict(self.trainer.score(self.windows))
+        names = [name for name in found if name == "nats_per_token" or self.trainer.parent is not None]
+        self.trainer.log({f"held_out_{name}": found[name] for name in names})
 
 
 class FreshOptimizer(TrainerCallback):

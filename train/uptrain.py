@@ -224,6 +224,8 @@ def prepare(run: Run) -> Setup:
 def resolve_uptrain(run: Run, origin: Mapping[str, Any]) -> Uptrain:
     """The `uptrain` section: of the run file, else of the recipe named, else of the model's own; then the overrides.
 
+    `layer_local` is settled by how the model was converted.
+
     Raises:
         RecipeError: there is none, or a key or value is wrong.
     """
@@ -236,6 +238,8 @@ def resolve_uptrain(run: Run, origin: Mapping[str, Any]) -> Uptrain:
         raise RecipeError(f"{recipe.name}: has no `uptrain` section. Pass --set tokens=..., or --recipe.")
     section = Recipe.load(data, overrides).uptrain
     assert section is not None
+    if section.layer_local is None:
+        section = dataclasses.replace(section, layer_local=0.0 if origin.get("calibration") else 0.1)
     return section
 
 
