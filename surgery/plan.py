@@ -359,6 +359,9 @@ def _make_latent(step: LatentStep, where: str, site: AttentionSite) -> Latent:
 
 
 def _mla(step: MlaStep, at: str, site: AttentionSite) -> Latent:
+    pairs = 0 if site.rotary is None else site.rotary.dims // 2
+    if step.fold != "auto" and pairs % step.fold:
+        raise PlanError(f"{at}: fold {step.fold} does not divide {pairs} rotary frequencies. Use 1, or auto.")
     if step.keep is not None:
         return _latent_of(site, *latent_budget(kept_numbers(step.keep, site), site, step.rope_dims))
     assert step.rank is not None

@@ -23,6 +23,8 @@ Init = Literal[
 ]  # fmt: skip
 Grouping = Literal["search", "neighbour"]
 MlaInit = Literal["default", "svd", "whitened", "transmla"]
+Rotation = Literal["complex", "real", "none"]
+Selector = Literal["gain", "energy", "2norm", "high", "low", "uniform", "top"]
 LowrankInit = Literal["qw", "plain", "whitened"]
 Layout = Literal["joint", "grouped", "head", "freq"]
 ShareInit = Literal["best", "latent", "replace", "mean", "least_squares"]
@@ -158,6 +160,14 @@ class MlaStep(LatentStep):
     """Cached numbers that are rotated, even. By default a quarter of all; beside `keep` the text decides per layer."""
     init: MlaInit = "default"
     """Ours, or a published form: `svd` (MHA2MLA), `whitened` (SVD-LLM, CARE), `transmla`."""
+    rotation: Rotation | None = None
+    """How heads are mixed within each rotary frequency. None: as `init` does (ours: `complex`, TransMLA: `real`)."""
+    selector: Selector | None = None
+    """Which components stay rotated. None: as `init` does (ours: `gain`, energy times phase sensitivity)."""
+    fold: Literal[1, 2, 4, "auto"] = 1
+    """Neighbouring frequencies that count as one; exact for 1 only. `auto`: what the text finds best in each layer."""
+    beta: float | Literal["search"] = 1.0
+    """V's error against K's, in parts of the default balance; `search` tries a few in each layer."""
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -166,6 +176,8 @@ class MlaStep(LatentStep):
                 f"{where}.rope_dims: {self.rope_dims} must be even and not negative: numbers turn in pairs. "
                 f"Use {max(0, self.rope_dims - 1)} or {self.rope_dims + 1}."
             )
+        if self.beta != "search" and self.beta <= 0:
+            raise RecipeError(f"{where}.beta: {self.beta:g} must be above 0, or `search`.")
 
 
 @dataclass(frozen=True, kw_only=True)

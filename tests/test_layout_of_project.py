@@ -15,13 +15,13 @@ LEVELS = [
     ("kernels",),
     ("errors", "linalg", "show", "reference"),
     ("runtime",),
-    ("anatomy", "recipe", "checkpoint", "text"),
+    ("anatomy", "sharing", "recipe", "checkpoint", "text"),
     ("native", "budget", "plan"),
     ("rewriters", "working_copy", "calibrate", "provenance"),
     ("storage", "streaming", "convert"),
     ("measure",),
     ("report", "plots", "harness"),
-    ("evaluate", "generate"),
+    ("evaluate", "generate", "capacity"),
     ("cli", "bench", "demo", "export", "serve", "train", "benchmarks"),
 ]
 

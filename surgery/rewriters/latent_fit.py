@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..calibrate import Activations, layer_activations
+from ..recipe import LowrankInit, MlaInit
 from ..runtime.layout import AttentionSite
 from ..text import Windows
 from .attention_weights import AttentionWeights
 from .gains import fit_gains
 from .latent import LatentWeights
 from .latent_copy import HELD_NUMBERS, LatentCopy
-from .latent_lowrank import Layout, LowrankInit, lowrank
-from .latent_mla import MlaInit, MlaOptions, mla, mla_freq
+from .latent_lowrank import Layout, lowrank
+from .latent_mla import MlaOptions, mla, mla_freq
 from .latent_moments import LatentMoments, MomentSums
 from .latent_refit import refit_output, refit_queries
 
@@ -59,19 +60,21 @@ def fit_layer(
     candidates: Sequence[Candidate],
     windows: Windows,
     options: FitOptions | None = None,
+    variants: Sequence[Sequence[Candidate]] = (),
 ) -> Fitted:
     """Convert one layer of `copy` to the best of `candidates`, and refit q and o around it. In place.
 
     Args:
         candidates: in an order along which their loss falls and then rises (ranks, shares): the search walks it
             downhill from the choice of the layer before.
+        variants: each made otherwise, in the same order; tried at the place that the walk ends at.
     """
     options = options or FitOptions()
     parent = copy.parent(layer)
     fit, check = windows.split()
     activations = _activations(copy, layer, fit, options)
     moments = _moments(parent, activations())
-    latent, choice = _choose(copy, layer, candidates, parent, moments, check)
+    latent, choice = _choose(copy, layer, [candidates, *variants], parent, moments, check)
     copy.write_latent(layer, latent, parent)
     found = Fitted(choice, {"latent": copy.divergence(check, layer)})
     kl, student = found.kl["latent"], parent
@@ -119,30 +122,31 @@ def _moments(parent: AttentionWeights, activations: Iterator[Activations]) -> La
 def _choose(
     copy: LatentCopy,
     layer: int,
-    candidates: Sequence[Candidate],
+    lines: Sequence[Sequence[Candidate]],
     parent: AttentionWeights,
     moments: LatentMoments,
     check: Windows,
 ) -> tuple[LatentWeights, int]:
-    """The candidate of least KL, found downhill."""
-    tried: dict[int, tuple[float, LatentWeights]] = {}
+    """The candidate of least KL, and its place: the first line is walked downhill, the others are tried there."""
+    tried: dict[tuple[int, int], tuple[float, LatentWeights]] = {}
+    single = len(lines) == len(lines[0]) == 1
 
-    def loss(i: int) -> float:
-        if not 0 <= i < len(candidates):
+    def loss(i: int, line: int = 0) -> float:
+        if not 0 <= i < len(lines[line]):
             return float("inf")
-        if i not in tried:
-            made = candidates[i](parent, moments)
+        if (line, i) not in tried:
+            made = lines[line][i](parent, moments)
             copy.write_latent(layer, made)
-            tried[i] = copy.divergence(check, layer, SEARCH_BATCHES) if len(candidates) > 1 else 0.0, made
-        return tried[i][0]
+            tried[line, i] = 0.0 if single else copy.divergence(check, layer, SEARCH_BATCHES), made
+        return tried[line, i][0]
 
-    at = min(copy.choice, len(candidates) - 1) if copy.choice is not None else len(candidates) // 2
+    at = min(copy.choice, len(lines[0]) - 1) if copy.choice is not None else len(lines[0]) // 2
     for step in (1, -1):
         while loss(at + step) < loss(at):
             at += step
     copy.choice = at
-    loss(at)
-    return tried[at][1], at
+    best = min(range(len(lines)), key=lambda line: loss(at, line))
+    return tried[best, at][1], at
 
 
 def finish(copy: LatentCopy, windows: Windows, steps: int = 60) -> float:

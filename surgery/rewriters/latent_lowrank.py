@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
+from ..recipe import LowrankInit
 from .attention_weights import AttentionWeights
 from .latent import LatentWeights, check_latent
 from .latent_factors import single_latent
 from .latent_mla import output_metric, query_metric
 from .latent_moments import LatentMoments
 
-LowrankInit = Literal["qw", "plain", "whitened"]
 Layout = Literal["joint", "grouped", "head"]
 
 

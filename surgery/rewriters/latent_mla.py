@@ -10,21 +10,18 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..linalg import blockdiag, damp
+from ..recipe import MlaInit, Rotation, Selector
 from .attention_weights import AttentionWeights
 from .latent import LatentWeights, check_latent
 from .latent_factors import alternate, joint_latent, single_latent
 from .latent_moments import LatentMoments
 from .rotary_mixing import (
-    Rotation,
-    Selector,
     mean_phase,
     mix_components,
     rotated_part,
     select_components,
     unrotated_keys,
 )
-
-MlaInit = Literal["default", "svd", "whitened", "transmla"]
 
 
 @dataclass(frozen=True, kw_only=True)

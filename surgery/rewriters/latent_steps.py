@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +26,13 @@ from .latent_fit import (
     lowrank_candidates,
     mla_candidates,
 )
+from .latent_mla import MLA_INITS
 from .layerwise import Layerwise
 
 SHARES = (0.34, 0.38, 0.42, 0.46)
 """Parts of a `lowrank` budget tried for K: V needs the larger one."""
+BETAS = (1.0, 0.5, 2.0)
+"""Balances of V against K that `beta: search` tries in each layer."""
 
 
 class LatentStepCopy(LatentCopy):
@@ -73,15 +78,19 @@ class LatentStep(Layerwise):
                 f"Give {10 * site.hidden_size} tokens or more.",
                 stacklevel=2,
             )
-        fit_layer(copy, layer, self.candidates(site, project), windows, self.fit)
+        first, *others = self.candidates(site, project)
+        fit_layer(copy, layer, first, windows, self.fit, others)
 
     def finish(self, copy: LatentCopy, windows: Windows | None) -> None:
         """Fit one gain per query head on q and on o, in all converted layers together, by KL to the parent."""
         if windows is not None and self.fit.gains and copy.latents:
             finish(copy, windows)
 
-    def candidates(self, site: AttentionSite, project: Latent) -> list[Candidate]:
-        """The forms of one layer that calibration text decides between; all of them within the planned bytes."""
+    def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
+        """The forms of one layer that calibration text decides between, all of them within the planned bytes.
+
+        The first list is searched, the others are tried at the same place; see `fit_layer`.
+        """
         raise NotImplementedError
 
 
@@ -92,12 +101,22 @@ class Mla(LatentStep):
         super().__init__(step, seed)
         self.step = step
 
-    def candidates(self, site: AttentionSite, project: Latent) -> list[Candidate]:
+    def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
         step = self.step
         splits = [(project.rank, project.rope_dims)]
         if step.keep is not None and step.rope_dims is None:
             splits = rope_splits(project.dims, site)
-        return mla_candidates(splits, options=step.init)
+        options = MLA_INITS[step.init]
+        options = replace(
+            options, rotation=step.rotation or options.rotation, selector=step.selector or options.selector
+        )
+        pairs = 0 if site.rotary is None else site.rotary.dims // 2
+        folds: list[Literal[1, 2, 4]] = [f for f in (1, 2, 4) if pairs % f == 0] if step.fold == "auto" else [step.fold]
+        betas = BETAS if step.beta == "search" else (step.beta,)
+        made = [replace(options, fold=fold) for fold in folds]
+        return [mla_candidates(splits, (betas[0],), form) for form in made] + [
+            mla_candidates(splits, (beta,), made[0]) for beta in betas[1:]
+        ]
 
 
 class Lowrank(LatentStep):
@@ -107,12 +126,12 @@ class Lowrank(LatentStep):
         super().__init__(step, seed)
         self.step = step
 
-    def candidates(self, site: AttentionSite, project: Latent) -> list[Candidate]:
+    def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
         step, numbers = self.step, project.dims
         shares = SHARES if step.k_share is None else (step.k_share,)
         if step.layout == "freq":
-            return freq_candidates(numbers, shares, site)
-        return lowrank_candidates(numbers, shares, step.init, step.layout, step.group)
+            return [freq_candidates(numbers, shares, site)]
+        return [lowrank_candidates(numbers, shares, step.init, step.layout, step.group)]
 
 
 def latent_of(latent: LatentWeights, site: AttentionSite) -> Latent:

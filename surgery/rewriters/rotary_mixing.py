@@ -7,18 +7,15 @@ score Re Σ_j conj(q_j) k_j e^{iθ_j(n-m)} does not change. A component is one r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError
 from ..linalg import eigh_descending
+from ..recipe import Rotation, Selector
 from .attention_weights import AttentionWeights
 from .latent_moments import LatentMoments
-
-Rotation = Literal["complex", "real", "none"]
-Selector = Literal["gain", "energy", "2norm", "high", "low", "uniform", "top"]
 
 
 @dataclass(frozen=True, kw_only=True)
