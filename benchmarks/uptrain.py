@@ -271,7 +271,7 @@ def resume(only: str | None) -> dict[str, Any]:
         job = subprocess.Popen(command(model, train, WORK / "killed", *sets), stdout=subprocess.DEVNULL)
         while job.poll() is None and not (WORK / "killed" / "run.json").exists():
             time.sleep(0.1)
-        time.sleep(rng.uniform(0.5, 0.9) * whole)  # a good part of it is starting
+        time.sleep(rng.uniform(0.2, 0.5) * whole)  # a good part of it is starting
         if job.poll() is not None:
             sys.exit("the run ended before it could be killed: give it more tokens")
         job.send_signal(signal.SIGKILL)
