@@ -207,9 +207,11 @@ def recover(only: str | None) -> dict[str, Any]:
     return found
 
 
-RECIPES = {
-    "gqa-4x": 32768, "mla-4x": 32768, "gqa-2x": 32768, "mqa": 32768, "lowrank-2x": 32768, "mla-2x": 32768,
-}  # fmt: skip
+RECIPES = (
+    "gqa-4x", "mla-4x", "cla2-latent", "cla2", "cla2-gqa-2x", "gqa-2x", "mqa", "lowrank-2x", "mla-2x", "yoco-half",
+    "mlkv-4",
+)  # fmt: skip
+RECIPE_TOKENS = 32768
 
 
 def recipes(only: str | None) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def recipes(only: str | None) -> dict[str, Any]:
     found: dict[str, Any] = section("recipes")
     train, held = text_of("small")
     common = ("batch=8", f"length={LENGTH}")
-    for name, tokens in [*RECIPES.items(), ("control", 32768)]:
+    for name in (*RECIPES, "control"):
         if only and only != name:
             continue
         out = WORK / "recipes" / name
@@ -233,7 +235,7 @@ def recipes(only: str | None) -> dict[str, Any]:
                 seed=SEED,
                 save_steps=10**9,
                 control=name == "control",
-                overrides=(f"tokens={tokens}", *common),
+                overrides=(f"tokens={RECIPE_TOKENS}", *common),
                 recipe=None if name == "control" else name,
             )
         )
