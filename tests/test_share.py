@@ -196,12 +196,12 @@ def test_a_latent_serves_readers_whose_weights_differ() -> None:
     ("family", "step"),
     [
         ("llama", {"init": "best"}),
-        ("llama", {"init": "latent", "keep": 0.75}),
+        ("llama", {"init": "latent", "keep": 0.75, "gain_fit": False}),
         ("llama_bias_wide", {"init": "latent", "keep": 0.3, **BARE}),
         ("qwen3", {"init": "least_squares", **BARE}),
         ("mistral", {"init": "latent", "keep": 0.75, **BARE}),
         ("phi3", {"init": "best", **BARE}),
-        ("qwen3", {"layout": "svformer"}),
+        ("qwen3", {"layout": "svformer", "gain_fit": False}),
     ],
 )
 def test_the_cache_holds_what_is_planned_and_readers_lose_their_projections(family: str, step: dict[str, Any]) -> None:
@@ -226,13 +226,14 @@ def test_the_working_copy_computes_what_the_result_does(init: str, monkeypatch: 
     kept: list[SharedCopy] = []
     settle = SharedCopy.settle
     monkeypatch.setattr(SharedCopy, "settle", lambda self, plan: kept.append(self) or settle(self, plan))
-    child = surgery.convert(deep(), recipe(init=init), calibration=text())
+    child = surgery.convert(deep(), recipe(init=init, gain_fit=False), calibration=text())
     ids = text(4)
     torch.testing.assert_close(kept[0].model(ids).logits, child(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_merged_heads_can_be_shared() -> None:
-    steps = [{"rewriter": "gqa", "kv_heads": "1/2"}, {"rewriter": "share", "layout": "cla2"}]
+    merge = {"rewriter": "gqa", "kv_heads": "1/2", "gain_fit": False}
+    steps = [merge, {"rewriter": "share", "layout": "cla2", "gain_fit": False}]
     model = deep()
     child = surgery.convert(model, {"steps": steps}, calibration=text())
     assert cache_bytes(child, text(1)) * 4 == cache_bytes(model, text(1))
@@ -308,5 +309,5 @@ def test_capacity_counts_what_fits_beside_the_weights() -> None:
 def test_converting_leaves_the_parent_as_it_was() -> None:
     model = deep()
     before = copy.deepcopy(model.state_dict())
-    surgery.convert(model, recipe(), calibration=text(8))
+    surgery.convert(model, recipe(gain_fit=False), calibration=text(8))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
