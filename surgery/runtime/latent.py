@@ -146,9 +146,12 @@ class SurgeryLatentAttention(SurgeryAttention):
         rotary, tokens, length = self.site.rotary, q_BTNH.shape[1], key_BKSH.shape[2]
         if rotary is None:
             return q_BTNH.transpose(1, 2), key_BKSH
-        end = tokens if cache is None else cache.get_seq_length(self.plan.owner)
-        if isinstance(end, int):  # a tensor in a static cache, which never drops tokens
-            end = min(end, length)
+        end = length
+        if cache is not None and cache.layers[self.plan.owner].is_compileable:
+            # A static cache has room behind the last token. Others end with it, whatever they dropped or kept back.
+            end = cache.get_seq_length(self.plan.owner)
+            if isinstance(end, int):  # a sliding one: full, it moves on
+                end = min(end, length)
         slots = torch.arange(length, device=key_BKSH.device)
         cos, sin = angles_of(slots, self.inv_freq_bits, rotary.scaling, q_BTNH.dtype)
         now = end - tokens + torch.arange(tokens, device=key_BKSH.device)
