@@ -126,7 +126,7 @@ def main() -> None:
     old = json.loads(path.read_text())["results"] if resume and path.is_file() else {}
     results: dict[str, Any] = dict(old)
     data = {**environment(SEED), "complete": False, "results": results}
-    for name in ("small", "stories940K-tok105-hf"):
+    for name in ("stories940K-tok105-hf", "small"):
         base = {k: v for k, v in old.get(name, {}).items() if k != "rows"}
 
         def save(found: dict[str, Any], name: str = name, base: dict[str, Any] = base) -> None:
