@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .anatomy import Anatomy
 from .errors import PlanError
-from .rewriters.attention_weights import AttentionWeights, parameter_names, read_attention, write_attention
+from .rewriters.attention_weights import AttentionWeights, read_attention, write_attention
 from .runtime.attention import canonical_weights
 from .runtime.layout import Heads, LayerPlan, Project
 from .text import Windows
@@ -110,13 +110,8 @@ class WorkingCopy:
                 known.append(found)
             yield found
 
-    def state(self) -> dict[str, Tensor]:
-        """A copy of the converted layers' parameters, for `restore`."""
-        names = {name for layer in self.converted for name in parameter_names(self.sites[layer])}
-        return {name: self.tensor(name).clone() for name in names}
-
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go back to what `state` returned."""
+        """Put back parameters by name."""
         with torch.no_grad():
             for name, tensor in state.items():
                 self.model.get_parameter(name).copy_(tensor)

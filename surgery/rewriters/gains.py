@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime.layout import AttentionSite
+from ..text import Windows
+from ..working_copy import WorkingCopy
+from .attention_weights import parameter_names
+
+WINDOWS = 64
+BATCH = 8
+
+
+def tune_gains(copy: WorkingCopy, layers: Iterable[int], windows: Windows, steps: int = 60) -> float:
+    """`fit_gains` of the converted `layers` together, kept where the check windows agree. Returns their KL."""
+    fit, check = windows.take(WINDOWS).split()
+    sites = [site for site in (copy.sites[layer] for layer in sorted(layers)) if not site.gated_output]
+    before = copy.divergence(check)
+    if not sites:
+        return before
+    kept = {name: copy.tensor(name).clone() for site in sites for name in parameter_names(site)}
+    batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(BATCH)]
+    fit_gains(copy.model, copy.teacher, batches, sites, steps=steps)
+    after = copy.divergence(check)
+    if after > before:
+        copy.restore(kept)
+    return min(before, after)
 
 
 @torch.enable_grad()

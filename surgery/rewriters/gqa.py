@@ -17,7 +17,7 @@ from ..runtime.layout import AttentionSite, Heads
 from ..text import Windows
 from ..working_copy import WorkingCopy
 from .attention_weights import AttentionWeights
-from .gains import fit_gains
+from .gains import tune_gains
 from .grouping import (
     Groups,
     check_divides,
@@ -36,8 +36,6 @@ from .refit import OutputFit, QueryFit
 
 QUERY_TOKENS = 10_000
 """Calibration tokens for the query refit: it keeps N·H·(H+1) numbers for each."""
-GAIN_WINDOWS = 64
-GAIN_BATCH = 8
 
 
 class Gqa(Layerwise):
@@ -71,15 +69,8 @@ class Gqa(Layerwise):
 
     def finish(self, copy: WorkingCopy, windows: Windows | None) -> None:
         """Fit one gain per query head on q and on o, in all converted layers together, by KL to the parent."""
-        if windows is None or not self.step.gain_fit or not copy.converted:
-            return
-        fit, check = windows.take(GAIN_WINDOWS).split()
-        batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(GAIN_BATCH)]
-        sites = [site for site in map(copy.sites.__getitem__, copy.converted) if not site.gated_output]
-        before, kept = copy.divergence(check), copy.state()
-        fit_gains(copy.model, copy.teacher, batches, sites)
-        if copy.divergence(check) > before:
-            copy.restore(kept)
+        if windows is not None and self.step.gain_fit:
+            tune_gains(copy, copy.converted, windows)
 
     def choose_groups(self, weights: AttentionWeights, moments: Moments, kv_heads: int) -> Groups:
         """The source KV heads of each new one."""

@@ -14,7 +14,7 @@ from ..recipe import LowrankInit, MlaInit
 from ..runtime.layout import AttentionSite
 from ..text import Windows
 from .attention_weights import AttentionWeights
-from .gains import fit_gains
+from .gains import tune_gains
 from .latent import LatentWeights
 from .latent_copy import HELD_NUMBERS, LatentCopy
 from .latent_lowrank import Layout, lowrank
@@ -151,16 +151,9 @@ def _choose(
 
 def finish(copy: LatentCopy, windows: Windows, steps: int = 60) -> float:
     """Fit the gains of all converted layers by KL; kept where the check windows agree. Returns their KL."""
-    fit, check = windows.take(64).split()
-    before = copy.divergence(check)
-    state = {name: p.detach().clone() for name, p in copy.model.named_parameters()}
-    batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(8)]
-    fit_gains(copy.model, copy.teacher, batches, [copy.sites[layer] for layer in sorted(copy.latents)], steps=steps)
+    found = tune_gains(copy, copy.latents, windows, steps)
     copy.forget_streams()
-    after = copy.divergence(check)
-    if after > before:
-        copy.restore(state)
-    return min(before, after)
+    return found
 
 
 def mla_candidates(

@@ -16,7 +16,7 @@ from ..runtime.layout import Latent, LayerPlan
 from ..sharing import SEARCHED, kept_layers, sharable
 from ..text import Windows
 from .attention_weights import AttentionWeights
-from .gains import fit_gains
+from .gains import tune_gains
 from .reference import head_outputs
 from .refit import OutputFit, QueryFit
 from .share_copy import SharedCopy
@@ -27,8 +27,6 @@ from .share_search import kvsharer_pairs, search_pairs
 QUERY_TOKENS = 6_000
 SEARCH_WINDOWS = 12
 """Check windows that inits are compared on; refits are accepted on all of them."""
-GAIN_WINDOWS = 64
-GAIN_BATCH = 8
 
 
 class Share:
@@ -56,7 +54,7 @@ class Share:
                 if plan.value_owner is not None:
                     self._share_values(copy, plan.layer, plan.value_owner, windows)
         if windows is not None and self.step.gain_fit:
-            self._fit_gains(copy, windows)
+            tune_gains(copy, {*copy.owners, *copy.value_owners, *copy.latents}, windows)
 
     def owners(self, copy: SharedCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> dict[int, int]:
         """Reader -> owner: the plan's, or what the text says is cheapest."""
@@ -173,18 +171,6 @@ class Share:
             y = torch.einsum("btnv,dnv->btd", head_outputs(parent, a.x_parent_BTD), parent.o_DNV)
             found.add(copy.head_outputs(layer, copy.tensor), y + a.gap_BTD, a.mask_BT)
         return found.solve(student)
-
-    def _fit_gains(self, copy: SharedCopy, windows: Windows) -> None:
-        """One gain per query head on q and on o, in all converted layers together, by KL to the parent."""
-        fit, check = windows.take(GAIN_WINDOWS).split()
-        batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(GAIN_BATCH)]
-        sites = [copy.sites[layer] for layer in sorted({*copy.owners, *copy.value_owners, *copy.latents})]
-        if not sites:
-            return
-        before, kept = copy.divergence(check), copy.state()
-        fit_gains(copy.model, copy.teacher, batches, [site for site in sites if not site.gated_output])
-        if copy.divergence(check) > before:
-            copy.restore(kept)
 
 
 def _search_loss(copy: SharedCopy, windows: Windows | None) -> float:
