@@ -185,6 +185,40 @@ Project = Heads | Latent
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Retain axis: a gate decides per KV head and token which tokens keep a slot of their own.
+
+    `dms` (Dynamic Memory Sparsification, arXiv:2506.05345): a token whose own decision is 1 is dropped once it is
+    `window` tokens old. `dmc` (Dynamic Memory Compression, arXiv:2403.09636): a token whose decision is 1 is averaged
+    into the slot before it; the key of a slot is rotated at the position of its newest token.
+    """
+
+    method: Literal["dmc", "dms"]
+    ratio: float
+    """Target: tokens seen per slot kept, at the length that was trained on; what plans predict with."""
+    window: int | None
+    """`dms`: newest tokens that are never dropped, the query's own included. `dmc`: newest tokens of the open run that
+    its slot is the mean of; None: all."""
+    gate: str = "adapter"
+    """`adapter`: a linear map of the layer's input; `borrowed`: the last channel of q and k; `score:...`: a score that
+    nothing was trained for (`gates.SCORES`)."""
+    sinks: int = 4
+    """First tokens of a sequence that are never dropped or merged, nor merged into."""
+    page: int = 16
+    """Slots per page of the cache."""
+    gain: float = 30.0
+    """Factor on the adapter's output."""
+    offset: float = -5.0
+    """Logit of an untrained gate: the decision is 1 where the logit is above 0."""
+
+    @property
+    def protected(self) -> int:
+        """First tokens of a sequence whose decision is 0 whatever the gate says: the first token has no slot before it,
+        and that behind the sinks would merge into the last of them."""
+        return self.sinks + 1 if self.method == "dmc" else max(1, self.sinks)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """How one layer makes, shares, keeps and stores its cache (architecture: the four axes)."""
 
@@ -196,6 +230,8 @@ class LayerPlan:
     """Share axis of V alone, in a layer that owns its K: index of the layer whose V is read (SVFormer)."""
     window: int | None = None
     """Retain axis: newest tokens kept; None keeps all."""
+    retain: Merge | None = None
+    """Retain axis: learned merging or eviction. A reader has that of its owner, whose slots it follows."""
     dtype: str = "bfloat16"
     """Store axis: format of one number."""
 
@@ -219,7 +255,7 @@ class LayerPlan:
     @property
     def absent(self) -> tuple[str, ...]:
         """Modules that the layer does without: those that would make K and V which it reads elsewhere."""
-        keys = () if self.owner == self.layer else ("k_proj", "k_norm", "kv_down")
+        keys = () if self.owner == self.layer else ("k_proj", "k_norm", "kv_down", "gate")
         return (*keys, "v_proj", "v_norm") if self.lenders else keys
 
     def bytes_at(self, tokens: int) -> int:
@@ -232,8 +268,9 @@ class LayerPlan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerPlan:
         # Plans written before there were latents name no kind.
-        kind = Latent if data["project"].get("kind") == "latent" else Heads
-        return cls(**{name: _build(kind if name == "project" else None, value) for name, value in data.items()})
+        project = Latent if data["project"].get("kind") == "latent" else Heads
+        kinds: dict[str, type] = {"project": project, "retain": Merge}
+        return cls(**{name: _build(kinds.get(name), value) for name, value in data.items()})
 
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

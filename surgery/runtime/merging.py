@@ -1,0 +1,126 @@
+"""Pure functions on the decisions of `Merge`: who sees what, and what merged slots hold. No modules, no state.
+
+`order_BT` says where each token stands in its own sequence: 0 at its first token, negative at padding before it. It
+counts through a cache, and starts again at every document of a packed sequence. Places in a tensor (T) never do.
+
+Shape suffixes as in `layout.py`. Decisions are True (or near 1) where a token is dropped (`dms`) or merged (`dmc`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Merge
+
+
+def order_of(real_BT: Tensor) -> Tensor:
+    """[B, T] int64 from a mask of real tokens: padding may stand before the sequence or behind it, not inside."""
+    first = real_BT.int().argmax(-1, keepdim=True)
+    return torch.arange(real_BT.shape[-1], device=real_BT.device) - first
+
+
+def order_of_packed(position_ids_BT: Tensor) -> Tensor:
+    """[B, T] int64 from positions that start again at every document: tokens since the last start.
+
+    A sequence that begins in the middle of a document is taken to begin there.
+    """
+    places = torch.arange(position_ids_BT.shape[-1], device=position_ids_BT.device).expand_as(position_ids_BT)
+    follows = torch.zeros_like(position_ids_BT, dtype=torch.bool)
+    follows[:, 1:] = position_ids_BT[:, 1:] == position_ids_BT[:, :-1] + 1
+    start = torch.where(follows, 0, places).cummax(-1).values
+    return places - start
+
+
+def hard_decisions(logits_BKT: Tensor, order_BT: Tensor, protected: int) -> Tensor:
+    """[B, K, T] bool: logit above 0, and never at padding or the first `protected` tokens (`Merge.protected`)."""
+    return (logits_BKT > 0) & (order_BT >= protected)[:, None]
+
+
+def log_keep(logits_BKT: Tensor, order_BT: Tensor, protected: int, temperature: float, noise: Tensor | None) -> Tensor:
+    """log(1 - p) of relaxed decisions p = sigmoid((logit + noise) / temperature), float32, [B, K, T].
+
+    Args:
+        noise: logistic, log(u / (1 - u)) with u uniform; None for none.
+    """
+    a = logits_BKT.float() if noise is None else logits_BKT.float() + noise
+    return torch.where((order_BT >= protected)[:, None], torch.nn.functional.logsigmoid(-a / temperature), 0.0)
+
+
+def same_sequence(order_BT: Tensor) -> Tensor:
+    """[B, T, T] bool: key j is at or before query i, in the same sequence. Padding is left to the model's mask."""
+    places = torch.arange(order_BT.shape[-1], device=order_BT.device)
+    start_BT = places - order_BT
+    return (places[:, None] >= places) & (start_BT[:, :, None] == start_BT[:, None, :])
+
+
+def visible(decisions_BKT: Tensor, order_BT: Tensor, merge: Merge) -> Tensor:
+    """[B, K, T, T] bool: query i sees key j under hard decisions, causality and borders of documents included.
+
+    `dms`: i - j < window, or j's own decision is 0 (delta 0 of arXiv:2506.05345: a token decides for itself).
+    `dmc`: j is i, or the newest token of its run: the decision of j + 1 is 0. Keys are then those of `pooled`.
+    """
+    near_TT, of_key_BKT = _near_and_key(decisions_BKT, merge)
+    return (near_TT | ~of_key_BKT[:, :, None, :]) & same_sequence(order_BT)[:, None]
+
+
+def soft_bias(log_keep_BKT: Tensor, order_BT: Tensor, merge: Merge) -> Tensor:
+    """[B, K, T, T] float: `visible` of relaxed decisions, to be added to the scores.
+
+    0 in the window (`dms`) or on the diagonal (`dmc`), log(1 - p) elsewhere; the lowest number where causality or the
+    border of a document hides a key.
+    """
+    near_TT, of_key_BKT = _near_and_key(log_keep_BKT, merge)
+    bias = torch.where(near_TT, 0.0, of_key_BKT[:, :, None, :])
+    return torch.where(same_sequence(order_BT)[:, None], bias, torch.finfo(bias.dtype).min)
+
+
+def _near_and_key(x_BKT: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
+    """Which pairs [T, T] no decision hides, and for each key the entry of `x_BKT` that may hide it from the others."""
+    places = torch.arange(x_BKT.shape[-1], device=x_BKT.device)
+    distance = places[:, None] - places
+    if merge.method == "dms":
+        assert merge.window is not None
+        return distance < merge.window, x_BKT
+    # The next token decides whether j stays visible; behind the last one there is none yet.
+    return distance == 0, torch.nn.functional.pad(x_BKT[..., 1:], (0, 1))
+
+
+def pooled(x_BKTH: Tensor, weight_BKT: Tensor, merge_BKT: Tensor, window: int | None) -> Tensor:
+    """What the open slot holds after each token: the weighted mean of its run so far, [B, K, T, H] in x's dtype.
+
+    Args:
+        weight_BKT: above 0.
+        merge_BKT: hard or relaxed decisions; 0 at the first token of every sequence.
+        window: newest tokens of the run that count; None: all.
+
+    Sums are taken in float32 (float64 for float64) as shifted multiply-adds, or doubling where `window` is None: never
+    as differences of long prefix sums, which cancel. Relaxed, the numerator and the denominator follow
+    c_t = p_t c_(t-1) + w_t (arXiv:2403.09636, section 3).
+    """
+    dtype = torch.promote_types(x_BKTH.dtype, torch.float32)
+    weight, p = weight_BKT.to(dtype), merge_BKT.to(dtype)
+    # The denominator is one more channel.
+    x = torch.cat((x_BKTH.to(dtype) * weight[..., None], weight[..., None]), dim=-1)
+    total = _scan(x, p) if window is None else _shifted(x, p, window)
+    return (total[..., :-1] / total[..., -1:]).to(x_BKTH.dtype)
+
+
+def _shifted(x_BKTH: Tensor, p_BKT: Tensor, window: int) -> Tensor:
+    """Sum over s < window of (p_(t-s+1) ... p_t) x_(t-s)."""
+    total, factor = x_BKTH.clone(), p_BKT
+    for s in range(1, min(window, x_BKTH.shape[2])):
+        # Slices are views: the backward pass keeps one copy of x for all s.
+        total[:, :, s:] += factor[:, :, s:, None] * x_BKTH[:, :, :-s]
+        factor = factor * torch.nn.functional.pad(p_BKT, (s, 0))[..., : p_BKT.shape[-1]]
+    return total
+
+
+def _scan(x_BKTH: Tensor, p_BKT: Tensor) -> Tensor:
+    """c_t = p_t c_(t-1) + x_t, in log2(T) steps."""
+    s = 1
+    while s < x_BKTH.shape[2]:
+        x_BKTH = torch.cat((x_BKTH[:, :, :s], x_BKTH[:, :, s:] + p_BKT[:, :, s:, None] * x_BKTH[:, :, :-s]), dim=2)
+        p_BKT = torch.cat((torch.zeros_like(p_BKT[..., :s]), p_BKT[..., s:] * p_BKT[..., :-s]), dim=-1)
+        s *= 2
+    return x_BKTH
