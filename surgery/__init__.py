@@ -6,6 +6,7 @@ from .anatomy import Anatomy, examine
 from .convert import convert, convert_checkpoint
 from .errors import CheckpointError, PlanError, RecipeError, SurgeryError, UnsupportedModel
 from .evaluate import evaluate
+from .export import export
 from .generate import generate
 from .plan import Plan, plan
 from .recipe import Recipe
@@ -26,6 +27,7 @@ __all__ = [
     "convert_checkpoint",
     "evaluate",
     "examine",
+    "export",
     "generate",
     "load",
     "plan",

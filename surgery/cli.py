@@ -197,25 +197,29 @@ def evaluate(
 
 
 @app.command(
-    epilog="Examples: surgery export ./smaller --to native -o ./deepseek | "
-    "surgery export ./smaller --to native --norm calibrated --text text.jsonl -o ./deepseek"
+    epilog="Examples: surgery export ./smaller --to hub -o ./for-the-hub | "
+    "surgery export ./latent --to native -o ./deepseek | "
+    "surgery export ./latent --to native --norm calibrated --text text.jsonl -o ./deepseek"
 )
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist, or be empty.")],
-    to: Annotated[str, typer.Option(help="native: the stock class that can say it (mla: DeepSeek-V3).")] = "native",
+    to: Annotated[str, typer.Option(help="native: the stock class that can say it (mla: DeepSeek-V3).")],
     norm: Annotated[
-        str, typer.Option(help="Norm on the latent: neutral (exact, needs biases), calibrated (to be trained).")
-    ] = "neutral",
+        str | None,
+        typer.Option(help="native: norm on the latent; neutral (exact, needs biases) or calibrated (to be trained)."),
+    ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text (.txt, .jsonl, .parquet) to calibrate and compare on.")
+        Path | None, typer.Option(help="native: text (.txt, .jsonl, .parquet) that a calibrated norm is fitted to.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
 ) -> None:
-    """Write a converted model as a stock class, reload it without this library, and compare the logits."""
+    """Write a converted model for other software, load it there, and compare its answers with the source's."""
     from .export import export as write
 
-    _out(*write(model, out, to=to, norm=norm, text=text, overwrite=overwrite).lines(), f"[bold]written to {out}[/bold]")
+    options = {"norm": norm, "text": text}
+    given = {name: value for name, value in options.items() if value is not None}
+    _out(*write(model, out, to=to, overwrite=overwrite, **given).lines(), f"[bold]written to {out}[/bold]")
 
 
 @app.command(epilog="Example: surgery report 2x.json 4x.json -o ./report")

@@ -2,23 +2,81 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checkpoint import check_output, new_folder
 from ..errors import PlanError
-from .native import ExportReport, export_native
+from .target import ExportReport, Source, Target
 
-__all__ = ["ExportReport", "export", "export_native"]
+__all__ = ["TARGETS", "ExportReport", "Source", "Target", "export", "target_for"]
+
+TARGETS = {
+    "native": "native:Native",
+}
+"""Name -> module of this package and class (see `Target`), imported when asked for."""
+REPORT_FILE = "export.json"
 
 
-def export(model_or_path: PreTrainedModel | str | Path, out: str | Path, *, to: str, **options: Any) -> ExportReport:
-    """Write a converted model for a target; see `export_native` for the options.
+def export(
+    model_or_path: PreTrainedModel | str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> ExportReport:
+    """Write a converted model for other software, load it there, and compare its answers with the source's.
+
+    Args:
+        model_or_path: a converted model, its folder or Hub id.
+        out: folder to write; appears complete, or not at all.
+        to: one of `TARGETS`.
+        tokenizer: written beside a model that is in memory; a folder brings its own.
+        overwrite: replace a folder that is not empty.
+        options: fields of the target's class.
+
+    Returns:
+        The report, also written as `export.json` beside the weights.
 
     Raises:
-        PlanError: the target is not known, or cannot say the model.
+        PlanError: no such target or option, or the target cannot say the model; names the part.
+        CheckpointError: `out` cannot be written, or the result answers otherwise than the source.
     """
-    if to != "native":
-        raise PlanError(f"export: no target {to!r}. Known: native.")
-    return export_native(model_or_path, out, **options)
+    target = target_for(to, **options)
+    check_output(out, overwrite)
+    source = Source(model_or_path, tokenizer)
+    target.check(source)
+    with new_folder(out, overwrite) as folder:
+        written = target.write(source, folder)
+        report = ExportReport(
+            target=to, architecture=written.architecture, parity=target.parity(source, folder), facts=written.facts,
+            notes=written.lines,
+        )  # fmt: skip
+        (folder / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    return report
+
+
+def target_for(name: str, **options: Any) -> Target:
+    """The target called `name` with `options`.
+
+    Raises:
+        PlanError: there is none of that name, or it has no such option.
+    """
+    if name not in TARGETS:
+        raise PlanError(f"export: no target {name!r}. Known: {', '.join(TARGETS)}.")
+    module, _, attribute = TARGETS[name].partition(":")
+    kind = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    known = [f.name for f in dataclasses.fields(kind)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        has = f"It has {', '.join(known)}." if known else "It has none."
+        raise PlanError(f"export: target {name} has no option {unknown[0]!r}. {has}")
+    target: Target = kind(**options)
+    return target

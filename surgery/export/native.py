@@ -13,72 +13,29 @@ Every layer is dense (`first_k_dense_replace` is the number of layers). What the
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
-from ..checkpoint import copy_companions, new_folder
-from ..errors import CheckpointError, PlanError
-from ..provenance import provenance_of, write_provenance
+from ..errors import PlanError
 from ..runtime.layout import AttentionSite, Latent, LayerPlan
-from ..storage import load
-from ..text import Windows, load_tokenizer, load_windows
+from ..text import Windows, load_windows
+from .parity import TOLERANCE, Ask, Parity, answers_alone, answers_of, compare
+from .target import Source, Written
 
 Norm = Literal["neutral", "calibrated"]
 ROOM = 2.0**11
 """The constant of a neutral norm over the largest latent: the norm then errs by 1e-7, less than float32 rounds."""
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-"""Largest logit difference over the largest logit that a neutral export may show."""
 CHECKED_TOKENS = 64
 LATENT_EPS = 1e-6
 """Of `kv_a_layernorm`: the class leaves its default there, whatever `rms_norm_eps` says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """What was written, and how far its logits are from those of the converted model."""
-
-    architecture: str
-    norm: Norm
-    rank: int
-    """Of every layer, the constant channel included."""
-    rope_dims: int
-    rope_type: str
-    numbers_per_token: int
-    """Cached numbers of all layers; above `planned_numbers_per_token` where layers were padded."""
-    planned_numbers_per_token: int
-    logit_difference: float
-    """Largest absolute difference, reloaded in a fresh process."""
-    relative_difference: float
-    """The same over the largest logit."""
-    equal_greedy_tokens: int
-    greedy_tokens: int
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """What a terminal shows."""
-        return [
-            f"{self.architecture}, latent {self.rank} + {self.rope_dims} per layer, rope {self.rope_type}",
-            f"cache: {self.numbers_per_token} numbers per token (the conversion has {self.planned_numbers_per_token})",
-            f"norm {self.norm}: logits differ by {self.logit_difference:.2e} "
-            f"({self.relative_difference:.1e} of the largest), {self.equal_greedy_tokens} of {self.greedy_tokens} "
-            "greedy tokens agree",
-            *self.notes,
-        ]
 
 
 @dataclass(frozen=True)
@@ -104,63 +61,60 @@ class _Layer:
         return [float(f) for f in self.weights["rope_freq_bits"].view(torch.float32)]
 
 
-def export_native(
-    model_or_path: PreTrainedModel | str | Path,
-    out: str | Path,
-    *,
-    norm: Norm = "neutral",
-    text: Any = None,
-    tokenizer: Any = None,
-    overwrite: bool = False,
-) -> ExportReport:
-    """Write a model that `mla` converted as `DeepseekV3ForCausalLM`, reload it alone, and compare.
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """The target `native`: a model that `mla` converted, as `DeepseekV3ForCausalLM`."""
 
-    Args:
-        model_or_path: a converted model, or its folder.
-        norm: how the norm on the latent is met; see this module.
-        text: what `calibrated` fits its gains to, and both are compared on; token ids [windows, tokens] or what
-            `convert` takes. `neutral` is compared on random tokens without it.
+    norm: Norm = "neutral"
+    """How the norm on the latent is met; see this module."""
+    text: Any = None
+    """What `calibrated` fits its gains to: token ids [windows, tokens], or what `convert` takes."""
 
-    Returns:
-        The report, also written as `export.json` beside the weights.
+    def check(self, source: Source) -> None:
+        """Refuse what the format cannot say."""
+        model = source.model
+        _check(model, _layers(model), self.norm, self.text)
 
-    Raises:
-        PlanError: the model has a part that the format cannot say; names it.
-        CheckpointError: `out` cannot be written, or the reloaded model computes something else. Nothing is written.
-    """
-    model = model_or_path if isinstance(model_or_path, PreTrainedModel) else load(model_or_path)
-    if not isinstance(model_or_path, PreTrainedModel) and tokenizer is None:
-        tokenizer = load_tokenizer(model_or_path, model.config.vocab_size)
-    layers = _layers(model)
-    _check(model, layers, norm, text)
-    windows = _windows(model, text, tokenizer)
-    frequencies = _union([layer.frequencies() for layer in layers])
-    rank = max(layer.plan.rank for layer in layers) + (norm == "neutral")
-    config = _config(model, layers, rank, frequencies, norm)
-    tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
-    for i, layer in enumerate(layers):
-        scale = _latent_rms(model, layer, windows, rank) if norm == "calibrated" else None
-        bound = _largest_latent(model, layer, windows)
-        made = _attention(layer, rank, frequencies, config, scale, bound)
-        tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
-    child = _build(config, tensors, model.dtype)
-    notes = _notes(config, norm)
-    planned = sum(layer.plan.dims for layer in layers)
-    with new_folder(out, overwrite) as target:
-        child.save_pretrained(target)
-        if not isinstance(model_or_path, PreTrainedModel):
-            copy_companions(Path(model_or_path), target)
-        elif tokenizer is not None:
-            tokenizer.save_pretrained(target)
-        write_provenance(target, provenance_of(model))
-        report = ExportReport(
-            architecture="DeepseekV3ForCausalLM", norm=norm, rank=rank, rope_dims=2 * len(frequencies),
-            rope_type=_rope_type(config),
-            numbers_per_token=len(layers) * (rank + 2 * len(frequencies)), planned_numbers_per_token=planned,
-            notes=notes, **_compare(model, target, windows, norm),
-        )  # fmt: skip
-        (target / "export.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    return report
+    def write(self, source: Source, folder: Path) -> Written:
+        """Write the stock class."""
+        model = source.model
+        layers, windows = _layers(model), _windows(model, self.text, source.tokenizer)
+        frequencies = _union([layer.frequencies() for layer in layers])
+        rank = max(layer.plan.rank for layer in layers) + (self.norm == "neutral")
+        config = _config(model, layers, rank, frequencies, self.norm)
+        tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
+        for i, layer in enumerate(layers):
+            scale = _latent_rms(model, layer, windows, rank) if self.norm == "calibrated" else None
+            bound = _largest_latent(model, layer, windows)
+            made = _attention(layer, rank, frequencies, config, scale, bound)
+            tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
+        _build(config, tensors, model.dtype).save_pretrained(folder)
+        source.write_companions(folder)
+        facts = {
+            "norm": self.norm,
+            "rank": rank,  # of every layer, the constant channel included
+            "rope_dims": 2 * len(frequencies),
+            "rope_type": _rope_type(config),
+            # Of all layers; above what the conversion has where layers were padded.
+            "numbers_per_token": len(layers) * (rank + 2 * len(frequencies)),
+            "planned_numbers_per_token": sum(layer.plan.dims for layer in layers),
+        }
+        lines = (
+            f"norm {self.norm}, latent {rank} + {facts['rope_dims']} per layer, rope {facts['rope_type']}",
+            f"cache: {facts['numbers_per_token']} numbers per token (the conversion has "
+            f"{facts['planned_numbers_per_token']})",
+            *_notes(config, self.norm),
+        )
+        return Written(architecture="DeepseekV3ForCausalLM", facts=facts, lines=lines)
+
+    def parity(self, source: Source, folder: Path) -> Parity:
+        """Reload the folder in a process that does not know this library. `calibrated` may differ, and says how far."""
+        model = source.model
+        ask = Ask.of_vocabulary(model.config.get_text_config().vocab_size, model.config.max_position_embeddings)
+        want = answers_of(model, ask)
+        got, said = answers_alone(folder, ask)
+        parity = compare(want, got, f"transformers {said['transformers']} ({said['class']})")
+        return parity.require(TOLERANCE[model.dtype], same_tokens=False) if self.norm == "neutral" else parity
 
 
 def _layers(model: PreTrainedModel) -> list[_Layer]:
@@ -367,63 +321,6 @@ def _windows(model: PreTrainedModel, text: Any, tokenizer: Any) -> Windows:
         return load_windows(ids, vocab_size=vocab, length=CHECKED_TOKENS)
     length = min(getattr(model.config, "max_position_embeddings", 256), 256)
     return load_windows(text, tokenizer, vocab_size=vocab, length=length, samples=64)
-
-
-ALONE = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-folder, file = sys.argv[1:3]
-ids = load_file(file)["ids"]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-assert type(model).__name__ == "DeepseekV3ForCausalLM" and not any(m.split(".")[0] == "surgery" for m in sys.modules)
-with torch.no_grad():
-    logits = model(input_ids=ids).logits.float()
-    tokens = model.generate(ids[:1, :8], attention_mask=torch.ones_like(ids[:1, :8]), max_new_tokens=24,
-                            min_new_tokens=24, do_sample=False)
-save_file({"logits": logits.contiguous(), "tokens": tokens}, file)
-"""
-
-
-@torch.no_grad()
-def _compare(model: PreTrainedModel, folder: Path, windows: Windows, norm: Norm) -> dict[str, Any]:
-    """Reload `folder` in a process that does not know this library; differences of logits and of greedy tokens."""
-    length = int(windows.mask_BT[:2].sum(1).min())
-    ids = windows.ids_BT[:2, : min(length, CHECKED_TOKENS)].contiguous()
-    file = folder / "parity.safetensors"
-    save_file({"ids": ids}, file)
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(folder), str(file)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise CheckpointError(f"the exported model does not load: {done.stderr.strip().splitlines()[-1]}")
-    got = load_file(file)
-    file.unlink()
-    device = model.device
-    was = model.training
-    model.eval()
-    want = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
-    start = ids[:1, :8].to(device)
-    tokens = (
-        cast(Any, model)
-        .generate(start, attention_mask=torch.ones_like(start), max_new_tokens=24, min_new_tokens=24, do_sample=False)
-        .cpu()
-    )
-    model.train(was)
-    difference = float((got["logits"] - want).abs().max())
-    relative = difference / float(want.abs().max().clamp_min(1e-30))
-    if norm == "neutral" and not relative <= TOLERANCE[model.dtype]:
-        raise CheckpointError(
-            f"the reloaded model's logits differ by {relative:.1e} of the largest, more than "
-            f"{TOLERANCE[model.dtype]:.0e}: this parent computes something that DeepSeek-V3 does not. Nothing was "
-            "written."
-        )
-    return {
-        "logit_difference": difference,
-        "relative_difference": relative,
-        "equal_greedy_tokens": int((tokens[:, 8:] == got["tokens"][:, 8:]).sum()),
-        "greedy_tokens": tokens.shape[1] - 8,
-    }
 
 
 def _rope_type(config: DeepseekV3Config) -> str:

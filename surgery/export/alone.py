@@ -1,0 +1,66 @@
+"""What a model answers to fixed prompts. Run as a script, in a process that cannot import `surgery`.
+
+Imports torch and transformers only: `surgery` runs the same lines on the source, so that both sides are asked alike.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@torch.no_grad()
+def answers(model: Any, prompts_BT: Tensor, start: int, new_tokens: int, caches: list[str]) -> dict[str, Tensor]:
+    """Logits of whole prompts, and greedy continuations through caches.
+
+    Args:
+        prompts_BT: token ids without padding.
+        start: tokens of each prompt that are continued.
+        new_tokens: by how many; an end token does not stop it.
+        caches: `dynamic`, `static`: what `cache_implementation` of `generate` takes.
+
+    Returns:
+        `logits` [B, T, vocabulary] float32, and [B, new_tokens] under each cache's name; on the CPU.
+    """
+    model.eval()
+    prompts_BT = prompts_BT.to(model.device)
+    given = prompts_BT[:, :start]
+    found = {"logits": model(input_ids=prompts_BT, use_cache=False).logits.float().cpu().contiguous()}
+    for cache in caches:
+        tokens = model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+            do_sample=False, num_beams=1, cache_implementation=cache,
+        )  # fmt: skip
+        found[cache] = tokens[:, start:].cpu().contiguous()
+    return found
+
+
+def load(folder: str, **kwargs: Any) -> Any:
+    """The causal model in `folder`, in the dtype that its files have."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs)
+
+
+def main() -> None:
+    """argv: a JSON file with `folder`, `kwargs` of the loading, `ask` of `answers`; the file to write."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    model = load(request["folder"], **request["kwargs"])
+    ask = request["ask"]
+    found = answers(model, torch.tensor(ask.pop("prompts")), **ask)
+    import transformers
+
+    assert not any(name.split(".")[0] == "surgery" for name, module in sys.modules.items() if module is not None)
+    said = {"class": type(model).__name__, "transformers": transformers.__version__, "torch": torch.__version__}
+    save_file(found, sys.argv[2], metadata=said)
+
+
+if __name__ == "__main__":
+    sys.modules["surgery"] = None  # type: ignore[assignment]  # importing it fails from here on
+    main()

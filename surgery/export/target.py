@@ -1,0 +1,155 @@
+"""What a kind of export is: it refuses, writes, and proves what it wrote. `export` in this package does the rest."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from ..anatomy.reader import load_config
+from ..checkpoint import copy_companions, local_folder, read_json
+from ..provenance import write_provenance
+from ..runtime.modeling import converted_class
+from ..storage import load
+from ..text import load_tokenizer
+from .parity import Parity
+
+
+class Source:
+    """A model to export: in memory, or a folder of which no more is read than is asked for.
+
+    Args:
+        model_or_path: model, folder or Hub id.
+        tokenizer: written beside a model that is in memory; a folder brings its own.
+    """
+
+    def __init__(self, model_or_path: PreTrainedModel | str | Path, tokenizer: Any = None) -> None:
+        self.folder: Path | None = None
+        """Where its files lie; None for a model in memory."""
+        self._model: PreTrainedModel | None = None
+        if isinstance(model_or_path, PreTrainedModel):
+            self._model = model_or_path
+        else:
+            self.folder = local_folder(model_or_path)
+        self._tokenizer = tokenizer
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """Its config; reads no weights."""
+        if self._model is not None:
+            return self._model.config
+        assert self.folder is not None
+        if self.is_own_class:
+            return converted_class(str(self.folder)).config_class.from_pretrained(self.folder)  # type: ignore[union-attr]
+        return load_config(self.folder)
+
+    @functools.cached_property
+    def is_own_class(self) -> bool:
+        """Whether it is a `Surgery<Parent>`; else the parent's own class, or no conversion at all."""
+        if self._model is not None:
+            return "layers" in (getattr(self._model.config, "surgery", None) or {})
+        assert self.folder is not None
+        return "layers" in (read_json(self.folder / "config.json").get("surgery") or {})
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """`config.surgery["layers"]` of a `Surgery<Parent>`: `site`, `plan`, `call`, `shapes`; none of another."""
+        return list(self.config.surgery["layers"]) if self.is_own_class else []
+
+    @property
+    def architecture(self) -> str:
+        """Name of its class."""
+        if self._model is not None:
+            return type(self._model).__name__
+        assert self.folder is not None
+        return str((read_json(self.folder / "config.json").get("architectures") or ["?"])[0])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What `convert` wrote into the config; empty for a model that it did not make."""
+        surgery = getattr(self.config, "surgery", None) or {}
+        return dict(surgery.get("provenance", surgery))
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded whole and checked when first asked for."""
+        if self._model is not None:
+            return self._model
+        assert self.folder is not None
+        return load(self.folder)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The one given, or that beside the folder; None where there is none."""
+        if self._tokenizer is None and self.folder is not None:
+            return load_tokenizer(self.folder, self.config.get_text_config().vocab_size)
+        return self._tokenizer
+
+    def write_companions(self, folder: Path) -> None:
+        """Write tokenizer, chat template, licence, recipe and provenance beside the weights."""
+        if self.folder is not None:
+            copy_companions(self.folder, folder)
+        elif self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+        elif self.provenance.get("parent") and Path(self.provenance["parent"]).is_dir():
+            copy_companions(Path(self.provenance["parent"]), folder)
+        if self.provenance:
+            write_provenance(folder, self.provenance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a target says of what it wrote."""
+
+    architecture: str
+    """Name of the class, or of the format's architecture."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """JSON, for `export.json`."""
+    lines: tuple[str, ...] = ()
+    """For the terminal."""
+
+
+class Target(Protocol):
+    """One kind of export. Its fields are its options, by keyword; `TARGETS` in this package names it.
+
+    `export` calls the three in order, once, with one source. Whatever they raise, nothing is left at the place of the
+    export; errors that a user can act upon are SurgeryErrors.
+    """
+
+    def check(self, source: Source) -> None:
+        """Refuse what the target cannot say, before any work: from the config, without weights where possible.
+
+        Raises:
+            PlanError: names the part and the way out.
+        """
+
+    def write(self, source: Source, folder: Path) -> Written:
+        """Write all files into `folder`, which is empty, and is renamed only after `parity`."""
+
+    def parity(self, source: Source, folder: Path) -> Parity:
+        """Load what was written in the target's own engine, and compare its answers with the source's.
+
+        Raises:
+            CheckpointError: they are not the same.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written, and how far its answers are from those of the source. Also in `export.json`."""
+
+    target: str
+    architecture: str
+    parity: Parity
+    facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """What a terminal shows."""
+        return [f"{self.target}: {self.architecture}", *self.notes, self.parity.line()]
