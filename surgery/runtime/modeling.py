@@ -29,6 +29,12 @@ class SurgeryMixin:
 
     shares_caches = False
     """Whether layers read the caches of others."""
+    _skip_keys_device_placement: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Wrappers that place arguments on devices copy a mapping, and readers would find the copy empty.
+        cls._skip_keys_device_placement = _with_shared_key(cls._skip_keys_device_placement)
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -86,7 +92,6 @@ def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__module__": __name__,
             "__doc__": f"{parent.__name__} with rewritten attention.",
             "config_class": config,
-            "_skip_keys_device_placement": _with_shared_key(parent._skip_keys_device_placement),
         },
     )
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -106,7 +111,8 @@ def _hand_down_states(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _with_shared_key(names: Any) -> list[str]:
-    return [*([names] if isinstance(names, str) else names or ()), SHARED_STATES]
+    found = [names] if isinstance(names, str) else list(names or ())
+    return found if SHARED_STATES in found else [*found, SHARED_STATES]
 
 
 def swap_attention(
