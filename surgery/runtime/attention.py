@@ -15,7 +15,7 @@ from .layout import AttentionSite, HeadNorm, Latent, LayerPlan, Projection
 from .ops import decodes, latent_attention_forward
 
 Shapes = Mapping[str, tuple[int, ...]]
-_LIKE_SDPA = ("sdpa", "surgery")
+LIKE_SDPA = ("sdpa", "surgery")
 """Attention functions that take sdpa's masks, and neither soft caps nor sinks."""
 KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None
 SHARED_STATES = "shared_kv_states"
@@ -186,28 +186,68 @@ class SurgeryAttention(nn.Module):
         for name in BIAS_NAMES:
             named.pop(name, None)
 
-        query, key, value = self._query_key_value(hidden_states, position_embeddings, position_ids, cache, shared)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        attn_output, attn_weights = self._attend(
+            hidden_states, mask, position_embeddings, position_ids, cache, shared, named
         )
+        output = self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1))
+        if self.call.output_dropout:
+            output = nn.functional.dropout(output, self.call.output_dropout, self.training)
+        if self.call.adds_residual:
+            output = output + residual
+        if self.call.returns is None:
+            return output
+        answers = {"output": output, "weights": attn_weights, "cache": cache, "none": None}
+        return tuple(answers[place] for place in self.call.returns)
+
+    def _attend(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+        shared: KVStates,
+        named: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Head outputs [B, T, N, V], and weights where the attention function gives them. `named`: arguments left."""
+        query, key, value = self._query_key_value(hidden_states, position_embeddings, position_ids, cache, shared)
+        attention_interface = self._attention_function()
         implementation = self.config._attn_implementation
         if self._absorbs(hidden_states):
             attention_interface = grouped_attention_forward
-        elif implementation in _LIKE_SDPA and (self.site.softcap is not None or self.sinks is not None):
-            attention_interface = eager_attention_forward
         own = attention_interface in (eager_attention_forward, grouped_attention_forward)
-        if own or implementation in _LIKE_SDPA:
+        if own or implementation in LIKE_SDPA:
             mask = self._mask(mask, query, key, cache, not own)
         elif self.site.alibi_slopes is not None:
             raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
 
+        found = self._call_attention(attention_interface, query, key, value, mask, named)
+        return (self._values(found[0]), found[1]) if self._absorbs(hidden_states) else found
+
+    def _attention_function(self) -> Callable:
+        """What `_attn_implementation` names, or eager where that cannot compute this layer."""
+        implementation = self.config._attn_implementation
+        if implementation in LIKE_SDPA and (self.site.softcap is not None or self.sinks is not None):
+            return eager_attention_forward
+        found: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        return found
+
+    def _call_attention(
+        self,
+        attention_interface: Callable,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        named: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention function with everything that it may ask of this layer."""
         named.pop("use_cache", None)
         if self.site.softcap is not None:
             named["softcap"] = self.site.softcap
         if self.sinks is not None:
             named["s_aux"] = self.sinks
-        attn_output, attn_weights = attention_interface(
+        found: tuple[Tensor, Tensor | None] = attention_interface(
             self,
             query,
             key,
@@ -218,17 +258,7 @@ class SurgeryAttention(nn.Module):
             sliding_window=self.sliding_window,
             **named,
         )
-        if self._absorbs(hidden_states):
-            attn_output = self._values(attn_output)
-        output = self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1))
-        if self.call.output_dropout:
-            output = nn.functional.dropout(output, self.call.output_dropout, self.training)
-        if self.call.adds_residual:
-            output = output + residual
-        if self.call.returns is None:
-            return output
-        answers = {"output": output, "weights": attn_weights, "cache": cache, "none": None}
-        return tuple(answers[place] for place in self.call.returns)
+        return found
 
     def _query_key_value(
         self,
@@ -422,7 +452,7 @@ def grouped_attention_forward(
     plain = softcap is None and s_aux is None and not latent.rotate_on_read
     if implementation == "surgery" and plain and decodes(query, attention_mask, dropout):
         return latent_attention_forward(query, key, attention_mask, scaling, latent.rank), None
-    sdpa = implementation in _LIKE_SDPA
+    sdpa = implementation in LIKE_SDPA
     if K == 1 and sdpa and softcap is None and s_aux is None:
         out = nn.functional.scaled_dot_product_attention(
             folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling

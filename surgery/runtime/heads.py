@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -54,19 +55,13 @@ class SurgeryHeadsAttention(SurgeryAttention):
         cache: Any,
         shared: KVStates,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, turn = self._queries(hidden_states), lambda x_BTNH: x_BTNH
-        if self.site.rotary is not None:
-            if self.call.rotary_layout is None:
-                position_ids = self._positions(hidden_states, position_ids, cache)
-            cos, sin = self._cos_sin(position_embeddings, position_ids, q.dtype)
-            turn = partial(self._turn, cos=cos, sin=sin)
+        q = self._queries(hidden_states)
+        turn = self._rotation(hidden_states, q.dtype, position_embeddings, position_ids, cache)
         query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
         if self.owns_cache:
-            k = norm_heads(self.k_norm, self._project(self.k_proj, hidden_states, self.site.head_dim), False)
-            k = norm_heads(self.k_norm, turn(k), True).transpose(1, 2)
+            k = norm_heads(self.k_norm, turn(self._key_heads(hidden_states)), True).transpose(1, 2)
             if self.plan.value_owner is None:
-                v = norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
-                key, value = self._store(k, v.transpose(1, 2), cache, shared)
+                key, value = self._store(k, self._value_heads(hidden_states).transpose(1, 2), cache, shared)
             else:
                 key, _ = self._store(k, k[..., :0], cache, shared)
                 _, value = self._lent(self.plan.value_owner, shared)
@@ -75,6 +70,30 @@ class SurgeryHeadsAttention(SurgeryAttention):
         if not self.heads.is_uniform:
             key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
         return query, key, value
+
+    def _rotation(
+        self,
+        hidden_states: Tensor,
+        dtype: torch.dtype,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+    ) -> Callable[[Tensor], Tensor]:
+        """What turns [B, T, heads, H] by the positions of this call; nothing where the parent does not."""
+        if self.site.rotary is None:
+            return lambda x_BTNH: x_BTNH
+        if self.call.rotary_layout is None:
+            position_ids = self._positions(hidden_states, position_ids, cache)
+        cos, sin = self._cos_sin(position_embeddings, position_ids, dtype)
+        return partial(self._turn, cos=cos, sin=sin)
+
+    def _key_heads(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, K, H], normed, before any rotation."""
+        return norm_heads(self.k_norm, self._project(self.k_proj, hidden_states, self.site.head_dim), False)
+
+    def _value_heads(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, K, V]"""
+        return norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
 
 
 def _check_heads(site: AttentionSite, heads: Heads) -> None:

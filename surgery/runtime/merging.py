@@ -103,7 +103,8 @@ def pooled(x_BKTH: Tensor, weight_BKT: Tensor, merge_BKT: Tensor, window: int | 
     # The denominator is one more channel.
     x = torch.cat((x_BKTH.to(dtype) * weight[..., None], weight[..., None]), dim=-1)
     total = _scan(x, p) if window is None else _shifted(x, p, window)
-    return (total[..., :-1] / total[..., -1:]).to(x_BKTH.dtype)
+    mean = (total[..., :-1] / total[..., -1:]).to(x_BKTH.dtype)
+    return torch.where((p == 0)[..., None], x_BKTH, mean)  # a slot with one token holds it to the last bit
 
 
 def _shifted(x_BKTH: Tensor, p_BKT: Tensor, window: int) -> Tensor:

@@ -17,9 +17,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm, canonical_weights
 from .calling import CallingConvention, record_calls
 from .configuration import config_class, converted_config
+from .gates import gate_shapes
 from .heads import SurgeryHeadsAttention
 from .latent import SurgeryLatentAttention, latent_shapes
 from .layout import AttentionSite, Latent, LayerPlan
+from .merged import SurgeryMergedAttention
 
 _MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
@@ -134,7 +136,11 @@ def swap_attention(
         config = getattr(replaced, "config", None)
         if not isinstance(config, PreTrainedConfig):
             config = model.config.get_text_config(decoder=True)
-        form = SurgeryLatentAttention if isinstance(plan.project, Latent) else SurgeryHeadsAttention
+        form: type[SurgeryAttention] = (
+            SurgeryLatentAttention if isinstance(plan.project, Latent) else SurgeryHeadsAttention
+        )
+        if plan.retain is not None:
+            form = SurgeryMergedAttention
         attention = form(config, site, plan, call, {k: tuple(v) for k, v in sizes.items()})
         attention.has_readers = site.layer in lenders
         parameter = next(replaced.parameters())
@@ -258,6 +264,15 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
         if rows_found != count:
             raise ValueError(
                 f"{where}: {name}.weight has {rows_found} rows, its plan asks for {count} ({heads.kv_heads} KV heads)"
+            )
+    wanted_gate: dict[str, tuple[int, ...]] = {}
+    if plan.retain is not None and plan.owner == plan.layer:
+        wanted_gate = gate_shapes(plan.retain, weights["q_proj.weight"].shape[1], heads.kv_heads)
+    gate = {name.removeprefix("gate."): tuple(t.shape) for name, t in weights.items() if name.startswith("gate.")}
+    for name in sorted({*wanted_gate, *gate}):
+        if wanted_gate.get(name) != gate.get(name):
+            raise ValueError(
+                f"{where}: gate.{name} has shape {gate.get(name)}, its plan asks for {wanted_gate.get(name)}"
             )
 
 

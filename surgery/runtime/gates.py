@@ -1,0 +1,142 @@
+"""What decides, per KV head and token, whether it keeps a slot of its own (`Merge`), and with which weight it merges.
+
+Logits are float32 whatever the model's dtype: prefill and decoding must not fall on different sides of 0 by rounding.
+They depend on the token's own layer input alone, so they are the same in both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers.initialization as init
+from torch import Tensor, nn
+
+from .layout import Heads, Merge
+
+SCORES = {
+    "key_norm": "norm of the key before rotation; long keys go (arXiv:2406.11430)",
+    "window": "every token behind the window goes (StreamingLLM, arXiv:2309.17453)",
+}
+"""Scores that nothing is trained for, and what each drops."""
+EPS = 1e-6
+_WEIGHT_OFFSET = 5.0
+
+
+def gate_shapes(merge: Merge, hidden_size: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the gate by name; none for a gate that needs none."""
+    if merge.gate == "adapter":
+        shapes: dict[str, tuple[int, ...]] = {
+            "norm": (hidden_size,),
+            "weight": (kv_heads, hidden_size),
+            "bias": (kv_heads,),
+        }
+        if merge.method == "dmc":
+            shapes |= {"mix_weight": (kv_heads, hidden_size), "mix_bias": (kv_heads,)}
+        return shapes
+    if merge.gate == "borrowed":
+        return {"channel_bits": (1,)}
+    return {"threshold": (kv_heads,)} if merge.gate == "score:key_norm" else {}
+
+
+class SurgeryGate(nn.Module):
+    """Logits of the decisions of one layer, and for `dmc` the weights of tokens in the mean of their slot.
+
+    `adapter`: gain * Linear(RMSNorm(x)) + offset of the layer's input, and sigmoid(Linear(RMSNorm(x)) + 5); both linear
+    maps are zero at conversion, so every decision is 0 and the model as it was.
+    `borrowed` (arXiv:2403.09636): the last channel of each key before rotation, plus the offset, and sigmoid of the
+    mean of that of its queries plus 5. Attention does without both channels. Training fades them out first
+    (`set_channel`), with every decision 0 meanwhile, then sets the rows that make them to zero and learns them anew.
+    `score:...`: see `SCORES`; `threshold` [K] comes from calibration text.
+    """
+
+    norm: nn.Parameter
+    weight: nn.Parameter
+    bias: nn.Parameter
+    mix_weight: nn.Parameter
+    mix_bias: nn.Parameter
+    threshold: nn.Parameter
+    channel_bits: Tensor
+
+    def __init__(self, merge: Merge, heads: Heads, hidden_size: int) -> None:
+        super().__init__()
+        self.merge, self.groups = merge, heads.groups
+        for name, shape in gate_shapes(merge, hidden_size, heads.kv_heads).items():
+            if name.endswith("_bits"):
+                # What fades is state of the training, kept as bits that no cast to another float type can round.
+                self.register_buffer(name, torch.ones(shape, dtype=torch.float32).view(torch.int32))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.reset()
+
+    def reset(self) -> None:
+        """Initialise what no checkpoint has filled."""
+        for name, parameter in self.named_parameters():
+            (init.ones_ if name == "norm" else init.zeros_)(parameter)
+        if self.merge.gate == "borrowed":
+            init.copy_(self.channel_bits, torch.ones(1).view(torch.int32))
+
+    def forward(self, hidden_BTD: Tensor, q_BTNH: Tensor, k_BTKH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, K, T], above 0 where a token is to go, and weights [B, K, T] above 0 (`dmc`); float32.
+
+        Args:
+            hidden_BTD: the layer's input, what q, k and v are projected from.
+            q_BTNH, k_BTKH: normed, before rotation, with all their channels.
+        """
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            made = {"adapter": self._adapter, "borrowed": self._borrowed}.get(self.merge.gate, self._score)
+            logits, weight = made(hidden_BTD, q_BTNH, k_BTKH)
+        return logits.transpose(1, 2), None if weight is None else weight.transpose(1, 2)
+
+    def _adapter(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = hidden.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
+        logits = self.merge.gain * F.linear(x, self.weight.float(), self.bias.float()) + self.merge.offset
+        if self.merge.method == "dms":
+            return logits, None
+        return logits, torch.sigmoid(F.linear(x, self.mix_weight.float(), self.mix_bias.float()) + _WEIGHT_OFFSET)
+
+    def _borrowed(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        ours = self.channel == 0  # before that it is still the model's own, and nothing decides yet
+        logits = torch.where(ours, k[..., -1].float(), 0.0) + self.merge.offset
+        if self.merge.method == "dms":
+            return logits, None
+        last = torch.where(ours, q[..., -1].float(), 0.0)
+        mean = torch.stack([last[..., list(group)].mean(-1) for group in self.groups], dim=-1)
+        return logits, torch.sigmoid(mean + _WEIGHT_OFFSET)
+
+    def _score(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, None]:
+        norm = k.float().norm(dim=-1)
+        if self.merge.gate == "score:window":
+            return torch.ones_like(norm), None
+        return norm - self.threshold.float(), None
+
+    @property
+    def channel(self) -> Tensor:
+        """[1], factor on the borrowed channels inside attention; 1 at conversion, 0 once they belong to the gate."""
+        return self.channel_bits.view(torch.float32)
+
+    def set_channel(self, factor: float) -> None:
+        """Fade the borrowed channels in attention."""
+        self.channel_bits.copy_(torch.tensor([factor], dtype=torch.float32).view(torch.int32))
+
+    def without_borrowed(self, x_BTNH: Tensor) -> Tensor:
+        """q or k, before rotation, as attention may use it."""
+        if self.merge.gate != "borrowed":
+            return x_BTNH
+        return torch.cat((x_BTNH[..., :-1], x_BTNH[..., -1:] * self.channel.to(x_BTNH.dtype)), dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.merge.method}, {self.merge.gate}"
+
+
+def logistic_noise(like: Tensor) -> Tensor:
+    """log(u / (1 - u)) with u uniform: then P(logit + noise > 0) = sigmoid(logit). Float32."""
+    u = torch.rand(like.shape, device=like.device, dtype=torch.float32)
+    return torch.logit(u, eps=1e-6)
+
+
+def gates_of(model: nn.Module) -> dict[str, Any]:
+    """Every `SurgeryGate` of a model by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SurgeryGate)}

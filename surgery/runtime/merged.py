@@ -1,0 +1,171 @@
+"""Attention of a converted layer whose tokens merge or leave by the decisions of a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import LIKE_SDPA, KVStates, Shapes, norm_heads
+from .calling import CallingConvention
+from .gates import SurgeryGate, logistic_noise
+from .heads import SurgeryHeadsAttention
+from .layout import AttentionSite, LayerPlan
+from .merging import hard_decisions, log_keep, pooled, soft_bias, visible
+
+ZERO_OUT = 0.1
+"""Part of the ramp in which borrowed channels fade; 0.8 of it fades, the rest is trained without them."""
+
+
+class SurgeryMergedAttention(SurgeryHeadsAttention):
+    """`SurgeryHeadsAttention` under a `Merge`; parameters of the gate are named `gate.*`.
+
+    In training, without a cache, decisions are relaxed: p = sigmoid((logit + logistic noise) / `temperature`), runs are
+    pooled and scores lowered by them. In evaluation they are hard, and a whole sequence without a cache gives what
+    decoding through the cache gives. A reader has no gate: it attends to its owner's slots as the owner does.
+    """
+
+    gate: SurgeryGate
+
+    def __init__(
+        self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
+    ) -> None:
+        super().__init__(config, site, plan, call, shapes)
+        assert plan.retain is not None
+        self.merge = plan.retain
+        reason = merge_refusal(site)
+        if reason is not None:
+            raise ValueError(f"{site.module} (layer {site.layer}): {reason}")
+        self.temperature = 0.3
+        self.target_ratio = self.merge.ratio
+        """What the budget asks for now; training raises it from 1."""
+        if self.owns_cache:
+            self.gate = SurgeryGate(self.merge, self.heads, shapes["q_proj.weight"][1])
+
+    def reset(self) -> None:
+        super().reset()
+        if "gate" in self._modules:  # not while the base class is built
+            self.gate.reset()
+
+    def set_ramp(self, progress: float) -> None:
+        """Raise the ratio from 1 to the plan's; before that, fade channels that the gate borrows."""
+        if self.owns_cache and self.merge.gate == "borrowed":
+            self._fade(progress / ZERO_OUT)
+            progress = max(0.0, progress - ZERO_OUT) / (1 - ZERO_OUT)
+        self.target_ratio = 1 + progress * (self.merge.ratio - 1)
+
+    @torch.no_grad()
+    def _fade(self, progress: float) -> None:
+        """Zero-out stage of arXiv:2403.09636, appendix; once over, the rows start from zero and belong to the gate."""
+        if self.gate.channel == 0:
+            return
+        if progress < 1:
+            # Just above 0 at the end of the fading: only 0 says that the rows were set to zero.
+            self.gate.set_channel(max(1e-6, 1 - progress / 0.8))
+            return
+        width = self.site.head_dim
+        for projection in (self.q_proj, self.k_proj):
+            projection.weight[width - 1 :: width] = 0
+            if projection.bias is not None:
+                projection.bias[width - 1 :: width] = 0
+        self.gate.set_channel(0.0)
+
+    def _attend(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+        shared: KVStates,
+        named: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        implementation = self.config._attn_implementation
+        if implementation not in (*LIKE_SDPA, "eager"):
+            raise ValueError(
+                f"layer {self.layer_idx}: merged tokens are hidden by a mask per head, which runs with "
+                f"attn_implementation 'sdpa' or 'eager', not {implementation!r}"
+            )
+        if cache is not None:
+            raise ValueError(f"layer {self.layer_idx}: merged layers run without a cache. Pass use_cache=False.")
+        q = self._queries(hidden_states)
+        turn = self._rotation(hidden_states, q.dtype, position_embeddings, position_ids, cache)
+        seen = self._seen(mask)
+        if self.owns_cache:
+            k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
+            order = _order(seen, hidden_states)
+            logits, weight = self.gate(hidden_states, q, k)
+            q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
+            k, v, keep = self._retain(k, v, logits, weight, order)
+            key, value = norm_heads(self.k_norm, turn(k), True).transpose(1, 2), v.transpose(1, 2)
+            if self.has_readers:
+                assert shared is not None
+                shared[self.layer_idx] = key, value, keep  # type: ignore[assignment]
+        else:
+            key, value, keep = self._lent(self.plan.owner, shared)  # type: ignore[misc]
+        query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
+        if not self.heads.is_uniform:
+            key, value, keep = (x.index_select(1, self.kv_of_query) for x in (key, value, keep))
+        else:
+            keep = keep.repeat_interleave(self.num_key_value_groups, dim=1)
+        named.pop("is_causal", None)
+        return self._call_attention(
+            self._attention_function(), query, key, value, _combined(keep, seen, query.dtype), named
+        )
+
+    def _retain(
+        self, k_BTKH: Tensor, v_BTKV: Tensor, logits_BKT: Tensor, weight_BKT: Tensor | None, order_BT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """K and V as slots hold them after each token, and who sees them: bool, or in training a bias, [B, K, T, T]."""
+        if self.training:
+            protected = self.merge.protected
+            kept = log_keep(logits_BKT, order_BT, protected, self.temperature, logistic_noise(logits_BKT))
+            p, seen = -torch.expm1(kept), soft_bias(kept, order_BT, self.merge)
+        else:
+            hard = hard_decisions(logits_BKT, order_BT, self.merge.protected)
+            p, seen = hard.float(), visible(hard, order_BT, self.merge)
+        if weight_BKT is not None:
+            k_BTKH = pooled(k_BTKH.transpose(1, 2), weight_BKT, p, self.merge.window).transpose(1, 2)
+            v_BTKV = pooled(v_BTKV.transpose(1, 2), weight_BKT, p, self.merge.window).transpose(1, 2)
+        return k_BTKH, v_BTKV, seen
+
+    def _seen(self, mask: Tensor | None) -> Tensor | None:
+        """The parent's mask as bool [B or 1, 1, T, T], True is visible; None where it is causality alone."""
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            return ~mask if self.call.mask_true_hides else mask
+        return mask > torch.finfo(mask.dtype).min / 2
+
+
+def merge_refusal(site: AttentionSite) -> str | None:
+    """Why tokens of this attention cannot be merged or dropped by a gate; None where they can."""
+    if site.window is not None:
+        return (
+            f"it sees the newest {site.window} tokens only, and its cache is bounded already. Select the other layers."
+        )
+    if site.alibi_slopes is not None:
+        return "ALiBi asks for the position of every slot at every step, which a merged cache does not keep."
+    if site.rotary is not None and site.rotary.length_dependent:
+        return "its rotation changes with the length, and slots are rotated once."
+    return None
+
+
+def _order(seen_B1TT: Tensor | None, hidden_BTD: Tensor) -> Tensor:
+    """Place of each token in its own sequence, [B or 1, T]: the first key that it sees is that sequence's first."""
+    places = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+    if seen_B1TT is None:
+        return places[None]
+    seen = seen_B1TT[:, 0]
+    start = torch.where(seen.any(-1), seen.int().argmax(-1), len(places))  # padding sees nothing, and has no place
+    return places - start
+
+
+def _combined(keep: Tensor, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """One mask for the attention function out of the gate's and the parent's, [B, N, T, T]."""
+    if keep.dtype == torch.bool:
+        return keep if seen is None else keep & seen
+    low = torch.finfo(dtype).min
+    keep = keep.clamp_min(low).to(dtype)
+    return keep if seen is None else torch.where(seen, keep, low)
