@@ -428,7 +428,7 @@ def _layers(plan: Plan) -> Table:
         saved = 1 - a.bytes_per_token / b.bytes_per_token if b.bytes_per_token else 0
         return (
             f"{site.heads} q heads x {site.head_dim}",
-            f"{_form(b.project)}{' heads' if isinstance(a.project, Latent) else ''} → {_form(a.project)}"
+            f"{cached_form(b.project)}{' heads' if isinstance(a.project, Latent) else ''} → {cached_form(a.project)}"
             + (f", {'V ' if a.value_owner is not None else ''}of layer {a.lenders[0]}" if a.lenders else ""),
             "all" if site.window is None else str(site.window),
             f"{b.bytes_per_token:,} → {a.bytes_per_token:,}",
@@ -443,7 +443,7 @@ def _layers(plan: Plan) -> Table:
     return table
 
 
-def _form(project: Project) -> str:
+def cached_form(project: Project) -> str:
     """What is cached, in a word."""
     if isinstance(project, Latent):
         if project.k_rank:

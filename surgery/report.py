@@ -370,6 +370,12 @@ def write_report(
     return out / "report.html"
 
 
+def markdown_page(reports: Sequence[Report]) -> tuple[str, dict[str, bytes]]:
+    """What `report.md` says below its title, and the pictures by the paths that it names."""
+    blocks = _page(list(reports), {}, "", [])
+    return _as_markdown(None, blocks).rstrip(), {b.file: b.png for b in blocks if isinstance(b, _Picture)}
+
+
 _OUTPUTS = ("plots", "report.html", "report.md")
 
 
@@ -520,8 +526,8 @@ def _picture(name: str, says: str, figure: Any) -> _Picture:
     return _Picture(name, says, file.getvalue(), round(100 * figure.get_figwidth()))
 
 
-def _as_markdown(title: str, blocks: Iterable[Any]) -> str:
-    parts = [f"# {title}"]
+def _as_markdown(title: str | None, blocks: Iterable[Any]) -> str:
+    parts = [] if title is None else [f"# {title}"]
     for block in blocks:
         match block:
             case _Heading(text):
