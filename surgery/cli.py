@@ -1,4 +1,4 @@
-"""The command line: `surgery inspect | plan | convert | train | eval | report | export | generate | bench | demo`."""
+"""The command line: `surgery inspect | plan | convert | train | eval | report | export | push | generate | ...`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from huggingface_hub.utils import enable_progress_bars
@@ -204,7 +204,13 @@ def evaluate(
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist, or be empty.")],
-    to: Annotated[str, typer.Option(help="native: the stock class that can say it (mla: DeepSeek-V3).")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hub: with the code that runs it, for transformers alone. native: a stock class that can say it (mla: "
+            "DeepSeek-V3)."
+        ),
+    ],
     norm: Annotated[
         str | None,
         typer.Option(help="native: norm on the latent; neutral (exact, needs biases) or calibrated (to be trained)."),
@@ -212,14 +218,64 @@ def export(
     text: Annotated[
         Path | None, typer.Option(help="native: text (.txt, .jsonl, .parquet) that a calibrated norm is fitted to.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    link: Annotated[
+        bool | None, typer.Option("--link", help="hub: hard links in the place of copies of the weights.")
+    ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="What `surgery eval --json` wrote, for the model card; several times.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the parent, for the model card, where its path does not say it.")
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="Of the parent, for the model card, where its card does not say it.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that is not empty; keeps what you wrote in README.md.")
+    ] = False,
 ) -> None:
     """Write a converted model for other software, load it there, and compare its answers with the source's."""
     from .export import export as write
 
-    options = {"norm": norm, "text": text}
-    given = {name: value for name, value in options.items() if value is not None}
-    _out(*write(model, out, to=to, overwrite=overwrite, **given).lines(), f"[bold]written to {out}[/bold]")
+    options: dict[str, Any] = {"norm": norm, "text": text, "link": link}
+    report = write(
+        model,
+        out,
+        to=to,
+        overwrite=overwrite,
+        results=results or (),
+        base_model=base_model,
+        license=license_,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    _out(*report.lines(), f"[bold]written to {out}[/bold]")
+
+
+@app.command(epilog="Example: surgery verify ./for-the-hub")
+def verify(folder: Annotated[Path, typer.Argument(help="What `surgery export` wrote.")]) -> None:
+    """Check the code files of an export against their digests, and that nothing else in it would run code."""
+    from .export.remote_code import verify as check
+
+    names = check(folder)
+    _out(f"{len(names)} code files are as the export wrote them" if names else "no code files", *names)
+
+
+@app.command(
+    epilog="Examples: surgery push ./for-the-hub me/smaller --dry-run | surgery push ./for-the-hub me/smaller --private"
+)
+def push(
+    folder: Annotated[Path, typer.Argument(help="What `surgery export` wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made where it is not.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the files, their sizes and the card; needs no network.")
+    ] = False,
+) -> None:
+    """Upload an export to the Hugging Face Hub, after checking its code files."""
+    from .export.push import push as upload
+
+    done = upload(folder, repo_id, private=private, dry_run=dry_run)
+    _out(*([done.card] if dry_run else []), *done.lines())
 
 
 @app.command(epilog="Example: surgery report 2x.json 4x.json -o ./report")

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import check_output, new_folder
 from ..errors import PlanError
+from .card import CARD, CardOptions, write_card
 from .target import ExportReport, Source, Target
 
 __all__ = ["TARGETS", "ExportReport", "Source", "Target", "export", "target_for"]
 
 TARGETS = {
+    "hub": "hub:Hub",
     "native": "native:Native",
 }
 """Name -> module of this package and class (see `Target`), imported when asked for."""
@@ -30,6 +32,9 @@ def export(
     to: str,
     tokenizer: Any = None,
     overwrite: bool = False,
+    results: Any = (),
+    base_model: str | None = None,
+    license: str | None = None,
     **options: Any,
 ) -> ExportReport:
     """Write a converted model for other software, load it there, and compare its answers with the source's.
@@ -39,7 +44,10 @@ def export(
         out: folder to write; appears complete, or not at all.
         to: one of `TARGETS`.
         tokenizer: written beside a model that is in memory; a folder brings its own.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a folder that is not empty. Of its README.md, what people wrote themselves is kept.
+        results: evaluations for the model card: one or several, `Report` or files of `surgery eval --json`.
+        base_model: Hub id of the parent, where its path does not say it.
+        license: the parent's, where its card does not say it.
         options: fields of the target's class.
 
     Returns:
@@ -50,15 +58,19 @@ def export(
         CheckpointError: `out` cannot be written, or the result answers otherwise than the source.
     """
     target = target_for(to, **options)
+    card = CardOptions.of(results, base_model, license)
+    out = Path(out).absolute()
     check_output(out, overwrite)
     source = Source(model_or_path, tokenizer)
     target.check(source)
+    old_card = (out / CARD).read_text(encoding="utf-8") if (out / CARD).is_file() else ""
     with new_folder(out, overwrite) as folder:
         written = target.write(source, folder)
         report = ExportReport(
             target=to, architecture=written.architecture, parity=target.parity(source, folder), facts=written.facts,
             notes=written.lines,
         )  # fmt: skip
+        write_card(folder, out.name, source, written, report.parity, card, old_card)
         (folder / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report
 

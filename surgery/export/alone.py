@@ -29,7 +29,8 @@ def answers(model: Any, prompts_BT: Tensor, start: int, new_tokens: int, caches:
         `logits` [B, T, vocabulary] float32, and [B, new_tokens] under each cache's name; on the CPU.
     """
     model.eval()
-    prompts_BT = prompts_BT.to(model.device)
+    if model.device.type != "meta":  # where layers come from disk as they run, they run on the CPU
+        prompts_BT = prompts_BT.to(model.device)
     given = prompts_BT[:, :start]
     found = {"logits": model(input_ids=prompts_BT, use_cache=False).logits.float().cpu().contiguous()}
     for cache in caches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,7 +97,7 @@ class Source:
             self._tokenizer.save_pretrained(folder)
         elif self.provenance.get("parent") and Path(self.provenance["parent"]).is_dir():
             copy_companions(Path(self.provenance["parent"]), folder)
-        if self.provenance:
+        if "recipe" in self.provenance:
             write_provenance(folder, self.provenance)
 
 
@@ -110,6 +111,8 @@ class Written:
     """JSON, for `export.json`."""
     lines: tuple[str, ...] = ()
     """For the terminal."""
+    loading: tuple[tuple[str, str], ...] = ()
+    """For the model card: engine, and the code that loads the export there; FOLDER_OR_ID stands for its place."""
 
 
 class Target(Protocol):
@@ -153,3 +156,16 @@ class ExportReport:
     def lines(self) -> list[str]:
         """What a terminal shows."""
         return [f"{self.target}: {self.architecture}", *self.notes, self.parity.line()]
+
+
+def public_name(parent: str) -> str:
+    """The Hub id in a path of the Hub's cache; an id as it is; the last part of any other path."""
+    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots", parent)
+    if cached:
+        return "/".join(cached.groups())
+    return parent if is_hub_id(parent) else Path(parent).name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads as `owner/name`, with or without a revision, and is no folder here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name)) and not Path(name).exists()

@@ -1,0 +1,243 @@
+"""README.md of an export: what was done to which parent, what it costs and saves, how to load it, its limits.
+
+Generated between two marks. What people write outside of them, and the metadata that they set, stays when the export is
+made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from ..errors import CheckpointError
+from ..plan import cached_form
+from ..recipe import Recipe
+from ..report import Report, check_comparable, markdown_page, told_apart
+from ..runtime.layout import LayerPlan
+from ..show import count, spans
+from .parity import Parity
+from .target import Source, Written, is_hub_id, public_name
+
+BEGIN = "<!-- surgery: generated from here; text outside of the two marks stays when the export is made again -->"
+END = "<!-- surgery: generated up to here -->"
+CARD = "README.md"
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Metadata of the parent's card that hold for the export as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """What a card says beyond what the model itself knows."""
+
+    results: Sequence[Report] = ()
+    """Evaluations of the model, beside its parent on the same text."""
+    base_model: str | None = None
+    """Hub id of the parent, where its path does not say it."""
+    license: str | None = None
+    """Where the parent's card does not say it."""
+
+    @classmethod
+    def of(cls, results: Any = (), base_model: str | None = None, license: str | None = None) -> CardOptions:
+        """Take one report or several, as `Report` or as files that `surgery eval --json` wrote.
+
+        Raises:
+            CheckpointError: a file is no report, the reports do not compare, or `base_model` is no Hub id.
+        """
+        if base_model is not None and not is_hub_id(base_model):
+            raise CheckpointError(f"base model {base_model!r} is no Hub id. Give owner/name.")
+        several = [results] if isinstance(results, (Report, str, Path)) else list(results or ())
+        reports = [r if isinstance(r, Report) else Report.load(r) for r in several]
+        if reports:
+            check_comparable(reports)
+        return cls(results=tuple(told_apart(reports)), base_model=base_model, license=license)
+
+
+def write_card(
+    folder: Path, name: str, source: Source, written: Written, parity: Parity, options: CardOptions, old: str = ""
+) -> None:
+    """Write README.md and `plots/` into an export.
+
+    Args:
+        folder: of the export.
+        name: the heading.
+        old: an earlier card, whose hand-written parts are kept.
+    """
+    pictures: dict[str, bytes] = {}
+    body = [BEGIN, f"# {name}", _lead(source), "## What was done", *_done(source)]
+    if options.results:
+        page, pictures = markdown_page(options.results)
+        body += [page, _all_numbers(options.results)]
+    else:
+        body += [
+            "## Quality",
+            "Not measured for this export. `surgery eval` measures loss, KL and recall through the cache beside the "
+            "parent, and `surgery export --results result.json` puts them here.",
+        ]
+    body += [
+        "## How to load",
+        *_loading(written, name),
+        "## Checked",
+        parity.line() + ".",
+        "## Limits",
+        _limits(source),
+    ]
+    body.append(END)
+    for file, png in pictures.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(png)
+    metadata, before, after = _taken_apart(old)
+    fields = {**_metadata(source, options, bool(written.facts.get("code"))), **metadata}
+    fields["tags"] = sorted({*_tags(written), *_listed(metadata.get("tags"))})
+    front = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    text = f"---\n{front}---\n\n{before}" + "\n\n".join(body) + f"\n{after}"
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _lead(source: Source) -> str:
+    plan = source.provenance.get("plan") or {}
+    parent = _parent_link(source)
+    saved = ""
+    if plan.get("parent_bytes_per_token"):
+        before, after = plan["parent_bytes_per_token"], plan["bytes_per_token"]
+        saved = f" Its KV cache takes **{after:,} bytes per token** in the place of {before:,} ({before / after:.2f}x)."
+    return (
+        f"{parent} with its attention rewritten by [surgery](https://pypi.org/project/kv-surgery) so that the KV cache "
+        f"gets small.{saved}"
+    )
+
+
+def _parent_link(source: Source) -> str:
+    name = public_name(source.provenance.get("parent") or "") or source.architecture.removeprefix("Surgery")
+    name, _, revision = name.partition("@")
+    revision = source.provenance.get("parent_revision") or revision
+    at = f" at revision `{revision}`" if revision else ""
+    return f"[{name}](https://huggingface.co/{name}){at}" if is_hub_id(name) else f"`{name}`"
+
+
+def _done(source: Source) -> list[str]:
+    origin = source.provenance
+    plan = origin.get("plan") or {}
+    layers = [LayerPlan.from_dict(layer) for layer in plan.get("layers") or [e["plan"] for e in source.layers]]
+    rows: dict[tuple[str, str], list[int]] = {}
+    for layer in layers:
+        reads = f", {'V ' if layer.owner == layer.layer else ''}of layer {layer.lenders[0]}" if layer.lenders else ""
+        rows.setdefault((cached_form(layer.project) + reads, f"{layer.bytes_per_token:,}"), []).append(layer.layer)
+    table = ["| layers | KV heads or latent | KV bytes/token |", "|---|---|---:|"]
+    table += [f"| {spans(numbers)} | {form} | {size} |" for (form, size), numbers in rows.items()]
+    parts = ["\n".join(table)]
+    if plan:
+        parts.append(f"Parameters: {count(plan['parent_parameters'])} → {count(plan['parameters'])}.")
+    if "recipe" in origin:
+        parts.append(f"Recipe (`recipe.yaml`):\n\n```yaml\n{Recipe.load(origin['recipe']).to_yaml().rstrip()}\n```")
+    text = origin.get("calibration")
+    said = []
+    if "recipe" in origin:
+        fitted = (
+            f"{text['tokens']:,} tokens in {text['windows']:,} windows, digest `{text['digest']}`" if text else "none"
+        )
+        said.append(f"Calibration text: {fitted}. Seed {origin.get('seed')}.")
+    for run in origin.get("uptrained") or ():
+        said.append(f"Trained afterwards on {run['tokens']:,} tokens of `{run['data']['source']}`.")
+    if origin.get("versions"):
+        said.append("Made with " + ", ".join(f"{k} {v}" for k, v in origin["versions"].items()) + ".")
+    return [*parts, " ".join(said)] if said else parts
+
+
+def _all_numbers(reports: Sequence[Report]) -> str:
+    """Everything that was measured, for machines and for those who ask."""
+    data = [report.to_dict() for report in reports]
+    text = json.dumps(data if len(data) > 1 else data[0], indent=1)
+    summary = "Every number of the evaluation (JSON)"
+    return f"<details>\n<summary>{summary}</summary>\n\n```json\n{text}\n```\n\n</details>"
+
+
+def _loading(written: Written, name: str) -> list[str]:
+    parts = []
+    for engine, code in written.loading:
+        language = "bash" if code.startswith(("vllm ", "llama", "surgery ", "pip ")) else "python"
+        parts.append(f"{engine}:\n\n```{language}\n{code.replace('FOLDER_OR_ID', './' + name)}\n```")
+    return parts
+
+
+def _checked(parity: Parity) -> str:
+    return f"Loaded again after writing, and asked the same as its source: {parity.line().removeprefix('parity ')}."
+
+
+def _limits(source: Source) -> str:
+    lines = ["What limits the parent limits this model; its licence holds here too."]
+    if not source.provenance.get("uptrained"):
+        lines.append("It was not trained after the conversion; `surgery train` brings quality back.")
+    if source.is_own_class:
+        lines.append(
+            "It runs code of its own in transformers. That code is listed in `export.json` with sha256 digests; "
+            "`surgery verify` compares them. Read it before you trust it."
+        )
+        lines.append("Engines with models of their own (vLLM, llama.cpp) need an export made for them.")
+    lines.append("Decoding kernels for GPUs are used where `kv-surgery` is installed; without it, plain torch.")
+    return "\n".join(f"- {line}" for line in (lines if source.is_own_class else lines[:-1]))
+
+
+def _metadata(source: Source, options: CardOptions, has_code: bool) -> dict[str, Any]:
+    parent = options.base_model or public_name(source.provenance.get("parent") or "").partition("@")[0]
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields |= {k: v for k, v in _parents_metadata(source, options.base_model).items() if k in INHERITED}
+    if options.license:
+        for name in ("license_name", "license_link"):
+            fields.pop(name, None)
+        fields["license"] = options.license
+    if is_hub_id(parent):
+        fields["base_model"] = parent
+    return fields
+
+
+def _tags(written: Written) -> list[str]:
+    return ["kv-cache", "surgery", *(["custom_code"] if written.facts.get("code") else [])]
+
+
+def _parents_metadata(source: Source, base_model: str | None) -> dict[str, Any]:
+    """Front matter of the parent's card: beside its weights, or on the Hub; empty where neither is to be had."""
+    parent = source.provenance.get("parent") or ""
+    if parent and (Path(parent) / CARD).is_file():
+        return _taken_apart((Path(parent) / CARD).read_text(encoding="utf-8"))[0]
+    repo, _, revision = (base_model or public_name(parent)).partition("@")
+    if not is_hub_id(repo):
+        return {}
+    try:
+        file = hf_hub_download(repo, CARD, revision=revision or None, etag_timeout=5)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return {}
+    return _taken_apart(Path(file).read_text(encoding="utf-8"))[0]
+
+
+def _taken_apart(text: str) -> tuple[dict[str, Any], str, str]:
+    """Front matter, and what stands before and behind the generated part of a card; all of it where there is none.
+
+    Raises:
+        CheckpointError: the front matter is no YAML.
+    """
+    fields: dict[str, Any] = {}
+    if text.startswith("---\n") and "\n---" in text[3:]:
+        front, _, text = text[4:].partition("\n---")
+        try:
+            fields = yaml.safe_load(front) or {}
+        except yaml.YAMLError as error:
+            raise CheckpointError(f"{CARD}: its front matter is no YAML ({error}). Mend or remove it.") from None
+        text = text.partition("\n")[2].lstrip("\n")
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(f"{CARD}: its front matter is no mapping. Mend or remove it.")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        return dict(fields), "", f"\n{text}" if text else ""
+    return dict(fields), before, after.removeprefix("\n")
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())

@@ -1,0 +1,160 @@
+"""A folder for the Hugging Face Hub: weights, the code that runs them, and their card.
+
+`Surgery<Parent>` travels with its code (`remote_code.py`), and runs where only torch and transformers are installed. A
+model of the parent's own class needs none. A source on disk is copied shard by shard: no model is held in memory, and
+the parity check of a large one reads its layers from disk as they run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..checkpoint import INDEX, Checkpoint, check_space, read_json
+from ..errors import CheckpointError, PlanError
+from ..provenance import FILE
+from ..runtime.modeling import load_converted
+from ..show import human_bytes
+from ..storage import check_whole
+from .parity import Ask, Parity, answers_alone, answers_of, compare
+from .remote_code import MIN_TRANSFORMERS, RemoteCode, digests
+from .target import Source, Written, public_name
+
+LARGE = 2_000_000_000
+"""Bytes of weights above which the parity check takes the layers from disk one by one, and asks for fewer tokens."""
+_FEW_TOKENS = 4
+SAME = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+"""Largest logit difference over the largest logit. The arithmetic is the same: equal to the last bit is the rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """The target `hub`."""
+
+    link: bool = False
+    """Hard links in the place of copies of the weights: no disk, but writing into one folder changes the other."""
+
+    def check(self, source: Source) -> None:
+        """Refuse what is no conversion, and a folder that is damaged."""
+        if not source.provenance and not source.is_own_class:
+            raise PlanError(
+                f"{source.architecture} was not converted by surgery; there is nothing to export. Upload it as it is."
+            )
+        if source.is_own_class:
+            RemoteCode.of(source.config.surgery)
+        if source.folder is not None:
+            check_whole(Checkpoint(source.folder))
+
+    def write(self, source: Source, folder: Path) -> Written:
+        """Write weights, config, code and companions."""
+        if source.folder is None:
+            source.model.save_pretrained(folder)
+        else:
+            self._take_weights(source.folder, folder)
+            shutil.copyfile(source.folder / "config.json", folder / "config.json")
+        source.write_companions(folder)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        config = read_json(folder / "config.json")
+        config.pop("auto_map", None)
+        architecture = source.architecture
+        if source.is_own_class:
+            code = RemoteCode.of(source.config.surgery)
+            code.write(folder)
+            architecture = code.architecture
+            config |= {"auto_map": code.auto_map, "architectures": [architecture]}
+            config["surgery"]["min_transformers"] = MIN_TRANSFORMERS
+        _hide_paths(folder, config)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        found = digests(folder)
+        says = f"{len(found)} code files, digests in export.json" if found else "no code: stock class"
+        return Written(
+            architecture=architecture,
+            facts={"weight_bytes": size, "code": found, "transformers": transformers.__version__},
+            lines=(f"{human_bytes(size)} of weights, {says}",),
+            loading=_loading(source, architecture),
+        )
+
+    def parity(self, source: Source, folder: Path) -> Parity:
+        """Ask the export in a process that cannot import surgery; the logits must be the same."""
+        large = source.folder is not None and _weight_bytes(source.folder) > LARGE
+        config = source.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        ask = Ask.of_vocabulary(config.vocab_size, context, **({"new_tokens": _FEW_TOKENS} if large else {}))
+        kwargs: dict[str, Any] = {"device_map": {"": "disk"}} if large else {}
+        if large and source.is_own_class:
+            model = load_converted(str(source.folder), dtype="auto", **kwargs)
+        elif large:
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(source.folder), dtype="auto", **kwargs)
+        else:
+            model = source.model
+        attention = model.config._attn_implementation
+        if attention != "surgery" and source.folder is None:
+            kwargs["attn_implementation"] = attention
+        ask, want = _with_static(ask, model)
+        dtype = model.dtype
+        del model
+        got, said = answers_alone(folder, ask, trust_remote_code=source.is_own_class, **kwargs)
+        if said["class"] != source.architecture:
+            raise CheckpointError(f"the export loads as {said['class']}, not as {source.architecture}.")
+        return compare(want, got, f"transformers {said['transformers']} without surgery").require(SAME[dtype])
+
+    def _take_weights(self, source: Path, folder: Path) -> None:
+        files = sorted(source.glob("*.safetensors"))
+        index = source / INDEX
+        if index.is_file():
+            files = sorted({source / name for name in read_json(index)["weight_map"].values()})
+            shutil.copyfile(index, folder / INDEX)
+        if not self.link:
+            check_space(folder, sum(file.stat().st_size for file in files))
+        for file in files:
+            if self.link:
+                os.link(file.resolve(), folder / file.name)  # a file of the Hub's cache is a symbolic link itself
+            else:
+                shutil.copyfile(file, folder / file.name)
+
+
+def _with_static(ask: Ask, model: Any) -> tuple[Ask, dict[str, torch.Tensor]]:
+    """Ask through a static cache too, where the source generates with one."""
+    both = Ask(prompts_BT=ask.prompts_BT, start=ask.start, new_tokens=ask.new_tokens, caches=("dynamic", "static"))
+    try:
+        return both, answers_of(model, both)
+    except (ValueError, NotImplementedError):  # transformers' words for: this model has no static cache
+        return ask, answers_of(model, ask)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _hide_paths(folder: Path, config: dict[str, Any]) -> None:
+    """Name the parent by its id, or by the last part of its path: other people have no use for the rest of it."""
+    surgery = config["surgery"]
+    provenance = surgery.get("provenance", surgery)
+    for part in (provenance, *provenance.get("uptrained", ())):
+        if part.get("parent"):
+            part["parent"] = public_name(part["parent"])
+    if (folder / FILE).is_file():
+        (folder / FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def _loading(source: Source, architecture: str) -> tuple[tuple[str, str], ...]:
+    trust = ", trust_remote_code=True" if source.is_own_class else ""
+    remote = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_ID", dtype="auto"{trust})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")\n'
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"
+    )
+    needs = (
+        f"torch and transformers {MIN_TRANSFORMERS} or later" if source.is_own_class else "any version with its class"
+    )
+    own = 'import surgery\n\nmodel = surgery.load("FOLDER_OR_ID")'
+    return ((f"transformers ({needs})", remote), ("surgery (`pip install kv-surgery`)", own))
