@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,9 +17,11 @@ from .anatomy import Anatomy, examine
 from .budget import aligned_rank, full_rank, input_columns, kept_numbers, latent_budget, turning_numbers
 from .errors import PlanError
 from .native import hands_down_keywords, meta_model, native_config
-from .recipe import GqaStep, LatentStep, LowrankStep, MlaStep, Recipe, ShareStep, Step, parse_layers
+from .recipe import GqaStep, LatentStep, LowrankStep, MergeStep, MlaStep, Recipe, ShareStep, Step, parse_layers
+from .runtime.gates import gate_shapes
 from .runtime.latent import latent_refusal
-from .runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
+from .runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Merge, Project
+from .runtime.merged import merge_refusal
 from .sharing import SEARCHED, SVFORMER, check_map, owners_of, sharable
 from .show import count, human_bytes, render, spans
 
@@ -47,7 +50,7 @@ class Plan:
         return [
             (site, after)
             for site, before, after in layers
-            if _differs(before, after) and (step is None or step.selects(site.layer))
+            if _differs(before, after, step) and (step is None or step.selects(site.layer))
         ]
 
     @property
@@ -74,7 +77,12 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe has no form without text."""
-        return any(isinstance(s, LatentStep) or (isinstance(s, ShareStep) and s.needs_text) for s in self.recipe.steps)
+        return any(
+            isinstance(s, LatentStep)
+            or (isinstance(s, ShareStep) and s.needs_text)
+            or (isinstance(s, MergeStep) and s.gate == "score:key_norm")
+            for s in self.recipe.steps
+        )
 
     @property
     def wants_calibration(self) -> bool:
@@ -130,7 +138,7 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
     if (
         not any(step.rewriter == "identity" or _is_uneven(step) for step in recipe.steps)
         and all(isinstance(layer.project, Heads) and layer.project.is_uniform for layer in after)
-        and not any(layer.lenders for layer in after)
+        and not any(layer.lenders or layer.retain for layer in after)
         and len(kv_heads) == 1
     ):
         config = native_config(anatomy.config, anatomy.sites, min(kv_heads))
@@ -150,11 +158,25 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
 
 def _check_order(recipe: Recipe) -> None:
     """Refuse recipes whose steps cannot work on one copy of the model."""
+    merge = next((i for i, step in enumerate(recipe.steps) if isinstance(step, MergeStep)), len(recipe.steps))
+    late = next((step for step in recipe.steps[merge:] if not isinstance(step, MergeStep)), None)
+    if late is not None:
+        raise PlanError(
+            f"{recipe.name}: {late.rewriter} comes after {recipe.steps[merge].rewriter}: gates decide for the heads "
+            f"that are cached in the end. Put {recipe.steps[merge].rewriter} last."
+        )
     share = next((i for i, step in enumerate(recipe.steps) if isinstance(step, ShareStep)), None)
-    if share is not None and share < len(recipe.steps) - 1:
+    searches = share is not None and getattr(recipe.steps[share], "layout", None) in SEARCHED
+    some = next((step for step in recipe.steps[merge:] if step.layers is not None), None)
+    if searches and some is not None:
+        raise PlanError(
+            f"{recipe.name}: text decides which layers read which, so that {some.rewriter} cannot be for layers "
+            f"{some.layers} alone. Leave out its layers, or write the layout of share as a map."
+        )
+    if share is not None and share < merge - 1:
         raise PlanError(
             f"{recipe.name}: steps[{share + 1}] is {recipe.steps[share + 1].rewriter}, after share: heads are merged "
-            "before caches are shared, and a model shares once. Put share last."
+            "before caches are shared, and a model shares once. Put share last, before dms and dmc."
         )
     kinds = {step.rewriter: i for i, step in enumerate(recipe.steps) if isinstance(step, (GqaStep, LatentStep))}
     if share is not None:
@@ -195,8 +217,13 @@ def _names(parameter: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (parameter,) if isinstance(parameter, str) else parameter or ()
 
 
-def _differs(before: LayerPlan, after: LayerPlan) -> bool:
-    return (before.project, before.lenders) != (after.project, after.lenders)
+def _differs(before: LayerPlan, after: LayerPlan, step: Step | None) -> bool:
+    """Whether the layer is another one, in what `step` decides."""
+    retains = before.retain != after.retain
+    if isinstance(step, MergeStep):
+        return retains
+    made = (before.project, before.lenders) != (after.project, after.lenders)
+    return made or (retains and step is None)
 
 
 def _is_uneven(step: Step) -> bool:
@@ -221,13 +248,22 @@ def _heads(site: AttentionSite, kv_heads: int, sizes: tuple[int, ...] | None = N
 
 
 def _kv_parameters(site: AttentionSite, layer: LayerPlan) -> int:
-    """Parameters that make K and V, biases included."""
+    """Parameters that make K and V and decide which stay, biases included."""
     project = layer.project
+    gate = 0
+    if layer.retain is not None and layer.owner == layer.layer:
+        shapes = gate_shapes(layer.retain, site.hidden_size, project.kv_heads)
+        gate = sum(prod(shape) for name, shape in shapes.items() if not name.endswith("_bits"))
     if isinstance(project, Latent):
         maps = project.head_dim * (project.key_rank + project.rope_dims) + project.value_dim * project.value_rank
         down = project.dims * input_columns(site) if layer.owner == layer.layer else 0
-        return down + project.kv_heads * maps
-    return sum(
+        means = 0
+        if project.means:  # K's where it is added at read, V's in a bias of o that the parent may have already
+            means = (
+                project.rotate_on_read * project.kv_heads * project.head_dim + (site.o.bias is None) * site.hidden_size
+            )
+        return down + project.kv_heads * maps + means
+    return gate + sum(
         project.kv_heads * width * (site.hidden_size + (projection.bias is not None))
         for name, projection, width in (("k_proj", site.k, site.head_dim), ("v_proj", site.v, site.value_dim))
         if name not in layer.absent
@@ -244,6 +280,8 @@ def _apply(step: Step, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ..
             )
     if isinstance(step, ShareStep):
         return _share(step, where, anatomy, layers)
+    if isinstance(step, MergeStep):
+        return _retain(step, where, anatomy, layers)
     if not isinstance(step, (GqaStep, LatentStep)):
         return layers
     done = []
@@ -341,6 +379,54 @@ def _share(step: ShareStep, where: str, anatomy: Anatomy, layers: tuple[LayerPla
     return tuple(plans[layer.layer] for layer in layers)
 
 
+def _retain(step: MergeStep, where: str, anatomy: Anatomy, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+    """Gates for the layers that `step` selects; readers follow the slots of their owner, whether selected or not."""
+    merge = Merge(
+        method="dms" if step.rewriter == "dms" else "dmc", ratio=step.ratio, window=getattr(step, "window", None),
+        gate=step.gate, sinks=step.sinks, page=step.page,
+    )  # fmt: skip
+    context = getattr(anatomy.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and merge.drop_rate(context, step.ratio) > 1:
+        most = context / merge.always_kept
+        kept = f"{merge.window} newest tokens and " if merge.method == "dms" else ""
+        raise PlanError(
+            f"{where}.ratio: {step.ratio:g} is out of reach: {kept}the first {merge.protected} of the model's context "
+            f"of {context} tokens always stay, so that {most:.1f} is the most. Use a smaller "
+            f"{'window or ' if merge.method == 'dms' else ''}ratio."
+        )
+    free = [site.layer for site in anatomy.sites if merge_refusal(site) is None]
+    done: dict[int, LayerPlan] = {}
+    for site, layer in zip(anatomy.sites, layers, strict=True):
+        done[site.layer] = layer
+        if layer.owner != site.layer:
+            owner = done[layer.owner]
+            done[site.layer] = replace(layer, retain=owner.retain)
+            continue
+        if not step.selects(site.layer):
+            continue
+        at = f"layer {site.layer}: {where}"
+        if layer.retain is not None:
+            raise PlanError(f"{at} gives it a gate, and an earlier step did already. Select other layers.")
+        reason = merge_refusal(site)
+        if reason is not None:
+            can = f" Layers that can: {spans(free)}." if free else ""
+            raise PlanError(f"{at} asks for {step.rewriter}, but {reason}{can}")
+        if isinstance(layer.project, Latent):
+            raise PlanError(
+                f"{at} asks for {step.rewriter} on a latent: gates decide per KV head, and a latent is one for all of "
+                "them. Take gqa with dms, or the latent alone."
+            )
+        if layer.value_owner is not None:
+            raise PlanError(
+                f"{at} asks for {step.rewriter}, but the layer reads V of layer {layer.value_owner}, whose slots are "
+                "not those of its own K. Use another layout of share."
+            )
+        if site.layer in {other.value_owner for other in layers}:
+            raise PlanError(f"{at} asks for {step.rewriter}, but other layers read its V beside keys of their own.")
+        done[site.layer] = replace(layer, retain=merge)
+    return tuple(done[layer.layer] for layer in layers)
+
+
 def _shared_latent(step: ShareStep, site: AttentionSite) -> Latent:
     """K of all readers is rotated at read: its mean over layers has no rotated part that suits them all."""
     numbers = min(kept_numbers(step.keep, site), input_columns(site))
@@ -352,10 +438,11 @@ def _make_latent(step: LatentStep, where: str, site: AttentionSite) -> Latent:
     reason = latent_refusal(site)
     if reason:
         raise PlanError(f"{at}: {where} asks for {step.rewriter}, but {reason}")
-    if isinstance(step, MlaStep):
-        return _mla(step, at, site)
-    assert isinstance(step, LowrankStep)
-    return _lowrank(step, at, site)
+    if step.mean_split and site.sinks is not None:
+        raise PlanError(f"{at}: {where}.mean_split: sinks take a part of each softmax. Set mean_split: false.")
+    assert isinstance(step, (MlaStep, LowrankStep))
+    made = _mla(step, at, site) if isinstance(step, MlaStep) else _lowrank(step, at, site)
+    return replace(made, means=step.splits_mean and site.sinks is None)
 
 
 def _mla(step: MlaStep, at: str, site: AttentionSite) -> Latent:
@@ -429,6 +516,7 @@ def _layers(plan: Plan) -> Table:
         return (
             f"{site.heads} q heads x {site.head_dim}",
             f"{cached_form(b.project)}{' heads' if isinstance(a.project, Latent) else ''} → {cached_form(a.project)}"
+            + (f", {_retained(a.retain)}" if a.retain else "")
             + (f", {'V ' if a.value_owner is not None else ''}of layer {a.lenders[0]}" if a.lenders else ""),
             "all" if site.window is None else str(site.window),
             f"{b.bytes_per_token:,} → {a.bytes_per_token:,}",
@@ -454,6 +542,12 @@ def cached_form(project: Project) -> str:
     return f"{project.kv_heads}{uneven}"
 
 
+def _retained(merge: Merge) -> str:
+    """Method, ratio and window, in a word."""
+    window = "" if merge.window is None else f" window {merge.window}"
+    return f"{merge.method} {merge.ratio:g}x{window}"
+
+
 def _totals(plan: Plan) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     columns = {"1 token": 1, **CONTEXTS}
@@ -477,6 +571,15 @@ def _notes(plan: Plan) -> list[str]:
             notes.append("the text decides which layers read which; how many keep a cache stays")
     elif plan.wants_calibration:
         notes.append("asks for: calibration text (a few hundred documents); without it, quality falls")
+    for step in (step for step in plan.recipe.steps if isinstance(step, MergeStep)):
+        if step.gate.startswith("score:"):
+            notes.append(
+                f"{step.rewriter}: tokens go by {step.gate.removeprefix('score:')}, for which nothing is trained"
+            )
+        else:
+            notes.append(
+                f"{step.rewriter}: nothing goes before the gates are trained; bytes above are for {step.ratio:g}x"
+            )
     if plan.recipe.uptrain:
         notes.append(f"uptraining afterwards: {count(plan.recipe.uptrain.tokens)} tokens suggested")
     return notes

@@ -27,6 +27,7 @@ Rotation = Literal["complex", "real", "none"]
 Selector = Literal["gain", "energy", "2norm", "high", "low", "uniform", "top"]
 LowrankInit = Literal["qw", "plain", "whitened"]
 Layout = Literal["joint", "grouped", "head", "freq"]
+Gate = Literal["adapter", "borrowed", "score:key_norm", "score:window"]
 ShareInit = Literal["best", "latent", "replace", "mean", "least_squares"]
 
 
@@ -135,6 +136,17 @@ class LatentStep(Step):
     """Refit `o_proj` by ridge regression to the parent's attention output."""
     gain_fit: bool = False
     """Fit one gain per query head on q and on o by KL to the parent, then fold. Little is left to gain after refits."""
+    mean_split: bool | None = None
+    """Keep the means of K and V apart from the latent: no bytes, better below half of them. None: where `init` is
+    `lowrank`'s own; not in `mla`, whose native export would need a bias on o that not every engine has."""
+
+    ranks: Literal["uniform", "sensitivity"] = "uniform"
+    """All layers alike, or more numbers where the text says that they are missed most; the same bytes in all."""
+
+    @property
+    def splits_mean(self) -> bool:
+        """`mean_split`, decided."""
+        return bool(self.mean_split)
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -196,6 +208,10 @@ class LowrankStep(LatentStep):
     """Part of the numbers that K gets; by default the text decides per layer."""
     init: LowrankInit = "qw"
     """Ours, weighted by queries and outputs, or a published form: `whitened` (Palu), `plain` (SVD of the weights)."""
+
+    @property
+    def splits_mean(self) -> bool:
+        return self.init == "qw" if self.mean_split is None else self.mean_split
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -260,8 +276,67 @@ class ShareStep(Step):
             raise RecipeError(f"{where}.keep: {self.init} shares whole heads. Set init: latent, or leave out keep.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeStep(Step):
+    """What `dmc` and `dms` share: a gate decides per KV head and token who keeps a slot of the cache.
+
+    Conversion adds the gate and changes nothing else: the model is as it was until the gate is trained
+    (`surgery train`), except under a `score:`, for which nothing is trained.
+    """
+
+    ratio: float = 4.0
+    """Tokens seen per slot kept, at the length that is trained on; over all layers and heads together."""
+    gate: Gate = "adapter"
+    """`adapter`: a linear map of the layer's input, zero at first. `borrowed`: the last channel of q and k, which
+    training takes from attention first. `score:key_norm`: long keys go, by a threshold from calibration text;
+    `score:window`: all go behind the window."""
+    sinks: int = 4
+    """First tokens of every sequence that always stay."""
+    page: int = 16
+    """Slots per page of the cache."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if not 1 <= self.ratio < float("inf"):
+            raise RecipeError(
+                f"{where}.ratio: {self.ratio:g} must be at least 1: it counts tokens per slot. For a quarter of the "
+                "cache write 4."
+            )
+        window: int | None = getattr(self, "window", None)
+        if window is not None and window < 1:
+            raise RecipeError(f"{where}.window: {window} must be at least 1: the query's own token is counted.")
+        if self.sinks < 0:
+            raise RecipeError(f"{where}.sinks: {self.sinks} must not be negative.")
+        if not 1 <= self.page <= 256:
+            raise RecipeError(f"{where}.page: {self.page} slots; give 1 to 256.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmsStep(MergeStep):
+    """Drop tokens once they are `window` old, if their gate said so when they came (DMS)."""
+
+    rewriter: Literal["dms"] = "dms"
+    window: int = 256
+    """Newest tokens that are never dropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmcStep(MergeStep):
+    """Average tokens into the slot before them where their gate says so (DMC)."""
+
+    rewriter: Literal["dmc"] = "dmc"
+    window: int | None = 12
+    """Newest tokens of a run that its slot is the mean of; null: all."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if self.gate.startswith("score:"):
+            raise RecipeError(f"{where}.gate: {self.gate} says what to drop, not what to merge. Use rewriter: dms.")
+
+
 STEPS: dict[str, type[Step]] = {
-    "identity": IdentityStep, "gqa": GqaStep, "mla": MlaStep, "lowrank": LowrankStep, "share": ShareStep
+    "identity": IdentityStep, "gqa": GqaStep, "mla": MlaStep, "lowrank": LowrankStep, "share": ShareStep,
+    "dms": DmsStep, "dmc": DmcStep,
 }  # fmt: skip
 
 
@@ -292,8 +367,9 @@ class Uptrain:
     """Weight of the relative squared distance to the parent's last hidden state."""
     temperature: float = 1.0
     """Of both distributions in the KL, which is multiplied by its square."""
-    train: Literal["converted", "attention", "all", "lora"] = "converted"
-    """Attention that was converted, every attention, everything, or low-rank adapters (`lora_*`)."""
+    train: Literal["converted", "attention", "all", "lora", "gates"] = "converted"
+    """Attention that was converted, every attention, everything, low-rank adapters (`lora_*`), or the gates of `dms`
+    and `dmc` alone."""
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] | None = None
@@ -304,22 +380,36 @@ class Uptrain:
     """Tokens per sequence. None: the model's context, at most 4096."""
     weight_decay: float = 0.1
     """Of matrices; vectors (gains, biases) have none."""
+    gate_budget: float = 5.0
+    """Weight of max(0, part of tokens that is to go - part that goes), where a step asks for a ratio."""
+    gate_budget_per: Literal["model", "head"] = "model"
+    """One budget for all layers and heads together, which then choose their own ratios, or one for each head."""
+    gate_ramp: float = 0.8
+    """Part of the run in which the ratio rises from 1 to that of the recipe."""
+    gate_temperature: float = 0.3
+    """Of relaxed decisions."""
     separate_documents: bool = True
     """Positions start again at each document of a packed sequence, and no attention crosses the border."""
 
     def validate(self, where: str) -> None:
-        for name in ("tokens", "learning_rate", "local_learning_rate", "temperature", "batch", "lora_rank"):
+        for name in ("tokens", "learning_rate", "local_learning_rate", "temperature", "batch", "lora_rank",
+                     "gate_temperature"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"{where}.{name}: {value} must be positive.")
-        for name in ("layer_local", "warmup", "decay"):
+        for name in ("layer_local", "warmup", "decay", "gate_ramp"):
             if not 0 <= (getattr(self, name) or 0.0) <= 1:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} is a part of the whole: give 0 to 1.")
-        for name in ("kl", "ce", "hidden", "weight_decay"):
+        for name in ("kl", "ce", "hidden", "weight_decay", "gate_budget"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} must not be negative.")
         if self.layer_local != 1 and not (self.kl or self.ce or self.hidden):
             raise RecipeError(f"{where}: kl, ce and hidden are all 0: the second stage would learn nothing.")
+        if self.train == "gates" and self.layer_local:
+            raise RecipeError(
+                f"{where}.layer_local: gates are trained by the logits; the layer-local stage would train nothing. Set "
+                "layer_local: 0."
+            )
         if self.length is not None and self.length < 8:
             raise RecipeError(f"{where}.length: {self.length} tokens; give at least 8.")
 

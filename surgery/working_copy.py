@@ -35,6 +35,8 @@ class WorkingCopy:
         self.sites = {site.layer: site for site in anatomy.sites}
         self.teacher = parent if _is_float32(parent) else copy.deepcopy(parent).float()
         self.model = copy.deepcopy(self.teacher).eval()
+        self.gates: dict[int, dict[str, Tensor]] = {}
+        """Tensors of the gates that layers got, by name."""
         self._groups: dict[int, tuple[tuple[int, ...], ...]] = {}
         self._wanted: dict[str, list[Tensor]] = {}
 
@@ -62,6 +64,7 @@ class WorkingCopy:
         """The layer under the names and in the layout of `SurgeryHeadsAttention`."""
         site = self.sites[layer]
         tensors = canonical_weights(site, self.tensor)
+        tensors |= {f"gate.{name}": tensor for name, tensor in self.gates.get(layer, {}).items()}
         if layer in self._groups:
             slots = [group[0] // site.group_size for group in self._groups[layer]]
             for name, tensor in tensors.items():
@@ -119,7 +122,7 @@ class WorkingCopy:
     @property
     def converted(self) -> list[int]:
         """Layers written so far."""
-        return sorted(self._groups)
+        return sorted({*self._groups, *self.gates})
 
 
 def _is_float32(model: PreTrainedModel) -> bool:

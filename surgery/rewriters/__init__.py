@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import Any
 
 REWRITERS = {
+    "dmc": "surgery.rewriters.merge:Gates",
+    "dms": "surgery.rewriters.merge:Gates",
     "gqa": "surgery.rewriters.gqa:Gqa",
     "identity": "surgery.rewriters.identity:Identity",
     "lowrank": "surgery.rewriters.latent_steps:Lowrank",

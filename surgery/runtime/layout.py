@@ -163,6 +163,8 @@ class Latent:
     rotate_on_read: bool = False
     k_rank: int | None = None
     """Set where K and V have latents of their own: K reads the first `k_rank` numbers of c, V the others."""
+    means: bool = False
+    """The latents carry K and V without their means: K's is added at read (`k_mean`), V's is in the bias of o."""
     kind: Literal["latent"] = "latent"
 
     @property
@@ -217,6 +219,19 @@ class Merge:
         and that behind the sinks would merge into the last of them."""
         return self.sinks + 1 if self.method == "dmc" else max(1, self.sinks)
 
+    @property
+    def always_kept(self) -> int:
+        """Tokens of any sequence that keep a slot of their own whatever the gate says, the window included."""
+        return self.protected + (self.window or 0) if self.method == "dms" else self.protected
+
+    def slots_at(self, tokens: int) -> float:
+        """Slots that a KV head is expected to hold after `tokens` tokens."""
+        return max(tokens / self.ratio, float(min(tokens, self.always_kept)))
+
+    def drop_rate(self, tokens: int, ratio: float) -> float:
+        """Part of the decisions to be 1 for `tokens` tokens to take `tokens / ratio` slots; above 1 where none can."""
+        return (tokens - tokens / ratio) / max(tokens - self.always_kept, 1e-9)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
@@ -237,13 +252,15 @@ class LayerPlan:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one more token adds to the cache while the window, if any, is not full."""
+        """Bytes that one more token adds to the cache while the window, if any, is not full; on average, if merged."""
         if self.owner != self.layer:
             return 0
         dims = self.project.dims
         if self.value_owner is not None:
             dims -= self.project.kv_heads * self.project.value_dim
-        return dims * _BYTES[self.dtype]
+        return (
+            dims * _BYTES[self.dtype] if self.retain is None else round(dims * _BYTES[self.dtype] / self.retain.ratio)
+        )
 
     @property
     def lenders(self) -> tuple[int, ...]:
