@@ -13,6 +13,9 @@ from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
 from .layout import AttentionSite, LayerPlan
 from .merging import hard_decisions, log_keep, pooled, soft_bias, visible
+from .ragged import New
+from .ragged_attention import attend
+from .ragged_cache import make_ragged
 
 ZERO_OUT = 0.1
 """Part of the ramp in which borrowed channels fade; 0.8 of it fades, the rest is trained without them."""
@@ -27,6 +30,8 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
     """
 
     gate: SurgeryGate
+    all_plans: tuple[LayerPlan, ...]
+    """Of the whole model: its cache is made for all layers at once. `swap_attention` sets it."""
 
     def __init__(
         self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
@@ -87,8 +92,8 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
                 f"layer {self.layer_idx}: merged tokens are hidden by a mask per head, which runs with "
                 f"attn_implementation 'sdpa' or 'eager', not {implementation!r}"
             )
-        if cache is not None:
-            raise ValueError(f"layer {self.layer_idx}: merged layers run without a cache. Pass use_cache=False.")
+        if cache is not None and not self.training:
+            return self._attend_cached(hidden_states, mask, position_embeddings, position_ids, cache, shared), None
         q = self._queries(hidden_states)
         turn = self._rotation(hidden_states, q.dtype, position_embeddings, position_ids, cache)
         seen = self._seen(mask)
@@ -113,6 +118,54 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         return self._call_attention(
             self._attention_function(), query, key, value, _combined(keep, seen, query.dtype), named
         )
+
+    def _attend_cached(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        position_embeddings: Any,
+        position_ids: Tensor | None,
+        cache: Any,
+        shared: KVStates,
+    ) -> Tensor:
+        """Head outputs [B, T, N, V]; the cache keeps what the decisions leave."""
+        q = self._queries(hidden_states)
+        turn = self._rotation(hidden_states, q.dtype, position_embeddings, position_ids, cache)
+        if self.owns_cache:
+            make_ragged(cache, self.all_plans)
+            layer = cache.layers[self.layer_idx]
+            k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
+            logits, weight = self.gate(hidden_states, q, k)
+            q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
+            visible, past, tokens = self._seen(mask), layer.get_seq_length(), hidden_states.shape[1]
+            seen = layer.add(
+                New(
+                    key_BKTH=k.transpose(1, 2),
+                    value_BKTV=v.transpose(1, 2),
+                    logits_BKT=logits,
+                    weight_BKT=weight,
+                    # The newest token sees every token that is there.
+                    real_BT=None if visible is None else visible[:, 0, -1, past : past + tokens].expand(len(q), -1),
+                    turn=lambda x: norm_heads(self.k_norm, turn(x.transpose(1, 2)), True).transpose(1, 2),
+                    angles=self._angles(turn),
+                )
+            )
+            if self.has_readers:
+                assert shared is not None
+                shared[self.layer_idx] = seen
+        else:
+            seen = self._lent(self.plan.owner, shared)
+        query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
+        plain = self.site.softcap is None and self.sinks is None
+        return attend(self, query, seen, self.heads, self.scaling, plain)
+
+    def _angles(self, turn: Any) -> tuple[Tensor, Tensor, bool, int] | None:
+        """What `turn` does, for operators that rotate keys themselves; None where it is nothing or more than that."""
+        rotary = self.site.rotary
+        if rotary is None or (self.k_norm is not None and self.k_norm.norm.after_rotary):
+            return None
+        cos, sin = (turn.keywords[name][:, :, 0] for name in ("cos", "sin"))
+        return cos, sin, rotary.interleaved, rotary.start
 
     def _retain(
         self, k_BTKH: Tensor, v_BTKV: Tensor, logits_BKT: Tensor, weight_BKT: Tensor | None, order_BT: Tensor

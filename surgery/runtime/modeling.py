@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.generation import GenerationMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm, canonical_weights
@@ -22,6 +23,7 @@ from .heads import SurgeryHeadsAttention
 from .latent import SurgeryLatentAttention, latent_shapes
 from .layout import AttentionSite, Latent, LayerPlan
 from .merged import SurgeryMergedAttention
+from .ragged_cache import make_ragged
 
 _MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
@@ -31,6 +33,9 @@ class SurgeryMixin:
 
     shares_caches = False
     """Whether layers read the caches of others."""
+    plans: tuple[LayerPlan, ...] = ()
+    retains = False
+    """Whether tokens merge or leave in some layer."""
     _skip_keys_device_placement: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -48,7 +53,9 @@ class SurgeryMixin:
             [CallingConvention.from_dict(layer["call"]) for layer in layers],
             [layer["shapes"] for layer in layers],
         )
-        self.shares_caches = any(LayerPlan.from_dict(layer["plan"]).lenders for layer in layers)
+        self.plans = tuple(LayerPlan.from_dict(layer["plan"]) for layer in layers)
+        self.retains = any(plan.retain is not None for plan in self.plans)
+        self.shares_caches = any(plan.lenders for plan in self.plans)
         if self.shares_caches:
             self.base_model.register_forward_pre_hook(_hand_down_states, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -66,6 +73,38 @@ class SurgeryMixin:
                 "Use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+
+    def static_cache(self, max_cache_len: int, *, ratio: float | None = None) -> StaticCache:
+        """An empty cache that is allocated at once; pass it as `past_key_values`.
+
+        Args:
+            max_cache_len: tokens at most, the prompt included.
+            ratio: tokens per slot to have room for where tokens merge or leave; None: what the plan aims at.
+        """
+        cache = StaticCache(config=self.config, max_cache_len=max_cache_len)  # type: ignore[attr-defined]
+        if self.retains:
+            make_ragged(cache, self.plans, ratio)
+        return cache
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the parent's; caches of merged attention become what they will be before anybody asks what they can do.
+
+        Raises:
+            ValueError: assisted decoding of merged attention, or a form of cache that it cannot have.
+        """
+        if self.retains and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                f"{type(self).__name__} merges or drops tokens, which cannot be undone when candidates are rejected: it "
+                "cannot generate with an assistant. Leave out assistant_model and prompt_lookup_num_tokens."
+            )
+        done = super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, *args, **kwargs
+        )
+        if self.retains and model_kwargs.get("past_key_values") is not None:
+            make_ragged(model_kwargs["past_key_values"], self.plans)
+        return done
 
     def initialize_weights(self) -> None:
         """Initialise as the parent does, then our own modules, which the parent's sub-models know nothing of."""
@@ -143,6 +182,8 @@ def swap_attention(
             form = SurgeryMergedAttention
         attention = form(config, site, plan, call, {k: tuple(v) for k, v in sizes.items()})
         attention.has_readers = site.layer in lenders
+        if isinstance(attention, SurgeryMergedAttention):
+            attention.all_plans = tuple(plans)
         parameter = next(replaced.parameters())
         attention.to(dtype=parameter.dtype)
         setattr(owner, attribute, attention.train(replaced.training))
@@ -276,7 +317,7 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
             )
 
 
-_LATENT = ("kv_down", "k_up", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "k_norm", "v_norm")
+_LATENT = ("kv_down", "k_up", "k_mean", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "k_norm", "v_norm")
 
 
 def _copy_buffers(parent: nn.Module, converted: nn.Module) -> None:

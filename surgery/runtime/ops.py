@@ -17,6 +17,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 try:
     from surgery.kernels.decode_gqa import decode_gqa
     from surgery.kernels.decode_latent import decode_latent
+    from surgery.kernels.decode_ragged import decode_ragged
+    from surgery.kernels.launching import device_of
+    from surgery.kernels.merge_append import merge_append_
+    from surgery.kernels.ragged_schedule import programs_for, ragged_schedule
 
     AVAILABLE = True
 except ImportError:
@@ -61,6 +65,44 @@ def latent_attention_forward(
     lengths, visible = live(attention_mask, len(query))
     out, _ = decode_latent(query[:, :, 0], cached, lengths, scaling, rank, visible)
     return out[:, None]
+
+
+def ragged_attention_forward(
+    query_BNH: Tensor, keys: Tensor, values: Tensor, tables_BKM: Tensor, lengths_BK: Tensor, scaling: float
+) -> Tensor:
+    """[B, N, V] of one new token against slots in pages [P, page, .], of which each KV head has its own number."""
+    rows = lengths_BK.numel()
+    if query_BNH.is_cuda:
+        programs = programs_for(device_of(query_BNH))
+        plan = ragged_schedule(lengths_BK[None], programs, keys.shape[1])[0]
+    else:
+        plan = lengths_BK.new_empty(rows + 3)  # only a GPU shares the work out
+    out: Tensor = decode_ragged(query_BNH, keys, values, tables_BKM, lengths_BK, plan, scaling)[0]
+    return out
+
+
+def merge_append_forward(
+    key_BKH: Tensor,
+    value_BKV: Tensor,
+    merges_BK: Tensor,
+    weight_BK: Tensor,
+    angles: tuple[Tensor, Tensor, bool, int],
+    tables_BKM: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    state: dict[str, Tensor],
+) -> None:
+    """Merge one token into the newest slot of each KV head or append it; all of `state` moves on.
+
+    `angles`: cos and sin [B or 1, 1, F], whether pairs are interleaved, the first channel that turns.
+    """
+    cos, sin, interleaved, start = angles
+    cos, sin = (t[:, 0].contiguous().expand(len(key_BKH), -1) for t in (cos, sin))
+    no_queries = key_BKH[:, :0]
+    merge_append_(
+        no_queries, key_BKH, value_BKV, merges_BK, weight_BK.contiguous(), cos, sin, tables_BKM, keys, values,
+        state["sums_k"], state["sums_v"], state["z"], state["lengths"], interleaved, start,
+    )  # fmt: skip
 
 
 def decodes(query: Tensor, mask: Tensor | None, dropout: float = 0.0) -> bool:

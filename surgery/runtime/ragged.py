@@ -1,0 +1,378 @@
+"""Cache layers of merged attention: KV heads keep different numbers of slots, in pages.
+
+Row (b, k), a sequence's KV head, has `lengths[b, k]` slots; slot s lies at place s % page of page
+`tables[b, k, s // page]` of the pool. Slots of one row are in no order: attention does not ask for any.
+`get_seq_length()` counts tokens seen, which positions and masks follow, not slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .layout import Merge
+from .merging import hard_decisions
+from .pages import PagePool, PoolFull
+
+NEVER = 2**31 - 1
+AHEAD = 4
+"""Steps of decoding for which pages are taken at once: lengths are read from the device so much less often."""
+_WIDER = 8
+"""Tables of a growing cache widen by so many pages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class New:
+    """What several layers' worth of arithmetic has made of new tokens, for their owner's cache."""
+
+    key_BKTH: Tensor
+    """Before any rotation."""
+    value_BKTV: Tensor
+    logits_BKT: Tensor
+    """Of the gate: above 0 where a token is to be dropped (`dms`) or merged (`dmc`)."""
+    weight_BKT: Tensor | None
+    """float32, above 0: of each token in its slot (`dmc`)."""
+    real_BT: Tensor | None
+    """False at padding; None where there is none."""
+    turn: Callable[[Tensor], Tensor]
+    """Rotates keys [B, K, T, H] to the positions of these tokens, as attention reads them."""
+    angles: tuple[Tensor, Tensor, bool, int] | None = None
+    """cos and sin [B or 1, T, F], whether pairs are interleaved, and the first channel that turns, for operators that
+    rotate keys themselves; None where `turn` does more than that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Slots side by side. A query of order s (tokens before it in its sequence) sees those of which s < expires."""
+
+    key_BKSH: Tensor
+    value_BKSV: Tensor
+    expires_BKS: Tensor
+    """int32; `NEVER` where no query to come is denied the slot, at most 0 where there is none (padding)."""
+    born_BKS: Tensor
+    """int32: order of the token that the slot holds; -1 where nobody asks any more."""
+
+    def __len__(self) -> int:
+        return self.key_BKSH.shape[2]
+
+    def cut(self, begin: int, end: int) -> Slots:
+        """A stretch of them."""
+        return self._each(lambda t: t[:, :, begin:end])
+
+    def and_(self, other: Slots) -> Slots:
+        """These and those behind them."""
+        if len(self) == 0:
+            return other
+        return Slots(**{name: torch.cat((t, getattr(other, name)), dim=2) for name, t in vars(self).items()})
+
+    def live(self, last_B: Tensor) -> Slots:
+        """Without those that queries of order `last_B` and later do not see; rows stay in order, live slots first."""
+        dead = self.expires_BKS <= last_B[:, None, None]
+        if not bool(dead.any()):
+            return self
+        longest = int((~dead).sum(-1).max())
+        index = torch.argsort(dead, dim=-1, stable=True)[..., :longest]
+        return self._each(lambda t: t.gather(2, index) if t.ndim == 3 else pick(t, index))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Slots:
+        return Slots(**{name: function(t) for name, t in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What several new tokens attend to: slots of before, and their own."""
+
+    old: Slots
+    new: Slots
+    order_BT: Tensor
+    """int32: tokens before each query in its sequence."""
+    new_order_BT: Tensor
+    """The same of the new slots."""
+    real_BT: Tensor | None
+    """False at padding; None where there is none."""
+    in_step: bool
+    """Slot t is that of query t. Otherwise (padding behind tokens) slots stand later than queries."""
+
+
+class RaggedLayer(CacheLayerMixin):
+    """What both methods share: pages, tables, selection of sequences, accounting.
+
+    Args:
+        merge: of the layer's plan.
+        layer: its index, for messages.
+        pool: pages, fixed or growing; shared by the layers of a static cache.
+        max_length: tokens that may come; None: any number.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, merge: Merge, layer: int, pool: PagePool | None = None, max_length: int | None = None) -> None:
+        super().__init__()
+        self.merge, self.layer, self.max_length = merge, layer, max_length
+        self.pool = pool or PagePool(merge.page)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0
+        self._room = 0
+        self._held: list[list[int]] = []
+        self.state: dict[str, Tensor] = {}
+        self.is_initialized = False
+
+    # What `state` holds, [B, ...]: `tables` [B, K, M] int32, `lengths` [B, K] int32, `tokens` [B] int32 (of each
+    # sequence, padding not counted), and what the method adds.
+
+    @property
+    def tables(self) -> Tensor:
+        return self.state["tables"]
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.state["lengths"]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.state["tokens"]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        B, K = key_states.shape[:2]
+        if self.merge.page != self.pool.page:
+            raise ValueError(f"layer {self.layer}: pages of {self.merge.page} slots, its pool has {self.pool.page}")
+        self.pool.allocate(key_states, value_states)
+        width = 0 if self.max_length is None else -(-(self.max_length + AHEAD) // self.merge.page)
+        self.state = {
+            "tables": key_states.new_zeros(B, K, width, dtype=torch.int32),
+            "lengths": key_states.new_zeros(B, K, dtype=torch.int32),
+            "tokens": key_states.new_zeros(B, dtype=torch.int32),
+        }
+        self._held = [[] for _ in range(B * K)]
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, B
+        self.is_initialized = True
+
+    def add(self, new: New) -> RaggedLayer | Chunk:
+        """Store new tokens; returns what they see: this layer after one token, a `Chunk` after several.
+
+        Gradients do not flow through the cache.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(new.key_BKTH, new.value_BKTV)
+        batch, T = len(new.key_BKTH), new.key_BKTH.shape[2]
+        if batch != self.batch_size:
+            raise ValueError(f"layer {self.layer}: the cache holds {self.batch_size} sequences, {batch} came")
+        if self.max_length is not None and self.seen + T > self.max_length:
+            raise RuntimeError(
+                f"layer {self.layer}: the static cache is for {self.max_length} tokens, {self.seen + T} came. Raise "
+                "max_cache_len, or use a dynamic cache."
+            )
+        if new.real_BT is not None and bool(new.real_BT.all()):
+            new = replace(new, real_BT=None)
+        if T == 1 and new.real_BT is None:
+            if self._room == 0:
+                self._fit(self.lengths.flatten().tolist(), AHEAD)
+            self._room -= 1
+            dec = hard_decisions(new.logits_BKT, self.tokens[:, None], self.merge.protected)
+            self._add_token(new, dec[..., 0])
+            self.tokens.add_(1)
+            seen: RaggedLayer | Chunk = self
+        else:
+            seen = self._add_chunk(new)
+        self.seen += T
+        return seen
+
+    def _add_token(self, new: New, dec_BK: Tensor) -> None:
+        """Write the slot of one token per sequence; the method's own state and `lengths` move on, `tokens` after it."""
+        raise NotImplementedError
+
+    def _new_slots(self, new: New, dec_BKT: Tensor, order_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of the slot that each new token leaves; the method's own state moves on."""
+        raise NotImplementedError
+
+    def _expiry(self, old: Slots, dec_BKT: Tensor, order_BT: Tensor, count_B: Tensor) -> tuple[Slots, Tensor]:
+        """`old` as the new tokens see it, and the expiry of theirs; the `count_B` real ones stand at the end."""
+        raise NotImplementedError
+
+    def _add_chunk(self, new: New) -> Chunk:
+        real, (B, K, T) = new.real_BT, new.logits_BKT.shape
+        before = self.tokens
+        order = before[:, None] + torch.arange(T, device=before.device, dtype=torch.int32)
+        if real is None:
+            count = torch.full_like(before, T)
+        else:
+            order = before[:, None] + real.cumsum(-1, dtype=torch.int32) - 1
+            count = real.sum(-1, dtype=torch.int32)
+        dec = hard_decisions(new.logits_BKT, order, self.merge.protected)
+        if real is not None:
+            dec = dec & real[:, None]
+        old = self.slots()
+        key, value = self._new_slots(new, dec, order)
+        in_step = real is None or not bool((real[:, :-1] & ~real[:, 1:]).any())
+        new_order = order
+        if not in_step:
+            assert real is not None
+            key, value, dec, new_order = (at_end(t, real) for t in (key, value, dec, order))
+        old, expires = self._expiry(old, dec, new_order, count)
+        if real is not None:
+            padding = torch.arange(T, device=before.device) < T - count[:, None]
+            expires = expires.masked_fill(padding[:, None], -1)
+        added = Slots(key_BKSH=key, value_BKSV=value, expires_BKS=expires, born_BKS=new_order[:, None].expand(B, K, T))
+        self.state["tokens"] = before + count
+        self._store(old.and_(added))
+        return Chunk(old=old, new=added, order_BT=order, new_order_BT=new_order, real_BT=real, in_step=in_step)
+
+    def slots(self) -> Slots:
+        """All slots side by side, [B, K, longest, .]; copies."""
+        longest = int(self.lengths.max()) if self.lengths.numel() else 0
+        pages = self.tables[..., : -(-longest // self.merge.page)].long()
+        key, value = (t[pages].flatten(2, 3)[:, :, :longest] for t in (self.pool.keys, self.pool.values))
+        there = torch.arange(longest, device=self.device) < self.lengths[..., None]
+        expires = torch.where(there, NEVER, -1).int()
+        born = torch.full_like(expires, -1)
+        return Slots(key_BKSH=key, value_BKSV=value, expires_BKS=expires, born_BKS=born)
+
+    def _store(self, slots: Slots) -> Slots:
+        """Fill the pages anew with what the newest token sees of `slots`, and return that."""
+        last = self.tokens - 1
+        slots = slots.live(last)
+        there = slots.expires_BKS > last[:, None, None]
+        self.state["lengths"] = there.sum(-1, dtype=torch.int32)
+        self._fit(self.lengths.flatten().tolist(), 0)
+        b, k, s = there.nonzero(as_tuple=True)
+        page = self.tables[b, k, s // self.merge.page].long()
+        self.pool.keys[page, s % self.merge.page] = slots.key_BKSH.detach()[b, k, s]
+        self.pool.values[page, s % self.merge.page] = slots.value_BKSV.detach()[b, k, s]
+        return slots
+
+    def _write(self, slot_BK: Tensor, key_BKH: Tensor, value_BKV: Tensor) -> None:
+        page = self.tables.gather(2, (slot_BK // self.merge.page)[..., None].long())[..., 0].long()
+        place = (slot_BK % self.merge.page).long()
+        self.pool.keys[page, place] = key_BKH.detach().to(self.pool.keys.dtype)
+        self.pool.values[page, place] = value_BKV.detach().to(self.pool.values.dtype)
+
+    def _fit(self, lengths: Sequence[int], more: int) -> None:
+        """Pages for `more` slots beyond `lengths` in every row; those behind them are given back."""
+        page = self.merge.page
+        wanted = [-(-(length + more) // page) for length in lengths]
+        for row, count in zip(self._held, wanted, strict=True):
+            self.pool.give(row[count:])
+            del row[count:]
+        missing = [max(count - len(row), 0) for row, count in zip(self._held, wanted, strict=True)]
+        if any(missing):
+            taken = self._take(sum(missing), lengths)
+            entries = []
+            for i, (row, count) in enumerate(zip(self._held, missing, strict=True)):
+                entries += [(i, len(row) + j, taken[j]) for j in range(count)]
+                row += taken[:count]
+                taken = taken[count:]
+            self._widen(max(len(row) for row in self._held))
+            rows, columns, pages = torch.tensor(entries, device=self.device).unbind(-1)
+            self.tables.flatten(0, 1)[rows, columns] = pages.int()
+        self._room = min(len(row) * page - length for row, length in zip(self._held, lengths, strict=True))
+
+    def _take(self, pages: int, lengths: Sequence[int]) -> list[int]:
+        try:
+            return self.pool.take(pages)
+        except PoolFull as full:
+            kept = sum(lengths) / max(len(lengths), 1)
+            seen = float(self.tokens.float().mean())
+            raise RuntimeError(
+                f"layer {self.layer}: the static cache is full: all of its {full.pages} pages of {self.merge.page} "
+                f"slots are taken. KV heads hold {kept:.0f} slots of {seen:.0f} tokens here, {seen / max(kept, 1):.2f}x"
+                f" fewer; the pool was sized for a mean of {self.pool.ratio:g}x. Use a dynamic cache, which grows, or "
+                "make a static one for the ratio that the gates reach: model.static_cache(max_cache_len, ratio=...)."
+            ) from full
+
+    def _widen(self, pages: int) -> None:
+        missing = pages - self.tables.shape[2]
+        if missing > 0:
+            missing = -(-missing // _WIDER) * _WIDER if self.max_length is None else missing
+            self.state["tables"] = torch.nn.functional.pad(self.tables, (0, missing))
+
+    def tensors(self) -> list[Tensor]:
+        """All that the layer keeps on the device; layers of a static cache name the same pool."""
+        pool = [self.pool.keys, self.pool.values] if self.is_initialized else []
+        return [*pool, *self.state.values()]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("the cache of a merged attention is written by that attention alone")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_length is None else self.max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"layer {self.layer}: tokens cannot be taken back from a cache that merges or drops them "
+                f"({self.merge.method}). Decode without an assistant, and keep a copy of the cache where turns are "
+                "tried out."
+            )
+
+    def reset(self) -> None:
+        for row in self._held:
+            self.pool.give(row)
+        self._clear()
+
+    def offload(self) -> None:
+        raise ValueError(f"layer {self.layer}: a cache of pages cannot be offloaded. Use a dynamic or static cache.")
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(torch.arange(self.batch_size).repeat_interleave(repeats) if self.is_initialized else None)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(self.batch_size)[indices.cpu()] if self.is_initialized else None)
+
+    def _select(self, rows_B: Tensor | None) -> None:
+        """Go on with these sequences; pages are copied, for sequences of one origin part ways."""
+        if rows_B is None or not self.is_initialized:
+            return
+        chosen = rows_B.tolist()
+        if chosen == list(range(self.batch_size)):
+            return
+        K = self.lengths.shape[1]
+        sources = [self._held[b * K + k] for b in chosen for k in range(K)]
+        flat = torch.tensor([page for row in sources for page in row], device=self.device, dtype=torch.long)
+        keys, values = self.pool.keys[flat], self.pool.values[flat]
+        counts = [len(row) for row in sources]
+        for row in self._held:
+            self.pool.give(row)
+        index = rows_B.to(self.device)
+        self.state = {name: t.index_select(0, index) for name, t in self.state.items()}
+        self.batch_size = len(chosen)
+        self._held = [[] for _ in sources]
+        lengths = [count * self.merge.page for count in counts]
+        self._fit(lengths, 0)
+        to = torch.tensor([page for row in self._held for page in row], device=self.device, dtype=torch.long)
+        self.pool.keys[to], self.pool.values[to] = keys, values
+        self._room = 0
+
+
+def at_end(x: Tensor, real_BT: Tensor) -> Tensor:
+    """[B, T] or [B, K, T, ...] with the real tokens of each row at its end, in order."""
+    index = torch.argsort(real_BT.byte(), dim=-1, stable=True)
+    if x.ndim == 2:
+        return x.gather(1, index)
+    index = index[:, None].expand(*x.shape[:2], -1)
+    return x.gather(2, index) if x.ndim == 3 else pick(x, index)
+
+
+def pick(x_BKSH: Tensor, index_BKT: Tensor) -> Tensor:
+    return x_BKSH.gather(2, index_BKT[..., None].expand(*index_BKT.shape, x_BKSH.shape[-1]))

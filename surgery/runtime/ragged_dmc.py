@@ -1,0 +1,146 @@
+"""Cache of a layer that averages tokens into the slot before them (`Merge.method` "dmc")."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .merging import pooled
+from .ops import AVAILABLE, merge_append_forward
+from .ragged import NEVER, New, RaggedLayer, Slots, at_end, pick
+
+
+class MergingLayer(RaggedLayer):
+    """A merging token overwrites the newest slot of its row with the mean of its run, rotated to its own position.
+
+    Beside the slots each row keeps what its open run needs: where all terms count, their sums `sums_k` [B, K, H],
+    `sums_v` [B, K, V] and weight `z` [B, K] in float32; where the newest W count, the terms themselves, token t at
+    t % W: `terms_k` [B, K, W, H] before rotation, `terms_v`, `terms_w` [B, K, W] float32, and `run` [B, K] int32, how
+    many tokens the run has. Sums are then taken anew at every step: subtracting the oldest term would cancel.
+    """
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        (B, K, _, H), V, W = key_states.shape, value_states.shape[-1], self.merge.window
+        if W is None:
+            self.state |= {
+                "sums_k": key_states.new_zeros(B, K, H, dtype=torch.float32),
+                "sums_v": key_states.new_zeros(B, K, V, dtype=torch.float32),
+                "z": key_states.new_zeros(B, K, dtype=torch.float32),
+            }
+        else:
+            self.state |= {
+                "terms_k": key_states.new_zeros(B, K, W, H),
+                "terms_v": value_states.new_zeros(B, K, W, V),
+                "terms_w": key_states.new_zeros(B, K, W, dtype=torch.float32),
+                "run": key_states.new_zeros(B, K, dtype=torch.int32),
+            }
+
+    def _add_token(self, new: New, dec_BK: Tensor) -> None:
+        assert new.weight_BKT is not None
+        key, value, weight = new.key_BKTH.detach()[:, :, 0], new.value_BKTV.detach()[:, :, 0], new.weight_BKT[..., 0]
+        state = self.state
+        if self.merge.window is not None:
+            key, value = self._mean_of_terms(key, value, weight, dec_BK)
+        elif AVAILABLE and new.angles is not None:
+            merge_append_forward(
+                key, value, dec_BK, weight, new.angles, self.tables, self.pool.keys, self.pool.values, state
+            )
+            return
+        else:
+            merges = dec_BK[..., None]
+            for name, x in (("sums_k", key), ("sums_v", value)):
+                state[name] = torch.where(merges, state[name], 0.0) + weight[..., None] * x.float()
+            state["z"] = torch.where(dec_BK, state["z"], 0.0) + weight
+            key = (state["sums_k"] / state["z"][..., None]).to(key.dtype)
+            value = (state["sums_v"] / state["z"][..., None]).to(value.dtype)
+        slot = self.lengths - dec_BK.int()
+        self._write(slot, new.turn(key[:, :, None])[:, :, 0], value)
+        self.lengths.copy_(slot + 1)
+
+    def _mean_of_terms(self, key: Tensor, value: Tensor, weight: Tensor, dec_BK: Tensor) -> tuple[Tensor, Tensor]:
+        state, W = self.state, self.merge.window
+        assert W is not None
+        place = (self.tokens % W).long()
+        rows = torch.arange(len(place), device=self.device)
+        for name, x in (("terms_k", key), ("terms_v", value), ("terms_w", weight)):
+            state[name][rows, :, place] = x.to(state[name].dtype)
+        state["run"] = torch.where(dec_BK, state["run"], 0) + 1
+        age = (place[:, None] - torch.arange(W, device=self.device)) % W
+        w = torch.where(age[:, None] < state["run"][..., None], state["terms_w"], 0.0)
+        w = (w / w.sum(-1, keepdim=True))[..., None, :]
+        mean_k, mean_v = (torch.matmul(w, state[name].float())[..., 0, :] for name in ("terms_k", "terms_v"))
+        return mean_k.to(key.dtype), mean_v.to(value.dtype)
+
+    def _new_slots(self, new: New, dec_BKT: Tensor, order_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefixes: what the open slot holds after each token."""
+        assert new.weight_BKT is not None
+        key, value, real = new.key_BKTH, new.value_BKTV, new.real_BT
+        x, weight, merges = torch.cat((key, value), dim=-1).float(), new.weight_BKT.float(), dec_BKT
+        there = None if real is None else real
+        before = 0
+        if self.seen:
+            old_x, old_weight, old_there = self._open_run()
+            before = old_x.shape[2]
+            # The terms of before are a run that begins with the first of them; what is not there is a run each.
+            begins = old_there & ~F.pad(old_there[..., :-1], (1, 0))
+            x, weight = torch.cat((old_x, x), dim=2), torch.cat((old_weight, weight), dim=2)
+            merges = torch.cat((old_there & ~begins, merges), dim=2)
+            there = None if real is None else F.pad(real, (before, 0), value=True)
+        if there is not None:
+            # Padding stands before all terms: runs of before go on behind it.
+            x, weight, merges = (at_end(t, there) for t in (x, weight, merges))
+        prefixes = pooled(x, weight, merges, self.merge.window)
+        self._keep_open_run(x, weight, merges, order_BT, key.shape[-1])
+        if there is not None:
+            back = torch.argsort(torch.argsort(there.byte(), dim=-1, stable=True), dim=-1)
+            prefixes = pick(prefixes, back[:, None].expand(merges.shape))
+        prefixes = prefixes[:, :, before:].to(key.dtype)
+        return new.turn(prefixes[..., : key.shape[-1]]), prefixes[..., key.shape[-1] :]
+
+    def _open_run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Its terms, oldest first: K and V side by side [B, K, C, H + V], weights and which are there [B, K, C].
+
+        Where all terms count, they are handed on as one: their mean with their whole weight.
+        """
+        state, W = self.state, self.merge.window
+        if W is None:
+            there = self.lengths > 0
+            weight = torch.where(there, state["z"], 1.0)
+            x = torch.cat((state["sums_k"], state["sums_v"]), dim=-1) / weight[..., None]
+            return x[:, :, None], weight[..., None], there[..., None]
+        age = torch.arange(W - 1, -1, -1, device=self.device)
+        place = ((self.tokens[:, None] - 1 - age) % W).long()[:, None].expand(-1, self.lengths.shape[1], -1)
+        x = torch.cat([pick(state[name], place).float() for name in ("terms_k", "terms_v")], dim=-1)
+        there = age < state["run"][..., None]
+        return x, torch.where(there, state["terms_w"].gather(2, place), 1.0), there
+
+    def _keep_open_run(self, x_BKTH: Tensor, weight: Tensor, merges: Tensor, order_BT: Tensor, key_dim: int) -> None:
+        state, W = self.state, self.merge.window
+        x, weight = x_BKTH.detach(), weight.detach()
+        appends = (~merges).int()
+        open_run = appends.flip(-1).cumsum(-1).flip(-1) - appends == 0
+        if W is None:
+            w = torch.where(open_run, weight, 0.0)
+            sums = torch.matmul(w[..., None, :], x)[..., 0, :]
+            state |= {"sums_k": sums[..., :key_dim].contiguous(), "sums_v": sums[..., key_dim:].contiguous()}
+            state["z"] = w.sum(-1)
+            return
+        x, weight = x[:, :, -W:], weight[..., -W:]
+        count = x.shape[2]
+        newest = order_BT.amax(-1, keepdim=True)
+        place = (newest - torch.arange(count - 1, -1, -1, device=self.device)) % W
+        rows = torch.arange(len(place), device=self.device)[:, None]
+        for name, t in (("terms_k", x[..., :key_dim]), ("terms_v", x[..., key_dim:]), ("terms_w", weight)):
+            state[name][rows, :, place.long()] = t.transpose(1, 2).to(state[name].dtype)
+        state["run"] = open_run.sum(-1, dtype=torch.int32)
+
+    def _expiry(self, old: Slots, dec_BKT: Tensor, order_BT: Tensor, count_B: Tensor) -> tuple[Slots, Tensor]:
+        """A slot is seen no more once the next token has merged into it: it is then that token's."""
+        T = dec_BKT.shape[-1]
+        expires = torch.where(F.pad(dec_BKT[..., 1:], (0, 1)), (order_BT + 1)[:, None], NEVER)
+        first = (T - count_B).clamp_max(T - 1).long()[:, None, None].expand(*dec_BKT.shape[:2], 1)
+        b, k = (dec_BKT.gather(2, first)[..., 0] & (count_B > 0)[:, None]).nonzero(as_tuple=True)
+        old.expires_BKS[b, k, self.lengths[b, k].long() - 1] = self.tokens[b]
+        return old, expires

@@ -1,0 +1,53 @@
+"""Tiny models with merged attention whose gates decide at random, reproducibly, without training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from methods import fewer_in_odd_layers, own_groups, parent, select_heads, sites, unequal
+from transformers import PreTrainedModel
+
+from surgery.runtime.attention import canonical_weights
+from surgery.runtime.gates import gate_shapes
+from surgery.runtime.layout import Heads, LayerPlan, Merge
+from surgery.runtime.modeling import from_parent
+
+GROUPS = {"own": own_groups, "fewer": fewer_in_odd_layers, "unequal": unequal}
+
+
+def merge(method: str, window: int | None, ratio: float = 2.0, **more: Any) -> Merge:
+    return Merge(method=method, window=window, ratio=ratio, **more)  # type: ignore[arg-type]
+
+
+def merged_model(
+    retain: Merge, family: str = "llama", *, drops: float = 0.7, groups: str = "own", shared: bool = False
+) -> PreTrainedModel:
+    """`drops`: about this part of the decisions is 1; 0 and 1 are exact. `shared`: layer 1 reads layer 0's slots."""
+    model, plans, weights = parent(family), [], {}
+    generator = torch.Generator().manual_seed(7)
+    for site in sites(family):
+        found = GROUPS[groups](site)
+        project = Heads(kv_heads=len(found), head_dim=site.head_dim, value_dim=site.value_dim, groups=found)
+        owner = 0 if shared and site.layer else site.layer
+        plan = LayerPlan(layer=site.layer, project=project, owner=owner, retain=retain, dtype="float32")
+        tensors = select_heads(site, canonical_weights(site, model.state_dict().__getitem__), found)
+        if owner == site.layer:
+            shapes = gate_shapes(retain, site.hidden_size, len(found))
+            gate = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+            gate["norm"] = torch.ones(shapes["norm"])
+            # Logits are normal with deviation 1 about the quantile.
+            share = torch.tensor(min(max(drops, 1e-6), 1 - 1e-6))
+            middle = torch.special.ndtri(share) * (1.0 if 0 < drops < 1 else 1e3)
+            gate["weight"] *= (0.0 if drops in (0, 1) else 1.0) / (retain.gain * site.hidden_size**0.5)
+            gate["bias"] = ((middle - retain.offset) / retain.gain).expand(shapes["bias"]).clone()
+            if retain.method == "dmc":
+                # Weights from 0.02 to 1: their offset is 5.
+                gate["mix_weight"] *= 3 / site.hidden_size**0.5
+                gate["mix_bias"] -= 4
+            tensors |= {f"gate.{name}": tensor for name, tensor in gate.items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(plan.absent)}
+        plans.append(plan)
+        weights[site.layer] = tensors
+    return from_parent(model, [replace(site) for site in sites(family)], plans, {"method": "test"}, weights)
