@@ -105,6 +105,22 @@ PARENTS = {
 # ------------------------------------------------------------------------------------------------- exactness
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_means_kept_apart_take_no_number_of_a_latent(bias: bool) -> None:
+    w = make(heads=4, kv_heads=2, bias=bias)
+    varying = inputs()[..., :3] @ torch.randn(3, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = varying + torch.linspace(-2, 3, D, dtype=torch.float64)  # three dims vary around one mean
+    moments, want = moments_of(w, x), attend(w, x).out_BTNV
+    split, plain = (
+        lowrank(w, moments, 3, 3, options=replace(LOWRANK_INITS["qw"], mean_split=m)) for m in (True, False)
+    )
+    freq = mla_freq(w, moments, 3, 2 * H, mean_split=True)
+    for latent in (split, freq):
+        assert torch.allclose(attend_latent(w, latent, x).out_BTNV, want, atol=1e-6)
+    assert torch.allclose(attend(expanded_weights(w, split), x).out_BTNV, want, atol=1e-6)
+    assert (attend_latent(w, plain, x).out_BTNV - want).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("init", MLA_INITS)
 @pytest.mark.parametrize("parent", PARENTS)
 def test_full_rank_with_all_components_rotated_is_the_parent(parent, init):

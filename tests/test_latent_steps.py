@@ -13,6 +13,7 @@ from surgery import recipe
 from surgery.errors import PlanError, RecipeError
 from surgery.measure.memory import cache_size
 from surgery.rewriters import latent_lowrank, latent_mla
+from surgery.rewriters.latent_ranks import convex, share_out
 from surgery.runtime.layout import Heads, Latent, LayerPlan
 from surgery.runtime.modeling import from_parent
 
@@ -54,10 +55,12 @@ def test_inits_are_named_once_for_recipes_and_rewriters() -> None:
     [
         one("mla", keep=0.5, rope_dims=8, **FAST),
         one("mla", rank=20, init="transmla", **FAST),
+        one("mla", rank=20, mean_split=True, **FAST),
         one("lowrank", keep=0.5, k_share=0.4, **FAST),
+        one("lowrank", keep=0.5, k_share=0.4, mean_split=False, **FAST),
         one("lowrank", rank=24, layout="freq", k_share=0.5, **FAST),
     ],
-    ids=["mla", "transmla", "lowrank", "freq"],
+    ids=["mla", "transmla", "mla, means apart", "lowrank", "lowrank, means within", "freq"],
 )
 def test_a_converted_model_saves_loads_and_caches_what_was_planned(step, tmp_path) -> None:
     parent = families.tiny_model("llama")
@@ -122,6 +125,29 @@ def test_steps_on_different_layers_share_a_recipe() -> None:
     child = surgery.convert(parent, {"steps": steps}, calibration=text())
     kinds = [layer["plan"]["project"]["rotate_on_read"] for layer in child.config.surgery["layers"]]
     assert kinds == [False, True]
+
+
+def test_ranks_by_sensitivity_move_numbers_between_layers_and_add_none() -> None:
+    parent = families.tiny_model("llama")
+    with torch.no_grad():  # layer 0 hardly matters: it gets no more than the least
+        parent.model.layers[0].self_attn.o_proj.weight *= 1e-3
+    for step in (one("mla", keep=0.4, **FAST), one("lowrank", keep=0.4, **FAST)):
+        child = surgery.convert(parent, surgery.Recipe.load(step, ["ranks=sensitivity"]), calibration=text())
+        numbers = [layer["plan"]["project"] for layer in child.config.surgery["layers"]]
+        first, second = (project["rank"] + project["rope_dims"] for project in numbers)
+        assert first < second
+        size = cache_size(child, text())
+        assert size.bytes == size.predicted_bytes <= surgery.plan(parent, step).cache_bytes(16)
+
+
+def test_units_go_where_they_save_most_and_costs_need_not_be_convex() -> None:
+    curves = {0: {4: 1.0, 6: 0.99, 8: 0.2, 11: 0.1, 16: 0.0}, 1: {4: 3.0, 6: 2.0, 8: 1.5, 11: 1.4, 16: 1.39}}
+    found = share_out(lambda layer, n: curves[layer][n], {0: 8, 1: 8}, {0: 16, 1: 16})
+    assert found == {0: 8, 1: 8}
+    flat = {0: dict.fromkeys(curves[0], 0.5), 1: curves[1]}
+    found = share_out(lambda layer, n: flat[layer][n], {0: 8, 1: 8}, {0: 16, 1: 16})
+    assert found == {0: 4, 1: 12}
+    assert convex([(0, 4.0), (1, 3.9), (2, 1.0), (4, 0.0)]) == [(0, 4.0), (2, 1.0), (4, 0.0)]
 
 
 def test_without_text_nothing_is_done() -> None:

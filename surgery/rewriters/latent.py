@@ -48,6 +48,10 @@ class LatentWeights:
     rotate_on_read: bool = False
     k_rank: int | None = None
     """Set where K and V have latents of their own: k_up reads the first `k_rank` entries of c, v_up the others."""
+    k_mean_KH: Tensor | None = None
+    """Added to k_up c before the rotation, with `rotate_on_read`; elsewhere softmax would not see it."""
+    v_mean_KV: Tensor | None = None
+    """Added to the head outputs: softmax weighs it with 1 in all, so it costs the cache nothing."""
 
     @property
     def rank(self) -> int:
@@ -66,8 +70,9 @@ class LatentWeights:
 
     def to(self, dtype: torch.dtype) -> LatentWeights:
         """All tensors but the frequencies in `dtype`."""
-        names = ("down_RD", "rope_FD", "k_up_KHR", "q_rope_KFH", "v_up_KVR")
-        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+        names = ("down_RD", "rope_FD", "k_up_KHR", "q_rope_KFH", "v_up_KVR", "k_mean_KH", "v_mean_KV")
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
 
 
 class LatentAttended(NamedTuple):
@@ -117,14 +122,20 @@ def attend_latent(
         out = torch.einsum("bntr,nvr->btnv", probs @ c[:, None], v_up[weights.kv_of()])
     else:
         out = (probs @ torch.einsum("btr,kvr->bktv", c, v_up)[:, weights.kv_of()]).transpose(1, 2)
-    return LatentAttended(c, k_r, q, scores, probs, out)
+    return LatentAttended(c, k_r, q, scores, probs, out + _mean_output(weights, latent, out))
 
 
 def latent_outputs(weights: AttentionWeights, latent: LatentWeights, x_BTD: Tensor) -> Tensor:
     """`attend_latent(...).out_BTNV` without its scores: several times faster."""
     c, _, _, left, right = _sides(weights, latent, x_BTD, "expanded")
     v = torch.einsum("btr,kvr->bktv", c, latent.v_up_KVR.to(c))[:, weights.kv_of()]
-    return causal_heads(weights, left, right, v).transpose(1, 2)
+    out = causal_heads(weights, left, right, v).transpose(1, 2)
+    return out + _mean_output(weights, latent, out)
+
+
+def _mean_output(weights: AttentionWeights, latent: LatentWeights, like: Tensor) -> Tensor | float:
+    """[N, Hv]: what every head output has in common."""
+    return 0.0 if latent.v_mean_KV is None else latent.v_mean_KV.to(like)[weights.kv_of()]
 
 
 def _sides(
@@ -145,7 +156,10 @@ def _sides(
     k_up, q_rope = latent.k_up_KHR.to(x), latent.q_rope_KFH.to(x)[kv_of]
     if latent.rotate_on_read:
         cos, sin = rotation(weights, x.shape[1], x)
-        k = torch.einsum("btr,khr->bkth", c, k_up)[:, kv_of]
+        k = torch.einsum("btr,khr->bkth", c, k_up)
+        if latent.k_mean_KH is not None:
+            k = k + latent.k_mean_KH.to(k)[:, None]
+        k = k[:, kv_of]
         left = rotate_pairs(weights.rotary, q, cos[at], sin[at])
         return c, k_r, q, left, rotate_pairs(weights.rotary, k, cos, sin)
     cos, sin = _angles(latent, x)
@@ -189,7 +203,12 @@ def in_site_order(latent: LatentWeights, site: AttentionSite) -> LatentWeights:
     start, end = site.rotary.start, site.rotary.start + site.rotary.dims
     halves = [*range(start), *range(start, end, 2), *range(start + 1, end, 2), *range(end, site.head_dim)]
     back = [halves.index(j) for j in range(site.head_dim)]
-    return replace(latent, k_up_KHR=latent.k_up_KHR[:, back], q_rope_KFH=latent.q_rope_KFH[:, :, back])
+    return replace(
+        latent,
+        k_up_KHR=latent.k_up_KHR[:, back],
+        q_rope_KFH=latent.q_rope_KFH[:, :, back],
+        k_mean_KH=None if latent.k_mean_KH is None else latent.k_mean_KH[:, back],
+    )
 
 
 def check_latent(weights: AttentionWeights, site: AttentionSite | None = None, rotate_on_read: bool = False) -> None:

@@ -17,7 +17,7 @@ from .attention_weights import AttentionWeights
 from .gains import tune_gains
 from .latent import LatentWeights
 from .latent_copy import HELD_NUMBERS, LatentCopy
-from .latent_lowrank import Layout, lowrank
+from .latent_lowrank import Layout, LowrankOptions, lowrank
 from .latent_mla import MlaOptions, mla, mla_freq
 from .latent_moments import LatentMoments, MomentSums
 from .latent_refit import refit_output, refit_queries
@@ -149,6 +149,30 @@ def _choose(
     return tried[best, at][1], at
 
 
+def cost_alone(
+    copy: LatentCopy, windows: Windows, candidate: Callable[[int, int], Candidate]
+) -> Callable[[int, int], float]:
+    """KL to the parent in nats per token of one layer at a number of cached numbers, all other layers as they are.
+
+    Args:
+        candidate: the form of a layer at a number of cached numbers.
+
+    The function that is returned wants layers in rising order, and leaves `copy` as it was.
+    """
+    fit, check = windows.split()
+    moments: dict[int, LatentMoments] = {}
+
+    def cost(layer: int, numbers: int) -> float:
+        if layer not in moments:
+            moments[layer] = _moments(copy.parent(layer), _activations(copy, layer, fit, FitOptions())())
+        copy.write_latent(layer, candidate(layer, numbers)(copy.parent(layer), moments[layer]))
+        found = copy.divergence(check, layer, SEARCH_BATCHES)
+        del copy.latents[layer]
+        return found
+
+    return cost
+
+
 def finish(copy: LatentCopy, windows: Windows, steps: int = 60) -> float:
     """Fit the gains of all converted layers by KL; kept where the check windows agree. Returns their KL."""
     found = tune_gains(copy, copy.latents, windows, steps)
@@ -172,7 +196,7 @@ def mla_candidates(
 def lowrank_candidates(
     numbers: int,
     shares: Sequence[float] = (0.36, 0.42, 0.48),
-    options: LowrankInit = "qw",
+    options: LowrankOptions | LowrankInit = "qw",
     layout: Layout = "joint",
     group: int = 4,
 ) -> list[Candidate]:
@@ -187,11 +211,15 @@ def lowrank_candidates(
     return [candidate(share) for share in shares]
 
 
-def freq_candidates(numbers: int, shares: Sequence[float], site: AttentionSite) -> list[Candidate]:
+def freq_candidates(
+    numbers: int, shares: Sequence[float], site: AttentionSite, mean_split: bool = False
+) -> list[Candidate]:
     """`mla_freq` with each share of `numbers` for K, all of it rotated, the rest for V."""
 
     def candidate(rope_dims: int) -> Candidate:
-        return lambda weights, moments: mla_freq(weights, moments, numbers - rope_dims, rope_dims)
+        return lambda weights, moments: mla_freq(
+            weights, moments, numbers - rope_dims, rope_dims, mean_split=mean_split
+        )
 
     full = site.kv_heads * site.head_dim
     wide = {min(full, max(2, round(numbers * share / 2) * 2)) for share in shares}

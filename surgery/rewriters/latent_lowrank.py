@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from ..recipe import LowrankInit
 from .attention_weights import AttentionWeights
 from .latent import LatentWeights, check_latent
 from .latent_factors import single_latent
-from .latent_mla import output_metric, query_metric
+from .latent_mla import lost_mean, output_metric, query_metric, splits_mean
 from .latent_moments import LatentMoments
 
 Layout = Literal["joint", "grouped", "head"]
@@ -26,12 +26,14 @@ class LowrankOptions:
     cov: Literal["attention", "uniform", "none"] = "attention"
     metric: Literal["read", "query", "none"] = "read"
     """Of K: queries turned to the keys that they look at; their energy per frequency; none. Of V: W_o unless none."""
+    mean_split: bool = True
+    """Keep the means of keys and values apart: no number of the latents is spent on them."""
 
 
 LOWRANK_INITS: dict[LowrankInit, LowrankOptions] = {
     "qw": LowrankOptions(),
-    "whitened": LowrankOptions(cov="uniform", metric="none"),
-    "plain": LowrankOptions(cov="none", metric="none"),
+    "whitened": LowrankOptions(cov="uniform", metric="none", mean_split=False),
+    "plain": LowrankOptions(cov="none", metric="none", mean_split=False),
 }
 """`whitened`: Palu (arXiv:2407.21118) with SVD-LLM's whitening; `plain`: SVD of the weights, as LoRC."""
 
@@ -62,6 +64,9 @@ def lowrank(
     check_latent(weights, rotate_on_read=True)
     k, v = weights.with_bias("k"), weights.with_bias("v")
     members = _members(len(k), layout, group)
+    split = options.mean_split and splits_mean(weights)
+    if split:
+        moments = moments.centred()
     for name, r in (("k_rank", k_rank), ("v_rank", v_rank)):
         if r < 1:
             raise PlanError(f"{name} {r} must be at least 1.")
@@ -80,6 +85,8 @@ def lowrank(
     k_down, k_up = single_latent(k, None if plain else key, k_metric, k_rank, members)
     v_down, v_up = single_latent(v, None if plain else value, v_metric, v_rank, members)
     R_k, R_v = len(k_down), len(v_down)
+    k_mean = lost_mean(k, k_up, k_down, moments) if split else None
+    v_mean = lost_mean(v, v_up, v_down, moments) if split else None
     none = torch.zeros(0, dtype=torch.float64)
     return LatentWeights(
         down_RD=torch.cat([k_down, v_down]),
@@ -90,6 +97,8 @@ def lowrank(
         v_up_KVR=torch.cat([v_up.new_zeros(*v_up.shape[:2], R_k), v_up], -1),
         rotate_on_read=True,
         k_rank=R_k,
+        k_mean_KH=k_mean,
+        v_mean_KV=v_mean,
     )
 
 
@@ -100,19 +109,15 @@ def expanded_weights(weights: AttentionWeights, latent: LatentWeights) -> Attent
     """
     if not latent.rotate_on_read:
         raise PlanError("only a latent that is rotated at read has keys in the parent's form.")
-    from dataclasses import replace
-
-    k, v = latent.k_up_KHR @ latent.down_RD, latent.v_up_KVR @ latent.down_RD
-    if not weights.has_bias:
-        return replace(weights, k_KHD=k.to(weights.k_KHD.dtype), v_KVD=v.to(weights.v_KVD.dtype))
-    dtype = weights.k_KHD.dtype
-    return replace(
-        weights,
-        k_KHD=k[..., :-1].to(dtype),
-        v_KVD=v[..., :-1].to(dtype),
-        k_bias_KH=k[..., -1].to(dtype),
-        v_bias_KV=v[..., -1].to(dtype),
-    )
+    D, dtype = weights.q_NHD.shape[-1], weights.k_KHD.dtype
+    made = {}
+    for name, up, mean in (("k", latent.k_up_KHR, latent.k_mean_KH), ("v", latent.v_up_KVR, latent.v_mean_KV)):
+        w = (up @ latent.down_RD).to(dtype)
+        bias = w[..., D] if weights.has_bias else None
+        if mean is not None:
+            bias = mean.to(dtype) if bias is None else bias + mean.to(dtype)
+        made |= {f"{name}_K{'HV'[name == 'v']}D": w[..., :D], f"{name}_bias_K{'HV'[name == 'v']}": bias}
+    return replace(weights, **made)
 
 
 def _members(heads: int, layout: Layout, group: int) -> list[list[int]]:

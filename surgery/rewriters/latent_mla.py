@@ -43,6 +43,8 @@ class MlaOptions:
     every budget and split; within a factor of 2 it changes KL by less than a tenth."""
     steps: int = 20
     """Alternations after the closed form, where keys and values have moments of their own."""
+    mean_split: bool = False
+    """Keep the mean of the values apart, as a constant output."""
 
 
 MLA_INITS: dict[MlaInit, MlaOptions] = {
@@ -117,14 +119,37 @@ def mla(
     kept = select_components(components, rope_dims // 2, options.selector)
     rope, inv_freq, q_rope, rest = rotated_part(weights, components, kept)
     k = unrotated_keys(weights, rest, rho if options.phase == "mean" else torch.ones_like(rho))
-    down, k_up, v_up = _latent(weights, moments, k, rank, options, beta)
+    split = options.mean_split and splits_mean(weights)
+    down, k_up, v_up = _latent(weights, moments.centred() if split else moments, k, rank, options, beta)
     return LatentWeights(
-        down_RD=down, rope_FD=rope, inv_freq_F=inv_freq, k_up_KHR=k_up, q_rope_KFH=q_rope, v_up_KVR=v_up
+        down_RD=down,
+        rope_FD=rope,
+        inv_freq_F=inv_freq,
+        k_up_KHR=k_up,
+        q_rope_KFH=q_rope,
+        v_up_KVR=v_up,
+        v_mean_KV=lost_mean(weights.with_bias("v"), v_up, down, moments) if split else None,
     )
 
 
+def splits_mean(weights: AttentionWeights) -> bool:
+    """Whether a constant in V is one in the output: not where a sink takes a part of each softmax."""
+    return weights.sinks_N is None
+
+
+def lost_mean(w_KHD: Tensor, up_KHR: Tensor, down_RD: Tensor, moments: LatentMoments) -> Tensor:
+    """[K, H]: what `up` of the latent misses of the mean of `w`'s heads."""
+    return (w_KHD - up_KHR @ down_RD) @ moments.mean_D
+
+
 def mla_freq(
-    weights: AttentionWeights, moments: LatentMoments, rank: int, rope_dims: int, *, fold: int = 1
+    weights: AttentionWeights,
+    moments: LatentMoments,
+    rank: int,
+    rope_dims: int,
+    *,
+    fold: int = 1,
+    mean_split: bool = False,
 ) -> LatentWeights:
     """The `freq` layout: all of K in rotated complex components, `rank` for V alone; no expansion, no mean phase.
 
@@ -144,11 +169,17 @@ def mla_freq(
     components = mix_components(weights, moments, seen, "complex", fold, none)
     kept = select_components(components, rope_dims // 2, "energy")
     rope, inv_freq, q_rope, _ = rotated_part(weights, components, kept)
-    v = weights.with_bias("v")
-    down, v_up = single_latent(v, moments.value_DD, output_metric(weights), rank, [list(range(len(v)))])
-    k_up = v.new_zeros(weights.kv_heads, weights.head_dim, len(down))
+    v, split = weights.with_bias("v"), mean_split and splits_mean(weights)
+    value = moments.centred().value_DD if split else moments.value_DD
+    down, v_up = single_latent(v, value, output_metric(weights), rank, [list(range(len(v)))])
     return LatentWeights(
-        down_RD=down, rope_FD=rope, inv_freq_F=inv_freq, k_up_KHR=k_up, q_rope_KFH=q_rope, v_up_KVR=v_up
+        down_RD=down,
+        rope_FD=rope,
+        inv_freq_F=inv_freq,
+        k_up_KHR=v.new_zeros(weights.kv_heads, weights.head_dim, len(down)),
+        q_rope_KFH=q_rope,
+        v_up_KVR=v_up,
+        v_mean_KV=lost_mean(v, v_up, down, moments) if split else None,
     )
 
 

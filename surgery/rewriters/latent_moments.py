@@ -32,6 +32,8 @@ class LatentMoments:
     """Of the keys' input, weighted by attention and centred under it; heads averaged."""
     value_DD: Tensor
     """Of the attention-averaged input; heads averaged."""
+    mean_D: Tensor
+    """E x̄_m, heads averaged."""
     q_NHH: Tensor
     """E[q qᵀ], after the q norm, before rotation."""
     q_read_NHH: Tensor
@@ -57,18 +59,16 @@ class LatentMoments:
             read[:, turning] = 0
             read[:, :, turning] = 0
             read[:, turning, turning] = torch.cat([energy, energy], -1)
-        return cls(input_DD=cov, key_DD=cov, value_DD=cov, q_NHH=q_NHH, q_read_NHH=read, rho_NF=rho)
+        mean = cov.new_zeros(D)
+        return cls(input_DD=cov, key_DD=cov, value_DD=cov, mean_D=mean, q_NHH=q_NHH, q_read_NHH=read, rho_NF=rho)
 
     def uniform(self) -> LatentMoments:
         """The same with every token alike for keys and values (the moments of published methods)."""
-        return LatentMoments(
-            input_DD=self.input_DD,
-            key_DD=self.input_DD,
-            value_DD=self.input_DD,
-            q_NHH=self.q_NHH,
-            q_read_NHH=self.q_read_NHH,
-            rho_NF=self.rho_NF,
-        )
+        return replace(self, key_DD=self.input_DD, value_DD=self.input_DD)
+
+    def centred(self) -> LatentMoments:
+        """The same for values whose mean is kept apart: no number of a latent is spent on it."""
+        return replace(self, value_DD=hermitian(self.value_DD - torch.outer(self.mean_D, self.mean_D)))
 
 
 class MomentSums:
@@ -103,13 +103,16 @@ class MomentSums:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         flat, q = x[mask_BT], q.transpose(0, 1)[:, mask_BT]
         value = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
+        mean = torch.zeros(x.shape[-1], dtype=torch.float64)
         for n in range(w.heads):
             rows = (p[:, n] @ x)[mask_BT]
             value += rows.mT @ rows
+            mean += rows.sum(0)
         seen = (x * p.sum((1, 2))[..., None]).flatten(0, 1).mT @ x.flatten(0, 1)
         self._sum("input", flat.mT @ flat)
         self._sum("seen", seen / w.heads)
         self._sum("value", value / w.heads)
+        self._sum("mean", mean / w.heads)
         self._sum("q", q.mT @ q)
         self._sum("rho", self._phases(p, cos, sin))
         self.tokens += len(flat)
@@ -143,6 +146,7 @@ class MomentSums:
             input_DD=hermitian(mean["input"]),
             key_DD=hermitian(mean["seen"] - mean["value"]),
             value_DD=hermitian(mean["value"]),
+            mean_D=mean["mean"],
             q_NHH=hermitian(mean["q"]),
             q_read_NHH=hermitian(mean["read"]),
             rho_NF=mean["rho"],

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..budget import rope_splits
+from ..budget import ALIGNED, ALIGNED_FROM, full_rank, rope_splits
 from ..errors import PlanError
 from ..recipe import LowrankStep, MlaStep
 from ..runtime.attention import as_bits, canonical_weights
-from ..runtime.layout import AttentionSite, Latent, Project
+from ..runtime.layout import AttentionSite, Latent, LayerPlan, Project
 from ..text import Windows
 from .latent import LatentWeights, in_site_order
 from .latent_copy import LatentCopy
 from .latent_fit import (
     Candidate,
     FitOptions,
+    cost_alone,
     finish,
     fit_layer,
     freq_candidates,
     lowrank_candidates,
     mla_candidates,
 )
+from .latent_lowrank import LOWRANK_INITS
 from .latent_mla import MLA_INITS
+from .latent_ranks import share_out
 from .layerwise import Layerwise
 
 SHARES = (0.34, 0.38, 0.42, 0.46)
@@ -60,6 +64,37 @@ class LatentStep(Layerwise):
         self.options = step
         self.seed = seed
         self.fit = FitOptions(queries=step.refit_queries, output=step.refit_output, gains=step.gain_fit)
+
+    def convert(self, copy: LatentCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
+        if self.options.ranks == "sensitivity" and windows is not None:
+            plans = self._share_out(copy, plans, windows)
+        super().convert(copy, plans, windows)
+
+    def _share_out(self, copy: LatentCopy, plans: Sequence[LayerPlan], windows: Windows) -> list[LayerPlan]:
+        """`plans` with the same numbers in all, more of them in layers that miss them most."""
+        projects = {plan.layer: plan.project for plan in plans if isinstance(plan.project, Latent)}
+        most = {layer: min(copy.sites[layer].kv_dims, 2 * full_rank(copy.sites[layer])) for layer in projects}
+        least = min(project.dims for project in projects.values())
+
+        def candidate(layer: int, numbers: int) -> Candidate:
+            line = self.candidates(copy.sites[layer], self._sized(projects[layer], numbers))[0]
+            return line[len(line) // 2]
+
+        given = share_out(
+            cost_alone(copy, windows, candidate),
+            {layer: project.dims for layer, project in projects.items()},
+            most,
+            ALIGNED if least >= ALIGNED_FROM else 1,
+        )
+        copy.forget_streams()
+        return [replace(plan, project=self._sized(projects[plan.layer], given[plan.layer])) for plan in plans]
+
+    def _sized(self, project: Latent, numbers: int) -> Latent:
+        """`project` with so many cached numbers, its parts in proportion."""
+        rope_dims = round(project.rope_dims * numbers / project.dims / 2) * 2
+        rank = numbers - rope_dims
+        k_rank = project.k_rank and min(rank - 1, max(1, round(project.k_rank * rank / project.rank)))
+        return replace(project, rank=rank, rope_dims=rope_dims, k_rank=k_rank)
 
     def convert_layer(self, copy: LatentCopy, layer: int, project: Latent, windows: Windows | None) -> None:
         """Convert one layer to the best of its candidates, and refit its queries and output to the parent's.
@@ -108,7 +143,10 @@ class Mla(LatentStep):
             splits = rope_splits(project.dims, site)
         options = MLA_INITS[step.init]
         options = replace(
-            options, rotation=step.rotation or options.rotation, selector=step.selector or options.selector
+            options,
+            rotation=step.rotation or options.rotation,
+            selector=step.selector or options.selector,
+            mean_split=step.splits_mean,
         )
         pairs = 0 if site.rotary is None else site.rotary.dims // 2
         folds: list[Literal[1, 2, 4]] = [f for f in (1, 2, 4) if pairs % f == 0] if step.fold == "auto" else [step.fold]
@@ -130,8 +168,9 @@ class Lowrank(LatentStep):
         step, numbers = self.step, project.dims
         shares = SHARES if step.k_share is None else (step.k_share,)
         if step.layout == "freq":
-            return [freq_candidates(numbers, shares, site)]
-        return [lowrank_candidates(numbers, shares, step.init, step.layout, step.group)]
+            return [freq_candidates(numbers, shares, site, step.splits_mean)]
+        options = replace(LOWRANK_INITS[step.init], mean_split=step.splits_mean)
+        return [lowrank_candidates(numbers, shares, options, step.layout, step.group)]
 
 
 def latent_of(latent: LatentWeights, site: AttentionSite) -> Latent:
@@ -144,6 +183,7 @@ def latent_of(latent: LatentWeights, site: AttentionSite) -> Latent:
         value_dim=site.value_dim,
         rotate_on_read=latent.rotate_on_read,
         k_rank=_key_rank(latent),
+        means=latent.v_mean_KV is not None,
     )
 
 
@@ -163,6 +203,12 @@ def canonical_latent(latent: LatentWeights, site: AttentionSite, weights: dict[s
     made["k_up"] = latent.k_up_KHR if k_rank is None else latent.k_up_KHR[..., :k_rank]
     made["v_up"] = latent.v_up_KVR if k_rank is None else latent.v_up_KVR[..., k_rank:]
     made["q_rope"] = latent.q_rope_KFH
+    if latent.k_mean_KH is not None:
+        made["k_mean"] = latent.k_mean_KH
+    if latent.v_mean_KV is not None:
+        weight = weights["o_proj.weight"].double()
+        common = latent.v_mean_KV.double().repeat_interleave(site.group_size, 0).flatten()
+        made["o_proj.bias"] = weight @ common + weights.get("o_proj.bias", weight.new_zeros(len(weight)))
     kept |= {name: tensor.float().contiguous() for name, tensor in made.items() if tensor.numel()}
     if latent.rope_dims:
         kept["rope_freq_bits"] = as_bits(latent.inv_freq_F.tolist())

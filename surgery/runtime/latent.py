@@ -29,14 +29,15 @@ class SurgeryLatentAttention(SurgeryAttention):
     Parameters beside q, o and sinks: `kv_down` [R + rope_dims, D], `k_up` [K, H, R_k], `v_up` [K, V, R_v], `q_rope`
     [K, rope_dims, H]; R_k and R_v are R, or its two parts where the plan has a `k_rank`. Those of size 0 are absent.
     `rope_freq_bits` [rope_dims / 2] are the angles per position of the rotated part, float32 seen as int32: chosen by
-    the conversion, so they travel in the state dict, and `.to(torch.bfloat16)` cannot round them.
+    the conversion, so they travel in the state dict, and `.to(torch.bfloat16)` cannot round them. `k_mean` [K, H] is
+    added to k_up c where the plan has `means`.
 
     Source: the absorbed form of DeepSeek-V2, arXiv:2405.04434; Palu, arXiv:2407.21118, for `rotate_on_read`.
     """
 
     linears = ("q_proj", "kv_down", "o_proj")
     norms = ("q_norm",)
-    tensors = (*SurgeryAttention.tensors, "k_up", "v_up", "q_rope")
+    tensors = (*SurgeryAttention.tensors, "k_up", "k_mean", "v_up", "q_rope")
     kv_down: nn.Linear
     k_up: nn.Parameter | None
     v_up: nn.Parameter
@@ -61,6 +62,8 @@ class SurgeryLatentAttention(SurgeryAttention):
             tensor = getattr(self, name)
             if tensor is not None:
                 init.normal_(tensor, std=tensor.shape[-1] ** -0.5)
+        if self.k_mean is not None:
+            init.zeros_(self.k_mean)
         if self.latent.rope_dims:
             init.zeros_(self.rope_freq_bits)
 
@@ -100,6 +103,8 @@ class SurgeryLatentAttention(SurgeryAttention):
         value = cached if absorbs else self._expand(c_BSR, self.v_up, True)
         if self.latent.rotate_on_read:
             key = self._expand(c_BSR, self.k_up, False)
+            if self.k_mean is not None:
+                key = key + self.k_mean.unsqueeze(1)
             query, key = self._turn_by_slot(q, key, cache)
             return query, key, value
         if absorbs:
@@ -171,6 +176,8 @@ def latent_shapes(site: AttentionSite, latent: Latent, owns_cache: bool = True) 
         shapes["kv_down.weight"] = (latent.dims, site.hidden_size)
     if latent.key_rank:
         shapes["k_up"] = (K, H, latent.key_rank)
+    if latent.means and latent.rotate_on_read:
+        shapes["k_mean"] = (K, H)
     if latent.rope_dims:
         shapes |= {"q_rope": (K, latent.rope_dims, H), "rope_freq_bits": (latent.rope_dims // 2,)}
     return shapes

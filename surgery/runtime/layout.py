@@ -10,7 +10,9 @@ Shape suffixes of the whole project: `B` batch, `T` new tokens, `S` cached token
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Literal
 
 
@@ -276,8 +278,39 @@ class LayerPlan:
         return (*keys, "v_proj", "v_norm") if self.lenders else keys
 
     def bytes_at(self, tokens: int) -> int:
-        """Bytes of this layer's dynamic cache after `tokens` tokens; a window keeps its newest but one for the next."""
+        """Bytes of this layer's dynamic cache after `tokens` tokens; a window keeps its newest but one for the next.
+
+        Where tokens merge or leave: as many as the plan's ratio says.
+        """
+        if self.retain is not None:
+            slots, page = self.retain.slots_at(tokens), self.retain.page
+            # The last page of a head is half empty on average, and full to a known place where all tokens stay.
+            pages = ceil(tokens / page) if slots >= tokens else (slots + (page - 1) / 2) / page
+            return self.bytes_of_pages(pages * self.project.kv_heads, _table(pages))
         return self.bytes_per_token * (tokens if self.window is None else min(tokens, self.window - 1))
+
+    def bytes_of_slots(self, slots: Sequence[int]) -> int:
+        """Bytes of a dynamic cache just filled with one sequence, whose KV heads hold so many slots (`retain`)."""
+        assert self.retain is not None
+        pages = [ceil(count / self.retain.page) for count in slots]
+        return self.bytes_of_pages(sum(pages), _table(max(pages)))
+
+    def bytes_of_pages(self, pages: float, table: int) -> int:
+        """Bytes of one sequence with so many pages in all, and `table` entries per KV head in block tables (`retain`)."""
+        assert self.retain is not None and isinstance(self.project, Heads)
+        if self.owner != self.layer:
+            return 0
+        merge, width, number = self.retain, self.project.head_dim + self.project.value_dim, _BYTES[self.dtype]
+        # What the methods keep of the newest tokens of each head: see `ragged_dms` and `ragged_dmc`.
+        if merge.method == "dms":
+            newest = 4 * (merge.window or 0)
+        elif merge.window is None:
+            newest = 4 * (width + 1)
+        else:
+            newest = merge.window * (width * number + 4) + 4
+        length_and_table = 4 + 4 * table
+        tokens = 4
+        return round(pages * merge.page * width * number) + self.project.kv_heads * (newest + length_and_table) + tokens
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -290,7 +323,14 @@ class LayerPlan:
         return cls(**{name: _build(kinds.get(name), value) for name, value in data.items()})
 
 
+TABLE_STEP = 8
+"""Block tables of ragged caches widen by so many pages at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _table(pages: float) -> int:
+    """Entries of a block table that has room for `pages`."""
+    return ceil(pages / TABLE_STEP) * TABLE_STEP
 
 
 def _build(kind: type | None, value: Any) -> Any:

@@ -1,0 +1,64 @@
+"""Share one budget of cached numbers out among layers, by what each layer's own conversion costs the model."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+PARTS = (0.5, 0.7, 1.0, 1.4, 2.0)
+"""Sizes at which a layer is tried, in parts of its uniform share."""
+
+
+def share_out(
+    cost: Callable[[int, int], float], uniform: Mapping[int, int], most: Mapping[int, int], unit: int = 1
+) -> dict[int, int]:
+    """Numbers of each layer that minimise the sum of costs; never more in all than the uniform shares.
+
+    Args:
+        cost: what a layer costs alone at a number of cached numbers: nats per token.
+        uniform: layers with the numbers of an equal division.
+        most: what each layer has at full rank.
+        unit: numbers move between layers in this size.
+
+    Costs are made convex between the measured sizes; then giving each unit to the layer that gains most by it is
+    optimal (Fox 1966). Layers are taken to add up, which holds for small losses only: the caller measures the outcome.
+    """
+    lines = {}
+    for layer, numbers in uniform.items():
+        sizes = sorted({min(most[layer], max(1, round(numbers * part / unit) * unit)) for part in PARTS})
+        lines[layer] = convex([(n, cost(layer, n)) for n in sizes])
+    given = {layer: line[0][0] for layer, line in lines.items()}
+    free = sum(uniform.values()) - sum(given.values())
+    queue = [(-_gain(line, given[layer]), layer) for layer, line in lines.items()]
+    heapq.heapify(queue)
+    while queue and free >= unit:
+        gain, layer = heapq.heappop(queue)
+        if gain >= 0:
+            break
+        given[layer] += unit
+        free -= unit
+        if given[layer] + unit <= lines[layer][-1][0]:
+            heapq.heappush(queue, (-_gain(lines[layer], given[layer]), layer))
+    return given
+
+
+def convex(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The lower convex hull of (size, cost) points, by size."""
+    hull: list[tuple[int, float]] = []
+    for x, y in sorted(points):
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def _gain(line: Sequence[tuple[int, float]], at: int) -> float:
+    """What one more number saves."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        if at < x1:
+            return (y0 - y1) / (x1 - x0)
+    return 0.0
