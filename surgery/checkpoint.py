@@ -332,11 +332,37 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def copy_weights(source: Path, target: Path, link: bool = False) -> None:
+    """Copy the safetensors files of a checkpoint and their index, as they are.
+
+    Args:
+        link: hard links in the place of copies.
+
+    Raises:
+        CheckpointError: the disk has no room.
+    """
+    files = sorted(source.glob("*.safetensors"))
+    index = source / INDEX
+    if index.is_file():
+        files = sorted({source / name for name in read_json(index)["weight_map"].values()})
+        shutil.copyfile(index, target / INDEX)
+    if not link:
+        check_space(target, sum(file.stat().st_size for file in files))
+    for file in files:
+        if link:
+            os.link(file.resolve(), target / file.name)  # a file of the Hub's cache is a symbolic link itself
+        else:
+            shutil.copyfile(file, target / file.name)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, generation config, chat template and licence beside the new weights; never weights or config."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
-            if file.name not in ("config.json", INDEX, "surgery.json") and not (target / file.name).exists():
+            if (
+                file.name not in ("config.json", INDEX, "surgery.json", "export.json")
+                and not (target / file.name).exists()
+            ):
                 shutil.copyfile(file, target / file.name)
 
 

@@ -20,6 +20,7 @@ __all__ = ["TARGETS", "ExportReport", "Source", "Target", "export", "target_for"
 TARGETS = {
     "hub": "hub:Hub",
     "native": "native:Native",
+    "vllm": "vllm:Vllm",
 }
 """Name -> module of this package and class (see `Target`), imported when asked for."""
 REPORT_FILE = "export.json"

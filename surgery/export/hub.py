@@ -8,7 +8,6 @@ the parity check of a large one reads its layers from disk as they run.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..checkpoint import INDEX, Checkpoint, check_space, read_json
+from ..checkpoint import Checkpoint, copy_weights, read_json
 from ..errors import CheckpointError, PlanError
 from ..provenance import FILE
 from ..runtime.modeling import load_converted
@@ -57,7 +56,7 @@ class Hub:
         if source.folder is None:
             source.model.save_pretrained(folder)
         else:
-            self._take_weights(source.folder, folder)
+            copy_weights(source.folder, folder, link=self.link)
             shutil.copyfile(source.folder / "config.json", folder / "config.json")
         source.write_companions(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -104,20 +103,6 @@ class Hub:
         if said["class"] != source.architecture:
             raise CheckpointError(f"the export loads as {said['class']}, not as {source.architecture}.")
         return compare(want, got, f"transformers {said['transformers']} without surgery").require(SAME[dtype])
-
-    def _take_weights(self, source: Path, folder: Path) -> None:
-        files = sorted(source.glob("*.safetensors"))
-        index = source / INDEX
-        if index.is_file():
-            files = sorted({source / name for name in read_json(index)["weight_map"].values()})
-            shutil.copyfile(index, folder / INDEX)
-        if not self.link:
-            check_space(folder, sum(file.stat().st_size for file in files))
-        for file in files:
-            if self.link:
-                os.link(file.resolve(), folder / file.name)  # a file of the Hub's cache is a symbolic link itself
-            else:
-                shutil.copyfile(file, folder / file.name)
 
 
 def _with_static(ask: Ask, model: Any) -> tuple[Ask, dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -28,6 +29,14 @@ def config_class(parent: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     }
     _MADE[parent] = strict(type(f"Surgery{parent.__name__}", (parent,), namespace))
     return _MADE[parent]
+
+
+def __getattr__(name: str) -> Any:
+    """`Surgery<Parent>Config` by name: engines pickle configs into processes that have made no such class yet."""
+    parent = getattr(transformers, name.removeprefix("Surgery"), None) if name.startswith("Surgery") else None
+    if isinstance(parent, type) and issubclass(parent, PreTrainedConfig):
+        return config_class(parent)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def converted_config(parent: PreTrainedConfig, surgery: dict[str, Any]) -> PreTrainedConfig:

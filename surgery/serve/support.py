@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PlanError
-from ..runtime.layout import AttentionSite, HeadNorm, Latent, LayerPlan
+from ..runtime.layout import AttentionSite, HeadNorm, Heads, Latent, LayerPlan
+from ..uniform import repeated_heads
 
 PARENTS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Decoders that differ in nothing but their attention."""
@@ -51,6 +52,19 @@ def check_served(config: Any) -> None:
         raise PlanError(f"vLLM: its decoder computes silu, this model {config.hidden_act}. Use --to hub.")
 
 
+def copies_of(plans: Sequence[LayerPlan]) -> dict[int, tuple[int, ...]]:
+    """Per layer: which of the checkpoint's KV heads each of the engine's KV heads copies.
+
+    Groups of unequal size are repeated to equal ones. Layers keep counts of their own, but not where caches are shared
+    as well: vLLM 0.32 has no place for readers beside caches of several sizes (a KeyError at start), so that all get
+    the same count there.
+    """
+    heads = [plan.project for plan in plans if isinstance(plan.project, Heads)]
+    together = any(plan.lenders for plan in plans)
+    copies = repeated_heads(heads)[1] if together else [repeated_heads([one])[1][0] for one in heads]
+    return dict(zip((plan.layer for plan in plans), copies, strict=True))
+
+
 def check_parallel(plans: Sequence[LayerPlan], heads: int, ranks: int) -> None:
     """Refuse a tensor-parallel size that does not go with the head counts.
 
@@ -59,11 +73,11 @@ def check_parallel(plans: Sequence[LayerPlan], heads: int, ranks: int) -> None:
     """
     if heads % ranks:
         raise PlanError(f"vLLM: {heads} query heads do not divide among {ranks} ranks (tensor parallel).")
-    for plan in plans:
-        kv_heads = getattr(plan.project, "kv_heads", 1)
+    for layer, copies in copies_of(plans).items():
+        kv_heads = len(copies)
         if kv_heads % ranks and ranks % kv_heads:
             raise PlanError(
-                f"vLLM: layer {plan.layer} has {kv_heads} KV heads, which neither divide among {ranks} ranks nor "
+                f"vLLM: layer {layer} has {kv_heads} KV heads, which neither divide among {ranks} ranks nor "
                 "divide them (tensor parallel). Use another size."
             )
 

@@ -1,7 +1,8 @@
 """`Surgery<Parent>` in vLLM: its Llama decoder with attentions whose KV heads, norms and caches the plan decides.
 
 A reader has no K, V nor cache: its attention names its owner's (`kv_sharing_target_layer_name`), as vLLM's Gemma-3n
-does. Layers may differ in their KV heads; groups of unequal size are repeated to equal ones, which is lossless.
+does. Layers may differ in their KV heads; where vLLM cannot have it so, they are
+repeated (`copies_of`), which is lossless.
 """
 
 from __future__ import annotations
@@ -21,15 +22,8 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index
 
-from ..runtime.layout import HeadNorm, Heads, LayerPlan
-from ..uniform import repeated_heads
-from .support import check_parallel, check_served, served_layers
-
-
-def copies_of(plan: LayerPlan) -> tuple[int, ...]:
-    """Which of the checkpoint's KV heads each of the engine's KV heads copies; the same for a reader as its owner."""
-    assert isinstance(plan.project, Heads)
-    return repeated_heads([plan.project])[1][0]
+from ..runtime.layout import HeadNorm
+from .support import check_parallel, check_served, copies_of, served_layers
 
 
 class SurgeryServedAttention(nn.Module):
@@ -49,7 +43,7 @@ class SurgeryServedAttention(nn.Module):
         super().__init__()
         layers = {plan.layer: (site, plan, shapes) for site, plan, shapes in served_layers(config.surgery)}
         site, plan, shapes = layers[extract_layer_index(prefix)]
-        copies = copies_of(plan)
+        copies = copies_of([plan for _, plan, _ in layers.values()])[plan.layer]
         ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         self.owns_cache = plan.owner == plan.layer
         self.head_dim = site.head_dim
@@ -193,11 +187,11 @@ class SurgeryForCausalLM(LlamaForCausalLM):
 
     def _with_copies(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """K and V heads as often as the engine has them."""
-        plans = {plan.layer: plan for plan in self.surgery_plans}
+        copies = copies_of(self.surgery_plans)
+        kept = {plan.layer: plan.project.kv_heads for plan in self.surgery_plans}
         for name, tensor in weights:
             if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
-                plan = plans[extract_layer_index(name)]
-                kept, copies = plan.project.kv_heads, copies_of(plan)
-                if copies != tuple(range(kept)):
-                    tensor = tensor.unflatten(0, (kept, -1))[list(copies)].flatten(0, 1)
+                layer = extract_layer_index(name)
+                if copies[layer] != tuple(range(kept[layer])):
+                    tensor = tensor.unflatten(0, (kept[layer], -1))[list(copies[layer])].flatten(0, 1)
             yield name, tensor
