@@ -31,7 +31,10 @@ def load(model: str | Path, **kwargs: Any) -> PreTrainedModel:
         checkpoint.get(name)
     kwargs.setdefault("dtype", "auto")
     if _is_converted(folder):
-        return load_converted(str(folder), **kwargs)
+        made = load_converted(str(folder), **kwargs)
+        if hasattr(made.config, "auto_map"):
+            del made.config.auto_map  # it names the code of an export, which this model does without
+        return made
     return AutoModelForCausalLM.from_pretrained(str(folder), **kwargs)
 
 
