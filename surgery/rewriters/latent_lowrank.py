@@ -109,15 +109,21 @@ def expanded_weights(weights: AttentionWeights, latent: LatentWeights) -> Attent
     """
     if not latent.rotate_on_read:
         raise PlanError("only a latent that is rotated at read has keys in the parent's form.")
+    k, k_bias = _expanded(weights, latent, latent.k_up_KHR, latent.k_mean_KH)
+    v, v_bias = _expanded(weights, latent, latent.v_up_KVR, latent.v_mean_KV)
+    return replace(weights, k_KHD=k, v_KVD=v, k_bias_KH=k_bias, v_bias_KV=v_bias)
+
+
+def _expanded(
+    weights: AttentionWeights, latent: LatentWeights, up_KHR: Tensor, mean_KH: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows [K, H, D] and bias [K, H] of K or V in the dtype of `weights`."""
     D, dtype = weights.q_NHD.shape[-1], weights.k_KHD.dtype
-    made = {}
-    for name, up, mean in (("k", latent.k_up_KHR, latent.k_mean_KH), ("v", latent.v_up_KVR, latent.v_mean_KV)):
-        w = (up @ latent.down_RD).to(dtype)
-        bias = w[..., D] if weights.has_bias else None
-        if mean is not None:
-            bias = mean.to(dtype) if bias is None else bias + mean.to(dtype)
-        made |= {f"{name}_K{'HV'[name == 'v']}D": w[..., :D], f"{name}_bias_K{'HV'[name == 'v']}": bias}
-    return replace(weights, **made)
+    w = up_KHR @ latent.down_RD
+    bias = w[..., D] if weights.has_bias else None
+    if mean_KH is not None:
+        bias = mean_KH if bias is None else bias + mean_KH
+    return w[..., :D].to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _members(heads: int, layout: Layout, group: int) -> list[list[int]]:
