@@ -40,6 +40,7 @@ class SurgeryLatentAttention(SurgeryAttention):
     tensors = (*SurgeryAttention.tensors, "k_up", "k_mean", "v_up", "q_rope")
     kv_down: nn.Linear
     k_up: nn.Parameter | None
+    k_mean: nn.Parameter | None
     v_up: nn.Parameter
     q_rope: nn.Parameter | None
     rope_freq_bits: Tensor
