@@ -24,16 +24,24 @@ def merge(method: str, window: int | None, ratio: float = 2.0, **more: Any) -> M
 def merged_model(
     retain: Merge, family: str = "llama", *, drops: float = 0.7, groups: str = "own", shared: bool = False
 ) -> PreTrainedModel:
-    """`drops`: about this part of the decisions is 1; 0 and 1 are exact. `shared`: layer 1 reads layer 0's slots."""
+    """Layers with a window of their own stay as they are.
+
+    Args:
+        drops: about this part of the decisions is 1; 0 and 1 are exact.
+        shared: layer 1 reads layer 0's slots.
+    """
     model, plans, weights = parent(family), [], {}
     generator = torch.Generator().manual_seed(7)
     for site in sites(family):
         found = GROUPS[groups](site)
         project = Heads(kv_heads=len(found), head_dim=site.head_dim, value_dim=site.value_dim, groups=found)
         owner = 0 if shared and site.layer else site.layer
-        plan = LayerPlan(layer=site.layer, project=project, owner=owner, retain=retain, dtype="float32")
+        kept = retain if site.window is None else None
+        plan = LayerPlan(
+            layer=site.layer, project=project, owner=owner, retain=kept, window=site.window, dtype="float32"
+        )
         tensors = select_heads(site, canonical_weights(site, model.state_dict().__getitem__), found)
-        if owner == site.layer:
+        if kept is not None and owner == site.layer:
             shapes = gate_shapes(retain, site.hidden_size, len(found))
             gate = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
             gate["norm"] = torch.ones(shapes["norm"])

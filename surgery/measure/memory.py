@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError, SurgeryError
 from ..runtime.layout import LayerPlan
+from ..runtime.ragged import RaggedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class CacheSize:
     """Measured: every tensor that the cache keeps."""
     predicted_bytes: int | None
     """What the plan says; None where the model cannot be planned."""
+    achieved_ratio: float | None = None
+    """Tokens per slot, mean over layers that merge or drop tokens; None where none does."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -32,21 +35,40 @@ class CacheSize:
 def cache_size(model: PreTrainedModel, ids_BT: Tensor) -> CacheSize:
     """Fill the cache with one sequence and count."""
     tokens = ids_BT.shape[1]
-    return CacheSize(tokens=tokens, bytes=cache_bytes(model, ids_BT[:1]), predicted_bytes=predicted(model, tokens))
+    cache = _filled(model, ids_BT[:1])
+    slots = [
+        float(part.lengths.float().mean()) for part in getattr(cache, "layers", ()) if isinstance(part, RaggedLayer)
+    ]
+    return CacheSize(
+        tokens=tokens,
+        bytes=0 if cache is None else tensor_bytes(cache),
+        predicted_bytes=predicted(model, tokens),
+        achieved_ratio=tokens * len(slots) / sum(slots) if slots else None,
+    )
 
 
 def cache_bytes(model: PreTrainedModel, ids_BT: Tensor) -> int:
     """Bytes of every tensor that the cache holds after `ids_BT`; 0 for a model without a cache."""
-    with torch.inference_mode():
-        cache = model(input_ids=ids_BT.to(model.device), use_cache=True).past_key_values
+    cache = _filled(model, ids_BT)
     return 0 if cache is None else tensor_bytes(cache)
+
+
+def _filled(model: PreTrainedModel, ids_BT: Tensor) -> Any:
+    with torch.inference_mode():
+        return model(input_ids=ids_BT.to(model.device), use_cache=True).past_key_values
 
 
 def tensor_bytes(cache: Any) -> int:
     """Bytes of all tensors of a transformers cache and its layers, each counted once."""
-    held = [t for part in (cache, *cache.layers) for t in vars(part).values() if isinstance(t, Tensor)]
+    held = [t for part in (cache, *cache.layers) for t in _tensors(part)]
     tensors = {id(t): t for t in held if t.dim()}  # scalars are counters, not cache
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _tensors(part: Any) -> list[Tensor]:
+    if isinstance(part, RaggedLayer):
+        return part.tensors()
+    return [t for t in vars(part).values() if isinstance(t, Tensor)]
 
 
 def predicted(model: PreTrainedModel, tokens: int) -> int | None:

@@ -285,18 +285,18 @@ class LayerPlan:
         if self.retain is not None:
             slots, page = self.retain.slots_at(tokens), self.retain.page
             # The last page of a head is half empty on average, and full to a known place where all tokens stay.
-            pages = ceil(tokens / page) if slots >= tokens else (slots + (page - 1) / 2) / page
+            pages = ceil((tokens + AHEAD) / page) if slots >= tokens else (slots + AHEAD + (page - 1) / 2) / page
             return self.bytes_of_pages(pages * self.project.kv_heads, _table(pages))
         return self.bytes_per_token * (tokens if self.window is None else min(tokens, self.window - 1))
 
     def bytes_of_slots(self, slots: Sequence[int]) -> int:
         """Bytes of a dynamic cache just filled with one sequence, whose KV heads hold so many slots (`retain`)."""
         assert self.retain is not None
-        pages = [ceil(count / self.retain.page) for count in slots]
+        pages = [ceil((count + AHEAD) / self.retain.page) for count in slots]
         return self.bytes_of_pages(sum(pages), _table(max(pages)))
 
     def bytes_of_pages(self, pages: float, table: int) -> int:
-        """Bytes of one sequence with so many pages in all, and `table` entries per KV head in block tables (`retain`)."""
+        """Bytes of one sequence with so many pages in all, and tables with `table` entries per KV head (`retain`)."""
         assert self.retain is not None and isinstance(self.project, Heads)
         if self.owner != self.layer:
             return 0
@@ -323,6 +323,8 @@ class LayerPlan:
         return cls(**{name: _build(kinds.get(name), value) for name, value in data.items()})
 
 
+AHEAD = 4
+"""Slots for which a ragged cache takes pages before they are needed: lengths are read from the device less often."""
 TABLE_STEP = 8
 """Block tables of ragged caches widen by so many pages at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

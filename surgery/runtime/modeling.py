@@ -96,8 +96,8 @@ class SurgeryMixin:
         """
         if self.retains and generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
-                f"{type(self).__name__} merges or drops tokens, which cannot be undone when candidates are rejected: it "
-                "cannot generate with an assistant. Leave out assistant_model and prompt_lookup_num_tokens."
+                f"{type(self).__name__} merges or drops tokens, which cannot be undone when candidates are rejected. "
+                "Generate without an assistant: leave out assistant_model and prompt_lookup_num_tokens."
             )
         done = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, *args, **kwargs

@@ -15,15 +15,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .layout import Merge
+from .layout import AHEAD, TABLE_STEP, Merge
 from .merging import hard_decisions
 from .pages import PagePool, PoolFull
 
 NEVER = 2**31 - 1
-AHEAD = 4
-"""Steps of decoding for which pages are taken at once: lengths are read from the device so much less often."""
-_WIDER = 8
-"""Tables of a growing cache widen by so many pages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +143,7 @@ class RaggedLayer(CacheLayerMixin):
         if self.merge.page != self.pool.page:
             raise ValueError(f"layer {self.layer}: pages of {self.merge.page} slots, its pool has {self.pool.page}")
         self.pool.allocate(key_states, value_states)
-        width = 0 if self.max_length is None else -(-(self.max_length + AHEAD) // self.merge.page)
+        width = 0 if self.max_length is None else table_of(self.merge, self.max_length)
         self.state = {
             "tables": key_states.new_zeros(B, K, width, dtype=torch.int32),
             "lengths": key_states.new_zeros(B, K, dtype=torch.int32),
@@ -176,7 +172,7 @@ class RaggedLayer(CacheLayerMixin):
             new = replace(new, real_BT=None)
         if T == 1 and new.real_BT is None:
             if self._room == 0:
-                self._fit(self.lengths.flatten().tolist(), AHEAD)
+                self._fit(self.lengths.flatten().tolist())
             self._room -= 1
             dec = hard_decisions(new.logits_BKT, self.tokens[:, None], self.merge.protected)
             self._add_token(new, dec[..., 0])
@@ -243,7 +239,7 @@ class RaggedLayer(CacheLayerMixin):
         slots = slots.live(last)
         there = slots.expires_BKS > last[:, None, None]
         self.state["lengths"] = there.sum(-1, dtype=torch.int32)
-        self._fit(self.lengths.flatten().tolist(), 0)
+        self._fit(self.lengths.flatten().tolist())
         b, k, s = there.nonzero(as_tuple=True)
         page = self.tables[b, k, s // self.merge.page].long()
         self.pool.keys[page, s % self.merge.page] = slots.key_BKSH.detach()[b, k, s]
@@ -256,10 +252,10 @@ class RaggedLayer(CacheLayerMixin):
         self.pool.keys[page, place] = key_BKH.detach().to(self.pool.keys.dtype)
         self.pool.values[page, place] = value_BKV.detach().to(self.pool.values.dtype)
 
-    def _fit(self, lengths: Sequence[int], more: int) -> None:
-        """Pages for `more` slots beyond `lengths` in every row; those behind them are given back."""
+    def _fit(self, lengths: Sequence[int]) -> None:
+        """Pages for so many slots in each row, and a few steps more; those behind them are given back."""
         page = self.merge.page
-        wanted = [-(-(length + more) // page) for length in lengths]
+        wanted = [-(-(length + AHEAD) // page) for length in lengths]
         for row, count in zip(self._held, wanted, strict=True):
             self.pool.give(row[count:])
             del row[count:]
@@ -292,7 +288,7 @@ class RaggedLayer(CacheLayerMixin):
     def _widen(self, pages: int) -> None:
         missing = pages - self.tables.shape[2]
         if missing > 0:
-            missing = -(-missing // _WIDER) * _WIDER if self.max_length is None else missing
+            missing = -(-missing // TABLE_STEP) * TABLE_STEP if self.max_length is None else missing
             self.state["tables"] = torch.nn.functional.pad(self.tables, (0, missing))
 
     def tensors(self) -> list[Tensor]:
@@ -348,21 +344,26 @@ class RaggedLayer(CacheLayerMixin):
         if chosen == list(range(self.batch_size)):
             return
         K = self.lengths.shape[1]
-        sources = [self._held[b * K + k] for b in chosen for k in range(K)]
+        lengths = self.lengths.flatten().tolist()
+        used = [row[: -(-length // self.merge.page)] for row, length in zip(self._held, lengths, strict=True)]
+        sources = [used[b * K + k] for b in chosen for k in range(K)]
         flat = torch.tensor([page for row in sources for page in row], device=self.device, dtype=torch.long)
         keys, values = self.pool.keys[flat], self.pool.values[flat]
-        counts = [len(row) for row in sources]
         for row in self._held:
             self.pool.give(row)
         index = rows_B.to(self.device)
         self.state = {name: t.index_select(0, index) for name, t in self.state.items()}
         self.batch_size = len(chosen)
         self._held = [[] for _ in sources]
-        lengths = [count * self.merge.page for count in counts]
-        self._fit(lengths, 0)
-        to = torch.tensor([page for row in self._held for page in row], device=self.device, dtype=torch.long)
+        self._fit(self.lengths.flatten().tolist())
+        rows = zip(self._held, sources, strict=True)
+        to = torch.tensor([page for row, old in rows for page in row[: len(old)]], dtype=torch.long)
         self.pool.keys[to], self.pool.values[to] = keys, values
-        self._room = 0
+
+
+def table_of(merge: Merge, tokens: int) -> int:
+    """Entries of a block table that has room for `tokens` tokens, should all of them stay."""
+    return -(-(tokens + AHEAD) // merge.page)
 
 
 def at_end(x: Tensor, real_BT: Tensor) -> Tensor:

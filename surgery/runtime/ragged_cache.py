@@ -9,9 +9,9 @@ from math import ceil
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .layout import Heads, LayerPlan
+from .layout import AHEAD, Heads, LayerPlan
 from .pages import PagePool
-from .ragged import AHEAD, RaggedLayer
+from .ragged import RaggedLayer, table_of
 from .ragged_dmc import MergingLayer
 from .ragged_dms import EvictingLayer
 
@@ -77,3 +77,9 @@ def static_pages(plan: LayerPlan, tokens: int, ratio: float | None = None) -> in
     merge = plan.retain if ratio is None else replace(plan.retain, ratio=ratio)
     slots = min(merge.slots_at(tokens) * (1 + MARGIN), tokens) + AHEAD
     return plan.project.kv_heads * (ceil(slots / merge.page) + 1)
+
+
+def static_bytes(plans: Sequence[LayerPlan], tokens: int, ratio: float | None = None) -> int:
+    """Bytes per sequence of the ragged layers of a static cache for `tokens` tokens, as `make_ragged` makes them."""
+    merged = [plan for plan in plans if plan.retain is not None and plan.owner == plan.layer]
+    return sum(p.bytes_of_pages(static_pages(p, tokens, ratio), table_of(p.retain, tokens)) for p in merged if p.retain)

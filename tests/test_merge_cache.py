@@ -1,0 +1,292 @@
+"""The cache of merged attention: whole sequences, chunks and single tokens give the same, and bytes really fall."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from merged_models import merge, merged_model
+from methods import parent
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+import surgery.runtime.ragged_attention
+import surgery.runtime.ragged_dmc
+from surgery.evaluate import evaluate
+from surgery.measure.memory import cache_size, tensor_bytes
+from surgery.runtime.layout import Merge
+from surgery.runtime.ragged import RaggedLayer
+from surgery.runtime.ragged_cache import static_bytes
+
+FORMS = [("dms", 1), ("dms", 12), ("dms", 256), ("dmc", 1), ("dmc", 12), ("dmc", 256), ("dmc", None)]
+every_form = pytest.mark.parametrize(("method", "window"), FORMS)
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+
+
+@functools.cache
+def model_of(method: str, window: int | None, **arguments: object) -> PreTrainedModel:
+    return merged_model(merge(method, window), **arguments).eval()  # type: ignore[arg-type]
+
+
+def tokens(batch: int = 2, length: int = 40, seed: int = 0) -> Tensor:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, ids: Tensor, ends: Sequence[int], cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    """Logits of chunks that end at `ends`, and the cache."""
+    cache, logits, begin = cache or DynamicCache(config=model.config), [], 0
+    for end in ends:
+        logits.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits)
+        begin = end
+    return torch.cat(logits, dim=1), cache
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def contents(cache: Cache) -> list[list[Tensor]]:
+    """Keys and values of every slot, by layer and row, in an order that does not depend on their places."""
+    found = []
+    for layer in cache.layers:
+        slots = layer.slots()
+        both = torch.cat((slots.key_BKSH, slots.value_BKSV), dim=-1).flatten(0, 1)
+        counts = layer.lengths.flatten().tolist()
+        found.append([row[:count][row[:count, 0].argsort()] for row, count in zip(both, counts, strict=True)])
+    return found
+
+
+def assert_same_contents(one: Cache, other: Cache) -> None:
+    for a, b in zip(contents(one), contents(other), strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert x.shape == y.shape
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@every_form
+def test_whole_sequence_prefill_chunks_and_single_tokens_are_the_same(method: str, window: int | None) -> None:
+    # Window 256 has to be left as well: most of the sequence is then prefilled.
+    length = 290 if window == 256 else 40
+    model, ids = model_of(method, window), tokens(length=length)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    prefilled, cache = run(model, ids, [length])
+    assert_close(prefilled, whole)
+    for ends in ([9, 10, 25, length], [length - 30, *range(length - 29, length + 1)]):
+        logits, other = run(model, ids, ends)
+        assert_close(logits, whole)
+        assert_same_contents(cache, other)
+    assert int(cache.layers[0].lengths.sum()) < 4 * length
+
+
+@pytest.mark.parametrize("method", ["dms", "dmc"])
+def test_a_long_prompt_is_read_in_blocks_and_loses_nothing(method: str) -> None:
+    model, ids = model_of(method, 12), tokens(batch=1, length=600)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    logits, cache = run(model, ids, [600])
+    assert_close(logits, whole, 2e-5)
+    assert_same_contents(cache, run(model, ids, [300, 600])[1])
+
+
+@every_form
+def test_gates_that_keep_all_change_nothing_and_gates_that_drop_all_keep_what_they_must(
+    method: str, window: int | None
+) -> None:
+    ids = tokens()
+    logits, cache = run(model_of(method, window, drops=0.0), ids, [20, 21, 40])
+    with torch.no_grad():
+        assert_close(logits, parent("llama")(ids, use_cache=False).logits)
+    assert all(bool((layer.lengths == 40).all()) for layer in cache.layers)
+    model = model_of(method, window, drops=1.0)
+    logits, cache = run(model, ids, [20, 21, 40])
+    with torch.no_grad():
+        assert_close(logits, model(ids, use_cache=False).logits)
+    # dms: the window and 4 sinks. dmc: 4 sinks, and one slot behind them for all the rest.
+    kept = 5 if method == "dmc" else min(40, 4 + (window or 0))
+    assert all(bool((layer.lengths == kept).all()) for layer in cache.layers)
+
+
+@every_form
+def test_rows_of_a_padded_batch_are_what_they_are_alone(method: str, window: int | None) -> None:
+    model, ids, mask = model_of(method, window), tokens(length=30), torch.ones(2, 30, dtype=torch.long)
+    ids[0, :7], mask[0, :7] = 0, 0
+    # A second turn, in which the other row is the shorter one, and its padding lies between its own tokens.
+    mask[1, 20:24] = 0
+    cache, outputs = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for begin, end in ((0, 20), (20, 28), (28, 29), (29, 30)):
+            position = (mask.cumsum(-1) - 1).clamp_min(0)[:, begin:end]
+            step = {"attention_mask": mask[:, :end], "position_ids": position, "past_key_values": cache}
+            outputs.append(model(ids[:, begin:end], use_cache=True, **step).logits)
+    logits = torch.cat(outputs, dim=1)
+    held = contents(cache)
+    for row in range(2):
+        real = mask[row].bool()
+        alone, lonely = run(model, ids[row, real][None], [int(real.sum())])
+        assert_close(logits[row, real], alone[0], 2e-5)
+        for layer, other in zip(held, contents(lonely), strict=True):
+            for k in range(2):
+                torch.testing.assert_close(layer[2 * row + k], other[k], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", ["own", "fewer", "unequal"])
+@pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
+def test_generate_is_the_same_with_every_cache(method: str, window: int | None, groups: str) -> None:
+    model, ids = model_of(method, window, groups=groups), tokens(length=14)
+    want = model.generate(ids, **GREEDY, use_cache=False)
+    assert torch.equal(model.generate(ids, **GREEDY), want)
+    assert torch.equal(model.generate(ids, **GREEDY, past_key_values=model.static_cache(26, ratio=1.0)), want)
+    with torch.no_grad():
+        logits = model(want, use_cache=False).logits
+    assert torch.equal(logits[:, 13:-1].argmax(-1), want[:, 14:])
+    beams = model.generate(ids, **GREEDY, num_beams=3)
+    assert torch.equal(beams, model.generate(ids, **GREEDY, num_beams=3, use_cache=False))
+    mask = torch.ones_like(ids)
+    ids[0, :5], mask[0, :5] = 0, 0
+    batched = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(batched[:1, 5:], model.generate(ids[:1, 5:], **GREEDY))
+    assert torch.equal(batched[1:], model.generate(ids[1:], **GREEDY))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "gpt2", "olmo2", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("method", ["dms", "dmc"])
+def test_other_families_decode_as_they_prefill(method: str, family: str) -> None:
+    model, ids = model_of(method, 6, family=family), tokens(length=24)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    logits, cache = run(model, ids, [10, *range(11, 20), 24])
+    assert_close(logits, whole, 2e-5)
+    ragged = [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
+    assert ragged and all(int(layer.lengths.max()) < 24 for layer in ragged)
+
+
+@pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
+def test_readers_follow_the_slots_of_their_owner(method: str, window: int | None) -> None:
+    model, ids = model_of(method, window, shared=True), tokens()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    logits, cache = run(model, ids, [20, *range(21, 30), 40])
+    assert_close(logits, whole)
+    assert tensor_bytes(cache) == tensor_bytes_of_layer(cache, 0)
+    assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids, **GREEDY, use_cache=False))
+
+
+def tensor_bytes_of_layer(cache: Cache, layer: int) -> int:
+    return sum(t.numel() * t.element_size() for t in cache.layers[layer].tensors())
+
+
+def test_decoding_without_the_kernels_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = tokens()
+    for method, window in (("dms", 6), ("dmc", 3), ("dmc", None)):
+        model = model_of(method, window)
+        with_kernels, cache = run(model, ids, [20, *range(21, 41)])
+        with monkeypatch.context() as patch:
+            patch.setattr(surgery.runtime.ragged_attention, "AVAILABLE", False)
+            patch.setattr(surgery.runtime.ragged_dmc, "AVAILABLE", False)
+            without, other = run(model, ids, [20, *range(21, 41)])
+        assert_close(without, with_kernels)
+        assert_same_contents(cache, other)
+
+
+@every_form
+def test_bytes_are_what_the_slots_predict_and_fall_with_the_ratio(method: str, window: int | None) -> None:
+    ids, measured = tokens(batch=1, length=512), []
+    for drops in (0.0, 0.5, 0.8):
+        model = model_of(method, window, drops=drops)
+        _, cache = run(model, ids, [512])
+        slots = [layer.lengths[0].tolist() for layer in cache.layers]
+        measured.append(tensor_bytes(cache))
+        assert measured[-1] == sum(p.bytes_of_slots(s) for p, s in zip(model.plans, slots, strict=True))
+        size = cache_size(model, ids)
+        kept = sum(map(sum, slots)) / sum(map(len, slots))
+        assert size.bytes == measured[-1] and size.achieved_ratio == pytest.approx(512 / kept)
+    assert measured[0] > measured[1] > measured[2]
+
+
+@pytest.mark.parametrize(("method", "window"), [("dms", 64), ("dmc", None)])
+def test_pages_are_full_to_6_percent_at_2k_tokens_and_the_plan_says_their_bytes(
+    method: str, window: int | None
+) -> None:
+    model, ids = model_of(method, window, drops=0.75), tokens(batch=1, length=2048)
+    # Prefill and 40 single tokens: growth is slack as well.
+    _, cache = run(model, ids, [2008, *range(2009, 2049)])
+    for layer, plan in zip(cache.layers, model.plans, strict=True):
+        slots = int(layer.lengths.sum())
+        pool = layer.pool.keys.numel() + layer.pool.values.numel()
+        assert pool <= 1.06 * slots * plan.project.dims / plan.project.kv_heads
+        retain = Merge(method=method, window=window, ratio=2048 * 2 / slots)  # type: ignore[arg-type]
+        assert tensor_bytes_of_layer(cache, plan.layer) == pytest.approx(
+            type(plan)(**{**vars(plan), "retain": retain}).bytes_at(2048), rel=0.02
+        )
+
+
+def test_a_static_cache_holds_what_the_plan_says_from_the_start() -> None:
+    for method, window in (("dms", 12), ("dmc", 12), ("dmc", None)):
+        model = model_of(method, window)
+        cache = model.static_cache(64)
+        run(model, tokens(length=4), [4], cache)
+        assert tensor_bytes(cache) == 2 * static_bytes(model.plans, 64)
+        pools = [layer.pool.keys.data_ptr() for layer in cache.layers]
+        assert len(set(pools)) == 1
+        run(model, tokens(length=36), [18, *range(19, 37)], cache)
+        assert tensor_bytes(cache) == 2 * static_bytes(model.plans, 64)
+
+
+def test_a_full_pool_says_how_to_size_it() -> None:
+    model = model_of("dms", 12, drops=0.0)
+    with pytest.raises(RuntimeError, match=r"1\.00x fewer.*static_cache\(max_cache_len, ratio=") as caught:
+        run(model, tokens(length=200), [150, *range(151, 201)], model.static_cache(200, ratio=4.0))
+    assert "dynamic" in str(caught.value)
+    run(model, tokens(length=200), [150, *range(151, 201)], model.static_cache(200, ratio=1.0))
+    with pytest.raises(RuntimeError, match="for 20 tokens, 21 came"):
+        run(model, tokens(), [20, 21], model.static_cache(20, ratio=1.0))
+
+
+def test_what_cannot_be_undone_is_refused() -> None:
+    model, ids = model_of("dmc", None), tokens(batch=1)
+    _, cache = run(model, ids, [40])
+    assert not cache.is_croppable and not cache.is_compileable
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="without an assistant"):
+        model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
+    used = DynamicCache(config=model.config)
+    with torch.no_grad():
+        parent("llama")(ids, past_key_values=used, use_cache=True)
+    with pytest.raises(ValueError, match="needs an empty dynamic or static cache"):
+        run(model, ids, [40], used)
+
+
+@pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
+@pytest.mark.parametrize("static", [False, True])
+def test_sequences_can_be_chosen_and_repeated(method: str, window: int | None, static: bool) -> None:
+    model, ids = model_of(method, window), tokens(batch=3)
+    cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache(config=model.config)
+    run(model, ids, [20], cache)
+    order = torch.tensor([2, 0, 2])
+    cache.reorder_cache(order)
+    ids = ids[order]
+    logits, _ = run(model, ids[:, 20:], [1, 2, 3], cache)
+    want, _ = run(model, ids, [20, 23])
+    assert_close(logits, want[:, 20:])
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    cache.batch_repeat_interleave(2)
+    ids = ids[[0, 0, 2, 2]]
+    logits, _ = run(model, ids[:, 23:], [3, 4], cache)
+    want, _ = run(model, ids, [20, 27])
+    assert_close(logits, want[:, 23:])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def test_evaluation_scores_through_the_cache() -> None:
+    model = model_of("dms", 12)
+    report = evaluate(model, text=tokens(batch=4, length=64), length=64)
+    assert abs(report.model.cache_gap or 1.0) < 1e-4
+    assert report.model.cache.bytes < cache_size(model_of("dms", 12, drops=0.0), tokens(1, 64)).bytes
+    assert (report.model.cache.achieved_ratio or 0) > 1.3
