@@ -8,6 +8,7 @@ from rich.table import Table
 
 from surgery.show import count, human_bytes
 
+from .gates import gated
 from .losses import CHUNK_LOGITS
 from .trainer import core
 from .uptrain import Setup, parameter_groups
@@ -63,6 +64,8 @@ def summary_tables(summary: dict[str, Any]) -> list[Any]:
         values = before["nats_per_token"], after["nats_per_token"]
         table.add_row("held-out nats/token", "" if parent is None else f"{parent:.4f}", *(f"{v:.4f}" for v in values),
                       f"{values[1] - values[0]:+.4f}")  # fmt: skip
+        if after.get("ratio") is not None:
+            table.add_row("tokens per slot", "1", f"{before['ratio']:.2f}", f"{after['ratio']:.2f}", "")
         if parent is not None:
             table.add_row("KL to the parent", "0", f"{before['kl']:.4f}", f"{after['kl']:.4f}",
                           f"{after['kl'] - before['kl']:+.4f}")  # fmt: skip
@@ -114,6 +117,8 @@ def _loss(setup: Setup, stage: str) -> str:
     if stage == "layer-local":
         return "attention outputs, on the parent's inputs"
     names = {"kl": "KL(parent || model)", "ce": "cross-entropy", "hidden": "last hidden state"}
+    if gated(core(setup.model)):
+        names["gate_budget"] = "budget of the gates"
     return " + ".join(f"{getattr(section, k):g} {text}" for k, text in names.items() if getattr(section, k))
 
 

@@ -26,6 +26,7 @@ from surgery.recipe import Uptrain
 from surgery.text import Windows
 
 from .data import PackedText
+from .gates import Counted, collapsed, count, decisions, gated, shortfall, summed, target_rates
 from .kept import KeptLogits
 from .losses import IGNORE, Distilled, Weights, distil, hidden_match, squared_error
 from .parent import Parent, head_input, head_of
@@ -43,6 +44,8 @@ class Score:
     nats_per_token: float
     kl: float
     parent_nats_per_token: float
+    ratio: float | None = None
+    """Tokens per slot at the end of each sequence, over all gates; None where there is no gate."""
 
 
 class NonFinite(SurgeryError):
@@ -88,6 +91,10 @@ class Uptrainer(Trainer):
         self.companions, self.nonfinite_limit, self.keep, self.head = companions, nonfinite_limit, keep, head
         self.kept = kept
         self.nonfinite = 0
+        self.gates = gated(core(model))
+        for gate in self.gates.values():
+            gate.temperature = uptrain.gate_temperature
+        self._told: set[str] = set()
         inside = {id(p) for name in local for p in core(model).get_submodule(name).parameters()}
         self._outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
         self.root = Path(str(args.output_dir))
@@ -147,8 +154,11 @@ class Uptrainer(Trainer):
             self._count(layer_local=error.detach() / len(self.local), tokens=labels.numel())
         else:
             wants_parent = bool(self.uptrain.kl or self.uptrain.hidden)
-            sums, extra = self._distilled(model, read, labels, self.parent if wants_parent else None)
+            with decisions(core(self.accelerator.unwrap_model(model))) as logits:
+                sums, extra = self._distilled(model, read, labels, self.parent if wants_parent else None)
             loss = (sums.total + extra) / num_items_in_batch
+            if self.gates:
+                loss = loss + self._gate_budget(model, logits, read)
             self._count(
                 kl=sums.kl,
                 nll=sums.nll,
@@ -212,6 +222,39 @@ class Uptrainer(Trainer):
             extra = extra + 0.0 * logits.float().sum()
         return sums, extra
 
+    def _gate_budget(self, model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        """This device's and micro-batch's part of the weighted shortfall of decisions."""
+        counted = count(core(self.accelerator.unwrap_model(model)), logits, inputs)
+        target = target_rates(core(self.accelerator.unwrap_model(model)), self.text.length)
+        self._count_gates(counted)
+        missing = shortfall(
+            counted,
+            target,
+            self.uptrain.gate_budget_per == "head",
+            lambda x: self.accelerator.reduce(x, "sum"),
+        )
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.uptrain.gate_budget * missing / parts
+
+    def _count_gates(self, counted: Counted) -> None:
+        self._count(
+            gate_gone=counted.gone.sum(),
+            gate_free=counted.free.sum(),
+            gate_slots=counted.slots.sum(),
+            gate_tokens=counted.tokens.sum(),
+        )
+
+    def _warn_of_collapse(self, counted: Counted) -> None:
+        """Say once which gates let all tokens go, or none although they are asked to."""
+        early = all(gate.target_ratio < 0.5 * (1 + gate.merge.ratio) for gate in self.gates.values())
+        if early or self.state.global_step == 0:
+            return
+        heads = [gate.heads.kv_heads for gate in self.gates.values()]
+        for text in collapsed(list(self.gates), counted, heads):
+            if text not in self._told:
+                self._told.add(text)
+                logger.warning("step %d: %s", self.state.global_step, text)
+
     @torch.no_grad()
     def score(self, windows: Windows, batch: int = 8) -> Score:
         """Held-out loss of the model as it is, and KL to the parent. Every device works through all of it."""
@@ -220,17 +263,33 @@ class Uptrainer(Trainer):
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         tokens = 0
+        counts: list[Counted] = []
         for ids, mask in windows.batches(batch):
             labels = ids.masked_fill(~mask, IGNORE).to(self.args.device)
             labels[:, 0] = IGNORE
-            found, _ = self._distilled(model, {"input_ids": ids.to(self.args.device)}, labels, self.parent)
+            inputs = {"input_ids": ids.to(self.args.device)}
+            plain = core(self.accelerator.unwrap_model(model))
+            with decisions(plain) as logits:
+                found, _ = self._distilled(model, inputs, labels, self.parent)
+            if logits and bool(mask.all()):
+                counts.append(count(plain, logits, inputs))
             sums += torch.stack([found.nll, found.kl, found.parent_nll]).double().cpu()
             tokens += int((labels != IGNORE).sum())
         model.train(was)
+        ratio = None
+        if counts:
+            counted = Counted(*(torch.stack(column).sum(0) for column in zip(*counts, strict=True)))
+            self._warn_of_collapse(counted)
+            ratio = float(counted.tokens.sum() / counted.slots.sum())
         return Score(nats_per_token=float(sums[0]) / tokens, kl=float(sums[1]) / tokens,
-                     parent_nats_per_token=float(sums[2]) / tokens)  # fmt: skip
+                     parent_nats_per_token=float(sums[2]) / tokens, ratio=ratio)  # fmt: skip
 
     # How fast
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Trainer's, without gates: their scale is what they say."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if ".gate." not in name]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule's learning rates, as factors of the optimizer's."""
@@ -285,6 +344,8 @@ class Uptrainer(Trainer):
                     logs |= {name: sums[name] / sums["predicted"] for name in ("kl", "parent_nll")}
                 if self.uptrain.hidden:
                     logs["hidden"] = sums["hidden"] / sums["predicted"]
+            if sums.get("gate_free"):
+                logs |= summed(sums)
             if sums.get("not_finite"):
                 logs["not_finite"] = sums["not_finite"]
             self._sums.clear()
@@ -348,7 +409,8 @@ class HeldOut(TrainerCallback):
     def _score(self) -> None:
         assert self.trainer is not None
         found = dataclasses.asdict(self.trainer.score(self.windows))
-        names = [name for name in found if name == "nats_per_token" or self.trainer.parent is not None]
+        names = ["nats_per_token"] + ["ratio"] * (found["ratio"] is not None)
+        names += ["kl", "parent_nats_per_token"] * (self.trainer.parent is not None)
         self.trainer.log({f"held_out_{name}": found[name] for name in names})
 
 

@@ -35,9 +35,10 @@ from surgery.text import Windows, load_windows
 
 from .data import PackedText, split_batch
 from .documents import Documents, open_documents, training_tokenizer
+from .gates import check_length, gated
 from .kept import KeptLogits
 from .parent import Parent, check_parent, check_sites, different_weights, read_head
-from .schedule import Schedule, schedule
+from .schedule import Ramp, RampCallback, Schedule, schedule
 from .trainer import FreshOptimizer, HeldOut, Uptrainer, checkpoints, clean, core
 
 RUN = "run.json"
@@ -198,6 +199,7 @@ def prepare(run: Run) -> Setup:
     if section.separate_documents:
         check_separates(student)
     torch.manual_seed(run.seed)  # of adapters
+    check_length(student, length)
     wrapped = select(student, section, trained, str(folder))
     return Setup(
         run=run,
@@ -239,7 +241,8 @@ def resolve_uptrain(run: Run, origin: Mapping[str, Any]) -> Uptrain:
     section = Recipe.load(data, overrides).uptrain
     assert section is not None
     if section.layer_local is None:
-        section = dataclasses.replace(section, layer_local=0.0 if origin.get("calibration") else 0.1)
+        local = 0.0 if origin.get("calibration") or section.train == "gates" else 0.1
+        section = dataclasses.replace(section, layer_local=local)
     return section
 
 
@@ -324,7 +327,14 @@ def select(model: PreTrainedModel, section: Uptrain, attention: tuple[str, ...],
     inside = tuple(name + "." for name in attention)
     for name, parameter in model.named_parameters():
         chosen = section.train == "all" or name.startswith(inside)
+        if section.train == "gates":
+            chosen = chosen and ".gate." in name
         parameter.requires_grad_(chosen and parameter.is_floating_point() and section.train != "lora")
+    if section.train == "gates" and not any(p.requires_grad for p in model.parameters()):
+        raise RecipeError(
+            "uptrain.train: gates, but the model has none that can be trained alone (gate: adapter has). Set "
+            "train=converted."
+        )
     if section.train != "lora":
         return model
     peft = _peft()
@@ -445,6 +455,8 @@ def train(setup: Setup) -> dict[str, Any]:
     if run.checkpointing:
         enable_checkpointing(core(setup.model))
     callbacks: list[Any] = [FreshOptimizer(setup.schedule)]
+    if gated(core(setup.model)):
+        callbacks.append(RampCallback(Ramp(end=setup.uptrain.gate_ramp)))
     scorer = HeldOut(setup.held_out, run.eval_steps) if setup.held_out is not None else None
     trainer = Uptrainer(
         setup.model,
@@ -521,6 +533,7 @@ def parameter_groups(setup: Setup) -> dict[str, dict[str, int]]:
         kind = "LoRA" if ".lora_" in name else "embeddings" if id(parameter) in embeddings else "other"
         if name.startswith(inside) and kind == "other":
             kind = "converted attention" if setup.uptrain.train in ("converted", "lora") else "attention"
+            kind = "gates" if ".gate." in name else kind
         entry = groups.setdefault(kind, {"trained": 0, "frozen": 0})
         entry["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
     return groups
