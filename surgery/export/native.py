@@ -1,6 +1,7 @@
-"""MLA as a stock DeepSeek-V3: transformers loads the result with no code of ours, checked in a fresh process.
+"""Stock classes: heads as the parent's own (`padded.py`), MLA as DeepSeek-V3; no code of ours, checked without it.
 
-Every layer is dense (`first_k_dense_replace` is the number of layers). What the format asks for and how it is met:
+Of DeepSeek-V3 every layer is dense (`first_k_dense_replace` is the number of layers). What it asks for and how that is
+met:
 
 - Rotated rows are stored interleaved, pairs (2j, 2j+1).
 - Scores are divided by sqrt(nope + rope): q is multiplied by the parent's scale times that.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +28,16 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedMode
 from ..errors import PlanError
 from ..runtime.layout import AttentionSite, Latent, LayerPlan
 from ..text import Windows, load_windows
+from .padded import check_padded, is_heads, write_padded
 from .parity import TOLERANCE, Ask, Parity, answers_alone, answers_of, compare
 from .target import Source, Written
 
 Norm = Literal["neutral", "calibrated"]
 ROOM = 2.0**11
 """The constant of a neutral norm over the largest latent: the norm then errs by 1e-7, less than float32 rounds."""
+RMS = 2.0**6
+"""Of latents under a calibrated norm: epsilons of 1e-5 and 1e-6 then differ by less than float32 rounds."""
+ENGINE_RANK, ENGINE_PAIRS = 512, 32
 CHECKED_TOKENS = 64
 LATENT_EPS = 1e-6
 """Of `kv_a_layernorm`: the class leaves its default there, whatever `rms_norm_eps` says."""
@@ -44,6 +49,8 @@ class _Layer:
     plan: Latent
     weights: dict[str, Tensor]
     """Of the layer's attention, under the runtime's names, float32."""
+    snapped: dict[float, float] = field(default_factory=dict)
+    """Frequencies as the export's ladder has them, where rounding told them apart."""
 
     def up(self, name: str) -> Tensor:
         """`k_up` [K, H, R] or `v_up` [K, V, R] over the whole latent."""
@@ -58,35 +65,50 @@ class _Layer:
     def frequencies(self) -> list[float]:
         if not self.plan.rope_dims:
             return []
-        return [float(f) for f in self.weights["rope_freq_bits"].view(torch.float32)]
+        own = [float(f) for f in self.weights["rope_freq_bits"].view(torch.float32)]
+        return [self.snapped.get(f, f) for f in own]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Native:
-    """The target `native`: a model that `mla` converted, as `DeepseekV3ForCausalLM`."""
+    """The target `native`: heads as the parent's class, `mla` as `DeepseekV3ForCausalLM`. Options are for `mla`."""
 
     norm: Norm = "neutral"
     """How the norm on the latent is met; see this module."""
     text: Any = None
     """What `calibrated` fits its gains to: token ids [windows, tokens], or what `convert` takes."""
 
+    pad: bool = False
+    """For engines: frequencies filled up to the parent's own ladder, so that rope is `default`, and the latent to 512 +
+    64 numbers where it is not larger, the size that most MLA kernels take."""
+
     def check(self, source: Source) -> None:
         """Refuse what the format cannot say."""
+        if is_heads(source):
+            return check_padded(source)
         model = source.model
-        _check(model, _layers(model), self.norm, self.text)
+        layers = _layers(model)
+        _check(model, layers, self.norm, self.text)
+        _frequencies(layers, self.pad)
 
     def write(self, source: Source, folder: Path) -> Written:
         """Write the stock class."""
+        if is_heads(source):
+            return write_padded(source, folder)
         model = source.model
         layers, windows = _layers(model), _windows(model, self.text, source.tokenizer)
-        frequencies = _union([layer.frequencies() for layer in layers])
+        frequencies, layers = _frequencies(layers, self.pad)
         rank = max(layer.plan.rank for layer in layers) + (self.norm == "neutral")
+        if self.pad:
+            rank = max(rank, ENGINE_RANK)
         config = _config(model, layers, rank, frequencies, self.norm)
         tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
         for i, layer in enumerate(layers):
-            scale = _latent_rms(model, layer, windows, rank) if self.norm == "calibrated" else None
-            bound = _largest_latent(model, layer, windows)
-            made = _attention(layer, rank, frequencies, config, scale, bound)
+            if self.norm == "calibrated":
+                gain, size = _latent_gain(model, layer, windows, rank)
+            else:
+                gain, size = None, _largest_latent(model, layer, windows)
+            made = _attention(layer, rank, frequencies, config, gain, size)
             tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
         _build(config, tensors, model.dtype).save_pretrained(folder)
         source.write_companions(folder)
@@ -114,7 +136,8 @@ class Native:
         want = answers_of(model, ask)
         got, said = answers_alone(folder, ask)
         parity = compare(want, got, f"transformers {said['transformers']} ({said['class']})")
-        return parity.require(TOLERANCE[model.dtype], same_tokens=False) if self.norm == "neutral" else parity
+        exact = is_heads(source) or self.norm == "neutral"
+        return parity.require(TOLERANCE[model.dtype], same_tokens=False) if exact else parity
 
 
 def _layers(model: PreTrainedModel) -> list[_Layer]:
@@ -189,10 +212,44 @@ def _union(ladders: Sequence[Sequence[float]]) -> list[float]:
     return sorted(most.elements(), reverse=True) or [1.0]
 
 
+def _frequencies(layers: list[_Layer], pad: bool) -> tuple[list[float], list[_Layer]]:
+    """The frequencies of all layers in one, and the layers with theirs spelled as there.
+
+    Raises:
+        PlanError: `pad`, and they do not fit into the ladder of plain rope.
+    """
+    union = _union([layer.frequencies() for layer in layers])
+    rotary = layers[0].site.rotary
+    if not pad or not union:
+        return union, layers
+    theta = None if rotary is None else _ladder(rotary.inv_freq)
+    if rotary is None or theta is None or rotary.scaling != 1:
+        raise PlanError(
+            "pad: the parent's own rope is not a plain one (`default`). Leave out pad; transformers runs it."
+        )
+    pairs = len(rotary.inv_freq)
+    pairs = ENGINE_PAIRS if ENGINE_PAIRS % pairs == 0 else pairs
+    ladder = [theta ** (-i / pairs) for i in range(pairs)]
+    used = union if any(layer.frequencies() for layer in layers) else []
+    nearest = {f: min(ladder, key=lambda step: abs(math.log(step / f))) for f in set(used)}
+    if any(abs(step / f - 1) > 1e-5 for f, step in nearest.items()):
+        raise PlanError(
+            "pad: some rotated parts turn at frequencies that the parent has not (fold). Convert by fold: 1."
+        )
+    if len(used) > len(nearest):
+        raise PlanError(
+            f"pad: plain rope has each frequency once, and {len(used) - len(nearest)} rotated parts repeat one. "
+            f"Convert by mla with selector: top and rope_dims of at most {2 * len(rotary.inv_freq)}."
+        )
+    return ladder, [replace(layer, snapped=nearest) for layer in layers]
+
+
 def _ladder(frequencies: Sequence[float]) -> float | None:
     """theta where frequency i is theta^(-i / n); None for any other set."""
     n = len(frequencies)
-    if abs(frequencies[0] - 1) > 1e-6 or n < 2:
+    if n == 1 and frequencies[0] == 1:
+        return 10000.0  # any: it names no second one
+    if n < 2 or abs(frequencies[0] - 1) > 1e-6:
         return None
     theta = frequencies[1] ** -n
     return theta if all(abs(f * theta ** (i / n) - 1) < 1e-5 for i, f in enumerate(frequencies)) else None
@@ -226,9 +283,14 @@ def _config(
 
 
 def _attention(
-    layer: _Layer, rank: int, frequencies: Sequence[float], config: Any, gain_R: Tensor | None, bound: float
+    layer: _Layer, rank: int, frequencies: Sequence[float], config: Any, gain_R: Tensor | None, size: float
 ) -> dict[str, Tensor]:
-    """One attention under the names of `DeepseekV3Attention`, float32."""
+    """One attention under the names of `DeepseekV3Attention`, float32.
+
+    Args:
+        gain_R: of the calibrated norm; None for the neutral one.
+        size: for the calibrated norm what the latents are multiplied by, for the neutral one their largest length.
+    """
     w, p, site = layer.weights, layer.plan, layer.site
     D, N, R, F = site.hidden_size, site.heads, p.rank, len(frequencies)
     kv_of = torch.arange(N) // (N // p.kv_heads)
@@ -251,13 +313,14 @@ def _attention(
     up = torch.nn.functional.pad(up, (0, rank - R))
     gain = torch.zeros(rank)
     if gain_R is None:
-        large = 2.0 ** math.ceil(math.log2(bound * ROOM))
+        large = 2.0 ** math.ceil(math.log2(size * ROOM))
         bias[-1] = large  # the gain of this channel is 0: it steers the norm, and is cached as 0
         wanted = math.sqrt(large**2 / rank + LATENT_EPS)
         gain[:R] = 2.0 ** round(math.log2(wanted))  # as the constant, a power of two: bfloat16 rounds neither
         up = up * (wanted / float(gain[0]))
     else:
         gain[:R] = gain_R
+        down = down * size
     made = {
         "q_proj.weight": torch.cat([q_NHD, rope.flatten(1, 2)], 1).flatten(0, 1),
         "kv_a_proj_with_mqa.weight": torch.cat([down, k_rope.flatten(0, 1)]),
@@ -299,11 +362,17 @@ def _largest_latent(model: PreTrainedModel, layer: _Layer, windows: Windows) -> 
     return max(1e-3, float(_latents(model, layer, windows).norm(dim=-1).max()))
 
 
-def _latent_rms(model: PreTrainedModel, layer: _Layer, windows: Windows, rank: int) -> Tensor:
-    """[R] gains with which the normed latents come nearest to the latents: E[c n] / E[n²], n = c / rms(c)."""
+def _latent_gain(model: PreTrainedModel, layer: _Layer, windows: Windows, rank: int) -> tuple[Tensor, float]:
+    """[R] gains with which the normed latents come nearest to the latents: E[c n] / E[n²], n = c / rms(c).
+
+    And a power of two that the latents may be multiplied by: the norm undoes it, and what an engine takes for its
+    epsilon then does not count.
+    """
     c = _latents(model, layer, windows).double()
-    n = c * (c.square().sum(-1, keepdim=True) / rank + LATENT_EPS).rsqrt()
-    return ((c * n).mean(0) / n.square().mean(0).clamp_min(1e-30)).float()
+    rms = (c.square().sum(-1, keepdim=True) / rank).sqrt()
+    n = c / rms.clamp_min(1e-30)
+    size = 2.0 ** round(math.log2(RMS / max(float(rms.median()), 1e-30)))
+    return ((c * n).mean(0) / n.square().mean(0).clamp_min(1e-30)).float(), size
 
 
 def _build(config: DeepseekV3Config, tensors: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
