@@ -516,7 +516,7 @@ def _layers(plan: Plan) -> Table:
         return (
             f"{site.heads} q heads x {site.head_dim}",
             f"{cached_form(b.project)}{' heads' if isinstance(a.project, Latent) else ''} → {cached_form(a.project)}"
-            + (f", {_retained(a.retain)}" if a.retain else "")
+            + (f", {retained_form(a.retain)}" if a.retain else "")
             + (f", {'V ' if a.value_owner is not None else ''}of layer {a.lenders[0]}" if a.lenders else ""),
             "all" if site.window is None else str(site.window),
             f"{b.bytes_per_token:,} → {a.bytes_per_token:,}",
@@ -542,7 +542,7 @@ def cached_form(project: Project) -> str:
     return f"{project.kv_heads}{uneven}"
 
 
-def _retained(merge: Merge) -> str:
+def retained_form(merge: Merge) -> str:
     """Method, ratio and window, in a word."""
     window = "" if merge.window is None else f" window {merge.window}"
     return f"{merge.method} {merge.ratio:g}x{window}"

@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..errors import CheckpointError
-from ..plan import cached_form
+from ..plan import cached_form, retained_form
 from ..recipe import Recipe
 from ..report import Report, check_comparable, markdown_page, told_apart
 from ..runtime.layout import LayerPlan
@@ -128,7 +128,10 @@ def _done(source: Source) -> list[str]:
     rows: dict[tuple[str, str], list[int]] = {}
     for layer in layers:
         reads = f", {'V ' if layer.owner == layer.layer else ''}of layer {layer.lenders[0]}" if layer.lenders else ""
-        rows.setdefault((cached_form(layer.project) + reads, f"{layer.bytes_per_token:,}"), []).append(layer.layer)
+        keeps = f", {retained_form(layer.retain)}" if layer.retain else ""
+        rows.setdefault((cached_form(layer.project) + reads + keeps, f"{layer.bytes_per_token:,}"), []).append(
+            layer.layer
+        )
     table = ["| layers | KV heads or latent | KV bytes/token |", "|---|---|---:|"]
     table += [f"| {spans(numbers)} | {form} | {size} |" for (form, size), numbers in rows.items()]
     parts = ["\n".join(table)]
