@@ -7,9 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_GROWTH = 64
-"""A growing pool gets this part of its pages more at once: 1.6 % of slack, and few copies."""
-
 
 class PagePool:
     """`keys` [P, page, H] and `values` [P, page, V], and which of the P pages are free.
@@ -40,24 +37,28 @@ class PagePool:
         self._allocated = True
 
     @property
+    def grows(self) -> bool:
+        """Whether one layer has the pool for itself, and may move its pages."""
+        return self.per_sequence is None
+
+    @property
     def pages(self) -> int:
         """Pages there are, free ones included."""
         return len(self.keys) if self._allocated else 0
 
+    @property
+    def free(self) -> int:
+        """Pages that can be taken."""
+        return len(self._free)
+
     def take(self, count: int) -> list[int]:
-        """Indices of `count` pages; contents are undefined.
+        """Indices of `count` pages, in order; contents are undefined.
 
         Raises:
-            PoolFull: a fixed pool has fewer.
+            PoolFull: there are fewer.
         """
         if len(self._free) < count:
-            old = self.pages
-            if self.per_sequence is not None:
-                raise PoolFull(count, len(self._free), old)
-            new = max(count - len(self._free), old // _GROWTH)
-            self.keys = torch.cat((self.keys, self.keys.new_zeros(new, *self.keys.shape[1:])))
-            self.values = torch.cat((self.values, self.values.new_zeros(new, *self.values.shape[1:])))
-            self._free[:0] = range(old + new - 1, old - 1, -1)
+            raise PoolFull(count, len(self._free), self.pages)
         taken = self._free[len(self._free) - count :][::-1]
         del self._free[len(self._free) - count :]
         return taken
@@ -65,6 +66,23 @@ class PagePool:
     def give(self, pages: Sequence[int]) -> None:
         """Take pages back."""
         self._free.extend(reversed(pages))
+
+    def sort(self) -> None:
+        """Hand out neighbours next."""
+        self._free.sort(reverse=True)
+
+    def rebuild(self, used: Sequence[int], more: int) -> None:
+        """Keep the `used` pages alone, in this order from page 0 on, and `more` free ones behind them."""
+        index = torch.tensor(used, dtype=torch.long, device=self.keys.device)
+        self.keys, self.values = (_rebuilt(t, index, more) for t in (self.keys, self.values))
+        self._free = list(range(len(used) + more - 1, len(used) - 1, -1))
+
+
+def _rebuilt(pages: Tensor, index: Tensor, more: int) -> Tensor:
+    new = pages.new_empty(len(index) + more, *pages.shape[1:])
+    torch.index_select(pages, 0, index, out=new[: len(index)])
+    new[len(index) :].zero_()
+    return new
 
 
 class PoolFull(RuntimeError):

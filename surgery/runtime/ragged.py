@@ -22,6 +22,10 @@ from .pages import PagePool, PoolFull
 NEVER = 2**31 - 1
 
 
+_GROWTH = 64
+"""A growing pool gets this part of its pages more at once: 1.6 % of slack, and few copies."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class New:
     """What several layers' worth of arithmetic has made of new tokens, for their owner's cache."""
@@ -239,6 +243,7 @@ class RaggedLayer(CacheLayerMixin):
         slots = slots.live(last)
         there = slots.expires_BKS > last[:, None, None]
         self.state["lengths"] = there.sum(-1, dtype=torch.int32)
+        self._release()
         self._fit(self.lengths.flatten().tolist())
         b, k, s = there.nonzero(as_tuple=True)
         page = self.tables[b, k, s // self.merge.page].long()
@@ -253,24 +258,45 @@ class RaggedLayer(CacheLayerMixin):
         self.pool.values[page, place] = value_BKV.detach().to(self.pool.values.dtype)
 
     def _fit(self, lengths: Sequence[int]) -> None:
-        """Pages for so many slots in each row, and a few steps more; those behind them are given back."""
+        """Pages for so many slots in each row, and a few steps more."""
         page = self.merge.page
-        wanted = [-(-(length + AHEAD) // page) for length in lengths]
-        for row, count in zip(self._held, wanted, strict=True):
-            self.pool.give(row[count:])
-            del row[count:]
-        missing = [max(count - len(row), 0) for row, count in zip(self._held, wanted, strict=True)]
-        if any(missing):
-            taken = self._take(sum(missing), lengths)
+        missing = [-(-(n + AHEAD) // page) - len(row) for row, n in zip(self._held, lengths, strict=True)]
+        count = sum(max(m, 0) for m in missing)
+        if self.pool.grows and self.pool.free < count:
+            # All pages move anyway: rows become whole stretches, which a CPU reads without copying them.
+            used = [p for row in self._held for p in row]
+            self.pool.rebuild(used, max(count, len(used) // _GROWTH))
+            numbers = iter(range(len(used)))
+            self._held = [[next(numbers) for _ in row] for row in self._held]
+            self._enter([(i, j, p) for i, row in enumerate(self._held) for j, p in enumerate(row)])
+        if count:
+            taken = iter(self._take(count, lengths))
             entries = []
-            for i, (row, count) in enumerate(zip(self._held, missing, strict=True)):
-                entries += [(i, len(row) + j, taken[j]) for j in range(count)]
-                row += taken[:count]
-                taken = taken[count:]
-            self._widen(max(len(row) for row in self._held))
-            rows, columns, pages = torch.tensor(entries, device=self.device).unbind(-1)
-            self.tables.flatten(0, 1)[rows, columns] = pages.int()
+            for i, (row, more) in enumerate(zip(self._held, missing, strict=True)):
+                for _ in range(more):
+                    entries.append((i, len(row), next(taken)))
+                    row.append(entries[-1][2])
+            self._enter(entries)
         self._room = min(len(row) * page - length for row, length in zip(self._held, lengths, strict=True))
+
+    def _enter(self, entries: Sequence[tuple[int, int, int]]) -> None:
+        """Write (row, place in its table, page) into the tables, which widen where they must."""
+        if not entries:
+            return
+        rows, places, pages = torch.tensor(entries, dtype=torch.long).unbind(-1)
+        self._widen(int(places.max()) + 1)
+        index = rows.to(self.device), places.to(self.device)
+        self.tables.flatten(0, 1)[index] = pages.to(self.device, torch.int32)
+
+    def _release(self) -> None:
+        """Give all pages back, so that those taken next are neighbours."""
+        for row in self._held:
+            self.pool.give(row)
+            row.clear()
+        if self.pool.grows:
+            self.pool.rebuild((), 0)
+        else:
+            self.pool.sort()
 
     def _take(self, pages: int, lengths: Sequence[int]) -> list[int]:
         try:
@@ -318,8 +344,8 @@ class RaggedLayer(CacheLayerMixin):
             )
 
     def reset(self) -> None:
-        for row in self._held:
-            self.pool.give(row)
+        if self.is_initialized:
+            self._release()
         self._clear()
 
     def offload(self) -> None:
@@ -349,8 +375,7 @@ class RaggedLayer(CacheLayerMixin):
         sources = [used[b * K + k] for b in chosen for k in range(K)]
         flat = torch.tensor([page for row in sources for page in row], device=self.device, dtype=torch.long)
         keys, values = self.pool.keys[flat], self.pool.values[flat]
-        for row in self._held:
-            self.pool.give(row)
+        self._release()
         index = rows_B.to(self.device)
         self.state = {name: t.index_select(0, index) for name, t in self.state.items()}
         self.batch_size = len(chosen)
