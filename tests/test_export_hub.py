@@ -18,10 +18,12 @@ import yaml
 from families import tiny_model
 from huggingface_hub import HfApi
 from markdown_it import MarkdownIt
+from merged_models import merge, merged_model
 from methods import METHODS, converted, parent
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 from test_report import made_up
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_imports
 
 import surgery
@@ -102,17 +104,17 @@ save_file(found, sys.argv[4])
 """
 
 
-def check_pairs(pairs: list[tuple[str, str]], bare: Path, folder: Path) -> None:
-    """Export all pairs, and compare what one bare process makes of them with what they are here."""
+def check(models: dict[str, tuple[PreTrainedModel, bool]], bare: Path, folder: Path) -> None:
+    """Export models (and whether they have static caches), and compare what one bare process makes of them with what
+    they are here."""
     want, asked = {}, {}
-    for method, family in pairs:
-        model, out = converted(method, family), folder / f"{method}-{family}"
+    for name, (model, static) in models.items():
+        out = folder / name
         out.mkdir()
         source = Source(model)
         hub.Hub().check(source)
         hub.Hub().write(source, out)
-        caches = ["dynamic", "static"] if statically(family) else ["dynamic"]
-        asked[str(out)] = caches
+        asked[str(out)] = caches = ["dynamic", "static"] if static else ["dynamic"]
         for cache in caches:
             ids = prompt(99)
             made = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=cache, **GREEDY)
@@ -123,16 +125,22 @@ def check_pairs(pairs: list[tuple[str, str]], bare: Path, folder: Path) -> None:
     got = load_file(answers)
     assert got.keys() == want.keys()
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
-    assert sum("static" in name for name in want) >= len(pairs) // 3
+
+
+def of_the_matrix(pairs: list[tuple[str, str]]) -> dict[str, tuple[PreTrainedModel, bool]]:
+    return {f"{method}-{family}": (converted(method, family), statically(family)) for method, family in pairs}
 
 
 def test_every_variant_generates_the_same_where_only_torch_and_transformers_are(bare, tmp_path) -> None:
-    check_pairs(SOME, bare, tmp_path)
+    models = of_the_matrix(SOME)
+    assert sum(static for _, static in models.values()) > len(models) // 2
+    models |= {method: (merged_model(merge(method, 6)), True) for method in ("dms", "dmc")}
+    check(models, bare, tmp_path)
 
 
 @pytest.mark.slow
 def test_every_variant_of_every_family_generates_the_same_there(bare, tmp_path) -> None:
-    check_pairs(REST, bare, tmp_path)
+    check(of_the_matrix(REST), bare, tmp_path)
 
 
 FAST = {"refit_queries": False, "refit_output": False}
@@ -259,6 +267,25 @@ def test_the_loaded_model_compiles_and_can_be_saved_again_with_its_code(export, 
     assert config["auto_map"] == json.loads((export / "config.json").read_text())["auto_map"]
     needed = {file.name for file in export.glob("*.py")}
     assert {file.name for file in again.glob("*.py")} == needed
+
+
+KERNELS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+ids, made = torch.arange(3, 13)[None], []
+for attention in ("sdpa", "surgery"):
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, attn_implementation=attention)
+    assert type(model).__module__.startswith("transformers_modules.")
+    made.append(model.eval().generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False))
+assert "surgery.kernels.decode_latent" in sys.modules and torch.equal(*made)
+"""
+
+
+def test_an_export_decodes_by_the_kernels_where_they_are_installed(export, tmp_path) -> None:
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KERNELS, str(export)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_an_export_loads_here_too_and_is_saved_as_any_conversion(export, child, tmp_path) -> None:

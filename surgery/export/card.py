@@ -106,7 +106,10 @@ def _lead(source: Source) -> str:
     saved = ""
     if plan.get("parent_bytes_per_token"):
         before, after = plan["parent_bytes_per_token"], plan["bytes_per_token"]
-        saved = f" Its KV cache takes **{after:,} bytes per token** in the place of {before:,} ({before / after:.2f}x)."
+        saved = (
+            f" Its KV cache takes **{after:,.0f} bytes per token** in the place of {before:,.0f} "
+            f"({before / after:.2f}x)."
+        )
     return (
         f"{parent} with its attention rewritten by [surgery](https://pypi.org/project/kv-surgery) so that the KV cache "
         f"gets small.{saved}"
@@ -129,9 +132,8 @@ def _done(source: Source) -> list[str]:
     for layer in layers:
         reads = f", {'V ' if layer.owner == layer.layer else ''}of layer {layer.lenders[0]}" if layer.lenders else ""
         keeps = f", {retained_form(layer.retain)}" if layer.retain else ""
-        rows.setdefault((cached_form(layer.project) + reads + keeps, f"{layer.bytes_per_token:,}"), []).append(
-            layer.layer
-        )
+        cells = cached_form(layer.project) + reads + keeps, f"{layer.bytes_per_token:,.0f}"
+        rows.setdefault(cells, []).append(layer.layer)
     table = ["| layers | KV heads or latent | KV bytes/token |", "|---|---|---:|"]
     table += [f"| {spans(numbers)} | {form} | {size} |" for (form, size), numbers in rows.items()]
     parts = ["\n".join(table)]
