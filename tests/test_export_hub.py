@@ -34,7 +34,7 @@ from surgery.export.card import BEGIN, CardOptions, write_card
 from surgery.export.parity import Parity
 from surgery.export.push import push
 from surgery.export.remote_code import RUNTIME, verify
-from surgery.export.target import Source, Written, public_name
+from surgery.export.target import Source, Written
 from surgery.show import human_bytes
 
 NEW_TOKENS = 64
@@ -177,6 +177,12 @@ def export(child, tmp_path_factory) -> Path:
     (folder / "result.json").write_text(json.dumps(made_up().to_dict()))
     surgery.export(child, folder / "out", to="hub", results=folder / "result.json")
     return folder / "out"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch) -> None:
+    """No test asks the Hub for the card of a parent."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -458,12 +464,23 @@ def test_what_people_write_into_the_card_stays_when_the_export_is_made_again(exp
         again("---\n a: [\n---\n")
 
 
-def test_the_parent_on_the_hub_is_named_by_its_id_and_revision(child, tmp_path) -> None:
+def test_the_parent_on_the_hub_is_named_by_its_id_and_revision(tmp_path) -> None:
     cached = "/home/me/.cache/huggingface/hub/models--meta--llama/snapshots/0123"
-    assert public_name(cached) == "meta/llama"
-    assert public_name("meta/llama@main") == "meta/llama@main"
-    assert public_name("/home/me/models/llama") == "llama"
-    assert public_name("./models/llama") == "llama"
+    model = converted("identity", "llama")
+    for name, revision, id_ in (
+        (cached, None, "meta/llama"),
+        ("meta/llama", "0123", "meta/llama"),
+        ("meta/llama", None, None),  # a relative path
+        ("/home/me/models/llama", None, None),
+    ):
+        model.config.surgery["provenance"] = {"parent": name, "parent_revision": revision}
+        source = Source(model)
+        assert (source.parent_id, source.parent) == (id_, id_ or "llama")
+    model.config.surgery["provenance"] = {"parent": "meta/llama", "parent_revision": "0123"}
+    write_card(tmp_path, "x", Source(model), Written(architecture="x"), Parity(**PARITY), CardOptions(license="mit"))
+    card = (tmp_path / "README.md").read_text()
+    assert "[meta/llama](https://huggingface.co/meta/llama) at revision `0123`" in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "meta/llama"
 
 
 def test_a_dry_run_shows_files_sizes_sum_and_card_and_asks_nobody(export, call, monkeypatch) -> None:

@@ -23,7 +23,7 @@ from ..report import Report, check_comparable, markdown_page, told_apart
 from ..runtime.layout import LayerPlan
 from ..show import count, spans
 from .parity import Parity
-from .target import Source, Written, is_hub_id, public_name
+from .target import Source, Written, is_hub_id
 
 BEGIN = "<!-- surgery: generated from here; text outside of the two marks stays when the export is made again -->"
 END = "<!-- surgery: generated up to here -->"
@@ -117,11 +117,11 @@ def _lead(source: Source) -> str:
 
 
 def _parent_link(source: Source) -> str:
-    name = public_name(source.provenance.get("parent") or "") or source.architecture.removeprefix("Surgery")
-    name, _, revision = name.partition("@")
-    revision = source.provenance.get("parent_revision") or revision
+    if source.parent_id is None:
+        return f"`{source.parent or source.architecture.removeprefix('Surgery')}`"
+    revision = source.provenance.get("parent_revision") or source.parent.partition("@")[2]
     at = f" at revision `{revision}`" if revision else ""
-    return f"[{name}](https://huggingface.co/{name}){at}" if is_hub_id(name) else f"`{name}`"
+    return f"[{source.parent_id}](https://huggingface.co/{source.parent_id}){at}"
 
 
 def _done(source: Source) -> list[str]:
@@ -190,14 +190,14 @@ def _limits(source: Source) -> str:
 
 
 def _metadata(source: Source, options: CardOptions, has_code: bool) -> dict[str, Any]:
-    parent = options.base_model or public_name(source.provenance.get("parent") or "").partition("@")[0]
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     fields |= {k: v for k, v in _parents_metadata(source, options.base_model).items() if k in INHERITED}
     if options.license:
         for name in ("license_name", "license_link"):
             fields.pop(name, None)
         fields["license"] = options.license
-    if is_hub_id(parent):
+    parent = options.base_model or source.parent_id
+    if parent:
         fields["base_model"] = parent
     return fields
 
@@ -211,11 +211,11 @@ def _parents_metadata(source: Source, base_model: str | None) -> dict[str, Any]:
     parent = source.provenance.get("parent") or ""
     if parent and (Path(parent) / CARD).is_file():
         return _taken_apart((Path(parent) / CARD).read_text(encoding="utf-8"))[0]
-    repo, _, revision = (base_model or public_name(parent)).partition("@")
-    if not is_hub_id(repo):
+    repo = base_model or source.parent_id
+    if not repo:
         return {}
     try:
-        file = hf_hub_download(repo, CARD, revision=revision or None, etag_timeout=5)
+        file = hf_hub_download(repo, CARD, etag_timeout=5)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return {}
     return _taken_apart(Path(file).read_text(encoding="utf-8"))[0]

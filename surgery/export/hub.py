@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..checkpoint import Checkpoint, copy_weights, read_json
+from ..checkpoint import Checkpoint, check_model, copy_weights, read_json
 from ..errors import CheckpointError, PlanError
 from ..provenance import FILE
 from ..runtime.modeling import load_converted
@@ -50,6 +50,8 @@ class Hub:
             RemoteCode.of(source.config.surgery)
         if source.folder is not None:
             check_whole(Checkpoint(source.folder))
+        else:
+            check_model(source.model)
 
     def write(self, source: Source, folder: Path) -> Written:
         """Write weights, config, code and companions."""
@@ -96,6 +98,8 @@ class Hub:
         attention = model.config._attn_implementation
         if attention != "surgery" and source.folder is None:
             kwargs["attn_implementation"] = attention
+        if not large and model.device.type != "cpu":  # another device rounds otherwise
+            kwargs["device_map"] = {"": str(model.device)}
         ask, want = _with_static(ask, model)
         dtype = model.dtype
         del model
@@ -110,7 +114,7 @@ def _with_static(ask: Ask, model: Any) -> tuple[Ask, dict[str, torch.Tensor]]:
     both = Ask(prompts_BT=ask.prompts_BT, start=ask.start, new_tokens=ask.new_tokens, caches=("dynamic", "static"))
     try:
         return both, answers_of(model, both)
-    except (ValueError, NotImplementedError):  # transformers' words for: this model has no static cache
+    except (ValueError, RuntimeError):  # what transformers raises where a class has no static cache, or a broken one
         return ask, answers_of(model, ask)
 
 
@@ -122,9 +126,10 @@ def _hide_paths(folder: Path, config: dict[str, Any]) -> None:
     """Name the parent by its id, or by the last part of its path: other people have no use for the rest of it."""
     surgery = config["surgery"]
     provenance = surgery.get("provenance", surgery)
+    fetched = bool(provenance.get("parent_revision"))
     for part in (provenance, *provenance.get("uptrained", ())):
         if part.get("parent"):
-            part["parent"] = public_name(part["parent"])
+            part["parent"] = public_name(part["parent"], fetched)
     if (folder / FILE).is_file():
         (folder / FILE).write_text(json.dumps(provenance, indent=2) + "\n")
 

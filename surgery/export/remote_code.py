@@ -174,10 +174,11 @@ def verify(folder: str | Path) -> list[str]:
                 f"{folder / name}: changed since the export (sha256 {found[name][:12]}, was {listed[name][:12]}). "
                 "Export again."
             )
-    for key, value in (read_json(folder / "config.json").get("auto_map") or {}).items():
-        module = f"{str(value).rpartition('--')[2].partition('.')[0]}.py"
-        if "--" in str(value) or module not in listed:
-            raise CheckpointError(f"{folder / 'config.json'}: {key} is {value}, code that no export wrote.")
+    for file in sorted(folder.glob("*config.json")):
+        for key, value in (read_json(file).get("auto_map") or {}).items():
+            for name in filter(None, [value] if isinstance(value, str) else value):
+                if f"{name.partition('.')[0]}.py" not in listed:  # of another repository: `owner/name--module.Class`
+                    raise CheckpointError(f"{file}: {key} is {name}, code that no export wrote.")
     pickles = sorted(file for file in folder.rglob("*") if file.suffix in PICKLES)
     if pickles:
         raise CheckpointError(f"{pickles[0]}: a pickle, which runs code when it is read. Remove it.")

@@ -74,6 +74,16 @@ class Source:
         surgery = getattr(self.config, "surgery", None) or {}
         return dict(surgery.get("provenance", surgery))
 
+    @property
+    def parent(self) -> str:
+        """The parent's Hub id, or the last part of its path; empty where it is not known."""
+        return public_name(self.provenance.get("parent") or "", bool(self.provenance.get("parent_revision")))
+
+    @property
+    def parent_id(self) -> str | None:
+        """The parent's Hub id, where it came from there."""
+        return self.parent.partition("@")[0] if is_hub_id(self.parent) else None
+
     @functools.cached_property
     def model(self) -> PreTrainedModel:
         """The model, loaded whole and checked when first asked for."""
@@ -158,14 +168,18 @@ class ExportReport:
         return [f"{self.target}: {self.architecture}", *self.notes, self.parity.line()]
 
 
-def public_name(parent: str) -> str:
-    """The Hub id in a path of the Hub's cache; an id as it is; the last part of any other path."""
+def public_name(parent: str, fetched: bool = False) -> str:
+    """What other people can make of `parent`: the Hub id in a path of the Hub's cache, or the last part of a path.
+
+    Args:
+        fetched: `parent` is an id, under which it came from the Hub; a relative path may look like one.
+    """
     cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots", parent)
     if cached:
         return "/".join(cached.groups())
-    return parent if is_hub_id(parent) else Path(parent).name
+    return parent if fetched and is_hub_id(parent) else Path(parent).name
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` reads as `owner/name`, with or without a revision, and is no folder here."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name)) and not Path(name).exists()
+    """Whether `name` has the form `owner/name`, with or without a revision."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name))
