@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
+from rich.text import Text
 from transformers.utils import logging as hf_logging
 
 from .errors import CheckpointError, SurgeryError
@@ -275,7 +276,7 @@ def push(
     from .export.push import push as upload
 
     done = upload(folder, repo_id, private=private, dry_run=dry_run)
-    _out(*([done.card] if dry_run else []), *done.lines())
+    _out(*map(Text, [*([done.card] if dry_run else []), *done.lines()]))  # text, not markup: cards have brackets
 
 
 @app.command(epilog="Example: surgery report 2x.json 4x.json -o ./report")
