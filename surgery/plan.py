@@ -435,7 +435,7 @@ def _shared_latent(step: ShareStep, site: AttentionSite) -> Latent:
 
 def _make_latent(step: LatentStep, where: str, site: AttentionSite) -> Latent:
     at = f"layer {site.layer}"
-    reason = latent_refusal(site)
+    reason = latent_refusal(site, isinstance(step, LowrankStep) and step.layout != "freq")
     if reason:
         raise PlanError(f"{at}: {where} asks for {step.rewriter}, but {reason}")
     if step.mean_split and site.sinks is not None:

@@ -159,6 +159,8 @@ def _sides(
         k = torch.einsum("btr,khr->bkth", c, k_up)
         if latent.k_mean_KH is not None:
             k = k + latent.k_mean_KH.to(k)[:, None]
+        if weights.k_norm is not None:
+            k = apply_norm(k, weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH)
         k = k[:, kv_of]
         left = rotate_pairs(weights.rotary, q, cos[at], sin[at])
         return c, k_r, q, left, rotate_pairs(weights.rotary, k, cos, sin)
@@ -217,6 +219,6 @@ def check_latent(weights: AttentionWeights, site: AttentionSite | None = None, r
     Raises:
         UnsupportedModel: K or V are not linear in the layer's input (norms, clamps), or the rotation is not fixed.
     """
-    reason = latent_refusal(weights if site is None else site, fixed_rotary=not rotate_on_read)
+    reason = latent_refusal(weights if site is None else site, rotate_on_read, fixed_rotary=not rotate_on_read)
     if reason:
         raise UnsupportedModel(f"{'attention' if site is None else f'layer {site.layer}'}: {reason}")

@@ -80,6 +80,8 @@ def lowrank(
         k_metric = query_metric(
             weights, moments.q_read_NHH if options.metric == "read" else _per_pair(weights, moments)
         )
+        if weights.k_norm is not None:
+            k_metric = _before_norm(weights, k, moments.input_DD, k_metric)
         v_metric = output_metric(weights)
     plain = options.cov == "none"
     k_down, k_up = single_latent(k, None if plain else key, k_metric, k_rank, members)
@@ -124,6 +126,17 @@ def _expanded(
     if mean_KH is not None:
         bias = mean_KH if bias is None else bias + mean_KH
     return w[..., :D].to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _before_norm(weights: AttentionWeights, k_KHD: Tensor, cov_DD: Tensor, metric_KHH: Tensor) -> Tensor:
+    """The metric of keys before their norm, to first order: each channel's gain over the root mean square of a head."""
+    energy = ((k_KHD @ cov_DD) * k_KHD).sum(-1).mean(-1)  # per head
+    if weights.k_norm is not None and weights.k_norm.span == "all":
+        energy = energy.mean().expand_as(energy)
+    scale_KH = energy.clamp_min(1e-30).rsqrt()[:, None].expand(k_KHD.shape[:2])
+    if weights.k_norm_KH is not None:
+        scale_KH = scale_KH * weights.k_norm_KH.to(scale_KH)
+    return scale_KH[:, :, None] * metric_KHH * scale_KH[:, None, :]
 
 
 def _members(heads: int, layout: Layout, group: int) -> list[list[int]]:

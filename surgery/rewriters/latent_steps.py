@@ -194,7 +194,7 @@ def canonical_latent(latent: LatentWeights, site: AttentionSite, weights: dict[s
         weights: the layer as `canonical_weights` gives it; q, o and sinks are taken from there.
     """
     latent = in_site_order(latent, site)
-    kept = {name: t for name, t in weights.items() if name.split("_")[0] not in ("k", "v")}
+    kept = {name: t for name, t in weights.items() if not name.startswith(("k_proj", "v_"))}
     down = torch.cat([latent.down_RD, latent.rope_FD.to(latent.down_RD)])
     made = {"kv_down.weight": down[:, : site.hidden_size]}
     if down.shape[1] > site.hidden_size:

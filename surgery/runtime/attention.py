@@ -138,8 +138,8 @@ class SurgeryAttention(nn.Module):
         for name in (name for name in self.linears if name not in plan.absent):
             rows, columns = shapes[f"{name}.weight"]
             setattr(self, name, nn.Linear(columns, rows, bias=f"{name}.bias" in shapes))
-        for name in (name for name in self.norms if name not in plan.absent):
-            norm: HeadNorm | None = getattr(site, name)
+        for name in self.norms:
+            norm: HeadNorm | None = None if name in plan.absent else getattr(site, name)
             module = SurgeryHeadNorm(norm, shapes.get(f"{name}.weight"), shapes.get(f"{name}.bias")) if norm else None
             setattr(self, name, module)
         for name in self.tensors:

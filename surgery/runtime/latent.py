@@ -9,7 +9,15 @@ import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 
-from .attention import KVStates, Shapes, SurgeryAttention, angles_of, turn_halves
+from .attention import (
+    KVStates,
+    Shapes,
+    SurgeryAttention,
+    SurgeryHeadNorm,
+    angles_of,
+    norm_heads,
+    turn_halves,
+)
 from .calling import CallingConvention
 from .layout import AttentionSite, Latent, LayerPlan
 
@@ -18,8 +26,8 @@ class SurgeryLatentAttention(SurgeryAttention):
     """`SurgeryAttention` under a `Latent` plan.
 
     Score of query head h with KV head a = h // (N / K): (q_hᵀ k_up[a] c + rot(q_rope[a] q_h)ᵀ rot(k_r)) * scale;
-    output v_up[a] of the mean of c, then `o_proj`. With `rotate_on_read`: rot(q_h)ᵀ rot(k_up[a] c) * scale, turned as
-    the parent turns.
+    output v_up[a] of the mean of c, then `o_proj`. With `rotate_on_read`: rot(q_h)ᵀ rot(k_up[a] c) * scale, turned, and
+    normed if it norms, as the parent does.
 
     The cache keeps [c ; rot(k_r)] of each token as ONE head of keys [B, 1, S, R + rope_dims] and values of width 0:
     every cache layer of transformers, dynamic, static or sliding, stores, crops and reorders that as it is. One new
@@ -36,8 +44,9 @@ class SurgeryLatentAttention(SurgeryAttention):
     """
 
     linears = ("q_proj", "kv_down", "o_proj")
-    norms = ("q_norm",)
+    norms = ("q_norm", "k_norm")
     tensors = (*SurgeryAttention.tensors, "k_up", "k_mean", "v_up", "q_rope")
+    k_norm: SurgeryHeadNorm | None
     kv_down: nn.Linear
     k_up: nn.Parameter | None
     k_mean: nn.Parameter | None
@@ -106,6 +115,7 @@ class SurgeryLatentAttention(SurgeryAttention):
             key = self._expand(c_BSR, self.k_up, False)
             if self.k_mean is not None:
                 key = key + self.k_mean.unsqueeze(1)
+            key = norm_heads(self.k_norm, key.transpose(1, 2), False).transpose(1, 2)
             query, key = self._turn_by_slot(q, key, cache)
             return query, key, value
         if absorbs:
@@ -191,7 +201,7 @@ def check_latent_site(site: AttentionSite, latent: Latent) -> None:
         ValueError: says the layer and the reason.
     """
     where = f"{site.module} (layer {site.layer})"
-    reason = latent_refusal(site)
+    reason = latent_refusal(site, latent.rotate_on_read)
     if reason:
         raise ValueError(f"{where}: {reason}")
     if (latent.kv_heads, latent.head_dim, latent.value_dim) != (site.kv_heads, site.head_dim, site.value_dim):
@@ -207,17 +217,18 @@ def check_latent_site(site: AttentionSite, latent: Latent) -> None:
         raise ValueError(f"{where}: a latent that is rotated at read caches no rotated part, and K must read it")
 
 
-def latent_refusal(site: Any, fixed_rotary: bool = True) -> str | None:
+def latent_refusal(site: Any, rotate_on_read: bool = False, fixed_rotary: bool = True) -> str | None:
     """Why no latent can stand for K and V of this attention; None where one can.
 
     Args:
         site: an `AttentionSite`, or anything with its norms and its rotary embedding.
+        rotate_on_read: K is made from the latent at read, and can be normed then.
         fixed_rotary: whether frequencies that vary with the length are refused; the runtime cannot follow them.
     """
     linear = "a latent that both read needs K and V linear in the layer's input"
     clip = getattr(site, "clip_qkv", None)
-    if site.k_norm is not None:
-        return f"the keys are normed per head ({site.k_norm.kind}); {linear}. Use gqa."
+    if site.k_norm is not None and (site.k_norm.after_rotary or not rotate_on_read):
+        return f"the keys are normed per head ({site.k_norm.kind}); {linear}. Use lowrank, which norms at read, or gqa."
     if site.v_norm is not None:
         return f"the values are normed ({site.v_norm.kind}); {linear}. Use gqa."
     if clip is not None:

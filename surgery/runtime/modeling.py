@@ -317,7 +317,7 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
             )
 
 
-_LATENT = ("kv_down", "k_up", "k_mean", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "k_norm", "v_norm")
+_LATENT = ("kv_down", "k_up", "k_mean", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "v_norm")
 
 
 def _copy_buffers(parent: nn.Module, converted: nn.Module) -> None:
