@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .layout import Merge
 
+_BLOCK = 256
+
 
 def order_of(real_BT: Tensor) -> Tensor:
     """[B, T] int64 from a mask of real tokens: padding may stand before the sequence or behind it, not inside."""
@@ -102,9 +104,24 @@ def pooled(x_BKTH: Tensor, weight_BKT: Tensor, merge_BKT: Tensor, window: int | 
     weight, p = weight_BKT.to(dtype), merge_BKT.to(dtype)
     # The denominator is one more channel.
     x = torch.cat((x_BKTH.to(dtype) * weight[..., None], weight[..., None]), dim=-1)
-    total = _scan(x, p) if window is None else _shifted(x, p, window)
+    total = _in_blocks(x, p, window)
     mean = (total[..., :-1] / total[..., -1:]).to(x_BKTH.dtype)
     return torch.where((p == 0)[..., None], x_BKTH, mean)  # a slot with one token holds it to the last bit
+
+
+def _in_blocks(x_BKTH: Tensor, p_BKT: Tensor, window: int | None) -> Tensor:
+    """Sums of long sequences stretch by stretch, which stay in a processor's cache meanwhile."""
+    parts: list[Tensor] = []
+    for begin in range(0, x_BKTH.shape[2], _BLOCK):
+        before = min(begin, (window or 1) - 1)
+        stretch = slice(begin - before, begin + _BLOCK)
+        x, p = x_BKTH[:, :, stretch], p_BKT[..., stretch]
+        if window is not None:
+            parts.append(_shifted(x, p, window)[:, :, before:])
+        else:
+            part = _scan(x, p)
+            parts.append(part + p.cumprod(-1)[..., None] * parts[-1][:, :, -1:] if parts else part)
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def _shifted(x_BKTH: Tensor, p_BKT: Tensor, window: int) -> Tensor:

@@ -401,4 +401,6 @@ def at_end(x: Tensor, real_BT: Tensor) -> Tensor:
 
 
 def pick(x_BKSH: Tensor, index_BKT: Tensor) -> Tensor:
-    return x_BKSH.gather(2, index_BKT[..., None].expand(*index_BKT.shape, x_BKSH.shape[-1]))
+    B, K, S, H = x_BKSH.shape
+    rows = torch.arange(B * K, device=x_BKSH.device).view(B, K, 1) * S  # whole rows: faster than gather by element
+    return x_BKSH.reshape(-1, H).index_select(0, (rows + index_BKT).flatten()).view(*index_BKT.shape, H)

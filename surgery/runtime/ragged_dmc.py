@@ -53,8 +53,10 @@ class MergingLayer(RaggedLayer):
             for name, x in (("sums_k", key), ("sums_v", value)):
                 state[name] = torch.where(merges, state[name], 0.0) + weight[..., None] * x.float()
             state["z"] = torch.where(dec_BK, state["z"], 0.0) + weight
-            key = (state["sums_k"] / state["z"][..., None]).to(key.dtype)
-            value = (state["sums_v"] / state["z"][..., None]).to(value.dtype)
+            # A slot with one token holds it to the last bit.
+            mean_k, mean_v = (state[name] / state["z"][..., None] for name in ("sums_k", "sums_v"))
+            key = torch.where(merges, mean_k.to(key.dtype), key)
+            value = torch.where(merges, mean_v.to(value.dtype), value)
         slot = self.lengths - dec_BK.int()
         self._write(slot, new.turn(key[:, :, None])[:, :, 0], value)
         self.lengths.copy_(slot + 1)
@@ -71,7 +73,8 @@ class MergingLayer(RaggedLayer):
         w = torch.where(age[:, None] < state["run"][..., None], state["terms_w"], 0.0)
         w = (w / w.sum(-1, keepdim=True))[..., None, :]
         mean_k, mean_v = (torch.matmul(w, state[name].float())[..., 0, :] for name in ("terms_k", "terms_v"))
-        return mean_k.to(key.dtype), mean_v.to(value.dtype)
+        merges = dec_BK[..., None]
+        return torch.where(merges, mean_k.to(key.dtype), key), torch.where(merges, mean_v.to(value.dtype), value)
 
     def _new_slots(self, new: New, dec_BKT: Tensor, order_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Prefixes: what the open slot holds after each token."""
