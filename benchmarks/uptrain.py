@@ -209,7 +209,7 @@ def recover(only: str | None) -> dict[str, Any]:
 
 RECIPES = (
     "gqa-4x", "mla-4x", "cla2-latent", "cla2", "cla2-gqa-2x", "gqa-2x", "mqa", "lowrank-2x", "mla-2x", "yoco-half",
-    "mlkv-4",
+    "mlkv-4", "lowrank-freq-2x", "lowrank-3x", "mla-8x",
 )  # fmt: skip
 RECIPE_TOKENS = 32768
 
