@@ -85,14 +85,61 @@ def _options(
     """`--debug` is taken by `main`, wherever it stands; it is declared here for the help text."""
 
 
-@app.command(epilog="Examples: surgery inspect ./my-model | surgery inspect ./config.json --json anatomy.json")
-def inspect(model: Model, json_file: Json = None) -> None:
-    """Show how every attention layer of a model is built. Reads the config only, no weights."""
+@app.command(
+    epilog="Examples: surgery inspect ./my-model | surgery inspect ./config.json --json anatomy.json | "
+    "surgery inspect --gates ./dms-4x --text held-out.jsonl --plot gates.png"
+)
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="Folder of a checkpoint, its config.json, or Hub id.")] = None,
+    gates: Annotated[
+        str | None, typer.Option(help="Instead: folder of a model made by dms or dmc; what its gates do to --text.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Text (.txt, .jsonl with field text, .parquet).")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many windows of it.")] = 64,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw tokens per slot by layer and head (.png, .svg).")] = None,
+    json_file: Json = None,
+) -> None:
+    """Show how every attention layer of a model is built. Reads the config only, no weights (but for --gates)."""
+    if gates is not None:
+        if text is None:
+            raise CheckpointError("--gates: needs --text, a file of text that the gates are to decide on.")
+        _inspect_gates(gates, text, samples, length, plot, json_file)
+        return
+    if model is None:
+        raise CheckpointError("inspect: name a model, or --gates DIR --text FILE.")
     from .anatomy import examine
 
     anatomy = examine(model)
     _out(*anatomy.tables())
     _write_json(json_file, anatomy.to_dict())
+
+
+def _inspect_gates(
+    folder: str, text: Path, samples: int, length: int | None, plot: Path | None, json_file: Path | None
+) -> None:
+    from .decisions import read_gates
+    from .plots import gate_map, save_figure
+    from .storage import load
+    from .text import load_windows, tokenizer_of
+
+    model = load(folder)
+    config = model.config.get_text_config(decoder=True)
+    tokenizer = tokenizer_of(model.config)
+    windows = load_windows(
+        text,
+        tokenizer,
+        vocab_size=config.vocab_size,
+        length=length or min(getattr(config, "max_position_embeddings", None) or 512, 512),
+        samples=samples,
+        every_window=True,
+        where=str(text),
+    )
+    found = read_gates(model, windows, tokenizer)
+    _out(*found.tables())
+    if plot is not None:
+        save_figure(gate_map(found), plot)
+    _write_json(json_file, found.to_dict())
 
 
 @app.command(epilog="Examples: surgery plan ./my-model -r gqa-2x | surgery plan ./my-model -r gqa-4x --set kv_heads=2")

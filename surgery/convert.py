@@ -82,7 +82,7 @@ def _copy_for(recipe: Recipe) -> type[WorkingCopy]:
 
 def _check_calibration(plan: Plan, calibration: Any) -> None:
     if calibration is None and plan.needs_calibration:
-        step = next(step.rewriter for step in plan.recipe.steps if isinstance(step, (LatentStep, ShareStep)))
+        step = next(step.rewriter for step in plan.recipe.steps if step.needs_text)
         raise PlanError(f"{plan.recipe.name}: {step} asks for calibration text. Give a few hundred documents of it.")
 
 

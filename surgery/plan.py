@@ -77,12 +77,7 @@ class Plan:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe has no form without text."""
-        return any(
-            isinstance(s, LatentStep)
-            or (isinstance(s, ShareStep) and s.needs_text)
-            or (isinstance(s, MergeStep) and s.gate == "score:key_norm")
-            for s in self.recipe.steps
-        )
+        return any(step.needs_text for step in self.recipe.steps)
 
     @property
     def wants_calibration(self) -> bool:

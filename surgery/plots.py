@@ -9,8 +9,10 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import CheckpointError
 from .measure.scoring import BUCKETS
 from .measure.speed import Speed
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
+    from .decisions import GateReport
     from .report import Measured, Report
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -158,6 +161,37 @@ def sensitivity(changes: Mapping[int, float], label: str = "") -> Figure:
     if label:
         axes.set_title(_wrap(label, 90), fontsize=11, loc="left")
     return figure
+
+
+def gate_map(gates: GateReport) -> Figure:
+    """Tokens per slot of each layer and KV head; darker heads keep more tokens."""
+    heads = max(len(row) for row in gates.ratio.values())
+    figure, axes = _figure(max(4.0, 0.9 + 0.6 * heads), 1.2 + 0.32 * len(gates.ratio))
+    axes.grid(False)
+    axes.set_xlim(-0.5, heads - 0.5)
+    axes.set_ylim(len(gates.ratio) - 0.5, -0.5)
+    for (j, row), i in product(enumerate(gates.ratio.values()), range(heads)):
+        shade = 1 / row[i] if i < len(row) else math.nan
+        _cell(axes, i, j, shade, "" if i >= len(row) else f"{row[i]:.1f}")
+    axes.set_xticks(range(heads))
+    axes.set_yticks(range(len(gates.ratio)), [str(layer) for layer in gates.ratio])
+    axes.tick_params(length=0)
+    axes.set_xlabel("KV head")
+    axes.set_ylabel("layer")
+    axes.set_title(f"tokens per slot, {gates.total:.2f} overall", fontsize=11, loc="left")
+    return figure
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure in the format that its name says.
+
+    Raises:
+        CheckpointError: no such format, or the file cannot be written.
+    """
+    try:
+        figure.savefig(file)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be written ({error}).") from None
 
 
 def decode_speed(reports: Sequence[Report]) -> Figure:

@@ -42,6 +42,11 @@ class Step:
         """Whether this step rewrites decoder layer `layer`."""
         return self.layers is None or layer in parse_layers(self.layers)
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether there is no form without calibration text."""
+        return False
+
     def validate(self, where: str) -> None:
         """Raise RecipeError for values that no model could satisfy."""
         if self.layers is not None:
@@ -148,6 +153,10 @@ class LatentStep(Step):
         """`mean_split`, decided."""
         return bool(self.mean_split)
 
+    @property
+    def needs_text(self) -> bool:
+        return True
+
     def validate(self, where: str) -> None:
         super().validate(where)
         if (self.keep is None) == (self.rank is None):
@@ -249,7 +258,6 @@ class ShareStep(Step):
 
     @property
     def needs_text(self) -> bool:
-        """Whether there is no form without calibration text."""
         return self.init not in ("replace", "mean") or self.layout in SEARCHED
 
     def validate(self, where: str) -> None:
@@ -294,6 +302,10 @@ class MergeStep(Step):
     """First tokens of every sequence that always stay."""
     page: int = 16
     """Slots per page of the cache."""
+
+    @property
+    def needs_text(self) -> bool:
+        return self.gate == "score:key_norm"
 
     def validate(self, where: str) -> None:
         super().validate(where)

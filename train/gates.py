@@ -1,97 +1,15 @@
-"""The budget of learned merging: how many tokens the gates let go, how many they are to, and what the cache then takes.
-
-Decisions are counted as evaluation takes them, without noise, with the gradient of sigmoid(logit): the probability of
-the decision under the logistic noise of training (straight-through).
-"""
+"""The budget of learned merging: how many tokens the gates are to let go, and how many are missing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.decisions import Counted, gated
 from surgery.errors import RecipeError
-from surgery.runtime.layout import Merge
-from surgery.runtime.merged import SurgeryMergedAttention
-from surgery.runtime.merging import hard_decisions, order_of_packed
-
-
-class Counted(NamedTuple):
-    """Sums over one batch of sequences, [all KV heads of all gated layers, layer by layer]."""
-
-    gone: Tensor
-    """Decisions that are 1; carries the gradient."""
-    free: Tensor
-    """Decisions that the gate is asked for."""
-    slots: Tensor
-    """Slots that the sequences take at their ends."""
-    tokens: Tensor
-
-
-def gated(model: nn.Module) -> dict[str, SurgeryMergedAttention]:
-    """Attentions with a gate by qualified name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SurgeryMergedAttention) and m.owns_cache}
-
-
-@contextmanager
-def decisions(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the logits [B, K, T] of every gate in the forward pass inside, by name of the attention."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: tuple[Tensor, Tensor | None]) -> None:
-            seen.setdefault(name, output[0])  # of the first pass: activation checkpointing runs layers again
-
-        return hook
-
-    handles = [module.gate.register_forward_hook(keep(name)) for name, module in gated(model).items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def count(model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Tensor]) -> Counted:
-    """Count the decisions of one forward pass.
-
-    Args:
-        inputs: of that pass: `input_ids`, and `position_ids` that start again at every document.
-    """
-    positions = inputs.get("position_ids")
-    if positions is None:
-        positions = torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
-    order_BT = order_of_packed(positions).expand(*inputs["input_ids"].shape)
-    modules = gated(model)
-    parts = [count_layer(logits[name], order_BT, modules[name].merge) for name in modules]
-    return Counted(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def count_layer(logits_BKT: Tensor, order_BT: Tensor, merge: Merge) -> Counted:
-    """`Counted` of one layer, [K] each."""
-    hard = hard_decisions(logits_BKT, order_BT, merge.protected)
-    free_BT = order_BT >= merge.protected
-    p = torch.sigmoid(logits_BKT.float())
-    straight = torch.where(free_BT[:, None], hard + (p - p.detach()), 0.0)
-    dropped = hard if merge.method == "dmc" else hard & (left(order_BT) >= (merge.window or 0))[:, None]
-    tokens = torch.full_like(p[0, :, 0], order_BT.numel())
-    return Counted(
-        gone=straight.sum((0, 2)),
-        free=torch.full_like(tokens, float(free_BT.sum())),
-        slots=tokens - dropped.sum((0, 2)),
-        tokens=tokens,
-    )
-
-
-def left(order_BT: Tensor) -> Tensor:
-    """[B, T]: tokens behind each one in its own sequence."""
-    last = torch.cat((order_BT[:, 1:] == 0, torch.ones_like(order_BT[:, :1], dtype=torch.bool)), dim=1)
-    places = torch.arange(order_BT.shape[1], device=order_BT.device).expand_as(order_BT)
-    end = torch.where(last, places, order_BT.shape[1]).flip(1).cummin(1).values.flip(1)
-    return end - places
 
 
 def target_rates(model: nn.Module, length: int) -> Tensor:
@@ -128,16 +46,6 @@ def shortfall(counted: Counted, target: Tensor, per_head: bool, total: Callable[
         return (target - (gone + own) / free.clamp_min(1)).clamp_min(0).mean()
     weight = free.sum().clamp_min(1)
     return ((target * free).sum() / weight - (gone.sum() + own.sum()) / weight).clamp_min(0)
-
-
-def collapsed(names: list[str], counted: Counted, heads: list[int]) -> list[str]:
-    """One sentence for each layer whose gate lets all tokens go, or none."""
-    told = []
-    for name, gone, free in zip(names, counted.gone.split(heads), counted.free.split(heads), strict=True):
-        rate = float(gone.sum() / free.sum().clamp_min(1))
-        if rate >= 0.999 or rate == 0.0:
-            told.append(f"{name}: its gate lets {'every token' if rate else 'no token'} go")
-    return told
 
 
 def summed(sums: dict[str, Any]) -> dict[str, float]:

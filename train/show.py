@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
+from surgery.decisions import gated
 from surgery.show import count, human_bytes
 
-from .gates import gated
 from .losses import CHUNK_LOGITS
 from .trainer import core
 from .uptrain import Setup, parameter_groups

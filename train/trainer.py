@@ -21,12 +21,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from surgery.checkpoint import copy_companions
+from surgery.decisions import Counted, collapsed, count, gate_logits, gated
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.recipe import Uptrain
 from surgery.text import Windows
 
 from .data import PackedText
-from .gates import Counted, collapsed, count, decisions, gated, shortfall, summed, target_rates
+from .gates import shortfall, summed, target_rates
 from .kept import KeptLogits
 from .losses import IGNORE, Distilled, Weights, distil, hidden_match, squared_error
 from .parent import Parent, head_input, head_of
@@ -154,7 +155,7 @@ class Uptrainer(Trainer):
             self._count(layer_local=error.detach() / len(self.local), tokens=labels.numel())
         else:
             wants_parent = bool(self.uptrain.kl or self.uptrain.hidden)
-            with decisions(core(self.accelerator.unwrap_model(model))) as logits:
+            with gate_logits(core(self.accelerator.unwrap_model(model))) as logits:
                 sums, extra = self._distilled(model, read, labels, self.parent if wants_parent else None)
             loss = (sums.total + extra) / num_items_in_batch
             if self.gates:
@@ -250,7 +251,9 @@ class Uptrainer(Trainer):
         if early or self.state.global_step == 0:
             return
         heads = [gate.heads.kv_heads for gate in self.gates.values()]
-        for text in collapsed(list(self.gates), counted, heads):
+        parts = zip(counted.gone.split(heads), counted.free.split(heads), strict=True)
+        rates = [float(gone.sum() / free.sum().clamp_min(1)) for gone, free in parts]
+        for text in collapsed(list(self.gates), rates):
             if text not in self._told:
                 self._told.add(text)
                 logger.warning("step %d: %s", self.state.global_step, text)
@@ -269,10 +272,10 @@ class Uptrainer(Trainer):
             labels[:, 0] = IGNORE
             inputs = {"input_ids": ids.to(self.args.device)}
             plain = core(self.accelerator.unwrap_model(model))
-            with decisions(plain) as logits:
+            with gate_logits(plain) as logits:
                 found, _ = self._distilled(model, inputs, labels, self.parent)
-            if logits and bool(mask.all()):
-                counts.append(count(plain, logits, inputs))
+            if logits:
+                counts.append(count(plain, logits, inputs, mask.to(self.args.device)))
             sums += torch.stack([found.nll, found.kl, found.parent_nll]).double().cpu()
             tokens += int((labels != IGNORE).sum())
         model.train(was)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from surgery.checkpoint import check_output, copy_companions, local_folder, new_folder, read_json
+from surgery.decisions import gated
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.plan import Plan, plan
 from surgery.provenance import provenance_of, versions, write_provenance
@@ -35,7 +36,7 @@ from surgery.text import Windows, load_windows
 
 from .data import PackedText, split_batch
 from .documents import Documents, open_documents, training_tokenizer
-from .gates import check_length, gated
+from .gates import check_length
 from .kept import KeptLogits
 from .parent import Parent, check_parent, check_sites, different_weights, read_head
 from .schedule import Ramp, RampCallback, Schedule, schedule
