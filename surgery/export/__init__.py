@@ -18,6 +18,7 @@ from .target import ExportReport, Source, Target
 __all__ = ["TARGETS", "ExportReport", "Source", "Target", "export", "target_for"]
 
 TARGETS = {
+    "gguf": "gguf:Gguf",
     "hub": "hub:Hub",
     "native": "native:Native",
     "vllm": "vllm:Vllm",
