@@ -319,8 +319,8 @@ class MergeStep(Step):
             raise RecipeError(f"{where}.window: {window} must be at least 1: the query's own token is counted.")
         if self.sinks < 0:
             raise RecipeError(f"{where}.sinks: {self.sinks} must not be negative.")
-        if not 1 <= self.page <= 256:
-            raise RecipeError(f"{where}.page: {self.page} slots; give 1 to 256.")
+        if self.page not in (16, 32, 64, 128, 256):
+            raise RecipeError(f"{where}.page: {self.page} slots; use 16, 32, 64, 128 or 256, which the kernels read.")
 
 
 @dataclass(frozen=True, kw_only=True)
