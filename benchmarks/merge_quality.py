@@ -1,0 +1,297 @@
+"""Learned eviction and merging: loss at equal bytes beside eviction that nothing was trained for, and fewer heads.
+
+    python benchmarks/merge_quality.py                    # all models and rows
+    python benchmarks/merge_quality.py stories            # one model
+    python benchmarks/merge_quality.py --resume           # keep the rows that an interrupted run has written
+
+The results are written after every row: an interrupted run keeps what it measured (`complete` is then false).
+Trainings go on where they were stopped.
+
+stories: stories940K (characters, context 256), gates trained on the first 380 stories, lower-cased; evaluated on the
+first 256 tokens of stories 400 onward, with hard decisions. small: the bundled model at its full context of 512;
+documents of its corpus that it was trained on for training, of the validation split for evaluation.
+
+`nats_per_token` is of one forward pass under hard decisions; `cache_gap` says how far decoding token by token through
+the cache is from that, on 64 windows. Window, sinks and newest tokens count as kept. The baselines are set to the
+slots that the trained model takes: `window` keeps sinks and newest tokens (StreamingLLM), `key_norm` drops long keys
+behind the window, `h2o` keeps per KV head the tokens with most attention so far, half of them the newest
+(arXiv:2306.14048): computed query by query here, as decoding would, and not through a cache; its scores are not counted
+as bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, environment, reference, write
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from uptrain import text_of
+
+import surgery
+from surgery.decisions import read_gates
+from surgery.measure.scoring import score_windows
+from surgery.reference import SMALL
+from surgery.text import Windows, load_windows, tokenizer_of
+from surgery.train.uptrain import Run, uptrain
+
+SEED = 0
+WORK = Path(tempfile.gettempdir()) / "surgery-merge-benchmark"
+"""Converted models and training runs; kept."""
+MODELS: dict[str, dict[str, Any]] = {
+    "stories": {
+        "length": 256,
+        "window": 16,
+        "trained": {
+            "dms-4x": ({"rewriter": "dms", "ratio": 4, "window": 16}, {"tokens": 1024000, "learning_rate": 1e-3}),
+        },
+        "other": "war-and-peace.txt",
+    },
+    "small": {
+        "length": 512,
+        "window": 32,
+        "trained": {
+            "dms-4x": ({"rewriter": "dms", "ratio": 4, "window": 32}, {"tokens": 196608, "learning_rate": 1e-3}),
+            "gqa-4x": ({"rewriter": "gqa", "kv_heads": "1/4"}, {"tokens": 196608, "train": "converted"}),
+        },
+        "other": "tinyshakespeare.txt",
+    },
+}
+TRAINING = {"train": "gates", "batch": 8, "layer_local": 0.0}
+
+
+def parent_of(model: str) -> str:
+    return str(SMALL if model == "small" else reference("checkpoints", "stories940K-tok105-hf"))
+
+
+def converted(model: str, name: str) -> Path:
+    """The conversion before training, made once."""
+    step, training = MODELS[model]["trained"][name]
+    folder = WORK / f"{model}-{name}" / "start"
+    if not folder.exists():
+        train, _ = text_of(model)
+        recipe = {"name": name, "steps": [step],
+                  "uptrain": {**TRAINING, "length": MODELS[model]["length"], **training}}  # fmt: skip
+        surgery.convert_checkpoint(
+            parent_of(model), recipe, folder, samples=64, length=256, seed=SEED,
+            calibration=train if step["rewriter"] == "gqa" else None,
+        )  # fmt: skip
+    return folder
+
+
+def trained(model: str, name: str) -> Path:
+    """The trained conversion; a run that was stopped goes on."""
+    out = WORK / f"{model}-{name}" / "run"
+    if not (out / "model").exists():
+        train, held = text_of(model)
+        uptrain(
+            Run(
+                model=str(converted(model, name)),
+                data=train,
+                out=out,
+                held_out=held,
+                held_out_windows=128 if model == "stories" else 24,
+                eval_steps=100 if model == "stories" else 12,
+                log_steps=20 if model == "stories" else 4,
+                save_steps=50 if model == "stories" else 8,
+                seed=SEED,
+            )
+        )
+    return out
+
+
+class Attended:
+    """H2O as an attention function: each query sees the tokens that earlier ones have left."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.recent = budget, budget // 2
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        B, N, T, _H = query.shape
+        K = key.shape[1]
+        q = query.reshape(B, K, N // K, T, -1)
+        kept = torch.zeros(B, K, T, dtype=torch.bool)
+        mass = torch.zeros(B, K, T)
+        out = torch.empty(B, K, N // K, T, value.shape[-1])
+        for t in range(T):
+            kept[..., t] = True
+            score = torch.einsum("bkgh,bksh->bkgs", q[:, :, :, t], key[:, :, : t + 1]) * scaling
+            weight = score.masked_fill(~kept[:, :, None, : t + 1], -math.inf).softmax(-1)
+            out[:, :, :, t] = weight @ value[:, :, : t + 1]
+            mass[..., : t + 1] += weight.sum(2)
+            if t >= self.budget:
+                old = torch.where(kept, mass, math.inf)
+                old[..., max(0, t + 1 - self.recent) :] = math.inf
+                kept.scatter_(-1, old.argmin(-1, keepdim=True), False)
+        return out.reshape(B, N, T, -1).transpose(1, 2), None
+
+
+def windows_of(model: str, source: Any, samples: int | None = None) -> Windows:
+    config = surgery.load(parent_of(model)).config
+    config.name_or_path = parent_of(model)
+    return load_windows(
+        source, tokenizer_of(config), vocab_size=config.vocab_size, length=MODELS[model]["length"], samples=samples
+    )
+
+
+def other_text(model: str) -> Windows:
+    text = reference("text", MODELS[model]["other"]).read_text()[20_000:220_000]
+    return windows_of(model, [text.lower() if model == "stories" else text], 64)
+
+
+def measured(model: str, child: PreTrainedModel, parent: PreTrainedModel, held: Windows) -> dict[str, Any]:
+    """One row: loss, bytes, what the gates did."""
+    report = surgery.evaluate(child, baseline=parent, text=held, path="prefill", tokenizer=None)
+    some = surgery.evaluate(child, text=held.take(64 if model == "stories" else 16), path="both")
+    cache = some.model.cache
+    row: dict[str, Any] = {
+        "nats_per_token": report.model.nats_per_token,
+        "parent": report.baseline.nats_per_token if report.baseline else None,
+        "gap": report.gap,
+        "kl": report.kl,
+        "cache_gap": some.model.cache_gap,
+        "cache_bytes": cache.bytes,
+        "predicted_cache_bytes": cache.predicted_bytes,
+        "cache_tokens": cache.tokens,
+        "tokens": report.tokens,
+        "text": report.text_digest,
+    }
+    if any(layer["plan"].get("retain") for layer in child.config.surgery.get("layers", ())):
+        whole = Windows(held.ids_BT[held.mask_BT.all(-1)], held.mask_BT[held.mask_BT.all(-1)], held.digest)
+        gates, other = read_gates(child, whole), read_gates(child, other_text(model))
+        row |= {"tokens_per_slot": gates.total, "by_head": gates.to_dict()["tokens_per_slot_by_head"],
+                "other_domain": {"text": MODELS[model]["other"], "tokens_per_slot": other.total},
+                "warnings": list(gates.warnings)}  # fmt: skip
+    if model == "small":
+        cells = surgery.evaluate(
+            child, text=held.take(1), path="prefill", recall_tasks=("all",), questions=4,
+            tokenizer=tokenizer_of(parent.config),
+        ).model.recall  # fmt: skip
+        row["recall_exact"] = sum(c.exact for c in cells) / len(cells)
+        row["recall_nats"] = sum(c.nats for c in cells) / len(cells)
+    return row
+
+
+def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
+    parent = surgery.load(parent_of(model), dtype=torch.float32)
+    parent.config.name_or_path = parent_of(model)
+    _, file = text_of(model)
+    held = windows_of(model, file, None if model == "stories" else 48)
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, make: Any, **more: Any) -> dict[str, Any]:
+        row = next((r for r in known if r["name"] == name), None)
+        if row is None:
+            begun = time.monotonic()
+            row = {"name": name, **more, **make()}
+            row["seconds"] = round(time.monotonic() - begun, 1)
+            print(f"{model}, {name}: {row['nats_per_token']:.4f} ({row['gap']:+.4f})", flush=True)  # noqa: T201
+        found.append(row)
+        save(found)
+        return row
+
+    def of_training(name: str) -> dict[str, Any]:
+        out = trained(model, name)
+        summary = json.loads((out / "uptraining.json").read_text())
+        child = surgery.load(out / "model", dtype=torch.float32)
+        row = measured(model, child, parent, held)
+        curve = [
+            {key: entry[key] for key in ("step", "held_out_ratio", "held_out_nats_per_token") if key in entry}
+            for entry in summary["log"]
+            if "held_out_nats_per_token" in entry
+        ]
+        return row | {"trained_tokens": summary["tokens"], "training_seconds": summary["seconds"], "curve": curve}
+
+    def of_score(step: dict[str, Any]) -> dict[str, Any]:
+        train, _ = text_of(model)
+        calibration = windows_of(model, train, 64) if step["gate"] == "score:key_norm" else None
+        child = surgery.convert(parent, {"steps": [{"rewriter": "dms", **step}]}, calibration=calibration, seed=SEED)
+        return measured(model, child, parent, held)
+
+    def of_h2o(budget: int) -> dict[str, Any]:
+        name = f"h2o-{budget}"
+        AttentionInterface.register(name, Attended(budget))
+        AttentionMaskInterface.register(name, sdpa_mask)
+        child = surgery.load(parent_of(model), dtype=torch.float32, attn_implementation=name)
+        nll = {}
+        for label, m in (("child", child.eval()), ("parent", parent.eval())):
+            sums = score_windows(m, None, held, "prefill")
+            nll[label] = float(sums.nll.sum() / sums.tokens.sum())
+        return {"nats_per_token": nll["child"], "parent": nll["parent"], "gap": nll["child"] - nll["parent"],
+                "tokens_per_slot": MODELS[model]["length"] / budget}  # fmt: skip
+
+    length = MODELS[model]["length"]
+    ours = add("dms-4x", lambda: of_training("dms-4x"), window=MODELS[model]["window"])
+    ratio = ours["tokens_per_slot"]
+    slots = round(length / ratio)
+    add(
+        "window and sinks",
+        lambda: of_score({"gate": "score:window", "window": slots - 4, "ratio": 1}),
+        window=slots - 4,
+    )
+    add("h2o", lambda: of_h2o(slots))
+    add(
+        "key_norm",
+        lambda: of_score({"gate": "score:key_norm", "window": MODELS[model]["window"], "ratio": ratio}),
+        window=MODELS[model]["window"],
+    )
+    for name in MODELS[model]["trained"]:
+        if name != "dms-4x":
+            add(name, lambda name=name: of_training(name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--train-only", action="store_true", help="stop before anything is measured")
+    arguments = parser.parse_args()
+    torch.manual_seed(SEED)
+    if arguments.train_only:
+        for model in arguments.models:
+            for name in MODELS[model]["trained"]:
+                trained(model, name)
+        return
+    path = ROOT / "benchmarks" / "results" / "merge_quality.json"
+    old = json.loads(path.read_text())["results"] if path.is_file() else {}
+    results: dict[str, Any] = dict(old)
+    data = {**environment(SEED), "complete": False, "results": results}
+    for model in arguments.models:
+
+        def save(found: list[dict[str, Any]], model: str = model) -> None:
+            results[model] = found
+            write("merge_quality", data)
+
+        rows(model, old.get(model, []) if arguments.resume else [], save)
+    write("merge_quality", {**data, "complete": set(results) == set(MODELS)})
+    console = Console(width=100)
+    for model, found in results.items():
+        table = Table(title=f"{model}: parent {found[0]['parent']:.4f} nats/token")
+        for column in ("cache", "tokens per slot", "cache bytes", "nats/token", "change", "recall nats"):
+            table.add_column(column, justify="left" if column == "cache" else "right")
+        for row in found:
+            table.add_row(
+                row["name"],
+                f"{row['tokens_per_slot']:.2f}" if "tokens_per_slot" in row else "",
+                f"{row['cache_bytes']:,}" if "cache_bytes" in row else "",
+                f"{row['nats_per_token']:.4f}",
+                f"{row['gap'] / row['parent']:+.2%}",
+                f"{row['recall_nats']:.3f}" if "recall_nats" in row else "",
+            )
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
