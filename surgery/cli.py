@@ -247,7 +247,8 @@ def evaluate(
 @app.command(
     epilog="Examples: surgery export ./smaller --to hub -o ./for-the-hub | "
     "surgery export ./latent --to native -o ./deepseek | "
-    "surgery export ./latent --to native --norm calibrated --text text.jsonl -o ./deepseek"
+    "surgery export ./latent --to native --norm calibrated --pad --text text.jsonl -o ./deepseek | "
+    "surgery export ./shared --to vllm -o ./served | surgery export ./smaller --to gguf -o ./for-llama-cpp"
 )
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
@@ -256,7 +257,7 @@ def export(
         str,
         typer.Option(
             help="hub: with the code that runs it, for transformers alone. native: a stock class that can say it (mla: "
-            "DeepSeek-V3)."
+            "DeepSeek-V3). vllm: what vLLM serves, by its plugin where need be. gguf: for llama.cpp, from a stock class."
         ),
     ],
     norm: Annotated[
@@ -265,6 +266,17 @@ def export(
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="native: text (.txt, .jsonl, .parquet) that a calibrated norm is fitted to.")
+    ] = None,
+    pad: Annotated[
+        bool | None,
+        typer.Option("--pad", help="native: fill latents up to plain rope and 512 + 64 numbers, as engines want them."),
+    ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(
+            help="vllm, gguf: interpreter of the environment that has the engine (SURGERY_VLLM_PYTHON, "
+            "SURGERY_LLAMA_PYTHON)."
+        ),
     ] = None,
     link: Annotated[
         bool | None, typer.Option("--link", help="hub: hard links in the place of copies of the weights.")
@@ -285,7 +297,7 @@ def export(
     """Write a converted model for other software, load it there, and compare its answers with the source's."""
     from .export import export as write
 
-    options: dict[str, Any] = {"norm": norm, "text": text, "link": link}
+    options: dict[str, Any] = {"norm": norm, "text": text, "pad": pad, "python": python, "link": link}
     report = write(
         model,
         out,
