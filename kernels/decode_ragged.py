@@ -219,8 +219,8 @@ def decode_ragged_cpu(
         hidden = None
         if min(rests) < longest:
             behind = torch.arange(longest) >= torch.tensor(rests)[:, None]
-            # What lies behind a length may be anything, and 0 times NaN is NaN.
-            values = values.masked_fill(behind[:, None, :, None], 0.0)
+            # What lies behind a length may be anything; NaN stays NaN whatever is added or multiplied.
+            keys, values = (t.masked_fill(behind[:, None, :, None], 0.0) for t in (keys, values))
             hidden = behind[:, None, None]
         part, part_lse = attend(q_RGH[rows, None], keys, values, scale, hidden)
         old = torch.tensor([[runs[row] > 0] for row in members])

@@ -187,10 +187,19 @@ def test_decoding_without_the_kernels_is_the_same(monkeypatch: pytest.MonkeyPatc
         with_kernels, cache = run(model, ids, [20, *range(21, 41)])
         with monkeypatch.context() as patch:
             patch.setattr(surgery.runtime.ragged_attention, "AVAILABLE", False)
-            patch.setattr(surgery.runtime.ragged_dmc, "AVAILABLE", False)
             without, other = run(model, ids, [20, *range(21, 41)])
         assert_close(without, with_kernels)
         assert_same_contents(cache, other)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_the_operator_that_merges_is_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of("dmc", None, family=family), tokens()
+    logits, cache = run(model, ids, [20, *range(21, 41)])
+    monkeypatch.setattr(surgery.runtime.ragged_dmc, "_has_operator", lambda device: True)
+    by_operator, other = run(model, ids, [20, *range(21, 41)])
+    assert_close(by_operator, logits)
+    assert_same_contents(cache, other)
 
 
 @every_form

@@ -11,6 +11,11 @@ from .ops import AVAILABLE, merge_append_forward
 from .ragged import NEVER, New, RaggedLayer, Slots, at_end, pick
 
 
+def _has_operator(device: torch.device) -> bool:
+    """Whether one launch does a step. On a CPU the operator works in float64, and takes twice the time of torch."""
+    return AVAILABLE and device.type != "cpu"
+
+
 class MergingLayer(RaggedLayer):
     """A merging token overwrites the newest slot of its row with the mean of its run, rotated to its own position.
 
@@ -43,7 +48,7 @@ class MergingLayer(RaggedLayer):
         state = self.state
         if self.merge.window is not None:
             key, value = self._mean_of_terms(key, value, weight, dec_BK)
-        elif AVAILABLE and new.angles is not None:
+        elif new.angles is not None and _has_operator(key.device):
             merge_append_forward(
                 key, value, dec_BK, weight, new.angles, self.tables, self.pool.keys, self.pool.values, state
             )
