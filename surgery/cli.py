@@ -257,7 +257,7 @@ def export(
         str,
         typer.Option(
             help="hub: with the code that runs it, for transformers alone. native: a stock class that can say it (mla: "
-            "DeepSeek-V3). vllm: what vLLM serves, by its plugin where need be. gguf: for llama.cpp, from a stock class."
+            "DeepSeek-V3). vllm: what vLLM serves, with its plugin or without. gguf: for llama.cpp, from a stock class."
         ),
     ],
     norm: Annotated[

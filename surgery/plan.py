@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .anatomy import Anatomy, examine
 from .budget import aligned_rank, full_rank, input_columns, kept_numbers, latent_budget, turning_numbers
+from .engines import sentence
 from .errors import PlanError
 from .native import hands_down_keywords, meta_model, native_config
 from .recipe import GqaStep, LatentStep, LowrankStep, MergeStep, MlaStep, Recipe, ShareStep, Step, parse_layers
@@ -69,10 +70,8 @@ class Plan:
 
     @property
     def engines(self) -> str:
-        """Who can load the result."""
-        if self.native:
-            return f"everything that loads the parent (stock {self.anatomy.architecture})"
-        return "transformers with surgery installed"
+        """Who can load the result; see `engines.py`."""
+        return sentence(self.anatomy.architecture, self.after, self.native)
 
     @property
     def needs_calibration(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .support import PARENTS
+from ..engines import PLUGIN_PARENTS
 
 _CLASS = "surgery.serve.vllm:SurgeryForCausalLM"
 
@@ -15,7 +15,7 @@ def register() -> None:
 
     from ..runtime.configuration import config_class
 
-    for parent in PARENTS:
+    for parent in PLUGIN_PARENTS:
         config = config_class(getattr(transformers, parent).config_class)
         AutoConfig.register(config.model_type, config, exist_ok=True)
         if f"Surgery{parent}" not in ModelRegistry.get_supported_archs():

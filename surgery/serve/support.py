@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..engines import PLUGIN_PARENTS
 from ..errors import PlanError
 from ..runtime.layout import AttentionSite, HeadNorm, Heads, Latent, LayerPlan
 from ..uniform import repeated_heads
-
-PARENTS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Decoders that differ in nothing but their attention."""
 
 
 def served_layers(surgery: Mapping[str, Any]) -> list[tuple[AttentionSite, LayerPlan, dict[str, tuple[int, ...]]]]:
@@ -35,10 +33,10 @@ def check_served(config: Any) -> None:
         PlanError: names the layer, the part and the way out.
     """
     parent = config.surgery["parent"]["architecture"]
-    if parent not in PARENTS:
+    if parent not in PLUGIN_PARENTS:
         raise PlanError(
-            f"vLLM: no plugin for {parent}; it runs {', '.join(PARENTS)}. Use --to hub, or a uniform gqa recipe, whose "
-            "result vLLM runs without a plugin."
+            f"vLLM: no plugin for {parent}; it runs {', '.join(PLUGIN_PARENTS)}. Use --to hub, or a uniform gqa "
+            "recipe, whose result vLLM runs without a plugin."
         )
     layers = served_layers(config.surgery)
     plans = {plan.layer: plan for _, plan, _ in layers}

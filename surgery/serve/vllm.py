@@ -161,7 +161,7 @@ class SurgeryDecoderLayer(LlamaDecoderLayer):
 
 
 class SurgeryForCausalLM(LlamaForCausalLM):
-    """What vLLM builds for each `Surgery<Parent>` of `PARENTS`."""
+    """What vLLM builds for each `Surgery<Parent>` of `PLUGIN_PARENTS`."""
 
     supports_lora = False  # adapters name q_proj, k_proj and v_proj of every layer; readers have no k_proj
 

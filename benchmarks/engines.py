@@ -1,0 +1,129 @@
+"""Which engine runs which cache: each variant of one small Llama is exported to each engine and answered there.
+
+    SURGERY_VLLM_PYTHON=.venv-vllm/bin/python SURGERY_LLAMA_PYTHON=.venv-llama/bin/python python benchmarks/engines.py
+
+Weights are random (four layers, eight heads of 64), float32, so that tokens must be the same. The README's table is
+what this writes: how the engine runs the variant, and the KV bytes per token by its own account.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import surgery
+from surgery.engines import NONE, ways
+from surgery.errors import PlanError
+from surgery.export import ExportReport, export
+from surgery.measure.memory import cache_bytes
+
+SEED = 0
+BARE = {"refit_queries": False, "refit_output": False}
+SHARE = {"rewriter": "share", "layout": "cla2", "gain_fit": False, **BARE}
+MLA = {"rewriter": "mla", "rank": 448, "rope_dims": 64, "selector": "top", **BARE}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "GQA (`gqa-2x`)": [{"rewriter": "gqa", "kv_heads": 4, "init": "mean"}],
+    "GQA, heads by layer": [{"rewriter": "gqa", "kv_heads": 4, "init": "mean", "layers": "1-2"}],
+    "caches shared (`cla2`)": [{**SHARE, "init": "replace"}],
+    "both (`cla2-gqa-2x`)": [
+        {"rewriter": "gqa", "kv_heads": 4, "init": "mean"}, {**SHARE, "init": "replace"}
+    ],
+    "V shared (`svformer`)": [{**SHARE, "init": "replace", "layout": "svformer"}],
+    "latents (`mla`)": [MLA],
+    "latents, keys turned at read (`lowrank`)": [{"rewriter": "lowrank", "keep": 0.5, **BARE}],
+    "latents shared (`cla2-latent`)": [{**SHARE, "init": "latent"}],
+    "merged tokens (`dmc`)": [{"rewriter": "dmc"}],
+    "evicted tokens (`dms`)": [{"rewriter": "dms"}],
+}  # fmt: skip
+
+
+def parent() -> PreTrainedModel:
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=512, initializer_range=0.06, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def text() -> torch.Tensor:
+    return torch.randint(3, 512, (64, 128), generator=torch.Generator().manual_seed(SEED))
+
+
+def run(variant: str, model: PreTrainedModel, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row: engine -> what happened there."""
+    plan = surgery.plan(model, {"steps": steps})
+    said = ways(plan.anatomy.architecture, plan.after, plan.native)
+    asks = any(step["rewriter"] in ("mla", "lowrank") or step.get("init") == "latent" for step in steps)
+    child = surgery.convert(model, {"steps": steps}, calibration=text() if asks else None)
+    row: dict[str, Any] = {"planned_bytes_per_token": plan.bytes_per_token, "engines": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        surgery.save(child, place / "child")
+        for engine, target in (("transformers", "hub"), ("vLLM", "vllm"), ("llama.cpp", "gguf")):
+            row["engines"][engine] = {"way": said[engine], **_export(child, place, engine, target, said[engine])}
+            print(variant, engine, row["engines"][engine], flush=True)  # noqa: T201
+    return row
+
+
+def _export(child: PreTrainedModel, place: Path, engine: str, target: str, way: str) -> dict[str, Any]:
+    source: Any = place / "child"
+    if way.startswith("native,"):
+        export(source, place / "native", to="native", overwrite=True, **_native_options(way))
+        source = place / "native"
+    try:
+        report = export(source, place / engine, to=target)
+    except PlanError as error:
+        if way != NONE:
+            raise
+        return {"reason": str(error)}
+    if way == NONE:
+        raise SystemExit(f"{engine} ran what was to be refused")
+    found = report.parity.to_dict()
+    found["bytes_per_token"] = _bytes(report) if target != "hub" else _own_bytes(child)
+    return found
+
+
+def _native_options(way: str) -> dict[str, Any]:
+    # Without a bias, the norm on the latent is an approximation: that of the export, which both sides then have.
+    return {"norm": "calibrated", "text": text(), "pad": True} if "DeepSeek" in way else {}
+
+
+def _bytes(report: ExportReport) -> float:
+    found = re.search(r"([\d.]+) KV bytes per token", report.parity.engine)
+    if found is None:
+        raise SystemExit(f"{report.parity.engine}: says no bytes")
+    return float(found[1])
+
+
+def _own_bytes(child: PreTrainedModel) -> float:
+    """transformers allocates what the runtime's cache holds."""
+    ids = torch.randint(3, 512, (1, 128), generator=torch.Generator().manual_seed(SEED))
+    return cache_bytes(child, ids) / ids.shape[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="part of a variant's name; others stay as they were")
+    only = parser.parse_args().only
+    path = common.ROOT / "benchmarks" / "results" / "engines.json"
+    rows = json.loads(path.read_text())["rows"] if only and path.is_file() else {}
+    model = parent()
+    for variant, steps in VARIANTS.items():
+        if only is None or only in variant:
+            rows[variant] = run(variant, model, steps)
+            data = {"environment": common.environment(SEED), "parent_bytes_per_token": 16384}
+            common.write("engines", {**data, "rows": {name: rows[name] for name in VARIANTS if name in rows}})
+
+
+if __name__ == "__main__":
+    main()
