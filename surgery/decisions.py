@@ -172,33 +172,31 @@ class GateReport:
             inside = goes
             shown.append(token, style="dim" if goes else "bold")
         shown.append("]" * inside)
-        total = f"{self.total:.2f} tokens per slot at {self.length} tokens, on {self.tokens:,} tokens of text"
+        total = f"{self.total:.2f} tokens per slot at the ends of windows of {self.length}; {self.tokens:,} tokens of text"
         return [table, *(f"[red]{text}[/red]" for text in self.warnings), total, shown]
 
 
 @torch.no_grad()
 def read_gates(model: Any, windows: Windows, tokenizer: Any = None) -> GateReport:
-    """Run `model` over `windows` and read what its gates decide. Windows that are padded are left out.
+    """Run `model` over `windows` and read what its gates decide; padding is not counted.
 
     Raises:
-        CheckpointError: the model has no gate, or no window is whole.
+        CheckpointError: the model has no gate.
     """
     modules = gated(model)
     if not modules:
         raise CheckpointError(f"{type(model).__name__}: has no gates. Convert it with a recipe such as dms-4x.")
-    whole = windows.mask_BT.all(-1)
-    if not whole.any():
-        raise CheckpointError(f"the text has no window of {windows.ids_BT.shape[1]} tokens. Give more, or a length.")
-    ids = windows.ids_BT[whole].to(model.device)
     was = model.training
     model.eval()
     counts: list[Counted] = []
     first: dict[str, Tensor] = {}
-    for batch in ids.split(8):
+    shown = windows.ids_BT[0, : int(windows.mask_BT[0].sum())].tolist()
+    for batch, mask in windows.batches():
+        ids = batch.to(model.device)
         with gate_logits(model) as logits:
-            model(input_ids=batch, use_cache=False)
-        first = first or {name: x[:1] for name, x in logits.items()}
-        counts.append(count(model, logits, {"input_ids": batch}))
+            model(input_ids=ids, use_cache=False)
+        first = first or {name: x[:1, :, : len(shown)] for name, x in logits.items()}
+        counts.append(count(model, logits, {"input_ids": ids}, mask.to(model.device)))
     model.train(was)
     sums = Counted(*(torch.stack(column).sum(0) for column in zip(*counts, strict=True)))
     heads = [module.heads.kv_heads for module in modules.values()]
@@ -206,17 +204,17 @@ def read_gates(model: Any, windows: Windows, tokenizer: Any = None) -> GateRepor
     ratio = (sums.tokens / sums.slots.clamp_min(1)).split(heads)
     parts = zip(sums.gone.split(heads), sums.free.split(heads), strict=True)
     rates = [float(gone.sum() / free.sum().clamp_min(1)) for gone, free in parts]
-    order = torch.arange(ids.shape[1], device=ids.device)[None]
+    order = torch.arange(len(shown), device=model.device)[None]
     hard = {name: hard_decisions(first[name], order, module.merge.protected) for name, module in modules.items()}
     gone = torch.cat([left_out(hard[name], order, module.merge)[0] for name, module in modules.items()])
-    texts = [str(int(i)) + " " for i in ids[0]] if tokenizer is None else _pieces(tokenizer, ids[0].tolist())
+    texts = [f"{i} " for i in shown] if tokenizer is None else _pieces(tokenizer, shown)
     return GateReport(
         ratio={layer: tuple(r.tolist()) for layer, r in zip(layers, ratio, strict=True)},
         total=float(sums.tokens.sum() / sums.slots.sum()),
         rate=dict(zip(layers, rates, strict=True)),
         warnings=tuple(collapsed(list(modules), rates)),
-        tokens=ids.numel(),
-        length=ids.shape[1],
+        tokens=windows.tokens,
+        length=windows.ids_BT.shape[1],
         digest=windows.digest,
         example=tuple(zip(texts[:EXAMPLE], gone.float().mean(0)[:EXAMPLE].tolist(), strict=False)),
     )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .decisions import gated, read_gates
 from .errors import CheckpointError, RecipeError
 from .harness import check_known, run_tasks
 from .measure.memory import cache_size, max_batch, parse_bytes
@@ -16,7 +17,7 @@ from .measure.scoring import Path, score_windows
 from .measure.speed import measure_speed
 from .measure.statistics import difference, quality
 from .provenance import versions
-from .report import Measured, Report
+from .report import GateRatios, Measured, Report
 from .text import Windows, load_windows, tokenizer_of
 
 PATHS: dict[str, tuple[Path, ...]] = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
@@ -108,6 +109,7 @@ def evaluate(
             if tasks
             else (),
             speed=rates[i],
+            gates=_gates(m, windows),
         )
 
     report = Report(
@@ -130,6 +132,14 @@ def evaluate(
     for m, was in zip(models, training, strict=True):
         m.train(was)
     return report
+
+
+def _gates(model: PreTrainedModel, windows: Windows) -> GateRatios | None:
+    """What the gates keep, where there are any."""
+    if not gated(model):
+        return None
+    found = read_gates(model, windows)
+    return GateRatios(total=found.total, layers=tuple(found.ratio), by_head=tuple(found.ratio.values()))
 
 
 def _check_same_tokens(config: Any, other: Any) -> None:

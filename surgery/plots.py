@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
     from .decisions import GateReport
-    from .report import Measured, Report
+    from .report import GateRatios, Measured, Report
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's, told apart by colour-blind readers; its yellow is too pale for lines on white."""
@@ -163,18 +163,19 @@ def sensitivity(changes: Mapping[int, float], label: str = "") -> Figure:
     return figure
 
 
-def gate_map(gates: GateReport) -> Figure:
+def gate_map(gates: GateReport | GateRatios) -> Figure:
     """Tokens per slot of each layer and KV head; darker heads keep more tokens."""
-    heads = max(len(row) for row in gates.ratio.values())
-    figure, axes = _figure(max(4.0, 0.9 + 0.6 * heads), 1.2 + 0.32 * len(gates.ratio))
+    ratio = gates.ratio
+    heads = max(len(row) for row in ratio.values())
+    figure, axes = _figure(max(4.0, 0.9 + 0.6 * heads), 1.2 + 0.32 * len(ratio))
     axes.grid(False)
     axes.set_xlim(-0.5, heads - 0.5)
-    axes.set_ylim(len(gates.ratio) - 0.5, -0.5)
-    for (j, row), i in product(enumerate(gates.ratio.values()), range(heads)):
+    axes.set_ylim(len(ratio) - 0.5, -0.5)
+    for (j, row), i in product(enumerate(ratio.values()), range(heads)):
         shade = 1 / row[i] if i < len(row) else math.nan
         _cell(axes, i, j, shade, "" if i >= len(row) else f"{row[i]:.1f}")
     axes.set_xticks(range(heads))
-    axes.set_yticks(range(len(gates.ratio)), [str(layer) for layer in gates.ratio])
+    axes.set_yticks(range(len(ratio)), [str(layer) for layer in ratio])
     axes.tick_params(length=0)
     axes.set_xlabel("KV head")
     axes.set_ylabel("layer")

@@ -29,6 +29,21 @@ from .show import count, human_bytes, render
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateRatios:
+    """Tokens per slot that the gates of a model reach on the text, at the ends of its windows."""
+
+    total: float
+    layers: tuple[int, ...]
+    by_head: tuple[tuple[float, ...], ...]
+    """One row per layer."""
+
+    @property
+    def ratio(self) -> dict[int, tuple[float, ...]]:
+        """By layer."""
+        return dict(zip(self.layers, self.by_head, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """One model on one text."""
 
@@ -42,6 +57,7 @@ class Measured:
     context: int
     recall: tuple[RecallCell, ...] = ()
     speed: Speed | None = None
+    gates: GateRatios | None = None
 
     @property
     def path(self) -> str:
@@ -165,6 +181,12 @@ class Report:
         if self.model.cache_gap is not None:
             costs = (f"{m.cache_gap:+.5f} ({m.name})" for m in self.measured)
             notes.append(f"reading the cache costs {', '.join(costs)} nats/token: decode minus prefill")
+        if self.model.gates is not None:
+            rows = [ratio for row in self.model.gates.by_head for ratio in row]
+            notes.append(
+                f"gates keep one of {self.model.gates.total:.2f} tokens at the ends of the windows: heads from "
+                f"{min(rows):.1f} to {max(rows):.1f}"
+            )
         return [*notes, *(f"NaN: {problem}" for problem in self.problems)]
 
     def to_markdown(self) -> str:
@@ -510,6 +532,15 @@ def _page(
         says = "Change of the loss where one layer is converted"
         page.append(_picture("sensitivity", says, plots.sensitivity(sensitivity, label)))
     tasks = {name: scores for report in reports for name, scores in report.tasks.items()}
+    gated = [m for m in models if m.gates is not None]
+    if gated:
+        page += [
+            _Heading("Tokens per slot"),
+            "By layer and KV head: gates decide which tokens keep a slot of the cache.",
+        ]
+    for i, m in enumerate(gated):
+        says = f"Tokens per slot by layer and KV head: {m.name}"
+        page += [m.name, _picture(f"gates-{i + 1}", says, plots.gate_map(m.gates))]  # type: ignore[arg-type]
     if tasks:
         page += [_Heading("Tasks of lm-eval"), _tasks_table(tasks)]
     if samples:

@@ -21,6 +21,7 @@ from surgery.cli import app
 from surgery.decisions import collapsed, count_layer, gated, read_gates
 from surgery.errors import CheckpointError, PlanError, RecipeError
 from surgery.plan import plan
+from surgery.report import Report, write_report
 from surgery.runtime.layout import LayerPlan, Merge
 from surgery.runtime.merging import (
     hard_decisions,
@@ -364,6 +365,27 @@ def test_inspect_shows_what_gates_decide(home: Path, tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert found["tokens_per_slot"] == 1.0
     assert set(found["tokens_per_slot_by_head"]) == {"0", "1"}
+
+
+def test_a_report_shows_what_gates_keep_and_draws_it(tmp_path: Path) -> None:
+    ids, model = tokens(3, 24), surgery.convert(tiny_model("llama"), recipe(DMS | {"gate": "score:window"}))
+    report = surgery.evaluate(model, text=ids, path="prefill")
+    assert report.model.gates is not None
+    assert report.model.gates.total == pytest.approx(24 / 6)
+    assert "one of 4.00 tokens" in str(report)
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))).model.gates == report.model.gates
+    write_report([report], tmp_path / "page")
+    assert (tmp_path / "page" / "plots" / "gates-1.png").stat().st_size > 1000
+
+
+def test_padding_is_not_counted_among_tokens_or_slots() -> None:
+    ids, model = tokens(2, 24), surgery.convert(tiny_model("llama"), recipe(DMS | {"gate": "score:window"}))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 12:] = False
+    found = read_gates(model, Windows(ids, mask, "test"))
+    assert found.total == pytest.approx((12 + 24) / (6 + 6))
+    assert found.tokens == 36
+    assert len(found.example) == 12
 
 
 def test_models_without_gates_have_none_to_inspect() -> None:
