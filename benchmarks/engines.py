@@ -20,12 +20,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import surgery
-from surgery.engines import NONE, ways
+from surgery.engines import ENGINES, NONE, ways
 from surgery.errors import PlanError
 from surgery.export import ExportReport, export
 from surgery.measure.memory import cache_bytes
 
 SEED = 0
+BEGIN, END = "<!-- engines: written by benchmarks/engines.py --readme -->", "<!-- end of engines -->"
 BARE = {"refit_queries": False, "refit_output": False}
 SHARE = {"rewriter": "share", "layout": "cla2", "gain_fit": False, **BARE}
 MLA = {"rewriter": "mla", "rank": 448, "rope_dims": 64, "selector": "top", **BARE}
@@ -111,18 +112,39 @@ def _own_bytes(child: PreTrainedModel) -> float:
     return cache_bytes(child, ids) / ids.shape[1]
 
 
+def readme(rows: dict[str, Any]) -> None:
+    """Write the table between its marks."""
+    lines = [f"| What is cached | {' | '.join(ENGINES)} | planned |", "|---" * (len(ENGINES) + 2) + "|"]
+    for variant, row in rows.items():
+        cells = []
+        for engine in ENGINES:
+            found = row["engines"][engine]
+            size = f", {found['bytes_per_token'] / 1024:.3g} KiB" if "bytes_per_token" in found else ""
+            cells.append(f"{found['way']}{size}")
+        lines.append(f"| {variant} | {' | '.join(cells)} | {row['planned_bytes_per_token'] / 1024:.3g} KiB |")
+    path = common.ROOT / "README.md"
+    before, rest = path.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text("\n".join([before + BEGIN, *lines, END]) + after)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="part of a variant's name; others stay as they were")
-    only = parser.parse_args().only
+    parser.add_argument("--readme", action="store_true", help="only write the README's table, from the last results")
+    arguments = parser.parse_args()
+    only = arguments.only
     path = common.ROOT / "benchmarks" / "results" / "engines.json"
-    rows = json.loads(path.read_text())["rows"] if only and path.is_file() else {}
+    rows = json.loads(path.read_text())["rows"] if (only or arguments.readme) and path.is_file() else {}
+    if arguments.readme:
+        return readme(rows)
     model = parent()
     for variant, steps in VARIANTS.items():
         if only is None or only in variant:
             rows[variant] = run(variant, model, steps)
             data = {"environment": common.environment(SEED), "parent_bytes_per_token": 16384}
             common.write("engines", {**data, "rows": {name: rows[name] for name in VARIANTS if name in rows}})
+    readme({name: rows[name] for name in VARIANTS if name in rows})
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def _cache(llm: Any, ranks: int) -> dict[str, int | float]:
     """What the engine allocated, from its own accounts: of all ranks."""
     config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
     tokens = config.num_blocks * llm.llm_engine.vllm_config.cache_config.block_size
-    size = ranks * sum(tensor.size for tensor in config.kv_cache_tensors)
+    # Layers of several sizes are several entries, and each names the size of the one allocation that they lie in.
+    size = ranks * max(tensor.size for tensor in config.kv_cache_tensors)
     return {"tokens": tokens, "bytes": size, "bytes_per_token": size / tokens}
 
 
