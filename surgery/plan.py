@@ -23,6 +23,7 @@ from .runtime.gates import gate_shapes
 from .runtime.latent import latent_refusal
 from .runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Merge, Project
 from .runtime.merged import merge_refusal
+from .runtime.ragged_cache import static_bytes
 from .sharing import SEARCHED, SVFORMER, check_map, owners_of, sharable
 from .show import count, human_bytes, render, spans
 
@@ -67,6 +68,12 @@ class Plan:
     def cache_bytes(self, tokens: int, parent: bool = False) -> int:
         """Bytes of the whole cache of one sequence after `tokens` tokens."""
         return sum(layer.bytes_at(tokens) for layer in (self.before if parent else self.after))
+
+    def static_cache_bytes(self, tokens: int) -> int:
+        """Bytes that a static cache for one sequence of `tokens` tokens allocates at once."""
+        rest = (layer for layer in self.after if layer.retain is None)
+        stock = (layer.bytes_per_token * min(tokens, layer.window or tokens) for layer in rest)
+        return sum(stock) + static_bytes(self.after, tokens)
 
     @property
     def engines(self) -> str:
@@ -549,6 +556,10 @@ def _totals(plan: Plan) -> Table:
         table.add_column(name, justify="right" if i else "left")
     for name, parent in (("before", True), ("after", False)):
         table.add_row(name, *(human_bytes(plan.cache_bytes(tokens, parent)) for tokens in columns.values()))
+    if any(layer.retain for layer in plan.after):
+        # Its pool of pages is sized by the ratio: what the gates do not reach does not fit.
+        static = (plan.static_cache_bytes(tokens) for tokens in columns.values())
+        table.add_row("after, static", *map(human_bytes, static))
     ratios = (plan.cache_bytes(t, True) / max(plan.cache_bytes(t), 1) for t in columns.values())
     table.add_row("smaller by", *(f"{ratio:.2f}x" for ratio in ratios))
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import surgery.runtime.ragged_attention
 import surgery.runtime.ragged_dmc
+from surgery import convert, plan
 from surgery.evaluate import evaluate
 from surgery.measure.memory import cache_size, tensor_bytes
 from surgery.runtime.layout import Merge
@@ -224,14 +226,13 @@ def test_pages_are_full_to_6_percent_at_2k_tokens_and_the_plan_says_their_bytes(
     model, ids = model_of(method, window, drops=0.75), tokens(batch=1, length=2048)
     # Prefill and 40 single tokens: growth is slack as well.
     _, cache = run(model, ids, [2008, *range(2009, 2049)])
-    for layer, plan in zip(cache.layers, model.plans, strict=True):
+    for layer, form in zip(cache.layers, model.plans, strict=True):
         slots = int(layer.lengths.sum())
         pool = layer.pool.keys.numel() + layer.pool.values.numel()
-        assert pool <= 1.06 * slots * plan.project.dims / plan.project.kv_heads
+        assert pool <= 1.06 * slots * form.project.dims / form.project.kv_heads
         retain = Merge(method=method, window=window, ratio=2048 * 2 / slots)  # type: ignore[arg-type]
-        assert tensor_bytes_of_layer(cache, plan.layer) == pytest.approx(
-            type(plan)(**{**vars(plan), "retain": retain}).bytes_at(2048), rel=0.02
-        )
+        predicted = replace(form, retain=retain).bytes_at(2048)
+        assert tensor_bytes_of_layer(cache, form.layer) == pytest.approx(predicted, rel=0.02)
 
 
 def test_a_static_cache_holds_what_the_plan_says_from_the_start() -> None:
@@ -299,3 +300,13 @@ def test_evaluation_scores_through_the_cache() -> None:
     assert abs(report.model.cache_gap or 1.0) < 1e-4
     assert report.model.cache.bytes < cache_size(model_of("dms", 12, drops=0.0), tokens(1, 64)).bytes
     assert (report.model.cache.achieved_ratio or 0) > 1.3
+
+
+def test_the_plan_says_what_a_static_cache_takes() -> None:
+    planned = plan(parent("llama"), {"steps": [{"rewriter": "dms", "ratio": 2, "window": 12, "layers": "1"}]})
+    model = convert(parent("llama"), planned.recipe)
+    cache = model.static_cache(64)
+    run(model, tokens(batch=1, length=4), [4], cache)
+    # The length of a stock layer is a scalar, which counts tokens and is none.
+    assert tensor_bytes(cache) == planned.static_cache_bytes(64)
+    assert "after, static" in str(planned)
