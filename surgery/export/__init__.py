@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import check_output, new_folder
 from ..errors import PlanError
 from .card import CARD, CardOptions, write_card
-from .target import ExportReport, Source, Target
+from .target import ExportReport, Source, Target, hide_paths
 
 __all__ = ["TARGETS", "ExportReport", "Source", "Target", "export", "target_for"]
 
@@ -68,6 +68,7 @@ def export(
     old_card = (out / CARD).read_text(encoding="utf-8") if (out / CARD).is_file() else ""
     with new_folder(out, overwrite) as folder:
         written = target.write(source, folder)
+        hide_paths(folder)
         report = ExportReport(
             target=to, architecture=written.architecture, parity=target.parity(source, folder), facts=written.facts,
             notes=written.lines,

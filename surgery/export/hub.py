@@ -18,13 +18,12 @@ import transformers
 
 from ..checkpoint import Checkpoint, check_model, copy_weights, read_json
 from ..errors import CheckpointError, PlanError
-from ..provenance import FILE
 from ..runtime.modeling import load_converted
 from ..show import human_bytes
 from ..storage import check_whole
 from .parity import Ask, Parity, answers_alone, answers_of, compare
 from .remote_code import MIN_TRANSFORMERS, RemoteCode, digests
-from .target import Source, Written, public_name
+from .target import Source, Written
 
 LARGE = 2_000_000_000
 """Bytes of weights above which the parity check takes the layers from disk one by one, and asks for fewer tokens."""
@@ -71,7 +70,6 @@ class Hub:
             architecture = code.architecture
             config |= {"auto_map": code.auto_map, "architectures": [architecture]}
             config["surgery"]["min_transformers"] = MIN_TRANSFORMERS
-        _hide_paths(folder, config)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         found = digests(folder)
         says = f"{len(found)} code files, digests in export.json" if found else "no code: stock class"
@@ -120,18 +118,6 @@ def _with_static(ask: Ask, model: Any) -> tuple[Ask, dict[str, torch.Tensor]]:
 
 def _weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _hide_paths(folder: Path, config: dict[str, Any]) -> None:
-    """Name the parent by its id, or by the last part of its path: other people have no use for the rest of it."""
-    surgery = config["surgery"]
-    provenance = surgery.get("provenance", surgery)
-    fetched = bool(provenance.get("parent_revision"))
-    for part in (provenance, *provenance.get("uptrained", ())):
-        if part.get("parent"):
-            part["parent"] = public_name(part["parent"], fetched)
-    if (folder / FILE).is_file():
-        (folder / FILE).write_text(json.dumps(provenance, indent=2) + "\n")
 
 
 def _loading(source: Source, architecture: str) -> tuple[tuple[str, str], ...]:

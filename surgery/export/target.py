@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.reader import load_config
 from ..checkpoint import copy_companions, local_folder, read_json
-from ..provenance import write_provenance
+from ..provenance import FILE, write_provenance
 from ..runtime.modeling import converted_class
 from ..storage import load
 from ..text import load_tokenizer
@@ -166,6 +167,19 @@ class ExportReport:
     def lines(self) -> list[str]:
         """What a terminal shows."""
         return [f"{self.target}: {self.architecture}", *self.notes, self.parity.line()]
+
+
+def hide_paths(folder: Path) -> None:
+    """Name the parent by its id, or by the last part of its path: other people have no use for the rest of it."""
+    for file in (folder / "config.json", folder / FILE):
+        fields = read_json(file) if file.is_file() else {}
+        surgery = fields.get("surgery") or {} if file.name == "config.json" else fields
+        origin = surgery.get("provenance", surgery)
+        named = [part for part in (origin, *origin.get("uptrained", ())) if part.get("parent")]
+        for part in named:
+            part["parent"] = public_name(part["parent"], bool(origin.get("parent_revision")))
+        if named:
+            file.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def public_name(parent: str, fetched: bool = False) -> str:
