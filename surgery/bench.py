@@ -119,7 +119,8 @@ def of_model(model: str) -> tuple[Shape, Variant]:
 
     Raises:
         CheckpointError: the config cannot be read.
-        RecipeError: groups of unequal size, or latents that are rotated at read, which the loop does not have.
+        RecipeError: groups of unequal size, latents that are rotated at read, or merged tokens, which the loop does not
+            have.
     """
     folder = local_folder(model)
     config: Any = load_config(folder)
@@ -137,6 +138,11 @@ def of_model(model: str) -> tuple[Shape, Variant]:
     layers = []
     for plan in (LayerPlan.from_dict(layer["plan"]) for layer in surgery["layers"]):
         cache = plan.project
+        if plan.retain is not None:
+            raise RecipeError(
+                f"{model}: layer {plan.layer} merges or drops tokens ({plan.retain.method}); the loop has no cache for "
+                "that. Time generation instead: surgery eval --speed."
+            )
         if isinstance(cache, Latent):
             if cache.rotate_on_read:
                 raise RecipeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 import surgery.runtime.ragged_attention
 import surgery.runtime.ragged_dmc
 from surgery import convert, plan
+from surgery.bench import of_model
+from surgery.errors import RecipeError
 from surgery.evaluate import evaluate
 from surgery.measure.memory import cache_size, tensor_bytes
 from surgery.runtime.layout import Merge
@@ -300,6 +303,12 @@ def test_evaluation_scores_through_the_cache() -> None:
     assert abs(report.model.cache_gap or 1.0) < 1e-4
     assert report.model.cache.bytes < cache_size(model_of("dms", 12, drops=0.0), tokens(1, 64)).bytes
     assert (report.model.cache.achieved_ratio or 0) > 1.3
+
+
+def test_a_benchmark_that_has_no_such_cache_refuses(tmp_path: Path) -> None:
+    model_of("dms", 12).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"merges or drops tokens \(dms\).*eval --speed"):
+        of_model(str(tmp_path))
 
 
 def test_the_plan_says_what_a_static_cache_takes() -> None:
