@@ -102,7 +102,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             order = _order(seen, hidden_states)
             logits, weight = self.gate(hidden_states, q, k)
             q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
-            k, v, keep = self._retain(k, v, logits, weight, order)
+            k, v, keep = self._retain(k, v, logits, weight, order, seen)
             key, value = norm_heads(self.k_norm, turn(k), True).transpose(1, 2), v.transpose(1, 2)
             if self.has_readers:
                 assert shared is not None
@@ -112,12 +112,10 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
         if not self.heads.is_uniform:
             key, value, keep = (x.index_select(1, self.kv_of_query) for x in (key, value, keep))
-        else:
+        elif self.num_key_value_groups > 1:
             keep = keep.repeat_interleave(self.num_key_value_groups, dim=1)
         named.pop("is_causal", None)
-        return self._call_attention(
-            self._attention_function(), query, key, value, _combined(keep, seen, query.dtype), named
-        )
+        return self._call_attention(self._attention_function(), query, key, value, keep, named)
 
     def _attend_cached(
         self,
@@ -168,16 +166,23 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         return cos, sin, rotary.interleaved, rotary.start
 
     def _retain(
-        self, k_BTKH: Tensor, v_BTKV: Tensor, logits_BKT: Tensor, weight_BKT: Tensor | None, order_BT: Tensor
+        self,
+        k_BTKH: Tensor,
+        v_BTKV: Tensor,
+        logits_BKT: Tensor,
+        weight_BKT: Tensor | None,
+        order_BT: Tensor,
+        seen_B1TT: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """K and V as slots hold them after each token, and who sees them: bool, or in training a bias, [B, K, T, T]."""
         if self.training:
             protected = self.merge.protected
             kept = log_keep(logits_BKT, order_BT, protected, self.temperature, logistic_noise(logits_BKT))
-            p, seen = -torch.expm1(kept), soft_bias(kept, order_BT, self.merge)
+            p, seen = -torch.expm1(kept), soft_bias(kept, order_BT, self.merge, seen_B1TT, k_BTKH.dtype)
         else:
             hard = hard_decisions(logits_BKT, order_BT, self.merge.protected)
             p, seen = hard.float(), visible(hard, order_BT, self.merge)
+            seen = seen if seen_B1TT is None else seen & seen_B1TT
         if weight_BKT is not None:
             k_BTKH = pooled(k_BTKH.transpose(1, 2), weight_BKT, p, self.merge.window).transpose(1, 2)
             v_BTKV = pooled(v_BTKV.transpose(1, 2), weight_BKT, p, self.merge.window).transpose(1, 2)
@@ -213,12 +218,3 @@ def _order(seen_B1TT: Tensor | None, hidden_BTD: Tensor) -> Tensor:
     seen = seen_B1TT[:, 0]
     start = torch.where(seen.any(-1), seen.int().argmax(-1), len(places))  # padding sees nothing, and has no place
     return places - start
-
-
-def _combined(keep: Tensor, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """One mask for the attention function out of the gate's and the parent's, [B, N, T, T]."""
-    if keep.dtype == torch.bool:
-        return keep if seen is None else keep & seen
-    low = torch.finfo(dtype).min
-    keep = keep.clamp_min(low).to(dtype)
-    return keep if seen is None else torch.where(seen, keep, low)

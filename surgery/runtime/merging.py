@@ -8,6 +8,8 @@ Shape suffixes as in `layout.py`. Decisions are True (or near 1) where a token i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,15 +68,25 @@ def visible(decisions_BKT: Tensor, order_BT: Tensor, merge: Merge) -> Tensor:
     return (near_TT | ~of_key_BKT[:, :, None, :]) & same_sequence(order_BT)[:, None]
 
 
-def soft_bias(log_keep_BKT: Tensor, order_BT: Tensor, merge: Merge) -> Tensor:
+def soft_bias(
+    log_keep_BKT: Tensor, order_BT: Tensor, merge: Merge, allowed_B1TT: Tensor | None = None, dtype: Any = None
+) -> Tensor:
     """[B, K, T, T] float: `visible` of relaxed decisions, to be added to the scores.
 
     0 in the window (`dms`) or on the diagonal (`dmc`), log(1 - p) elsewhere; the lowest number where causality or the
     border of a document hides a key.
+
+    Args:
+        allowed_B1TT: the model's own mask, True is visible, in the place of those two.
+        dtype: of the scores; float32 where None.
     """
     near_TT, of_key_BKT = _near_and_key(log_keep_BKT, merge)
-    bias = torch.where(near_TT, 0.0, of_key_BKT[:, :, None, :])
-    return torch.where(same_sequence(order_BT)[:, None], bias, torch.finfo(bias.dtype).min)
+    allowed = same_sequence(order_BT)[:, None] if allowed_B1TT is None else allowed_B1TT
+    low = torch.finfo(dtype or torch.float32).min
+    rows = of_key_BKT.clamp_min(low).to(dtype or torch.float32)[:, :, None, :]
+    # One pass over [B, K, T, T], here and backward: the pairs that no decision concerns are a constant.
+    fixed = torch.where(allowed, 0.0, low).to(rows.dtype)
+    return torch.where(allowed & ~near_TT, rows, fixed)
 
 
 def _near_and_key(x_BKT: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
