@@ -343,10 +343,20 @@ def test_a_shard_cut_short_is_refused_before_anything_is_written(child, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_answers_otherwise_when_loaded_again_is_not_exported(child, tmp_path) -> None:
+def test_a_model_that_answers_otherwise_when_loaded_again_is_not_exported(child, tmp_path, monkeypatch) -> None:
     model = surgery.load(child)
     model.model.layers[0].mlp.act_fn = torch.nn.ReLU()  # what no config says
+
+    def loaded(folder: Path, ask: parity.Ask, **_: object) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        said = {"class": "SurgeryLlamaForCausalLM", "transformers": "5"}
+        return parity.answers_of(surgery.load(folder), ask), said
+
+    monkeypatch.setattr(hub, "answers_alone", loaded)
     with pytest.raises(CheckpointError, match=r"differ from the source's by .* Nothing was written"):
+        surgery.export(model, tmp_path / "out", to="hub")
+    model.model.layers[0].mlp.act_fn = torch.nn.SiLU()
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(CheckpointError, match="NaN or inf"):
         surgery.export(model, tmp_path / "out", to="hub")
     assert list(tmp_path.iterdir()) == []
 

@@ -184,9 +184,14 @@ def _limits(source: Source) -> str:
             "It runs code of its own in transformers. That code is listed in `export.json` with sha256 digests; "
             "`surgery verify` compares them. Read it before you trust it."
         )
-        lines.append("Engines with models of their own (vLLM, llama.cpp) need an export made for them.")
-    lines.append("Decoding kernels for GPUs are used where `kv-surgery` is installed; without it, plain torch.")
-    return "\n".join(f"- {line}" for line in (lines if source.is_own_class else lines[:-1]))
+        lines.append(
+            "Engines have models of their own: `surgery export --to native`, `vllm` or `gguf` writes what they run, or "
+            "says why they cannot."
+        )
+        lines.append(
+            'Plain torch decodes it. The kernels need kv-surgery installed and `attn_implementation="surgery"`.'
+        )
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _metadata(source: Source, options: CardOptions, has_code: bool) -> dict[str, Any]:
