@@ -41,8 +41,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "latents (`mla`)": [MLA],
     "latents, keys turned at read (`lowrank`)": [{"rewriter": "lowrank", "keep": 0.5, **BARE}],
     "latents shared (`cla2-latent`)": [{**SHARE, "init": "latent"}],
-    "merged tokens (`dmc`)": [{"rewriter": "dmc"}],
-    "evicted tokens (`dms`)": [{"rewriter": "dms"}],
+    "merged tokens (`dmc`, gates not trained)": [{"rewriter": "dmc"}],
+    "evicted tokens (`dms`, gates not trained)": [{"rewriter": "dms"}],
 }  # fmt: skip
 
 

@@ -1,15 +1,10 @@
-"""Stock forms of converted models: repeated KV heads in the parent's class, and GGUF read back tensor by tensor."""
+"""Stock forms of converted models: KV heads repeated in the parent's class, latents padded for engines."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import shutil
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from families import tiny_model
@@ -18,11 +13,8 @@ from vllm_models import CLA2, GQA, MLA, converted, decoder, text
 
 import surgery
 from surgery.cli import main
-from surgery.errors import CheckpointError, PlanError
-from surgery.export import export, llama_cpp
-from surgery.export import gguf as gguf_target
-from surgery.export.llama_cpp import LlamaCpp, bytes_per_token
-from surgery.reference import SMALL
+from surgery.errors import PlanError
+from surgery.export import export
 
 BY_LAYER = {**GQA, "layers": "0"}
 
@@ -98,167 +90,6 @@ def test_a_calibrated_norm_does_not_feel_the_epsilon_of_engines(tmp_path) -> Non
         for layer in model.model.layers:
             layer.self_attn.kv_a_layernorm.variance_epsilon = 1e-5
         assert (model(text()).logits - want).abs().max() < 1e-4 * want.abs().max()
-
-
-def llama() -> str | None:
-    python = os.environ.get(llama_cpp.PYTHON)
-    return python or (sys.executable if importlib.util.find_spec("llama_cpp") else None)
-
-
-needs_llama = pytest.mark.skipif(
-    llama() is None, reason="no llama-cpp-python: install it, or let SURGERY_LLAMA_PYTHON name an interpreter with it"
-)
-gguf = pytest.importorskip("gguf", reason="no gguf: install kv-surgery[gguf]")
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
-}  # fmt: skip
-WRITTEN = {
-    "gqa": lambda: converted(decoder(), GQA),
-    "llama3 rope and biases": lambda: decoder(rope_parameters=LLAMA3, attention_bias=True, tie_word_embeddings=True),
-    "mistral": lambda: decoder("Mistral", sliding_window=None),
-    "qwen2": lambda: decoder("Qwen2", hidden_size=128),
-    "qwen3": lambda: decoder("Qwen3"),
-    "bfloat16": lambda: decoder().to(torch.bfloat16),
-}
-
-
-@pytest.fixture
-def without_llama(monkeypatch) -> None:
-    monkeypatch.setattr(LlamaCpp, "find", classmethod(lambda cls, python=None: None))
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-@pytest.mark.usefixtures("without_llama")
-def test_every_tensor_of_a_gguf_file_reads_back_as_written(name, tmp_path) -> None:
-    model = WRITTEN[name]()
-    report = export(model, tmp_path / "out", to="gguf")
-    assert "no llama-cpp-python here" in report.parity.engine
-    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    assert len(found) == report.facts["tensors"]
-    v = model.model.layers[1].self_attn.v_proj.weight.detach()
-    data = np.ascontiguousarray(found["blk.1.attn_v.weight"].data)
-    back = torch.from_numpy(data.view(np.int16)).view(torch.bfloat16) if name == "bfloat16" else torch.from_numpy(data)
-    assert torch.equal(back.reshape(v.shape), v)
-    key = reader.fields[f"{report.architecture}.attention.head_count_kv"]
-    assert int(key.parts[key.data[0]][0]) == model.config.num_key_value_heads
-
-
-@needs_llama
-@pytest.mark.parametrize("name", WRITTEN)
-def test_llama_cpp_gives_the_tokens_and_logits_of_transformers(name, tmp_path) -> None:
-    model = WRITTEN[name]()
-    report = export(model, tmp_path / "out", to="gguf", python=llama())
-    kv = model.config.num_key_value_heads
-    assert f", {4 * kv * 2 * 32 * 4} KV bytes per token" in report.parity.engine
-    if name != "bfloat16":
-        assert report.parity.relative_difference < 1e-4
-        assert report.parity.equal_greedy_tokens == report.parity.greedy_tokens == 48
-
-
-@needs_llama
-def test_llama_cpp_runs_a_native_mla(tmp_path) -> None:
-    export(converted(decoder(), MLA), tmp_path / "mla", to="native", norm="calibrated", text=text(), pad=True)
-    report = export(tmp_path / "mla", tmp_path / "out", to="gguf", python=llama())
-    assert report.architecture == "deepseek2"
-    assert report.parity.equal_greedy_tokens == report.parity.greedy_tokens == 48
-    assert f", {4 * (512 + 64) * 4} KV bytes per token" in report.parity.engine
-
-
-@needs_llama
-def test_llama_cpp_reads_text_as_the_tokenizer_does(tmp_path) -> None:
-    import subprocess
-
-    small = tmp_path / "small"
-    surgery.save(converted(surgery.load(SMALL), {**GQA, "kv_heads": 0.5}), small)
-    export(small, tmp_path / "out", to="gguf", python=llama())
-    sentence = "Once upon a time, there were 3 cats; they didn't sleep!"
-    code = (
-        "import sys, llama_cpp; m = llama_cpp.Llama(model_path=sys.argv[1], vocab_only=True, verbose=False); "
-        "print(m.tokenize(sys.argv[2].encode(), add_bos=False))"
-    )
-    command = [str(llama()), "-P", "-c", code, str(tmp_path / "out" / "model.gguf"), sentence]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    tokenizer = surgery.text.load_tokenizer(SMALL)
-    assert (
-        json.loads(done.stdout.strip().splitlines()[-1]) == tokenizer(sentence, add_special_tokens=False)["input_ids"]
-    )
-
-
-@pytest.mark.usefixtures("without_llama")
-def test_the_tokenizer_travels_in_the_file(tmp_path) -> None:
-    shutil.copytree(SMALL, tmp_path / "small")
-    report = export(tmp_path / "small", tmp_path / "out", to="gguf")
-    assert report.facts["tokenizer"] == "gpt2"
-    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
-    words = json.loads((SMALL / "tokenizer.json").read_text())
-    tokens = fields["tokenizer.ggml.tokens"]
-    assert len(tokens.data) == 4096
-    assert bytes(tokens.parts[tokens.data[300]]).decode() == {v: k for k, v in words["model"]["vocab"].items()}[300]
-    assert len(fields["tokenizer.ggml.merges"].data) == len(words["model"]["merges"])
-    data = {**words, "model": {**words["model"], "byte_fallback": True}}
-    (tmp_path / "small" / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(PlanError, match="is BPE with byte fallback"):
-        export(tmp_path / "small", tmp_path / "two", to="gguf")
-    data = {**words, "pre_tokenizer": {"type": "Whitespace"}}
-    (tmp_path / "small" / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(PlanError, match="its splits before BPE are none of gpt-2, llama-bpe, qwen2"):
-        export(tmp_path / "small", tmp_path / "two", to="gguf")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: converted(decoder(), CLA2), "no graph for SurgeryLlamaForCausalLM"),
-        (lambda: tiny_model("phi3"), "Phi3ForCausalLM is not among"),
-        (lambda: decoder("Mistral", sliding_window=8), "a window of 8 tokens"),
-        (lambda: decoder("Qwen2"), "heads of 32, which is not hidden size over heads"),
-        (lambda: tiny_model("llama_yarn"), "rope of type yarn"),
-    ],
-    ids=["shared", "family", "window", "wide heads", "rope"],
-)
-def test_what_llama_cpp_does_not_compute_is_refused(make, message, tmp_path) -> None:
-    with pytest.raises(PlanError, match=message):
-        export(make(), tmp_path / "out", to="gguf")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("without_llama")
-def test_a_file_that_reads_back_otherwise_is_not_kept(tmp_path, monkeypatch) -> None:
-    made = gguf_target._pairs
-    calls = []
-
-    def drifting(rows: torch.Tensor, heads: int) -> torch.Tensor:
-        calls.append(heads)
-        return made(rows, heads) + len(calls)
-
-    monkeypatch.setattr(gguf_target, "_pairs", drifting)
-    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_. *.*reads back otherwise"):
-        export(decoder(), tmp_path / "out", to="gguf")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_gguf_package_is_said_with_what_to_install(tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(PlanError, match=r"pip install 'kv-surgery\[gguf\]'"):
-        export(decoder(), tmp_path / "out", to="gguf")
-
-
-def test_an_interpreter_without_llama_cpp_is_refused_where_it_was_named(tmp_path) -> None:
-    with pytest.raises(PlanError, match="no interpreter at"):
-        LlamaCpp.find(str(tmp_path / "python"))
-    stub = tmp_path / "python"
-    stub.write_text("#!/bin/sh\necho None\n")
-    stub.chmod(0o755)
-    with pytest.raises(PlanError, match=r"has no llama-cpp-python \(tested: 0\.3\.36\)"):
-        LlamaCpp.find(str(stub))
-
-
-def test_cache_bytes_are_read_from_llama_cpps_log() -> None:
-    log = "llama_kv_cache: size =   36.00 MiB (  4096 cells,   4 layers,  1/1 seqs), K (f32):   32.00 MiB"
-    assert bytes_per_token(log) == 9216
-    assert bytes_per_token("nothing") is None
 
 
 def test_the_command_pads_latents(tmp_path, monkeypatch, capsys) -> None:
