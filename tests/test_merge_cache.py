@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -258,6 +259,27 @@ def test_a_full_pool_says_how_to_size_it() -> None:
     run(model, tokens(length=200), [150, *range(151, 201)], model.static_cache(200, ratio=1.0))
     with pytest.raises(RuntimeError, match="for 20 tokens, 21 came"):
         run(model, tokens(), [20, 21], model.static_cache(20, ratio=1.0))
+
+
+@pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
+def test_a_conversation_goes_on_from_its_cache_and_from_a_copy_of_it(method: str, window: int | None) -> None:
+    model, ids, cache = model_of(method, window), tokens(length=20), DynamicCache()
+    first = model.generate(ids, **GREEDY, past_key_values=cache, prefill_chunk_size=8)
+    assert torch.equal(first, model.generate(ids, **GREEDY))
+    second, kept = torch.cat((first, tokens(length=5, seed=1)), dim=1), copy.deepcopy(cache)
+    # A mask, lest the padding token that was generated be taken for padding.
+    arguments = {**GREEDY, "attention_mask": torch.ones_like(second)}
+    want = model.generate(second, **arguments)
+    assert torch.equal(model.generate(second, **arguments, past_key_values=cache), want)
+    assert torch.equal(model.generate(second, **arguments, past_key_values=kept), want)
+
+
+def test_training_reads_no_cache() -> None:
+    model, ids = merged_model(merge("dms", 12)).train(), tokens()
+    assert model(ids).past_key_values.get_seq_length() == 0
+    _, cache = run(model.eval(), ids, [40])
+    with pytest.raises(ValueError, match=r"relaxed in training.*model\.eval\(\)"):
+        run(model.train(), ids, [1], cache)
 
 
 def test_what_cannot_be_undone_is_refused() -> None:

@@ -92,6 +92,11 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
                 f"layer {self.layer_idx}: merged tokens are hidden by a mask per head, which runs with "
                 f"attn_implementation 'sdpa' or 'eager', not {implementation!r}"
             )
+        if cache is not None and self.training and cache.get_seq_length(self.layer_idx):
+            raise ValueError(
+                f"layer {self.layer_idx}: decisions are relaxed in training, and no cache keeps what they leave. Call "
+                "model.eval(), or pass use_cache=False."
+            )
         if cache is not None and not self.training:
             return self._attend_cached(hidden_states, mask, position_embeddings, position_ids, cache, shared), None
         q = self._queries(hidden_states)
