@@ -15,7 +15,7 @@ from .layout import AttentionSite, LayerPlan
 from .merging import hard_decisions, log_keep, pooled, soft_bias, visible
 from .ragged import New
 from .ragged_attention import attend
-from .ragged_cache import make_ragged
+from .ragged_cache import is_ragged, make_ragged
 
 ZERO_OUT = 0.1
 """Part of the ramp in which borrowed channels fade; 0.8 of it fades, the rest is trained without them."""
@@ -135,7 +135,8 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         q = self._queries(hidden_states)
         turn = self._rotation(hidden_states, q.dtype, position_embeddings, position_ids, cache)
         if self.owns_cache:
-            make_ragged(cache, self.all_plans)
+            if not is_ragged(cache, self.layer_idx):
+                make_ragged(cache, self.all_plans)
             layer = cache.layers[self.layer_idx]
             k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
             logits, weight = self.gate(hidden_states, q, k)

@@ -36,7 +36,7 @@ def make_ragged(cache: Cache, plans: Sequence[LayerPlan], ratio: float | None = 
         ValueError: the cache has been written to, or its layers have a form that pages cannot replace.
     """
     merged = [plan for plan in plans if plan.retain is not None and plan.owner == plan.layer]
-    if all(_is_ragged(cache, plan.layer) for plan in merged):
+    if all(is_ragged(cache, plan.layer) for plan in merged):
         return
     if getattr(cache, "offloading", False):
         raise ValueError("a cache of pages cannot be offloaded: use cache_implementation 'dynamic' or 'static'")
@@ -61,7 +61,8 @@ def make_ragged(cache: Cache, plans: Sequence[LayerPlan], ratio: float | None = 
         cache.layers[plan.layer] = new
 
 
-def _is_ragged(cache: Cache, layer: int) -> bool:
+def is_ragged(cache: Cache, layer: int) -> bool:
+    """Whether `make_ragged` has been here."""
     return layer < len(cache.layers) and isinstance(cache.layers[layer], RaggedLayer)
 
 
