@@ -82,11 +82,8 @@ def check_parallel(plans: Sequence[LayerPlan], heads: int, ranks: int) -> None:
 
 def _check_plan(plan: LayerPlan, plans: Mapping[int, LayerPlan], where: str) -> None:
     if isinstance(plan.project, Latent):
-        if plan.lenders:
-            raise PlanError(
-                f"vLLM: {where} reads latents of layer {plan.lenders[0]}: none of its MLA backends shares caches. Use "
-                "--to hub."
-            )
+        if any(plan.layer in (other.layer, *other.lenders) and other.lenders for other in plans.values()):
+            raise PlanError(f"vLLM: {where} shares its latents: none of its MLA backends does. Use --to hub.")
         raise PlanError(
             f"vLLM: {where} caches a latent: it runs latents as DeepSeek-V3 only. For mla, use --to native --norm "
             "calibrated and serve that; for lowrank, use --to hub."
