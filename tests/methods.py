@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from families import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,8 +19,9 @@ from surgery.rewriters.latent_lowrank import lowrank
 from surgery.rewriters.latent_mla import mla, mla_freq
 from surgery.rewriters.latent_moments import LatentMoments
 from surgery.rewriters.latent_steps import canonical_latent, latent_of
+from surgery.rewriters.merge import new_gate
 from surgery.runtime.attention import canonical_weights
-from surgery.runtime.layout import AttentionSite, Heads, LayerPlan, Project
+from surgery.runtime.layout import AttentionSite, Heads, LayerPlan, Merge, Project
 from surgery.runtime.modeling import from_parent
 
 Groups = tuple[tuple[int, ...], ...]
@@ -37,6 +39,7 @@ class Method:
     families: Sequence[str] = tuple(REPRESENTATIVE)
     shares: Literal["", "owner", "value_owner"] = ""
     """Layer 0 owns the cache of all, or its V alone."""
+    retain: Merge | None = None
 
     def plan(self, site: AttentionSite, model: PreTrainedModel) -> LayerPlan:
         return self._layer(site, self.plan_and_weights(site, model)[0])
@@ -45,6 +48,7 @@ class Method:
         lent = {self.shares: 0} if self.shares and site.layer else {}
         return LayerPlan(
             **{"layer": site.layer, "project": project, "owner": site.layer, "window": site.window, "dtype": "float32"}
+            | {"retain": self.retain}
             | lent
         )
 
@@ -97,7 +101,7 @@ def select_heads(site: AttentionSite, weights: Weights, groups: Groups) -> Weigh
 
 def shared(method: Method, families: Sequence[str], what: Literal["owner", "value_owner"] = "owner") -> Method:
     """`method` with all layers but the first as readers: no parameters that make K and V, or V."""
-    result = Method(method.plan_and_weights, families, shares=what)
+    result = Method(method.plan_and_weights, families, shares=what, retain=method.retain)
 
     def made(site: AttentionSite, model: PreTrainedModel) -> tuple[Project, Weights]:
         project, weights = method.plan_and_weights(site, model)
@@ -105,6 +109,22 @@ def shared(method: Method, families: Sequence[str], what: Literal["owner", "valu
         return project, {name: tensor for name, tensor in weights.items() if not name.startswith(absent)}
 
     return replace(result, plan_and_weights=made)
+
+
+def merged(base: Method, families: Sequence[str], **options: Any) -> Method:
+    """`base` with gates that decide one way and the other, about as often."""
+    retain = Merge(**{"ratio": 2.0, "sinks": 2} | options)
+
+    def made(site: AttentionSite, model: PreTrainedModel) -> tuple[Project, Weights]:
+        project, weights = base.plan_and_weights(site, model)
+        random = torch.Generator().manual_seed(site.layer)
+        gate = new_gate(retain, site.hidden_size, project.kv_heads)
+        for name in [name for name in gate if name in ("weight", "bias", "mix_weight")]:
+            gate[name] = 0.1 * torch.randn(gate[name].shape, generator=random)
+        gate = {name: t + 0.2 if name == "bias" else t for name, t in gate.items()}
+        return project, weights | {f"gate.{name}": tensor for name, tensor in gate.items()}
+
+    return Method(made, families, retain=retain)
 
 
 def own_groups(site: AttentionSite) -> Groups:
@@ -135,7 +155,7 @@ METHODS = {
     "per_layer_heads": heads(fewer_in_odd_layers, select_heads),
     "unequal_groups": heads(unequal, select_heads),
     "mla": latent(lambda w, m: mla(w, m, 20, some_turning(w)), LINEAR),
-    "lowrank": latent(lambda w, m: lowrank(w, m, 10, 13), LINEAR),
+    "lowrank": latent(lambda w, m: lowrank(w, m, 10, 13), [*LINEAR, "qwen3", "olmo2"]),
     "freq": latent(lambda w, m: mla_freq(w, m, 11, some_turning(w)), ["llama", "gemma2", "gpt_oss"]),
 }
 REFUSED = [(name, f) for name, method in METHODS.items() for f in REPRESENTATIVE if f not in method.families]
@@ -147,6 +167,19 @@ METHODS |= {
     "shared_unequal_groups": shared(METHODS["unequal_groups"], ["llama"]),
     "shared_mla": shared(METHODS["mla"], ["llama", "gpt_neox"]),
     "shared_lowrank": shared(METHODS["lowrank"], ["llama", "mistral"]),
+}
+GATED = ["llama", "qwen3", "gpt_neox", "gpt2", "olmo2"]
+"""Families without windows or ALiBi: q/k norms, fused partial rotary, Conv1D, norm over all heads together."""
+METHODS |= {
+    "dms": merged(METHODS["identity"], GATED, method="dms", window=3),
+    "dms_unequal_groups": merged(METHODS["unequal_groups"], ["llama"], method="dms", window=3),
+    "dms_borrowed": merged(METHODS["identity"], ["llama"], method="dms", window=3, gate="borrowed"),
+    "dmc": merged(METHODS["identity"], GATED, method="dmc", window=3),
+    "dmc_unlimited": merged(METHODS["per_layer_heads"], ["llama", "gpt_neox"], method="dmc", window=None),
+}
+METHODS |= {
+    "shared_dms": shared(METHODS["dms"], ["llama"]),
+    "shared_dmc": shared(METHODS["dmc"], ["llama", "gpt_neox"]),
 }
 PAIRS = [(name, family) for name, method in METHODS.items() for family in method.families]
 

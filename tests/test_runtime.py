@@ -104,6 +104,10 @@ def test_left_padding_changes_nothing(method: str, family: str) -> None:
 @matrix
 def test_assisted_decoding_equals_greedy(method: str, family: str) -> None:
     model, ids = converted(method, family), tokens(batch=1).repeat(1, 2)
+    if METHODS[method].retain is not None:
+        with pytest.raises(ValueError, match="cannot be undone"):
+            model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
+        return
     parent_or_skip(family)
     try:
         parent(family).generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
@@ -123,6 +127,8 @@ def test_beam_search_is_the_same_with_and_without_cache(method: str, family: str
 @matrix
 @torch.no_grad()
 def test_planned_bytes_are_what_the_cache_holds(method: str, family: str) -> None:
+    if METHODS[method].retain is not None:
+        pytest.skip("bytes follow what the gates decide: test_merge_cache.py counts them")
     model, length = converted(method, family), 6
     cache = DynamicCache(config=model.config)
     model(tokens(batch=1, length=length), past_key_values=cache, use_cache=True)
@@ -143,8 +149,9 @@ def test_compiled_decode_equals_eager_without_recompiling(method: str, family: s
     model, ids = converted(method, family), tokens(length=16)
     got, compilations = compiled_decode(model, ids)
     assert_close(got, model(ids).logits)
-    # A static sliding layer counts tokens in a Python int: transformers itself recompiles once for that.
-    assert compilations <= allowed
+    # A static sliding layer counts tokens in a Python int: transformers itself recompiles once for that. So do ragged
+    # layers, which generate does not compile for (`is_compileable`).
+    assert compilations <= allowed + (METHODS[method].retain is not None)
 
 
 @pytest.mark.parametrize(("method", "family"), REFUSED)
