@@ -51,18 +51,21 @@ WORK = Path(tempfile.gettempdir()) / "surgery-merge-benchmark"
 MODELS: dict[str, dict[str, Any]] = {
     "stories": {
         "length": 256,
-        "window": 16,
         "trained": {
             "dms-4x": ({"rewriter": "dms", "ratio": 4, "window": 16}, {"tokens": 1024000, "learning_rate": 1e-3}),
+            "dms-4x, window 40": (
+                {"rewriter": "dms", "ratio": 4, "window": 40},
+                {"tokens": 204800, "learning_rate": 1e-3},
+            ),
         },
         "other": "war-and-peace.txt",
     },
     "small": {
         "length": 512,
-        "window": 32,
         "trained": {
-            "dms-4x": ({"rewriter": "dms", "ratio": 4, "window": 32}, {"tokens": 196608, "learning_rate": 1e-3}),
-            "gqa-4x": ({"rewriter": "gqa", "kv_heads": "1/4"}, {"tokens": 196608, "train": "converted"}),
+            "dms-4x": ({"rewriter": "dms", "ratio": 4, "window": 64}, {"tokens": 98304, "learning_rate": 2e-3}),
+            "dms-16x": ({"rewriter": "dms", "ratio": 16, "window": 12}, {"tokens": 98304, "learning_rate": 2e-3}),
+            "gqa-4x": ({"rewriter": "gqa", "kv_heads": "1/4"}, {"tokens": 98304, "train": "converted"}),
         },
         "other": "tinyshakespeare.txt",
     },
@@ -77,7 +80,7 @@ def parent_of(model: str) -> str:
 def converted(model: str, name: str) -> Path:
     """The conversion before training, made once."""
     step, training = MODELS[model]["trained"][name]
-    folder = WORK / f"{model}-{name}" / "start"
+    folder = WORK / f"{model}-{name}".replace(", window ", "-w") / "start"
     if not folder.exists():
         train, _ = text_of(model)
         recipe = {"name": name, "steps": [step],
@@ -91,7 +94,7 @@ def converted(model: str, name: str) -> Path:
 
 def trained(model: str, name: str) -> Path:
     """The trained conversion; a run that was stopped goes on."""
-    out = WORK / f"{model}-{name}" / "run"
+    out = WORK / f"{model}-{name}".replace(", window ", "-w") / "run"
     if not (out / "model").exists():
         train, held = text_of(model)
         uptrain(
@@ -101,7 +104,7 @@ def trained(model: str, name: str) -> Path:
                 out=out,
                 held_out=held,
                 held_out_windows=128 if model == "stories" else 24,
-                eval_steps=100 if model == "stories" else 12,
+                eval_steps=100 if model == "stories" else None,
                 log_steps=20 if model == "stories" else 4,
                 save_steps=50 if model == "stories" else 8,
                 seed=SEED,
@@ -158,6 +161,7 @@ def measured(model: str, child: PreTrainedModel, parent: PreTrainedModel, held: 
     cache = some.model.cache
     row: dict[str, Any] = {
         "nats_per_token": report.model.nats_per_token,
+        "gap_by_third": report.difference.gap_by_position if report.difference else None,
         "parent": report.baseline.nats_per_token if report.baseline else None,
         "gap": report.gap,
         "kl": report.kl,
@@ -176,7 +180,7 @@ def measured(model: str, child: PreTrainedModel, parent: PreTrainedModel, held: 
                 "warnings": list(gates.warnings)}  # fmt: skip
     if model == "small":
         cells = surgery.evaluate(
-            child, text=held.take(1), path="prefill", recall_tasks=("all",), questions=4,
+            child, text=held.take(1), path="prefill", recall_tasks=("all",), questions=2,
             tokenizer=tokenizer_of(parent.config),
         ).model.recall  # fmt: skip
         row["recall_exact"] = sum(c.exact for c in cells) / len(cells)
@@ -225,31 +229,24 @@ def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
         AttentionInterface.register(name, Attended(budget))
         AttentionMaskInterface.register(name, sdpa_mask)
         child = surgery.load(parent_of(model), dtype=torch.float32, attn_implementation=name)
-        nll = {}
-        for label, m in (("child", child.eval()), ("parent", parent.eval())):
-            sums = score_windows(m, None, held, "prefill")
-            nll[label] = float(sums.nll.sum() / sums.tokens.sum())
-        return {"nats_per_token": nll["child"], "parent": nll["parent"], "gap": nll["child"] - nll["parent"],
+        own, base = (score_windows(m.eval(), None, held, "prefill") for m in (child, parent))
+        nll, base_nll = (float(x.nll.sum() / x.tokens.sum()) for x in (own, base))
+        thirds = ((own.nll.sum(0) - base.nll.sum(0)) / own.tokens.sum(0)).tolist()
+        return {"nats_per_token": nll, "parent": base_nll, "gap": nll - base_nll, "gap_by_third": thirds,
                 "tokens_per_slot": MODELS[model]["length"] / budget}  # fmt: skip
 
     length = MODELS[model]["length"]
-    ours = add("dms-4x", lambda: of_training("dms-4x"), window=MODELS[model]["window"])
-    ratio = ours["tokens_per_slot"]
-    slots = round(length / ratio)
-    add(
-        "window and sinks",
-        lambda: of_score({"gate": "score:window", "window": slots - 4, "ratio": 1}),
-        window=slots - 4,
-    )
-    add("h2o", lambda: of_h2o(slots))
-    add(
-        "key_norm",
-        lambda: of_score({"gate": "score:key_norm", "window": MODELS[model]["window"], "ratio": ratio}),
-        window=MODELS[model]["window"],
-    )
-    for name in MODELS[model]["trained"]:
-        if name != "dms-4x":
-            add(name, lambda name=name: of_training(name))
+    for name, (step, _) in MODELS[model]["trained"].items():
+        ours = add(name, lambda name=name: of_training(name), window=step.get("window"))
+        if step["rewriter"] != "dms" or "window" in name:
+            continue
+        ratio = ours["tokens_per_slot"]
+        slots, at = round(length / ratio), "" if name == "dms-4x" else f", slots of {name}"
+        window = {"gate": "score:window", "window": slots - 4, "ratio": 1}
+        add(f"window and sinks{at}", lambda step=window: of_score(step), window=slots - 4)
+        add(f"h2o{at}", lambda slots=slots: of_h2o(slots))
+        key_norm = {"gate": "score:key_norm", "window": step["window"], "ratio": ratio}
+        add(f"key_norm{at}", lambda step=key_norm: of_score(step), window=step["window"])
 
 
 def main() -> None:
