@@ -13,9 +13,9 @@ from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
 from .layout import AttentionSite, LayerPlan
 from .merging import hard_decisions, log_keep, pooled, soft_bias, visible
-from .ragged import New
 from .ragged_attention import attend
 from .ragged_cache import is_ragged, make_ragged
+from .slots import New
 
 ZERO_OUT = 0.1
 """Part of the ramp in which borrowed channels fade; 0.8 of it fades, the rest is trained without them."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from .attention import SurgeryAttention, eager_attention_forward
 from .layout import Heads
 from .ops import AVAILABLE, ragged_attention_forward
-from .ragged import Chunk, RaggedLayer, Slots
+from .ragged import RaggedLayer
+from .slots import Chunk, Slots
 
 _BLOCK = 256
 """Queries at once: slots that they have outlived are left out for the next ones."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .merging import pooled
 from .ops import AVAILABLE, merge_append_forward
-from .ragged import NEVER, New, RaggedLayer, Slots, at_end, pick
+from .ragged import RaggedLayer
+from .slots import NEVER, New, Slots, at_end, pick
 
 
 def _has_operator(device: torch.device) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from .ragged import NEVER, New, RaggedLayer, Slots
+from .ragged import RaggedLayer
+from .slots import NEVER, New, Slots
 
 
 class EvictingLayer(RaggedLayer):
@@ -60,4 +59,4 @@ class EvictingLayer(RaggedLayer):
         b, k, s = ((slots.born_BKS > newest - W) & (slots.expires_BKS > newest)).nonzero(as_tuple=True)
         goes = slots.expires_BKS[b, k, s] != NEVER
         window[b, k, slots.born_BKS[b, k, s].long() % W] = 2 * s.int() + goes.int()
-        return replace(slots)
+        return slots

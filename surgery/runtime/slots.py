@@ -1,0 +1,104 @@
+"""What goes into a ragged cache, and what attention of several tokens at once sees of it.
+
+`order` counts the tokens before one in its sequence, padding left out. Every slot has an order at which it expires:
+that rules the masks of a chunk, and what stays of it, for both methods alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class New:
+    """New tokens of one layer, on their way into its cache."""
+
+    key_BKTH: Tensor
+    """Before any rotation."""
+    value_BKTV: Tensor
+    logits_BKT: Tensor
+    """Of the gate: above 0 where a token is to be dropped (`dms`) or merged (`dmc`)."""
+    weight_BKT: Tensor | None
+    """float32, above 0: of each token in its slot (`dmc`)."""
+    real_BT: Tensor | None
+    """False at padding; None where there is none."""
+    turn: Callable[[Tensor], Tensor]
+    """Rotates keys [B, K, T, H] to the positions of these tokens, as attention reads them."""
+    angles: tuple[Tensor, Tensor, bool, int] | None = None
+    """cos and sin [B or 1, T, F], whether pairs are interleaved, and the first channel that turns, for operators that
+    rotate keys themselves; None where `turn` does more than that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Slots side by side. A query of order s (tokens before it in its sequence) sees those of which s < expires."""
+
+    key_BKSH: Tensor
+    value_BKSV: Tensor
+    expires_BKS: Tensor
+    """int32; `NEVER` where no query to come is denied the slot, at most 0 where there is none (padding)."""
+    born_BKS: Tensor
+    """int32: order of the token that the slot holds; -1 where nobody asks any more."""
+
+    def __len__(self) -> int:
+        return self.key_BKSH.shape[2]
+
+    def cut(self, begin: int, end: int) -> Slots:
+        """A stretch of them."""
+        return self._each(lambda t: t[:, :, begin:end])
+
+    def and_(self, other: Slots) -> Slots:
+        """These and those behind them."""
+        if len(self) == 0:
+            return other
+        return Slots(**{name: torch.cat((t, getattr(other, name)), dim=2) for name, t in vars(self).items()})
+
+    def live(self, last_B: Tensor) -> Slots:
+        """Without those that queries of order `last_B` and later do not see; rows stay in order, live slots first."""
+        dead = self.expires_BKS <= last_B[:, None, None]
+        if not bool(dead.any()):
+            return self
+        longest = int((~dead).sum(-1).max())
+        index = torch.argsort(dead, dim=-1, stable=True)[..., :longest]
+        return self._each(lambda t: t.gather(2, index) if t.ndim == 3 else pick(t, index))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Slots:
+        return Slots(**{name: function(t) for name, t in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What several new tokens attend to: slots of before, and their own."""
+
+    old: Slots
+    new: Slots
+    order_BT: Tensor
+    """int32: tokens before each query in its sequence."""
+    new_order_BT: Tensor
+    """The same of the new slots."""
+    real_BT: Tensor | None
+    """False at padding; None where there is none."""
+    in_step: bool
+    """Slot t is that of query t. Otherwise (padding behind tokens) slots stand later than queries."""
+
+
+def at_end(x: Tensor, real_BT: Tensor) -> Tensor:
+    """[B, T] or [B, K, T, ...] with the real tokens of each row at its end, in order."""
+    index = torch.argsort(real_BT.byte(), dim=-1, stable=True)
+    if x.ndim == 2:
+        return x.gather(1, index)
+    index = index[:, None].expand(*x.shape[:2], -1)
+    return x.gather(2, index) if x.ndim == 3 else pick(x, index)
+
+
+def pick(x_BKSH: Tensor, index_BKT: Tensor) -> Tensor:
+    """[B, K, T, H]: the slots of each row that `index_BKT` names."""
+    B, K, S, H = x_BKSH.shape
+    rows = torch.arange(B * K, device=x_BKSH.device).view(B, K, 1) * S  # whole rows: faster than gather by element
+    return x_BKSH.reshape(-1, H).index_select(0, (rows + index_BKT).flatten()).view(*index_BKT.shape, H)
