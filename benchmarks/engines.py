@@ -42,7 +42,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "latents, keys turned at read (`lowrank`)": [{"rewriter": "lowrank", "keep": 0.5, **BARE}],
     "latents shared (`cla2-latent`)": [{**SHARE, "init": "latent"}],
     "merged tokens (`dmc`, gates not trained)": [{"rewriter": "dmc"}],
-    "evicted tokens (`dms`, gates not trained)": [{"rewriter": "dms"}],
+    "evicted tokens (`dms`, gates not trained)": [{"rewriter": "dms", "window": 16}],
 }  # fmt: skip
 
 
