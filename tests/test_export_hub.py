@@ -18,7 +18,6 @@ import yaml
 from families import tiny_model
 from huggingface_hub import HfApi
 from markdown_it import MarkdownIt
-from merged_models import merge, merged_model
 from methods import METHODS, converted, parent
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
@@ -138,7 +137,6 @@ def of_the_matrix(pairs: list[tuple[str, str]]) -> dict[str, tuple[PreTrainedMod
 def test_every_variant_generates_the_same_where_only_torch_and_transformers_are(bare, tmp_path) -> None:
     models = of_the_matrix(SOME)
     assert sum(static for _, static in models.values()) > len(models) // 2
-    models |= {method: (merged_model(merge(method, 6)), True) for method in ("dms", "dmc")}
     check(models, bare, tmp_path)
 
 
