@@ -344,6 +344,16 @@ def test_gates_learn_to_keep_their_budget_and_nothing_else_moves(home: Path, tmp
     assert summary["after"]["ratio"] > summary["before"]["ratio"] == 1.0
 
 
+def test_checkpointing_trains_the_same_gates(home: Path, tmp_path: Path) -> None:
+    options = ("layer_local=0", "train=gates", "length=32", "tokens=512", "learning_rate=0.02", "gate_ramp=0")
+    made = {}
+    for name, more in {"plain": {}, "again": {"checkpointing": True}}.items():
+        uptrain(run(home, tmp_path / name, *options, model="dms", save_steps=100, **more))
+        made[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+    for name, tensor in made["plain"].items():
+        torch.testing.assert_close(made["again"][name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_training_refuses_gates_that_are_not_there_and_sequences_too_short_for_the_ratio(
     home: Path, tmp_path: Path
 ) -> None:

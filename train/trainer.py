@@ -96,6 +96,7 @@ class Uptrainer(Trainer):
         for gate in self.gates.values():
             gate.temperature = uptrain.gate_temperature
         self._told: set[str] = set()
+        self._decided: Counted | None = None
         inside = {id(p) for name in local for p in core(model).get_submodule(name).parameters()}
         self._outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
         self.root = Path(str(args.output_dir))
@@ -227,7 +228,8 @@ class Uptrainer(Trainer):
         """This device's and micro-batch's part of the weighted shortfall of decisions."""
         counted = count(core(self.accelerator.unwrap_model(model)), logits, inputs)
         target = target_rates(core(self.accelerator.unwrap_model(model)), self.text.length)
-        self._count_gates(counted)
+        self._decided = Counted(*(part.detach() for part in counted))
+        self._count_gates(self._decided)
         missing = shortfall(
             counted,
             target,
@@ -349,6 +351,8 @@ class Uptrainer(Trainer):
                     logs["hidden"] = sums["hidden"] / sums["predicted"]
             if sums.get("gate_free"):
                 logs |= summed(sums)
+                assert self._decided is not None
+                self._warn_of_collapse(self._decided)
             if sums.get("not_finite"):
                 logs["not_finite"] = sums["not_finite"]
             self._sums.clear()
