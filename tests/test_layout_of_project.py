@@ -19,7 +19,7 @@ LEVELS = [
     ("native", "budget", "engines", "plan"),
     ("rewriters", "working_copy", "calibrate", "provenance"),
     ("storage", "streaming", "convert"),
-    ("measure",),
+    ("measure", "decisions"),
     ("report", "plots", "harness"),
     ("evaluate", "generate", "capacity"),
     ("cli", "bench", "demo", "export", "serve", "train", "benchmarks"),
