@@ -46,4 +46,5 @@ def sentence(architecture: str, plans: Sequence[LayerPlan], native: bool) -> str
 
 
 def _is_mla(plan: LayerPlan) -> bool:
-    return isinstance(plan.project, Latent) and not plan.project.rotate_on_read
+    """Without a mean of V: that would be a bias of o, which these engines leave out."""
+    return isinstance(plan.project, Latent) and not plan.project.rotate_on_read and not plan.project.means
