@@ -12,11 +12,13 @@ first 256 tokens of stories 400 onward, with hard decisions. small: the bundled 
 documents of its corpus that it was trained on for training, of the validation split for evaluation.
 
 `nats_per_token` is of one forward pass under hard decisions; `cache_gap` says how far decoding token by token through
-the cache is from that, on 64 windows. Window, sinks and newest tokens count as kept. The baselines are set to the
-slots that the trained model takes: `window` keeps sinks and newest tokens (StreamingLLM), `key_norm` drops long keys
-behind the window, `h2o` keeps per KV head the tokens with most attention so far, half of them the newest
-(arXiv:2306.14048): computed query by query here, as decoding would, and not through a cache; its scores are not counted
-as bytes.
+the cache is from that, on 64 (small: 16) windows. Bytes are those of a float32 cache of one window, pages and tables
+included. Window, sinks and newest tokens count as kept.
+
+The baselines have the slots that the trained model takes at the end of a window: `window and sinks` keeps the first and
+the newest tokens (StreamingLLM), `key_norm` drops long keys behind the window, `h2o` keeps per KV head the tokens with
+most attention so far, half of them the newest (arXiv:2306.14048): computed query by query here, as decoding would, and
+not through a cache. Early in a window they hold every token yet, where a gate has dropped most: see `gap_by_third`.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from uptrain import text_of
 
 import surgery
 from surgery.decisions import read_gates
+from surgery.measure.memory import cache_size
 from surgery.measure.scoring import score_windows
 from surgery.reference import SMALL
 from surgery.text import Windows, load_windows, tokenizer_of
@@ -167,7 +170,6 @@ def measured(model: str, child: PreTrainedModel, parent: PreTrainedModel, held: 
         "kl": report.kl,
         "cache_gap": some.model.cache_gap,
         "cache_bytes": cache.bytes,
-        "predicted_cache_bytes": cache.predicted_bytes,
         "cache_tokens": cache.tokens,
         "tokens": report.tokens,
         "text": report.text_digest,
@@ -200,6 +202,8 @@ def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
         if row is None:
             begun = time.monotonic()
             row = {"name": name, **more, **make()}
+            if "cache_bytes" in row:
+                row["parent_cache_bytes"] = cache_size(parent, held.ids_BT[:1, : row["cache_tokens"]]).bytes
             row["seconds"] = round(time.monotonic() - begun, 1)
             print(f"{model}, {name}: {row['nats_per_token']:.4f} ({row['gap']:+.4f})", flush=True)  # noqa: T201
         found.append(row)
@@ -235,18 +239,20 @@ def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
         return {"nats_per_token": nll, "parent": base_nll, "gap": nll - base_nll, "gap_by_third": thirds,
                 "tokens_per_slot": MODELS[model]["length"] / budget}  # fmt: skip
 
-    length = MODELS[model]["length"]
-    for name, (step, _) in MODELS[model]["trained"].items():
-        ours = add(name, lambda name=name: of_training(name), window=step.get("window"))
-        if step["rewriter"] != "dms" or "window" in name:
+    trained_rows = {
+        name: add(name, lambda name=name: of_training(name), window=step.get("window"))
+        for name, (step, _) in MODELS[model]["trained"].items()
+    }
+    for name, row in trained_rows.items():
+        if "tokens_per_slot" not in row:
             continue
-        ratio = ours["tokens_per_slot"]
-        slots, at = round(length / ratio), "" if name == "dms-4x" else f", slots of {name}"
+        slots, at = round(MODELS[model]["length"] / row["tokens_per_slot"]), "" if name == "dms-4x" else f", as {name}"
         window = {"gate": "score:window", "window": slots - 4, "ratio": 1}
         add(f"window and sinks{at}", lambda step=window: of_score(step), window=slots - 4)
         add(f"h2o{at}", lambda slots=slots: of_h2o(slots))
-        key_norm = {"gate": "score:key_norm", "window": step["window"], "ratio": ratio}
-        add(f"key_norm{at}", lambda step=key_norm: of_score(step), window=step["window"])
+        if name == "dms-4x":
+            key_norm = {"gate": "score:key_norm", "window": row["window"], "ratio": row["tokens_per_slot"]}
+            add(f"key_norm{at}", lambda step=key_norm: of_score(step), window=row["window"])
 
 
 def main() -> None:
