@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .layout import Merge
 
-_BLOCK = 256
+_STRETCH = 2**19
+"""Numbers that are pooled at once: 2 MB in float32."""
 
 
 def order_of(real_BT: Tensor) -> Tensor:
@@ -114,26 +115,26 @@ def pooled(x_BKTH: Tensor, weight_BKT: Tensor, merge_BKT: Tensor, window: int | 
     """
     dtype = torch.promote_types(x_BKTH.dtype, torch.float32)
     weight, p = weight_BKT.to(dtype), merge_BKT.to(dtype)
-    # The denominator is one more channel.
-    x = torch.cat((x_BKTH.to(dtype) * weight[..., None], weight[..., None]), dim=-1)
-    total = _in_blocks(x, p, window)
-    mean = (total[..., :-1] / total[..., -1:]).to(x_BKTH.dtype)
-    return torch.where((p == 0)[..., None], x_BKTH, mean)  # a slot with one token holds it to the last bit
-
-
-def _in_blocks(x_BKTH: Tensor, p_BKT: Tensor, window: int | None) -> Tensor:
-    """Sums of long sequences stretch by stretch, which stay in a processor's cache meanwhile."""
-    parts: list[Tensor] = []
-    for begin in range(0, x_BKTH.shape[2], _BLOCK):
+    B, K, T, H = x_BKTH.shape
+    # Stretches that stay in a processor's cache: long sequences pass through memory once.
+    length, done = max(64, _STRETCH // max(1, B * K * H)), []
+    carry = None
+    for begin in range(0, T, length):
         before = min(begin, (window or 1) - 1)
-        stretch = slice(begin - before, begin + _BLOCK)
-        x, p = x_BKTH[:, :, stretch], p_BKT[..., stretch]
+        stretch, end = slice(begin - before, begin + length), begin + length
+        w, q = weight[..., stretch], p[..., stretch]
+        # The denominator is one more channel.
+        x = torch.cat((x_BKTH[:, :, stretch].to(dtype) * w[..., None], w[..., None]), dim=-1)
         if window is not None:
-            parts.append(_shifted(x, p, window)[:, :, before:])
+            total = _shifted(x, q, window)[:, :, before:]
         else:
-            part = _scan(x, p)
-            parts.append(part + p.cumprod(-1)[..., None] * parts[-1][:, :, -1:] if parts else part)
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+            total = _scan(x, q)
+            total = total if carry is None else total + q.cumprod(-1)[..., None] * carry
+            carry = total[:, :, -1:]
+        mean = (total[..., :-1] / total[..., -1:]).to(x_BKTH.dtype)
+        # A slot with one token holds it to the last bit.
+        done.append(torch.where((p[..., begin:end] == 0)[..., None], x_BKTH[:, :, begin:end], mean))
+    return torch.cat(done, dim=2) if len(done) > 1 else done[0]
 
 
 def _shifted(x_BKTH: Tensor, p_BKT: Tensor, window: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,64 +87,62 @@ class MergingLayer(RaggedLayer):
     def _new_slots(self, new: New, dec_BKT: Tensor, order_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Prefixes: what the open slot holds after each token."""
         assert new.weight_BKT is not None
-        key, value, real = new.key_BKTH, new.value_BKTV, new.real_BT
-        x, weight, merges = torch.cat((key, value), dim=-1).float(), new.weight_BKT.float(), dec_BKT
-        there = None if real is None else real
+        x, weight, merges, there = [new.key_BKTH, new.value_BKTV], new.weight_BKT.float(), dec_BKT, new.real_BT
         before = 0
         if self.seen:
             old_x, old_weight, old_there = self._open_run()
-            before = old_x.shape[2]
+            before = old_weight.shape[2]
             # The terms of before are a run that begins with the first of them; what is not there is a run each.
             begins = old_there & ~F.pad(old_there[..., :-1], (1, 0))
-            x, weight = torch.cat((old_x, x), dim=2), torch.cat((old_weight, weight), dim=2)
-            merges = torch.cat((old_there & ~begins, merges), dim=2)
-            there = None if real is None else F.pad(real, (before, 0), value=True)
+            x = [torch.cat((old, t.float()), dim=2) for old, t in zip(old_x, x, strict=True)]
+            weight, merges = torch.cat((old_weight, weight), dim=2), torch.cat((old_there & ~begins, merges), dim=2)
+            there = None if there is None else F.pad(there, (before, 0), value=True)
         if there is not None:
             # Padding stands before all terms: runs of before go on behind it.
-            x, weight, merges = (at_end(t, there) for t in (x, weight, merges))
-        prefixes = pooled(x, weight, merges, self.merge.window)
-        self._keep_open_run(x, weight, merges, order_BT, key.shape[-1])
+            x, weight, merges = [at_end(t, there) for t in x], at_end(weight, there), at_end(merges, there)
+        prefixes = [pooled(t, weight, merges, self.merge.window) for t in x]
+        self._keep_open_run(x, weight, merges, order_BT)
         if there is not None:
             back = torch.argsort(torch.argsort(there.byte(), dim=-1, stable=True), dim=-1)
-            prefixes = pick(prefixes, back[:, None].expand(merges.shape))
-        prefixes = prefixes[:, :, before:].to(key.dtype)
-        return new.turn(prefixes[..., : key.shape[-1]]), prefixes[..., key.shape[-1] :]
+            prefixes = [pick(t, back[:, None].expand(merges.shape)) for t in prefixes]
+        key, value = (t[:, :, before:].to(new.key_BKTH.dtype) for t in prefixes)
+        return new.turn(key), value
 
-    def _open_run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Its terms, oldest first: K and V side by side [B, K, C, H + V], weights and which are there [B, K, C].
+    def _open_run(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Its terms, oldest first: K and V [B, K, C, .] in float32, weights and which are there [B, K, C].
 
         Where all terms count, they are handed on as one: their mean with their whole weight.
         """
         state, W = self.state, self.merge.window
         if W is None:
             there = self.lengths > 0
-            weight = torch.where(there, state["z"], 1.0)
-            x = torch.cat((state["sums_k"], state["sums_v"]), dim=-1) / weight[..., None]
-            return x[:, :, None], weight[..., None], there[..., None]
+            weight = torch.where(there, state["z"], 1.0)[..., None]
+            x = [(state[name] / weight)[:, :, None] for name in ("sums_k", "sums_v")]
+            return x, weight, there[..., None]
         age = torch.arange(W - 1, -1, -1, device=self.device)
         place = ((self.tokens[:, None] - 1 - age) % W).long()[:, None].expand(-1, self.lengths.shape[1], -1)
-        x = torch.cat([pick(state[name], place).float() for name in ("terms_k", "terms_v")], dim=-1)
+        x = [pick(state[name], place).float() for name in ("terms_k", "terms_v")]
         there = age < state["run"][..., None]
         return x, torch.where(there, state["terms_w"].gather(2, place), 1.0), there
 
-    def _keep_open_run(self, x_BKTH: Tensor, weight: Tensor, merges: Tensor, order_BT: Tensor, key_dim: int) -> None:
-        state, W = self.state, self.merge.window
-        x, weight = x_BKTH.detach(), weight.detach()
+    def _keep_open_run(self, x: Sequence[Tensor], weight: Tensor, merges: Tensor, order_BT: Tensor) -> None:
+        """`x`: all terms of K and of V [B, K, C, .], oldest first."""
+        state, W, weight = self.state, self.merge.window, weight.detach()
         appends = (~merges).int()
         open_run = appends.flip(-1).cumsum(-1).flip(-1) - appends == 0
         if W is None:
-            w = torch.where(open_run, weight, 0.0)
-            sums = torch.matmul(w[..., None, :], x)[..., 0, :]
-            state |= {"sums_k": sums[..., :key_dim].contiguous(), "sums_v": sums[..., key_dim:].contiguous()}
+            longest = int(open_run.sum(-1).max())
+            w = torch.where(open_run, weight, 0.0)[..., -longest:]
+            for name, t in zip(("sums_k", "sums_v"), x, strict=True):
+                state[name] = torch.matmul(w[..., None, :], t.detach()[:, :, -longest:].float())[..., 0, :].contiguous()
             state["z"] = w.sum(-1)
             return
-        x, weight = x[:, :, -W:], weight[..., -W:]
-        count = x.shape[2]
+        count = min(W, weight.shape[-1])
         newest = order_BT.amax(-1, keepdim=True)
-        place = (newest - torch.arange(count - 1, -1, -1, device=self.device)) % W
+        place = ((newest - torch.arange(count - 1, -1, -1, device=self.device)) % W).long()
         rows = torch.arange(len(place), device=self.device)[:, None]
-        for name, t in (("terms_k", x[..., :key_dim]), ("terms_v", x[..., key_dim:]), ("terms_w", weight)):
-            state[name][rows, :, place.long()] = t.transpose(1, 2).to(state[name].dtype)
+        for name, t in (("terms_k", x[0]), ("terms_v", x[1]), ("terms_w", weight)):
+            state[name][rows, :, place] = t.detach()[:, :, -count:].transpose(1, 2).to(state[name].dtype)
         state["run"] = open_run.sum(-1, dtype=torch.int32)
 
     def _expiry(self, old: Slots, dec_BKT: Tensor, order_BT: Tensor, count_B: Tensor) -> tuple[Slots, Tensor]:
