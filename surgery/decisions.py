@@ -172,7 +172,9 @@ class GateReport:
             inside = goes
             shown.append(token, style="dim" if goes else "bold")
         shown.append("]" * inside)
-        total = f"{self.total:.2f} tokens per slot at the ends of windows of {self.length}; {self.tokens:,} tokens of text"
+        total = (
+            f"{self.total:.2f} tokens per slot at the ends of windows of {self.length}, {self.tokens:,} tokens in all"
+        )
         return [table, *(f"[red]{text}[/red]" for text in self.warnings), total, shown]
 
 
