@@ -22,6 +22,14 @@ from surgery.runtime.layout import LayerPlan
 from surgery.runtime.modeling import from_parent, load_converted, surgery_class
 
 matrix = pytest.mark.parametrize(("method", "family"), PAIRS)
+# Compiling takes seconds each: every family once, every method once; the rest with -m slow.
+compiled_matrix = pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        pytest.param(m, f, marks=() if m == "identity" or f == METHODS[m].families[0] else pytest.mark.slow)
+        for m, f in PAIRS
+    ],
+)
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
 
 
@@ -137,7 +145,7 @@ def test_planned_bytes_are_what_the_cache_holds(method: str, family: str) -> Non
     assert held == sum(plan.bytes_at(length) for plan in plans)
 
 
-@matrix
+@compiled_matrix
 @torch.no_grad()
 def test_compiled_decode_equals_eager_without_recompiling(method: str, family: str) -> None:
     if not parent(family)._can_compile_fullgraph:
