@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_imports
 
 import surgery
-from surgery.cli import main
 from surgery.errors import CheckpointError, PlanError
 from surgery.export import hub, parity, remote_code
 from surgery.export.card import BEGIN, CardOptions, write_card
@@ -190,19 +189,6 @@ def offline(monkeypatch) -> None:
 @pytest.fixture
 def copy(export, tmp_path) -> Path:
     return Path(shutil.copytree(export, tmp_path / "copy"))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["surgery", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return command
 
 
 def test_the_report_states_the_largest_difference(export) -> None:

@@ -1,12 +1,10 @@
 """The two doors of uptraining: `surgery train` and `python -m surgery.train.uptrain`."""
 
 import json
-import sys
 
 import pytest
 from uptraining import BASE, make_home
 
-from surgery.cli import main
 from surgery.errors import RecipeError
 from surgery.train.command import make_run
 
@@ -14,21 +12,6 @@ from surgery.train.command import make_run
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("uptrain"))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """(exit code, stdout, stderr) of one command."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["surgery", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return run
 
 
 def arguments(home, out):
