@@ -16,23 +16,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from surgery.cli import main
-
-
-def run(monkeypatch, capsys, *arguments):
-    """(exit code, stdout, stderr) of one command."""
-    monkeypatch.setattr(sys, "argv", ["surgery", *map(str, arguments)])
-    capsys.readouterr()  # what fixtures wrote
-    with pytest.raises(SystemExit) as caught:
-        main()
-    captured = capsys.readouterr()
-    return caught.value.code, captured.out, captured.err
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    return lambda *arguments: run(monkeypatch, capsys, *arguments)
-
 
 @pytest.fixture
 def folder(tmp_path):
