@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers.initialization as init
@@ -20,6 +20,19 @@ LIKE_SDPA = ("sdpa", "surgery")
 KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None
 SHARED_STATES = "shared_kv_states"
 """Keyword argument that takes the caches of owners to their readers, through the parent's own layers."""
+
+
+class Inputs(NamedTuple):
+    """What one call gives an attention, whatever the parent names it."""
+
+    hidden_BTD: Tensor
+    mask: Tensor | None
+    position_embeddings: Any
+    position_ids: Tensor | None
+    cache: Any
+    shared: KVStates
+    rest: dict[str, Any]
+    """Arguments for the attention function."""
 
 
 def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -176,53 +189,47 @@ class SurgeryAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = self.call.bind(args, kwargs)
-        hidden_states: Tensor = named.pop("hidden_states")
-        mask: Tensor | None = named.pop("attention_mask", None)
         residual: Tensor | None = named.pop("residual", None)
-        position_embeddings = named.pop("position_embeddings", None)
-        position_ids: Tensor | None = named.get("position_ids")
-        cache = next((c for c in [named.pop(name, None) for name in CACHE_NAMES] if c is not None), None)
-        shared: KVStates = named.pop(SHARED_STATES, None)
         for name in BIAS_NAMES:
             named.pop(name, None)
-
-        attn_output, attn_weights = self._attend(
-            hidden_states, mask, position_embeddings, position_ids, cache, shared, named
+        inputs = Inputs(
+            hidden_BTD=named.pop("hidden_states"),
+            mask=named.pop("attention_mask", None),
+            position_embeddings=named.pop("position_embeddings", None),
+            position_ids=named.get("position_ids"),
+            cache=next((c for c in [named.pop(name, None) for name in CACHE_NAMES] if c is not None), None),
+            shared=named.pop(SHARED_STATES, None),
+            rest=named,
         )
-        output = self.o_proj(attn_output.reshape(*hidden_states.shape[:-1], -1))
+
+        attn_output, attn_weights = self._attend(inputs)
+        output = self.o_proj(attn_output.reshape(*inputs.hidden_BTD.shape[:-1], -1))
         if self.call.output_dropout:
             output = nn.functional.dropout(output, self.call.output_dropout, self.training)
         if self.call.adds_residual:
             output = output + residual
         if self.call.returns is None:
             return output
-        answers = {"output": output, "weights": attn_weights, "cache": cache, "none": None}
+        answers = {"output": output, "weights": attn_weights, "cache": inputs.cache, "none": None}
         return tuple(answers[place] for place in self.call.returns)
 
-    def _attend(
-        self,
-        hidden_states: Tensor,
-        mask: Tensor | None,
-        position_embeddings: Any,
-        position_ids: Tensor | None,
-        cache: Any,
-        shared: KVStates,
-        named: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Head outputs [B, T, N, V], and weights where the attention function gives them. `named`: arguments left."""
-        query, key, value = self._query_key_value(hidden_states, position_embeddings, position_ids, cache, shared)
+    def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Head outputs [B, T, N, V], and weights where the attention function gives them."""
+        query, key, value = self._query_key_value(inputs)
         attention_interface = self._attention_function()
         implementation = self.config._attn_implementation
-        if self._absorbs(hidden_states):
+        absorbs = self._absorbs(inputs.hidden_BTD)
+        if absorbs:
             attention_interface = grouped_attention_forward
         own = attention_interface in (eager_attention_forward, grouped_attention_forward)
+        mask = inputs.mask
         if own or implementation in LIKE_SDPA:
-            mask = self._mask(mask, query, key, cache, not own)
+            mask = self._mask(mask, query, key, inputs.cache, not own)
         elif self.site.alibi_slopes is not None:
             raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
 
-        found = self._call_attention(attention_interface, query, key, value, mask, named)
-        return (self._values(found[0]), found[1]) if self._absorbs(hidden_states) else found
+        found = self._call_attention(attention_interface, query, key, value, mask, inputs.rest)
+        return (self._values(found[0]), found[1]) if absorbs else found
 
     def _attention_function(self) -> Callable:
         """What `_attn_implementation` names, or eager where that cannot compute this layer."""
@@ -241,7 +248,7 @@ class SurgeryAttention(nn.Module):
         mask: Tensor | None,
         named: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """The attention function with everything that it may ask of this layer."""
+        """The attention function with everything that it may ask of this layer. `named`: arguments of the call."""
         named.pop("use_cache", None)
         if self.site.softcap is not None:
             named["softcap"] = self.site.softcap
@@ -260,24 +267,17 @@ class SurgeryAttention(nn.Module):
         )
         return found
 
-    def _query_key_value(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Any,
-        position_ids: Tensor | None,
-        cache: Any,
-        shared: KVStates,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """What the attention function takes, [B, N, T, .] and twice [B, K, S, .], after the cache was updated."""
         raise NotImplementedError
 
-    def _store(self, key: Tensor, value: Tensor, cache: Any, shared: KVStates) -> tuple[Tensor, Tensor]:
+    def _store(self, key: Tensor, value: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Append to the layer's own cache; returns all that is to be seen, and leaves it to the readers."""
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        if inputs.cache is not None:
+            key, value = inputs.cache.update(key, value, self.layer_idx)
         if self.has_readers:
-            assert shared is not None
-            shared[self.layer_idx] = key, value
+            assert inputs.shared is not None
+            inputs.shared[self.layer_idx] = key, value
         return key, value
 
     def _lent(self, lender: int, shared: KVStates) -> tuple[Tensor, Tensor]:
@@ -289,17 +289,18 @@ class SurgeryAttention(nn.Module):
             )
         return shared[lender]
 
-    def _borrow(self, tokens: int, cache: Any, shared: KVStates) -> tuple[Tensor, Tensor]:
+    def _borrow(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What the owner of the cache sees.
 
         The layer's own place in the cache gets no heads, once: no bytes, but releases of transformers before 5.22
         cannot crop a place that nothing was ever written to.
         """
-        key, value = self._lent(self.plan.owner, shared)
+        key, value = self._lent(self.plan.owner, inputs.shared)
+        cache = inputs.cache
         if cache is not None and not (
             len(cache.layers) > self.layer_idx and cache.layers[self.layer_idx].is_initialized
         ):
-            nothing = key.new_empty(len(key), 0, tokens, 0)
+            nothing = key.new_empty(len(key), 0, inputs.hidden_BTD.shape[1], 0)
             cache.update(nothing, nothing, self.layer_idx)
         return key, value
 
@@ -316,15 +317,15 @@ class SurgeryAttention(nn.Module):
         q = norm_heads(self.q_norm, self._project(self.q_proj, hidden_states, self.site.head_dim), False)
         return q if self.post_norm_scale is None else self._scale(q, self.post_norm_scale)
 
-    def _positions(self, hidden_states: Tensor, position_ids: Tensor | None, cache: Any) -> Tensor:
+    def _positions(self, inputs: Inputs) -> Tensor:
         """[B or 1, T]; counted through the cache where the parent passes none."""
-        if position_ids is not None:
-            return position_ids
-        tokens = hidden_states.shape[1]
+        if inputs.position_ids is not None:
+            return inputs.position_ids
+        tokens, cache = inputs.hidden_BTD.shape[1], inputs.cache
         past = 0 if cache is None else cache.get_seq_length(self.plan.owner)
         if not self.owns_cache and cache is not None:
             past = past - tokens  # the owner has appended them
-        return past + torch.arange(tokens, device=hidden_states.device)[None]
+        return past + torch.arange(tokens, device=inputs.hidden_BTD.device)[None]
 
     def _project(self, projection: nn.Module, hidden_states: Tensor, width: int) -> Tensor:
         x = projection(hidden_states)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import KVStates, Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
+from .attention import Inputs, Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
 from .calling import CallingConvention
 from .layout import AttentionSite, Heads, LayerPlan
 
@@ -47,44 +47,29 @@ class SurgeryHeadsAttention(SurgeryAttention):
     def _needs_frequencies(self) -> bool:
         return self.call.rotary_layout is None
 
-    def _query_key_value(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Any,
-        position_ids: Tensor | None,
-        cache: Any,
-        shared: KVStates,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q = self._queries(hidden_states)
-        turn = self._rotation(hidden_states, q.dtype, position_embeddings, position_ids, cache)
+    def _query_key_value(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        q = self._queries(inputs.hidden_BTD)
+        turn = self._rotation(inputs, q.dtype)
         query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
         if self.owns_cache:
-            k = norm_heads(self.k_norm, turn(self._key_heads(hidden_states)), True).transpose(1, 2)
+            k = norm_heads(self.k_norm, turn(self._key_heads(inputs.hidden_BTD)), True).transpose(1, 2)
             if self.plan.value_owner is None:
-                key, value = self._store(k, self._value_heads(hidden_states).transpose(1, 2), cache, shared)
+                key, value = self._store(k, self._value_heads(inputs.hidden_BTD).transpose(1, 2), inputs)
             else:
-                key, _ = self._store(k, k[..., :0], cache, shared)
-                _, value = self._lent(self.plan.value_owner, shared)
+                key, _ = self._store(k, k[..., :0], inputs)
+                _, value = self._lent(self.plan.value_owner, inputs.shared)
         else:
-            key, value = self._borrow(hidden_states.shape[1], cache, shared)
+            key, value = self._borrow(inputs)
         if not self.heads.is_uniform:
             key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
         return query, key, value
 
-    def _rotation(
-        self,
-        hidden_states: Tensor,
-        dtype: torch.dtype,
-        position_embeddings: Any,
-        position_ids: Tensor | None,
-        cache: Any,
-    ) -> Callable[[Tensor], Tensor]:
+    def _rotation(self, inputs: Inputs, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What turns [B, T, heads, H] by the positions of this call; nothing where the parent does not."""
         if self.site.rotary is None:
             return lambda x_BTNH: x_BTNH
-        if self.call.rotary_layout is None:
-            position_ids = self._positions(hidden_states, position_ids, cache)
-        cos, sin = self._cos_sin(position_embeddings, position_ids, dtype)
+        positions = self._positions(inputs) if self.call.rotary_layout is None else None
+        cos, sin = self._cos_sin(inputs.position_embeddings, positions, dtype)
         return partial(self._turn, cos=cos, sin=sin)
 
     def _key_heads(self, hidden_states: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import transformers.initialization as init
 from torch import Tensor, nn
 
 from .attention import (
-    KVStates,
+    Inputs,
     Shapes,
     SurgeryAttention,
     SurgeryHeadNorm,
@@ -83,20 +83,13 @@ class SurgeryLatentAttention(SurgeryAttention):
     def _absorbs(self, hidden_states: Tensor) -> bool:
         return hidden_states.shape[1] == 1 and self.config._attn_implementation in ("sdpa", "eager", "surgery")
 
-    def _query_key_value(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Any,
-        position_ids: Tensor | None,
-        cache: Any,
-        shared: KVStates,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        hidden_states = inputs.hidden_BTD
         q = self._queries(hidden_states)
         rank, rope_dims = self.latent.rank, self.latent.rope_dims
         q_rope, angles = None, None
         if self.q_rope is not None:
-            positions = self._positions(hidden_states, position_ids, cache)
-            angles = cos, sin = angles_of(positions, self.rope_freq_bits, 1.0, q.dtype)
+            angles = cos, sin = angles_of(self._positions(inputs), self.rope_freq_bits, 1.0, q.dtype)
             q_rope = torch.einsum("btkgh,kfh->btkgf", self._by_kv_head(q), self.q_rope).flatten(2, 3)
             q_rope = turn_halves(q_rope, cos.unsqueeze(2), sin.unsqueeze(2)).to(q.dtype)
         if self.owns_cache:
@@ -104,9 +97,9 @@ class SurgeryLatentAttention(SurgeryAttention):
             if angles is not None:
                 k_rope = turn_halves(entry[..., rank:], *angles).to(entry.dtype)
                 entry = torch.cat((entry[..., :rank], k_rope), dim=-1)
-            cached, _ = self._store(entry[:, None], entry[:, None, :, :0], cache, shared)
+            cached, _ = self._store(entry[:, None], entry[:, None, :, :0], inputs)
         else:
-            cached, _ = self._borrow(hidden_states.shape[1], cache, shared)
+            cached, _ = self._borrow(inputs)
         absorbs = self._absorbs(hidden_states)
         c_BSR = cached[:, 0, :, :rank]
         # Means are taken over whole entries and cut afterwards: sdpa copies nothing where K and V are equally wide.
@@ -116,7 +109,7 @@ class SurgeryLatentAttention(SurgeryAttention):
             if self.k_mean is not None:
                 key = key + self.k_mean.unsqueeze(1)
             key = norm_heads(self.k_norm, key.transpose(1, 2), False).transpose(1, 2)
-            query, key = self._turn_by_slot(q, key, cache)
+            query, key = self._turn_by_slot(q, key, inputs.cache)
             return query, key, value
         if absorbs:
             return self._absorbed(q, q_rope).transpose(1, 2), cached, value

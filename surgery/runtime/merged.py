@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import LIKE_SDPA, KVStates, Shapes, norm_heads
+from .attention import LIKE_SDPA, Inputs, Shapes, norm_heads
 from .calling import CallingConvention
 from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
@@ -76,16 +76,8 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
                 projection.bias[width - 1 :: width] = 0
         self.gate.set_channel(0.0)
 
-    def _attend(
-        self,
-        hidden_states: Tensor,
-        mask: Tensor | None,
-        position_embeddings: Any,
-        position_ids: Tensor | None,
-        cache: Any,
-        shared: KVStates,
-        named: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        hidden_states, cache = inputs.hidden_BTD, inputs.cache
         implementation = self.config._attn_implementation
         if implementation not in (*LIKE_SDPA, "eager"):
             raise ValueError(
@@ -98,10 +90,10 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
                 "model.eval(), or pass use_cache=False."
             )
         if cache is not None and not self.training:
-            return self._attend_cached(hidden_states, mask, position_embeddings, position_ids, cache, shared), None
+            return self._attend_cached(inputs), None
         q = self._queries(hidden_states)
-        turn = self._rotation(hidden_states, q.dtype, position_embeddings, position_ids, cache)
-        seen = self._seen(mask)
+        turn = self._rotation(inputs, q.dtype)
+        seen = self._seen(inputs.mask)
         if self.owns_cache:
             k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
             order = _order(seen, hidden_states)
@@ -110,30 +102,23 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             k, v, keep = self._retain(k, v, logits, weight, order, seen)
             key, value = norm_heads(self.k_norm, turn(k), True).transpose(1, 2), v.transpose(1, 2)
             if self.has_readers:
-                assert shared is not None
-                shared[self.layer_idx] = key, value, keep  # type: ignore[assignment]
+                assert inputs.shared is not None
+                inputs.shared[self.layer_idx] = key, value, keep  # type: ignore[assignment]
         else:
-            key, value, keep = self._lent(self.plan.owner, shared)  # type: ignore[misc]
+            key, value, keep = self._lent(self.plan.owner, inputs.shared)  # type: ignore[misc]
         query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
         if not self.heads.is_uniform:
             key, value, keep = (x.index_select(1, self.kv_of_query) for x in (key, value, keep))
         elif self.num_key_value_groups > 1:
             keep = keep.repeat_interleave(self.num_key_value_groups, dim=1)
-        named.pop("is_causal", None)
-        return self._call_attention(self._attention_function(), query, key, value, keep, named)
+        inputs.rest.pop("is_causal", None)
+        return self._call_attention(self._attention_function(), query, key, value, keep, inputs.rest)
 
-    def _attend_cached(
-        self,
-        hidden_states: Tensor,
-        mask: Tensor | None,
-        position_embeddings: Any,
-        position_ids: Tensor | None,
-        cache: Any,
-        shared: KVStates,
-    ) -> Tensor:
+    def _attend_cached(self, inputs: Inputs) -> Tensor:
         """Head outputs [B, T, N, V]; the cache keeps what the decisions leave."""
+        hidden_states, cache = inputs.hidden_BTD, inputs.cache
         q = self._queries(hidden_states)
-        turn = self._rotation(hidden_states, q.dtype, position_embeddings, position_ids, cache)
+        turn = self._rotation(inputs, q.dtype)
         if self.owns_cache:
             if not is_ragged(cache, self.layer_idx):
                 make_ragged(cache, self.all_plans)
@@ -141,7 +126,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
             logits, weight = self.gate(hidden_states, q, k)
             q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
-            visible, past, tokens = self._seen(mask), layer.get_seq_length(), hidden_states.shape[1]
+            visible, past, tokens = self._seen(inputs.mask), layer.get_seq_length(), hidden_states.shape[1]
             seen = layer.add(
                 New(
                     key_BKTH=k.transpose(1, 2),
@@ -155,10 +140,10 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
                 )
             )
             if self.has_readers:
-                assert shared is not None
-                shared[self.layer_idx] = seen
+                assert inputs.shared is not None
+                inputs.shared[self.layer_idx] = seen
         else:
-            seen = self._lent(self.plan.owner, shared)
+            seen = self._lent(self.plan.owner, inputs.shared)
         query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
         plain = self.site.softcap is None and self.sinks is None
         return attend(self, query, seen, self.heads, self.scaling, plain)
