@@ -16,7 +16,8 @@ the cache is from that, on 64 (small: 16) windows. Bytes are those of a float32 
 included. Window, sinks and newest tokens count as kept.
 
 The baselines have the slots that the trained model takes at the end of a window: `window and sinks` keeps the first and
-the newest tokens (StreamingLLM), `key_norm` drops long keys behind the window, `h2o` keeps per KV head the tokens with
+the newest tokens (StreamingLLM), `windows by layer` as many in all, more of them in layers that miss them most on
+training text (ours, no training), `key_norm` drops long keys behind the window, `h2o` keeps per KV head the tokens with
 most attention so far, half of them the newest (arXiv:2306.14048): computed query by query here, as decoding would, and
 not through a cache. Early in a window they hold every token yet, where a gate has dropped most: see `gap_by_third`.
 """
@@ -51,14 +52,23 @@ from surgery.train.uptrain import Run, uptrain
 SEED = 0
 WORK = Path(tempfile.gettempdir()) / "surgery-merge-benchmark"
 """Converted models and training runs; kept."""
+GATES = {"train": "gates", "learning_rate": 2e-3}
+BY_LAYER = {"windows": "sensitivity"}
 MODELS: dict[str, dict[str, Any]] = {
     "stories": {
         "length": 256,
         "trained": {
-            "dms-4x": ({"rewriter": "dms", "ratio": 4, "window": 16}, {"tokens": 1024000, "learning_rate": 1e-3}),
+            "dms-4x": (
+                [{"rewriter": "dms", "ratio": 4, "window": 16}],
+                {**GATES, "tokens": 1024000, "learning_rate": 1e-3},
+            ),
             "dms-4x, window 40": (
-                {"rewriter": "dms", "ratio": 4, "window": 40},
-                {"tokens": 204800, "learning_rate": 1e-3},
+                [{"rewriter": "dms", "ratio": 4, "window": 40}],
+                {**GATES, "tokens": 204800, "learning_rate": 1e-3},
+            ),
+            "dms-4x, windows by layer": (
+                [{"rewriter": "dms", "ratio": 4, "window": 42, **BY_LAYER}],
+                {**GATES, "tokens": 204800, "learning_rate": 1e-3},
             ),
         },
         "other": "war-and-peace.txt",
@@ -66,38 +76,51 @@ MODELS: dict[str, dict[str, Any]] = {
     "small": {
         "length": 512,
         "trained": {
-            "dms-4x": ({"rewriter": "dms", "ratio": 4, "window": 64}, {"tokens": 98304, "learning_rate": 2e-3}),
-            "dms-16x": ({"rewriter": "dms", "ratio": 16, "window": 12}, {"tokens": 98304, "learning_rate": 2e-3}),
-            "gqa-4x": ({"rewriter": "gqa", "kv_heads": "1/4"}, {"tokens": 98304, "train": "converted"}),
+            "dms-4x": ([{"rewriter": "dms", "ratio": 4, "window": 64}], {**GATES, "tokens": 98304}),
+            "dms-16x": ([{"rewriter": "dms", "ratio": 16, "window": 12}], {**GATES, "tokens": 98304}),
+            "gqa-4x": ([{"rewriter": "gqa", "kv_heads": "1/4"}], {"tokens": 98304}),
+            "dms-4x, windows by layer": (
+                [{"rewriter": "dms", "ratio": 4, "window": 85, **BY_LAYER}],
+                {**GATES, "tokens": 98304},
+            ),
+            "dms-8x": ([{"rewriter": "dms", "ratio": 8, "window": 42, **BY_LAYER}], {**GATES, "tokens": 98304}),
+            "gqa-2x-dms-4x": (
+                [{"rewriter": "gqa", "kv_heads": "1/2"}, {"rewriter": "dms", "ratio": 4, "window": 85, **BY_LAYER}],
+                {"tokens": 98304},
+            ),
+            "dmc-4x": ([{"rewriter": "dmc", "ratio": 4, "window": 12}], {"tokens": 98304}),
         },
         "other": "tinyshakespeare.txt",
     },
 }
-TRAINING = {"train": "gates", "batch": 8, "layer_local": 0.0}
+"""Windows by layer are two thirds of the slots on average; which layers get more is decided on training text."""
+TRAINING = {"batch": 8, "layer_local": 0.0}
 
 
 def parent_of(model: str) -> str:
     return str(SMALL if model == "small" else reference("checkpoints", "stories940K-tok105-hf"))
 
 
+def folder_of(model: str, name: str) -> Path:
+    return WORK / f"{model}-{name}".replace(", window ", "-w").replace(", windows by layer", "-by-layer")
+
+
 def converted(model: str, name: str) -> Path:
     """The conversion before training, made once."""
-    step, training = MODELS[model]["trained"][name]
-    folder = WORK / f"{model}-{name}".replace(", window ", "-w") / "start"
+    steps, training = MODELS[model]["trained"][name]
+    folder, length = folder_of(model, name) / "start", MODELS[model]["length"]
     if not folder.exists():
         train, _ = text_of(model)
-        recipe = {"name": name, "steps": [step],
-                  "uptrain": {**TRAINING, "length": MODELS[model]["length"], **training}}  # fmt: skip
+        recipe = {"name": name, "steps": steps, "uptrain": {**TRAINING, "length": length, **training}}
         surgery.convert_checkpoint(
-            parent_of(model), recipe, folder, samples=64, length=256, seed=SEED,
-            calibration=train if step["rewriter"] == "gqa" else None,
-        )  # fmt: skip
+            parent_of(model), recipe, folder, samples=64, length=length, seed=SEED, calibration=train
+        )
     return folder
 
 
 def trained(model: str, name: str) -> Path:
     """The trained conversion; a run that was stopped goes on."""
-    out = WORK / f"{model}-{name}".replace(", window ", "-w") / "run"
+    out = folder_of(model, name) / "run"
     if not (out / "model").exists():
         train, held = text_of(model)
         uptrain(
@@ -224,7 +247,7 @@ def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
 
     def of_score(step: dict[str, Any]) -> dict[str, Any]:
         train, _ = text_of(model)
-        calibration = windows_of(model, train, 64) if step["gate"] == "score:key_norm" else None
+        calibration = windows_of(model, train, 64)
         child = surgery.convert(parent, {"steps": [{"rewriter": "dms", **step}]}, calibration=calibration, seed=SEED)
         return measured(model, child, parent, held)
 
@@ -240,15 +263,17 @@ def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
                 "tokens_per_slot": MODELS[model]["length"] / budget}  # fmt: skip
 
     trained_rows = {
-        name: add(name, lambda name=name: of_training(name), window=step.get("window"))
-        for name, (step, _) in MODELS[model]["trained"].items()
+        name: add(name, lambda name=name: of_training(name), window=steps[-1].get("window"))
+        for name, (steps, _) in MODELS[model]["trained"].items()
     }
     for name, row in trained_rows.items():
-        if "tokens_per_slot" not in row:
+        if "tokens_per_slot" not in row or "gqa" in name:
             continue
         slots, at = round(MODELS[model]["length"] / row["tokens_per_slot"]), "" if name == "dms-4x" else f", as {name}"
         window = {"gate": "score:window", "window": slots - 4, "ratio": 1}
         add(f"window and sinks{at}", lambda step=window: of_score(step), window=slots - 4)
+        if "by layer" in name or name == "dms-8x":
+            add(f"windows by layer{at}", lambda step=window: of_score({**step, **BY_LAYER}), window=slots - 4)
         add(f"h2o{at}", lambda slots=slots: of_h2o(slots))
         if name == "dms-4x":
             key_norm = {"gate": "score:key_norm", "window": row["window"], "ratio": row["tokens_per_slot"]}

@@ -174,6 +174,12 @@ def _check_order(recipe: Recipe) -> None:
             f"{recipe.name}: text decides which layers read which, so that {some.rewriter} cannot be for layers "
             f"{some.layers} alone. Leave out its layers, or write the layout of share as a map."
         )
+    by_layer = next((s for s in recipe.steps if getattr(s, "windows", "uniform") != "uniform"), None)
+    if share is not None and by_layer is not None:
+        raise PlanError(
+            f"{recipe.name}: {by_layer.rewriter} asks for windows: sensitivity, which is measured on layers that keep "
+            "caches of their own. Beside share, write one dms step for each window, with its `layers`."
+        )
     if share is not None and share < merge - 1:
         raise PlanError(
             f"{recipe.name}: steps[{share + 1}] is {recipe.steps[share + 1].rewriter}, after share: heads are merged "

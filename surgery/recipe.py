@@ -330,6 +330,13 @@ class DmsStep(MergeStep):
     rewriter: Literal["dms"] = "dms"
     window: int = 256
     """Newest tokens that are never dropped."""
+    windows: Literal["uniform", "sensitivity"] = "uniform"
+    """`sensitivity`: `window` is the mean, and layers that miss older tokens more get a longer one, by what short
+    windows cost the model on calibration text."""
+
+    @property
+    def needs_text(self) -> bool:
+        return super().needs_text or self.windows == "sensitivity"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,8 @@ class WorkingCopy:
         self.model = copy.deepcopy(self.teacher).eval()
         self.gates: dict[int, dict[str, Tensor]] = {}
         """Tensors of the gates that layers got, by name."""
+        self.windows: dict[int, int] = {}
+        """Newest tokens that gates may not drop, where the text has decided that by layer."""
         self._groups: dict[int, tuple[tuple[int, ...], ...]] = {}
         self._wanted: dict[str, list[Tensor]] = {}
 
@@ -86,15 +88,22 @@ class WorkingCopy:
 
     def settle(self, plan: LayerPlan) -> LayerPlan:
         """`plan` with what the text has decided for its layer."""
+        if plan.layer in self.windows:
+            assert plan.retain is not None
+            plan = replace(plan, retain=replace(plan.retain, window=self.windows[plan.layer]))
         return replace(plan, project=self.project(plan.layer)) if plan.layer in self.converted else plan
 
-    @torch.no_grad()
     def divergence(self, windows: Windows) -> float:
         """KL(parent || copy) in nats per token; the parent's answers to these windows are kept for the next call."""
+        return self.divergence_of(self.model, windows)
+
+    @torch.no_grad()
+    def divergence_of(self, model: PreTrainedModel, windows: Windows) -> float:
+        """`divergence` of another model."""
         total = 0.0
         for (ids, mask), wanted in zip(windows.batches(), self.wanted(windows), strict=True):
-            device = self.model.device
-            found = self.model(input_ids=ids.to(device), use_cache=False).logits[mask.to(device)].log_softmax(-1)
+            device = model.device
+            found = model(input_ids=ids.to(device), use_cache=False).logits[mask.to(device)].log_softmax(-1)
             total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
         return total / windows.tokens
 

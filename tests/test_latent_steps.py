@@ -13,7 +13,7 @@ from surgery import recipe
 from surgery.errors import PlanError, RecipeError
 from surgery.measure.memory import cache_size
 from surgery.rewriters import latent_lowrank, latent_mla
-from surgery.rewriters.latent_ranks import convex, share_out
+from surgery.rewriters.allocation import convex, share_out
 from surgery.runtime.layout import Heads, Latent, LayerPlan
 from surgery.runtime.modeling import from_parent
 

@@ -18,7 +18,7 @@ from uptraining import make_home, run
 
 import surgery
 from surgery.cli import app
-from surgery.decisions import collapsed, count_layer, gated, read_gates
+from surgery.decisions import Counted, collapsed, count_layer, gated, read_gates
 from surgery.errors import CheckpointError, PlanError, RecipeError
 from surgery.plan import plan
 from surgery.report import Report, write_report
@@ -34,7 +34,7 @@ from surgery.runtime.merging import (
     visible,
 )
 from surgery.text import Windows
-from surgery.train.gates import shortfall
+from surgery.train.gates import Budget, budget_of, shortfall
 from surgery.train.uptrain import uptrain
 
 DMS = {"rewriter": "dms", "ratio": 2, "window": 4, "sinks": 2}
@@ -305,13 +305,54 @@ def test_the_budget_pushes_only_while_too_few_tokens_go() -> None:
     a = torch.tensor([[[-1.0] * 6, [-1.0] * 3 + [1.0] * 3]], requires_grad=True)
     counted = count_layer(a, torch.arange(6)[None] + 8, dms(sinks=0))
     for target, missing in ((0.5, 0.25), (0.25, 0.0), (0.1, 0.0)):
-        found = shortfall(counted, torch.full((2,), target), False, lambda x: x)
-        assert float(found) == pytest.approx(missing)
-    per_head = shortfall(counted, torch.full((2,), 0.5), True, lambda x: x)
-    assert float(per_head) == pytest.approx(0.25)
+        found = shortfall(counted, Budget(torch.full((2,), target), torch.ones(2)), False, lambda x: x)
+        assert float(found.detach()) == pytest.approx(missing)
+    per_head = shortfall(counted, Budget(torch.full((2,), 0.5), torch.ones(2)), True, lambda x: x)
+    assert float(per_head.detach()) == pytest.approx(0.25)
     per_head.backward()
     assert a.grad is not None
     assert (a.grad[0, 0] < 0).all()
+
+
+def test_a_budget_over_layers_with_unequal_windows_is_met_at_the_ratio_over_all_slots(home: Path) -> None:
+    steps = [{**DMS, "window": window, "ratio": 3, "layers": str(i)} for i, window in enumerate((2, 12))]
+    model = surgery.convert(surgery.load(home / "parent"), recipe(*steps))
+    length, generator = 32, torch.Generator().manual_seed(0)
+    for module in gated(model).values():
+        module.set_ramp(1.0)
+    rates = torch.linspace(0.2, 1.0, 9)
+    for narrow, wide in torch.cartesian_prod(rates, rates).tolist():
+        parts = []
+        for rate, module in zip((narrow, wide), gated(model).values(), strict=True):
+            goes = torch.rand(64, module.heads.kv_heads, length, generator=generator) < rate
+            parts.append(count_layer(goes.float() - 0.5, torch.arange(length).expand(64, -1), module.merge))
+        counted = Counted(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        missing = float(shortfall(counted, budget_of(model, length), False, lambda x: x))
+        at_risk = sum(length - m.merge.always_kept for m in gated(model).values()) / len(gated(model))
+        slots = float(counted.slots.sum() / counted.tokens.sum()) * length
+        assert missing == pytest.approx(max(0.0, (slots - length / 3) / at_risk), abs=0.02)
+
+
+def test_windows_by_layer_are_longer_where_old_tokens_matter_and_cost_as_much_together(home: Path) -> None:
+    parent = surgery.load(home / "parent")
+    with torch.no_grad():
+        parent.get_submodule("model.layers.1.self_attn.o_proj").weight.zero_()  # nobody misses its old tokens
+    step = {**DMS, "window": 8, "windows": "sensitivity"}
+    child = surgery.convert(parent, recipe(step), calibration=tokens(8, 32), seed=0)
+    windows = {module.layer_idx: module.merge.window for module in gated(child).values()}
+    assert windows[0] > 8 > windows[1] and sum(windows.values()) <= 16
+    assert [layer["plan"]["retain"]["window"] for layer in child.config.surgery["layers"]] == list(windows.values())
+    ids = tokens(2, 24)
+    torch.testing.assert_close(child(ids).logits, parent(ids).logits, rtol=0, atol=0)
+
+
+def test_windows_by_layer_need_text_and_layers_with_caches_of_their_own(home: Path) -> None:
+    parent = surgery.load(home / "parent")
+    with pytest.raises(PlanError, match="calibration text"):
+        surgery.convert(parent, recipe({**DMS, "windows": "sensitivity"}))
+    share = {"rewriter": "share", "layout": {1: 0}, "init": "replace"}
+    with pytest.raises(PlanError, match="one dms step for each window"):
+        surgery.plan(parent, recipe(share, {**DMS, "windows": "sensitivity"}))
 
 
 def test_a_collapsed_gate_is_named() -> None:

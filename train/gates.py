@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +12,53 @@ from surgery.decisions import Counted, gated
 from surgery.errors import RecipeError
 
 
-def target_rates(model: nn.Module, length: int) -> Tensor:
-    """Part of the decisions that is to be 1 by now, for each KV head of each gated layer."""
-    rates = [
-        torch.full((module.heads.kv_heads,), min(1.0, module.merge.drop_rate(length, module.target_ratio)))
-        for module in gated(model).values()
-    ]
-    return torch.cat(rates)
+class Budget(NamedTuple):
+    """What is asked of the KV heads of all gated layers, layer by layer, [heads] each."""
+
+    rate: Tensor
+    """Part of the decisions that is to be 1. Above 1 where a head's window is longer than its share of slots: the
+    others make up for that."""
+    weight: Tensor
+    """Part of the decisions that a window leaves any effect."""
 
 
-def check_length(model: nn.Module, length: int) -> None:
+def budget_of(model: nn.Module, length: int) -> Budget:
+    """The budget by now, of sequences of `length` tokens."""
+    rates, weights = [], []
+    for module in gated(model).values():
+        merge, heads = module.merge, (module.heads.kv_heads,)
+        rates.append(torch.full(heads, merge.drop_rate(length, module.target_ratio)))
+        weights.append(torch.full(heads, max(length - merge.always_kept, 1e-9) / (length - merge.protected)))
+    return Budget(torch.cat(rates), torch.cat(weights))
+
+
+def check_length(model: nn.Module, length: int, per_head: bool) -> None:
     """Raise RecipeError where sequences of `length` tokens cannot reach the ratio that the model's gates are for."""
-    for name, module in gated(model).items():
-        merge = module.merge
-        if merge.drop_rate(length, merge.ratio) > 1:
+    gates = list(gated(model).values())
+    for group in [[gate] for gate in gates] if per_head or not gates else [gates]:
+        heads = sum(gate.heads.kv_heads for gate in group)
+        kept = sum(min(gate.merge.always_kept, length) * gate.heads.kv_heads for gate in group) / heads
+        wanted = sum(length / gate.merge.ratio * gate.heads.kv_heads for gate in group) / heads
+        if kept > wanted:
             raise RecipeError(
-                f"uptrain.length: {name} is to keep one of {merge.ratio:g} tokens, and {merge.always_kept} of {length} "
-                f"always stay: {length / merge.always_kept:.1f} at most. Train on longer sequences, or convert with a "
-                "smaller window or ratio."
+                f"uptrain.length: {f'layer {group[0].layer_idx}' if per_head else 'the model'} is to keep one of "
+                f"{length / wanted:.3g} tokens, and {kept:.0f} of {length} always stay: {length / kept:.1f} at most. "
+                "Train on longer sequences, or convert with a smaller window or ratio."
             )
 
 
-def shortfall(counted: Counted, target: Tensor, per_head: bool, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """How far the part of decisions that are 1 is below `target`, at least 0: of all together, or the mean over heads.
+def shortfall(counted: Counted, budget: Budget, per_head: bool, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """How far the part of decisions that are 1 is below the budget, at least 0: of all together, or mean over heads.
 
     Args:
         total: sum over devices. The value is that of all devices; the gradient is this device's share of it.
     """
-    target = target.to(counted.gone.device)
+    rate, weight = (x.to(counted.gone.device) for x in budget)
     gone, free = (total(x.detach()) for x in (counted.gone, counted.free))
-    own = counted.gone - counted.gone.detach()
+    gone = gone + counted.gone - counted.gone.detach()
     if per_head:
-        return (target - (gone + own) / free.clamp_min(1)).clamp_min(0).mean()
-    weight = free.sum().clamp_min(1)
-    return ((target * free).sum() / weight - (gone.sum() + own.sum()) / weight).clamp_min(0)
+        return (rate.clamp_max(1) - gone / free.clamp_min(1)).clamp_min(0).mean()
+    return (((rate * free - gone) * weight).sum() / (free * weight).sum().clamp_min(1e-9)).clamp_min(0)
 
 
 def summed(sums: dict[str, Any]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from surgery.recipe import Uptrain
 from surgery.text import Windows
 
 from .data import PackedText
-from .gates import shortfall, summed, target_rates
+from .gates import budget_of, shortfall, summed
 from .kept import KeptLogits
 from .losses import IGNORE, Distilled, Weights, distil, hidden_match, squared_error
 from .parent import Parent, head_input, head_of
@@ -227,12 +227,11 @@ class Uptrainer(Trainer):
     def _gate_budget(self, model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
         """This device's and micro-batch's part of the weighted shortfall of decisions."""
         counted = count(core(self.accelerator.unwrap_model(model)), logits, inputs)
-        target = target_rates(core(self.accelerator.unwrap_model(model)), self.text.length)
         self._decided = Counted(*(part.detach() for part in counted))
         self._count_gates(self._decided)
         missing = shortfall(
             counted,
-            target,
+            budget_of(core(self.accelerator.unwrap_model(model)), self.text.length),
             self.uptrain.gate_budget_per == "head",
             lambda x: self.accelerator.reduce(x, "sum"),
         )

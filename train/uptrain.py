@@ -200,7 +200,7 @@ def prepare(run: Run) -> Setup:
     if section.separate_documents:
         check_separates(student)
     torch.manual_seed(run.seed)  # of adapters
-    check_length(student, length)
+    check_length(student, length, section.gate_budget_per == "head")
     wrapped = select(student, section, trained, str(folder))
     return Setup(
         run=run,

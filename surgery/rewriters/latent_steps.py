@@ -16,6 +16,7 @@ from ..recipe import LowrankStep, MlaStep
 from ..runtime.attention import as_bits, canonical_weights
 from ..runtime.layout import AttentionSite, Latent, LayerPlan, Project
 from ..text import Windows
+from .allocation import share_out
 from .latent import LatentWeights, in_site_order
 from .latent_copy import LatentCopy
 from .latent_fit import (
@@ -30,7 +31,6 @@ from .latent_fit import (
 )
 from .latent_lowrank import LOWRANK_INITS
 from .latent_mla import MLA_INITS
-from .latent_ranks import share_out
 from .layerwise import Layerwise
 
 SHARES = (0.34, 0.38, 0.42, 0.46)

@@ -228,7 +228,8 @@ class Merge:
 
     def slots_at(self, tokens: int) -> float:
         """Slots that a KV head is expected to hold after `tokens` tokens."""
-        return max(tokens / self.ratio, float(min(tokens, self.always_kept)))
+        kept = float(min(tokens, self.always_kept))
+        return kept if self.gate == "score:window" else max(tokens / self.ratio, kept)
 
     def drop_rate(self, tokens: int, ratio: float) -> float:
         """Part of the decisions to be 1 for `tokens` tokens to take `tokens / ratio` slots; above 1 where none can."""

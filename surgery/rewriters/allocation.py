@@ -1,4 +1,4 @@
-"""Share one budget of cached numbers out among layers, by what each layer's own conversion costs the model."""
+"""Share one budget out among layers, by what each layer's own conversion costs the model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ PARTS = (0.5, 0.7, 1.0, 1.4, 2.0)
 def share_out(
     cost: Callable[[int, int], float], uniform: Mapping[int, int], most: Mapping[int, int], unit: int = 1
 ) -> dict[int, int]:
-    """Numbers of each layer that minimise the sum of costs; never more in all than the uniform shares.
+    """Sizes of the layers' parts that minimise the sum of costs; never more in all than the uniform shares.
 
     Args:
-        cost: what a layer costs alone at a number of cached numbers: nats per token.
-        uniform: layers with the numbers of an equal division.
-        most: what each layer has at full rank.
-        unit: numbers move between layers in this size.
+        cost: what a layer costs alone at a size (cached numbers, tokens of a window): nats per token.
+        uniform: layers with the size of an equal division.
+        most: the size from which a layer gains nothing more.
+        unit: sizes are moved between layers in pieces of this.
 
     Costs are made convex between the measured sizes; then giving each unit to the layer that gains most by it is
     optimal (Fox 1966). Layers are taken to add up, which holds for small losses only: the caller measures the outcome.
     """
     lines = {}
-    for layer, numbers in uniform.items():
-        sizes = sorted({min(most[layer], max(1, round(numbers * part / unit) * unit)) for part in PARTS})
+    for layer, size in uniform.items():
+        sizes = sorted({min(most[layer], max(1, round(size * part / unit) * unit)) for part in PARTS})
         lines[layer] = convex([(n, cost(layer, n)) for n in sizes])
     given = {layer: line[0][0] for layer, line in lines.items()}
     free = sum(uniform.values()) - sum(given.values())
@@ -57,7 +57,7 @@ def convex(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _gain(line: Sequence[tuple[int, float]], at: int) -> float:
-    """What one more number saves."""
+    """What one more of it saves."""
     for (x0, y0), (x1, y1) in itertools.pairwise(line):
         if at < x1:
             return (y0 - y1) / (x1 - x0)
