@@ -20,7 +20,7 @@ def attend(
     if hidden is not None:
         mask = torch.zeros(hidden.shape, dtype=q_BKGH.dtype).masked_fill_(hidden, -torch.inf)
     if S == 0 or k_BKSH.shape[-1] != v_BKSV.shape[-1] or (hidden is not None and bool(hidden.all(-1).any())):
-        return _attend_plainly(q_BKGH, k_BKSH, v_BKSV, scale, hidden)
+        return attend_plainly(q_BKGH, k_BKSH, v_BKSV, scale, hidden)
     chunks = _chunks(B * K, S)
     if chunks == 1 or mask is not None:
         shape = None if mask is None else mask.expand(B, 1, G, S)
@@ -39,14 +39,14 @@ def attend(
     )
     parts, part_lse = parts.unflatten(1, (K, chunks)), part_lse.unflatten(1, (K, chunks))
     if whole < S:
-        rest, rest_lse = _attend_plainly(q_BKGH, k_BKSH[:, :, whole:], v_BKSV[:, :, whole:], scale, None)
+        rest, rest_lse = attend_plainly(q_BKGH, k_BKSH[:, :, whole:], v_BKSV[:, :, whole:], scale, None)
         parts, part_lse = torch.cat((parts, rest[:, :, None]), 2), torch.cat((part_lse, rest_lse[:, :, None]), 2)
     lse = torch.logsumexp(part_lse, dim=2)
     weight = torch.exp(part_lse - lse[:, :, None])
     return (weight[..., None] * parts).sum(2).to(q_BKGH.dtype), lse
 
 
-def _attend_plainly(
+def attend_plainly(
     q_BKGH: Tensor, k_BKSH: Tensor, v_BKSV: Tensor, scale: float, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     scores = torch.matmul(q_BKGH.float(), k_BKSH.transpose(2, 3).float()) * scale

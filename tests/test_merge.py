@@ -26,7 +26,6 @@ from surgery.runtime.layout import LayerPlan, Merge
 from surgery.runtime.merging import (
     hard_decisions,
     log_keep,
-    order_of,
     order_of_packed,
     pooled,
     same_sequence,
@@ -120,7 +119,7 @@ def test_certain_relaxed_decisions_hide_what_hard_ones_hide(method: str) -> None
 
 def test_padding_sinks_and_the_starts_of_documents_never_go() -> None:
     everything = torch.ones(1, 1, 8)
-    padded = order_of(torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]]))
+    padded = torch.arange(8)[None] - 2
     assert hard_decisions(everything, padded, dms(sinks=2).protected)[0, 0].tolist() == [False] * 4 + [True] * 4
     packed = order_of_packed(torch.tensor([[5, 6, 7, 0, 1, 2, 3, 4]]))
     assert hard_decisions(everything, packed, 1)[0, 0].tolist() == [False, True, True, False, True, True, True, True]

@@ -171,10 +171,6 @@ def _loading(written: Written, name: str) -> list[str]:
     return parts
 
 
-def _checked(parity: Parity) -> str:
-    return f"Loaded again after writing, and asked the same as its source: {parity.line().removeprefix('parity ')}."
-
-
 def _limits(source: Source) -> str:
     lines = ["What limits the parent limits this model; its licence holds here too."]
     if not source.provenance.get("uptrained"):

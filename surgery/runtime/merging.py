@@ -19,12 +19,6 @@ _STRETCH = 2**19
 """Numbers that are pooled at once: 2 MB in float32."""
 
 
-def order_of(real_BT: Tensor) -> Tensor:
-    """[B, T] int64 from a mask of real tokens: padding may stand before the sequence or behind it, not inside."""
-    first = real_BT.int().argmax(-1, keepdim=True)
-    return torch.arange(real_BT.shape[-1], device=real_BT.device) - first
-
-
 def order_of_packed(position_ids_BT: Tensor) -> Tensor:
     """[B, T] int64 from positions that start again at every document: tokens since the last start.
 
