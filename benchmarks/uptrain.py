@@ -276,6 +276,12 @@ def losses(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k != "seconds"} for e in state["log_history"] if "loss" in e]
 
 
+def newest_step(out: Path) -> int:
+    """Of the last whole checkpoint; 0 where there is none."""
+    found = checkpoints(out / "checkpoints") if (out / "checkpoints").exists() else []
+    return int(found[-1].name.rpartition("-")[2]) if found else 0
+
+
 def resume(only: str | None) -> dict[str, Any]:
     """Kill -9 three times at random moments; losses and weights beside the run that nobody touched."""
     model, (train, _) = converted("small", "gqa-4x", MEAN), text_of("small")
@@ -283,21 +289,21 @@ def resume(only: str | None) -> dict[str, Any]:
     rng = random.Random(SEED)
     for name in ("whole", "killed"):
         shutil.rmtree(WORK / name, ignore_errors=True)
-    begun = time.monotonic()
     subprocess.run(command(model, train, WORK / "whole", *sets), check=True, capture_output=True)
-    whole = time.monotonic() - begun
+    log = json.loads((WORK / "whole" / "uptraining.json").read_text())["log"]
+    times = [entry["seconds"] for entry in log if "loss" in entry]
+    interval = 5 * (times[-1] - times[0]) / (len(times) - 1)
     kills: list[dict[str, Any]] = []
-    while len(kills) < 3:
+    for moment in sorted(rng.uniform(0, 5) for _ in range(3)):  # in intervals of 5 steps, of which there are 6
         job = subprocess.Popen(command(model, train, WORK / "killed", *sets), stdout=subprocess.DEVNULL)
-        while job.poll() is None and not (WORK / "killed" / "run.json").exists():
-            time.sleep(0.1)
-        time.sleep(rng.uniform(0.2, 0.5) * whole)  # a good part of it is starting
+        while job.poll() is None and newest_step(WORK / "killed") < 5 * int(moment):
+            time.sleep(0.02)
+        time.sleep(moment % 1 * interval)
         if job.poll() is not None:
             sys.exit("the run ended before it could be killed: give it more tokens")
         job.send_signal(signal.SIGKILL)
         job.wait()
-        found = checkpoints(WORK / "killed" / "checkpoints")
-        kills.append({"last checkpoint": found[-1].name if found else None})
+        kills.append({"step": round(5 * moment, 2), "last checkpoint": newest_step(WORK / "killed")})
     subprocess.run(command(model, train, WORK / "killed", *sets), check=True, capture_output=True)
     a, b = (surgery.load(WORK / name / "model").state_dict() for name in ("whole", "killed"))
     result = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .combine import launch_combine
-from .cpu import attend
+from .cpu import attend, attend_plainly
 from .decode_gqa import decode_gqa_reference
 from .launching import ceil_div, device_of, jit, launch, power_of_two, tl
 from .library import Arguments, operator
@@ -20,7 +20,7 @@ from .ragged_schedule import check_page
 from .tuned import bucket, config_for
 
 WORTH_A_CALL = 128
-"""Slots of one row that a CPU reads by a call of its own rather than copying them together with others."""
+"""Slots of a row that a CPU reads by a call of its own rather than copying them together with others."""
 
 
 def decode_ragged_reference(
@@ -183,60 +183,42 @@ def decode_ragged_cpu(
 ) -> tuple[Tensor, Tensor]:
     """The operator on a CPU; the plan is not needed.
 
-    Pages of a row that follow each other in memory from its first on are read where they lie. What remains is copied
-    together: rows of like length, up to a factor of two, in one call.
+    Long rows get a call each, which reads pages where they lie if they follow each other in memory, and copies them
+    otherwise. Short rows are copied together, for one call.
     """
     out, lse = _fake(q_BNH, k, v, pages_BKM, lengths_BK, plan, scale)
     K, page, capacity = lengths_BK.shape[1], k.shape[1], pages_BKM.shape[2] * k.shape[1]
     _arguments(q_BNH).within("lengths", lengths_BK, 0, capacity)
-    lengths, table = lengths_BK.flatten().tolist(), pages_BKM.flatten(0, 1)
+    lengths, tables = lengths_BK.flatten().tolist(), pages_BKM.flatten(0, 1)
     q_RGH = q_BNH.unflatten(1, (K, -1)).flatten(0, 1)
-    out_RGV, lse_RG = out.unflatten(1, (K, -1)).flatten(0, 1), lse.unflatten(1, (K, -1)).flatten(0, 1)
-    first, runs = table[:, 0].tolist() if capacity else [], _leading_runs(table)
-    by_size: dict[int, list[int]] = {}
-    whole = k.is_contiguous() and v.is_contiguous()
-    lines = [t.view(1, 1, -1, t.shape[-1]) for t in (k, v)] if whole else []
-    for row, length in enumerate(lengths):
-        runs[row] = min(runs[row], ceil_div(length, page)) if whole else 0
-        if runs[row] * page < WORTH_A_CALL:
-            runs[row] = 0
-        if runs[row]:
-            begin = first[row] * page
-            end = begin + min(runs[row] * page, length)
-            keys, values = (t.narrow(2, begin, end - begin) for t in lines)
-            part, part_lse = attend(q_RGH.narrow(0, row, 1)[None], keys, values, scale)
-            out_RGV[row], lse_RG[row] = part[0, 0], part_lse[0, 0]
-        rest = length - runs[row] * page
-        if rest > 0 or length == 0:
-            by_size.setdefault(min(power_of_two(ceil_div(max(rest, 0), page)), table.shape[1]), []).append(row)
-    for members in by_size.values():
-        rows = torch.tensor(members)
-        rests = [lengths[row] - runs[row] * page for row in members]
-        longest = max(rests)
-        columns = torch.tensor([runs[row] for row in members])[:, None] + torch.arange(ceil_div(longest, page))
-        used = table[rows[:, None], columns.clamp_max(table.shape[1] - 1)].long()
+    long = [row for row, length in enumerate(lengths) if length >= WORTH_A_CALL]
+    short = [row for row, length in enumerate(lengths) if length < WORTH_A_CALL]
+    parts = []
+    for row, table in zip(long, tables[long].tolist(), strict=True):
+        keys, values = (_line(t, table[: ceil_div(lengths[row], page)], lengths[row]) for t in (k, v))
+        parts.append(attend(q_RGH.narrow(0, row, 1)[None], keys[None, None], values[None, None], scale))
+    if short:
+        longest = max(lengths[row] for row in short)
+        used = tables[short, : ceil_div(longest, page)]
         keys, values = (t[used].flatten(1, 2)[:, None, :longest] for t in (k, v))
-        hidden = None
-        if min(rests) < longest:
-            behind = torch.arange(longest) >= torch.tensor(rests)[:, None]
-            # What lies behind a length may be anything; NaN stays NaN whatever is added or multiplied.
-            keys, values = (t.masked_fill(behind[:, None, :, None], 0.0) for t in (keys, values))
-            hidden = behind[:, None, None]
-        part, part_lse = attend(q_RGH[rows, None], keys, values, scale, hidden)
-        old = torch.tensor([[runs[row] > 0] for row in members])
-        both = torch.where(old, torch.logaddexp(part_lse[:, 0], lse_RG[rows]), part_lse[:, 0])
-        weight = torch.where(old, torch.exp(part_lse[:, 0] - both), 1.0)[..., None].to(part.dtype)
-        before = torch.where(old[..., None], out_RGV[rows], 0.0)
-        out_RGV[rows], lse_RG[rows] = weight * part[:, 0] + (1 - weight) * before, both
+        behind = torch.arange(longest) >= lengths_BK.flatten()[short, None]
+        # What lies behind a length may be anything; NaN stays NaN whatever it is multiplied by.
+        values = values.masked_fill(behind[:, None, :, None], 0.0)
+        part, part_lse = attend_plainly(q_RGH[short, None], keys, values, scale, behind[:, None, None])
+        parts.append((part.transpose(0, 1), part_lse.transpose(0, 1)))
+    if parts:
+        rows = torch.tensor(long + short)
+        for whole, pieces in ((out, [part for part, _ in parts]), (lse, [part_lse for _, part_lse in parts])):
+            whole.unflatten(1, (K, -1)).flatten(0, 1).index_copy_(0, rows, torch.cat(pieces, dim=1)[0])
     return out, lse
 
 
-def _leading_runs(table_RM: Tensor) -> list[int]:
-    """How many pages of each row, from its first on, follow each other in memory."""
-    if table_RM.shape[1] == 0:
-        return [0] * len(table_RM)
-    follows = table_RM[:, 1:] - table_RM[:, :-1] == 1
-    return (follows.int().cumprod(1).sum(1) + 1).tolist()
+def _line(cache: Tensor, pages: list[int], length: int) -> Tensor:
+    """[S, H]: the slots of these pages side by side; not a copy where they are that already."""
+    first, size = pages[0], cache.shape[1]
+    if cache.stride(0) == size * cache.stride(1) and pages == list(range(first, first + len(pages))):
+        return cache.flatten(0, 1).narrow(0, first * size, length)
+    return cache[pages].flatten(0, 1)[:length]
 
 
 def _arguments(q_BNH: Tensor) -> Arguments:

@@ -384,6 +384,27 @@ def test_gates_learn_to_keep_their_budget_and_nothing_else_moves(home: Path, tmp
     assert summary["after"]["ratio"] > summary["before"]["ratio"] == 1.0
 
 
+@pytest.mark.parametrize("step", [DMS, DMC])
+def test_borrowed_channels_become_gates_and_learn_to_keep_their_budget(home: Path, tmp_path: Path, step: dict) -> None:
+    start = surgery.convert(surgery.load(home / "parent"), recipe({**step, "gate": "borrowed"}))
+    surgery.save(start, tmp_path / "start")
+    options = ("layer_local=0", "train=converted", "length=32", "batch=4", "tokens=10240", "learning_rate=0.03")
+    summary = uptrain(
+        run(home, tmp_path / "run", *options, model=str(tmp_path / "start"), held_out=str(home / "held.jsonl"))
+    )
+    model = surgery.load(tmp_path / "run" / "model")
+    for module in gated(model).values():
+        assert float(module.gate.channel) == 0
+        rows = module.k_proj.weight[module.site.head_dim - 1 :: module.site.head_dim]
+        assert rows.abs().sum() > 0  # set to zero, they have learned since
+    assert summary["after"]["ratio"] > 1.2 * summary["before"]["ratio"]
+    ids = tokens(2, 24)
+    with torch.no_grad():
+        whole, begun = model(ids).logits, model(ids[:, :9], use_cache=True)
+        rest = model(ids[:, 9:], past_key_values=begun.past_key_values).logits
+    torch.testing.assert_close(torch.cat((begun.logits, rest), dim=1), whole, rtol=0, atol=1e-5)
+
+
 def test_checkpointing_trains_the_same_gates(home: Path, tmp_path: Path) -> None:
     options = ("layer_local=0", "train=gates", "length=32", "tokens=512", "learning_rate=0.02", "gate_ramp=0")
     made = {}
