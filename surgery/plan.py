@@ -393,7 +393,9 @@ def _retain(step: MergeStep, where: str, anatomy: Anatomy, layers: tuple[LayerPl
         gate=step.gate, sinks=step.sinks, page=step.page,
     )  # fmt: skip
     context = getattr(anatomy.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if context is not None and merge.drop_rate(context, step.ratio) > 1:
+    if step.gate == "score:window":
+        merge = replace(merge, ratio=max(1.0, (context or 0) / merge.always_kept))
+    elif context is not None and merge.drop_rate(context, step.ratio) > 1:
         most = context / merge.always_kept
         kept = f"{merge.window} newest tokens and " if merge.method == "dms" else ""
         raise PlanError(
@@ -552,7 +554,7 @@ def cached_form(project: Project) -> str:
 def retained_form(merge: Merge) -> str:
     """Method, ratio and window, in a word."""
     window = "" if merge.window is None else f" window {merge.window}"
-    return f"{merge.method} {merge.ratio:g}x{window}"
+    return f"{merge.method} {merge.ratio:.3g}x{window}"
 
 
 def _totals(plan: Plan) -> Table:

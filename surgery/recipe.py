@@ -293,7 +293,8 @@ class MergeStep(Step):
     """
 
     ratio: float = 4.0
-    """Tokens seen per slot kept, at the length that is trained on; over all layers and heads together."""
+    """Tokens seen per slot kept, at the length that is trained on; over all layers and heads together. Not read where
+    the gate is `score:window`, for the window says it all."""
     gate: Gate = "adapter"
     """`adapter`: a linear map of the layer's input, zero at first. `borrowed`: the last channel of q and k, which
     training takes from attention first. `score:key_norm`: long keys go, by a threshold from calibration text;

@@ -33,7 +33,7 @@ from surgery.runtime.merging import (
     visible,
 )
 from surgery.text import Windows
-from surgery.train.gates import Budget, budget_of, shortfall
+from surgery.train.gates import Budget, budget_of, check_length, shortfall
 from surgery.train.uptrain import uptrain
 
 DMS = {"rewriter": "dms", "ratio": 2, "window": 4, "sinks": 2}
@@ -352,6 +352,16 @@ def test_windows_by_layer_need_text_and_layers_with_caches_of_their_own(home: Pa
     share = {"rewriter": "share", "layout": {1: 0}, "init": "replace"}
     with pytest.raises(PlanError, match="one dms step for each window"):
         surgery.plan(parent, recipe(share, {**DMS, "windows": "sensitivity"}))
+
+
+def test_a_window_asks_nothing_of_training_and_is_hard_there_too(home: Path) -> None:
+    step = {"rewriter": "dms", "gate": "score:window", "window": 4}
+    assert plan(home / "parent", recipe(step)).after[0].retain.ratio == 256 / 8  # of the context, four sinks kept
+    model = surgery.convert(surgery.load(home / "parent"), recipe(step))
+    ids = tokens(2, 24)
+    torch.testing.assert_close(model.train()(ids, use_cache=False).logits, model.eval()(ids, use_cache=False).logits)
+    assert not any(part.any() for part in budget_of(model, 24))
+    check_length(model, 6, per_head=False)
 
 
 def test_a_collapsed_gate_is_named() -> None:

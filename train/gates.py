@@ -23,18 +23,19 @@ class Budget(NamedTuple):
 
 
 def budget_of(model: nn.Module, length: int) -> Budget:
-    """The budget by now, of sequences of `length` tokens."""
+    """The budget by now, of sequences of `length` tokens; nothing is asked of scores."""
     rates, weights = [], []
     for module in gated(model).values():
         merge, heads = module.merge, (module.heads.kv_heads,)
-        rates.append(torch.full(heads, merge.drop_rate(length, module.target_ratio)))
-        weights.append(torch.full(heads, max(length - merge.always_kept, 1e-9) / (length - merge.protected)))
+        at_risk = max(length - merge.always_kept, 1e-9) / (length - merge.protected)
+        rates.append(torch.full(heads, merge.drop_rate(length, module.target_ratio) * merge.is_trained))
+        weights.append(torch.full(heads, at_risk * merge.is_trained))
     return Budget(torch.cat(rates), torch.cat(weights))
 
 
 def check_length(model: nn.Module, length: int, per_head: bool) -> None:
     """Raise RecipeError where sequences of `length` tokens cannot reach the ratio that the model's gates are for."""
-    gates = list(gated(model).values())
+    gates = [gate for gate in gated(model).values() if gate.merge.is_trained]
     for group in [[gate] for gate in gates] if per_head or not gates else [gates]:
         heads = sum(gate.heads.kv_heads for gate in group)
         kept = sum(min(gate.merge.always_kept, length) * gate.heads.kv_heads for gate in group) / heads

@@ -222,6 +222,11 @@ class Merge:
         return self.sinks + 1 if self.method == "dmc" else max(1, self.sinks)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether training can teach the gate its ratio."""
+        return not self.gate.startswith("score:")
+
+    @property
     def always_kept(self) -> int:
         """Tokens of any sequence that keep a slot of their own whatever the gate says, the window included."""
         return self.protected + (self.window or 0) if self.method == "dms" else self.protected

@@ -25,8 +25,9 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
     """`SurgeryHeadsAttention` under a `Merge`; parameters of the gate are named `gate.*`.
 
     In training, without a cache, decisions are relaxed: p = sigmoid((logit + logistic noise) / `temperature`), runs are
-    pooled and scores lowered by them. In evaluation they are hard, and a whole sequence without a cache gives what
-    decoding through the cache gives. A reader has no gate: it attends to its owner's slots as the owner does.
+    pooled and scores lowered by them. In evaluation, and where a score takes them, they are hard, and a whole sequence
+    without a cache gives what decoding through the cache gives. A reader has no gate: it attends to its owner's slots
+    as the owner does.
     """
 
     gate: SurgeryGate
@@ -166,7 +167,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         seen_B1TT: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """K and V as slots hold them after each token, and who sees them: bool, or in training a bias, [B, K, T, T]."""
-        if self.training:
+        if self.training and self.merge.is_trained:
             protected = self.merge.protected
             kept = log_keep(logits_BKT, order_BT, protected, self.temperature, logistic_noise(logits_BKT))
             p, seen = -torch.expm1(kept), soft_bias(kept, order_BT, self.merge, seen_B1TT, k_BTKH.dtype)

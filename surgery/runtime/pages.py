@@ -46,13 +46,8 @@ class PagePool:
         """Pages there are, free ones included."""
         return len(self.keys) if self._allocated else 0
 
-    @property
-    def free(self) -> int:
-        """Pages that can be taken."""
-        return len(self._free)
-
     def take(self, count: int) -> list[int]:
-        """Indices of `count` pages, in order; contents are undefined.
+        """Indices of `count` pages of a fixed pool, in order; contents are undefined.
 
         Raises:
             PoolFull: there are fewer.
@@ -64,25 +59,16 @@ class PagePool:
         return taken
 
     def give(self, pages: Sequence[int]) -> None:
-        """Take pages back."""
-        self._free.extend(reversed(pages))
+        """Take pages back; neighbours are handed out next."""
+        self._free = sorted((*self._free, *pages), reverse=True)
 
-    def sort(self) -> None:
-        """Hand out neighbours next."""
-        self._free.sort(reverse=True)
-
-    def rebuild(self, used: Sequence[int], more: int) -> None:
-        """Keep the `used` pages alone, in this order from page 0 on, and `more` free ones behind them."""
-        index = torch.tensor(used, dtype=torch.long, device=self.keys.device)
-        self.keys, self.values = (_rebuilt(t, index, more) for t in (self.keys, self.values))
-        self._free = list(range(len(used) + more - 1, len(used) - 1, -1))
-
-
-def _rebuilt(pages: Tensor, index: Tensor, more: int) -> Tensor:
-    new = pages.new_empty(len(index) + more, *pages.shape[1:])
-    torch.index_select(pages, 0, index, out=new[: len(index)])
-    new[len(index) :].zero_()
-    return new
+    def rebuild(self, sources: Sequence[int]) -> None:
+        """Make page i of a growing pool what page `sources[i]` was; where there was none at all, zeros."""
+        index = torch.tensor(sources, dtype=torch.long, device=self.keys.device)
+        self.keys, self.values = (
+            t.index_select(0, index) if len(t) else t.new_zeros(len(index), *t.shape[1:])
+            for t in (self.keys, self.values)
+        )
 
 
 class PoolFull(RuntimeError):

@@ -20,8 +20,8 @@ from .merging import hard_decisions
 from .pages import PagePool, PoolFull
 from .slots import NEVER, Chunk, New, Slots, at_end
 
-_GROWTH = 64
-"""A growing pool gets this part of its pages more at once: 1.6 % of slack, and few copies."""
+_SPARE = 1 / 64
+"""Slots that a row gets at once when its pool grows, as a part of those it has: little slack, and few copies."""
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -101,7 +101,7 @@ class RaggedLayer(CacheLayerMixin):
             new = replace(new, real_BT=None)
         if T == 1 and new.real_BT is None:
             if self._room == 0:
-                self._fit(self.lengths.flatten().tolist())
+                self._fit(self.lengths.flatten().tolist(), _SPARE)
             self._room -= 1
             dec = hard_decisions(new.logits_BKT, self.tokens[:, None], self.merge.protected)
             self._add_token(new, dec[..., 0])
@@ -177,32 +177,33 @@ class RaggedLayer(CacheLayerMixin):
         return slots
 
     def _write(self, slot_BK: Tensor, key_BKH: Tensor, value_BKV: Tensor) -> None:
-        page = self.tables.gather(2, (slot_BK // self.merge.page)[..., None].long())[..., 0].long()
-        place = (slot_BK % self.merge.page).long()
-        self.pool.keys[page, place] = key_BKH.detach().to(self.pool.keys.dtype)
-        self.pool.values[page, place] = value_BKV.detach().to(self.pool.values.dtype)
+        slot, page = slot_BK.long(), self.merge.page
+        numbers = self.tables.gather(2, (slot // page)[..., None])[..., 0]
+        place = (numbers * page + slot % page).flatten()
+        for slots, new in ((self.pool.keys, key_BKH), (self.pool.values, value_BKV)):
+            slots.flatten(0, 1).index_copy_(0, place, new.detach().flatten(0, 1).to(slots.dtype))
 
-    def _fit(self, lengths: Sequence[int]) -> None:
-        """Pages for so many slots in each row, and a few steps more."""
-        page = self.merge.page
-        missing = [-(-(n + AHEAD) // page) - len(row) for row, n in zip(self._held, lengths, strict=True)]
-        count = sum(max(m, 0) for m in missing)
-        if self.pool.grows and self.pool.free < count:
-            # All pages move anyway: rows become whole stretches, which a CPU reads without copying them.
-            used = [p for row in self._held for p in row]
-            self.pool.rebuild(used, max(count, len(used) // _GROWTH))
-            numbers = iter(range(len(used)))
-            self._held = [[next(numbers) for _ in row] for row in self._held]
-            self._enter([(i, j, p) for i, row in enumerate(self._held) for j, p in enumerate(row)])
-        if count:
-            taken = iter(self._take(count, lengths))
-            entries = []
-            for i, (row, more) in enumerate(zip(self._held, missing, strict=True)):
-                for _ in range(more):
-                    entries.append((i, len(row), next(taken)))
-                    row.append(entries[-1][2])
-            self._enter(entries)
-        self._room = min(len(row) * page - length for row, length in zip(self._held, lengths, strict=True))
+    def _fit(self, lengths: Sequence[int], spare: float = 0.0) -> None:
+        """Pages for so many slots in each row, and a few steps more.
+
+        Args:
+            spare: where a growing pool grows, its rows get this part of their slots more.
+        """
+        page, begins = self.merge.page, [len(row) for row in self._held]
+        missing = [max(0, -(-(n + AHEAD) // page) - b) for n, b in zip(lengths, begins, strict=True)]
+        if any(missing) and self.pool.grows:
+            # All pages move, so that rows stay whole stretches, which a CPU reads without copying them.
+            ends = [-(-(n + AHEAD + int(n * spare)) // page) for n in lengths]
+            rows = [row + [0] * (end - len(row)) for row, end in zip(self._held, ends, strict=True)]
+            self.pool.rebuild([p for row in rows for p in row])
+            numbers = iter(range(self.pool.pages))
+            self._held, begins = [[next(numbers) for _ in row] for row in rows], [0] * len(rows)
+        elif any(missing):
+            taken = iter(self._take(sum(missing), lengths))
+            for row, more in zip(self._held, missing, strict=True):
+                row.extend(next(taken) for _ in range(more))
+        self._enter([(i, j, row[j]) for i, row in enumerate(self._held) for j in range(begins[i], len(row))])
+        self._room = min(len(row) * page - n for row, n in zip(self._held, lengths, strict=True))
 
     def _enter(self, entries: Sequence[tuple[int, int, int]]) -> None:
         """Write (row, place in its table, page) into the tables, which widen where they must."""
@@ -215,13 +216,12 @@ class RaggedLayer(CacheLayerMixin):
 
     def _release(self) -> None:
         """Give all pages back, so that those taken next are neighbours."""
-        for row in self._held:
-            self.pool.give(row)
-            row.clear()
         if self.pool.grows:
-            self.pool.rebuild((), 0)
+            self.pool.rebuild(())
         else:
-            self.pool.sort()
+            self.pool.give([page for row in self._held for page in row])
+        self._held = [[] for _ in self._held]
+        self.tables.zero_()  # entries behind a row's pages are read as well, and hidden
 
     def _take(self, pages: int, lengths: Sequence[int]) -> list[int]:
         try:
