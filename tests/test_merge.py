@@ -20,6 +20,7 @@ import surgery
 from surgery.cli import app
 from surgery.decisions import Counted, collapsed, count_layer, gated, read_gates
 from surgery.errors import CheckpointError, PlanError, RecipeError
+from surgery.measure.memory import tensor_bytes
 from surgery.plan import plan
 from surgery.report import Report, write_report
 from surgery.runtime.layout import LayerPlan, Merge
@@ -362,6 +363,8 @@ def test_a_window_asks_nothing_of_training_and_is_hard_there_too(home: Path) -> 
     torch.testing.assert_close(model.train()(ids, use_cache=False).logits, model.eval()(ids, use_cache=False).logits)
     assert not any(part.any() for part in budget_of(model, 24))
     check_length(model, 6, per_head=False)
+    cache = model(ids[:1], use_cache=True).past_key_values
+    assert tensor_bytes(cache) == sum(layer.bytes_at(24) for layer in plan(home / "parent", recipe(step)).after)
 
 
 def test_a_collapsed_gate_is_named() -> None:

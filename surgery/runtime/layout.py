@@ -290,8 +290,9 @@ class LayerPlan:
         """
         if self.retain is not None:
             slots, page = self.retain.slots_at(tokens), self.retain.page
-            # The last page of a head is half empty on average, and full to a known place where all tokens stay.
-            pages = ceil((tokens + AHEAD) / page) if slots >= tokens else (slots + AHEAD + (page - 1) / 2) / page
+            # The last page of a head is half empty on average; known where the gate leaves no choice.
+            known = slots >= tokens or self.retain.gate == "score:window"
+            pages = ceil((slots + AHEAD) / page) if known else (slots + AHEAD + (page - 1) / 2) / page
             return self.bytes_of_pages(pages * self.project.kv_heads, _table(pages))
         return self.bytes_per_token * (tokens if self.window is None else min(tokens, self.window - 1))
 
@@ -313,7 +314,7 @@ class LayerPlan:
         elif merge.window is None:
             newest = 4 * (width + 1)
         else:
-            newest = merge.window * (width * number + 4) + 4
+            newest = merge.window * (width * number + 4)
         length_and_table = 4 + 4 * table
         tokens = 4
         return round(pages * merge.page * width * number) + self.project.kv_heads * (newest + length_and_table) + tokens

@@ -24,8 +24,8 @@ class MergingLayer(RaggedLayer):
 
     Beside the slots each row keeps what its open run needs: where all terms count, their sums `sums_k` [B, K, H],
     `sums_v` [B, K, V] and weight `z` [B, K] in float32; where the newest W count, the terms themselves, token t at
-    t % W: `terms_k` [B, K, W, H] before rotation, `terms_v`, `terms_w` [B, K, W] float32, and `run` [B, K] int32, how
-    many tokens the run has. Sums are then taken anew at every step: subtracting the oldest term would cancel.
+    t % W: `terms` [B, K, W, H + V], keys before rotation and values, and `weights` [B, K, W] float32, 0 where a term is
+    not of this run. Sums are then taken anew at every step: subtracting the oldest term would cancel.
     """
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -39,10 +39,8 @@ class MergingLayer(RaggedLayer):
             }
         else:
             self.state |= {
-                "terms_k": key_states.new_zeros(B, K, W, H),
-                "terms_v": value_states.new_zeros(B, K, W, V),
-                "terms_w": key_states.new_zeros(B, K, W, dtype=torch.float32),
-                "run": key_states.new_zeros(B, K, dtype=torch.int32),
+                "terms": key_states.new_zeros(B, K, W, H + V),
+                "weights": key_states.new_zeros(B, K, W, dtype=torch.float32),
             }
 
     def _add_token(self, new: New, dec_BK: Tensor) -> None:
@@ -70,19 +68,16 @@ class MergingLayer(RaggedLayer):
         self.lengths.copy_(slot + 1)
 
     def _mean_of_terms(self, key: Tensor, value: Tensor, weight: Tensor, dec_BK: Tensor) -> tuple[Tensor, Tensor]:
-        state, W = self.state, self.merge.window
+        terms, weights, W = self.state["terms"], self.state["weights"], self.merge.window
         assert W is not None
-        place = (self.tokens % W).long()
-        rows = torch.arange(len(place), device=self.device)
-        for name, x in (("terms_k", key), ("terms_v", value), ("terms_w", weight)):
-            state[name][rows, :, place] = x.to(state[name].dtype)
-        state["run"] = torch.where(dec_BK, state["run"], 0) + 1
-        age = (place[:, None] - torch.arange(W, device=self.device)) % W
-        w = torch.where(age[:, None] < state["run"][..., None], state["terms_w"], 0.0)
-        w = (w / w.sum(-1, keepdim=True))[..., None, :]
-        mean_k, mean_v = (torch.matmul(w, state[name].float())[..., 0, :] for name in ("terms_k", "terms_v"))
-        merges = dec_BK[..., None]
-        return torch.where(merges, mean_k.to(key.dtype), key), torch.where(merges, mean_v.to(value.dtype), value)
+        merges, new = dec_BK[..., None], torch.cat((key, value), dim=-1)
+        place = (self.tokens % W).long()[:, None, None].expand(*dec_BK.shape, 1)
+        weights.mul_(merges).scatter_(2, place, weight[..., None])
+        terms.scatter_(2, place[..., None].expand(*place.shape, terms.shape[-1]), new[:, :, None].to(terms.dtype))
+        mean = torch.matmul((weights / weights.sum(-1, keepdim=True))[..., None, :], terms.float())[..., 0, :]
+        # A slot with one token holds it to the last bit.
+        key, value = torch.where(merges, mean.to(new.dtype), new).split((key.shape[-1], value.shape[-1]), dim=-1)
+        return key, value
 
     def _new_slots(self, new: New, dec_BKT: Tensor, order_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Prefixes: what the open slot holds after each token."""
@@ -121,9 +116,10 @@ class MergingLayer(RaggedLayer):
             return x, weight, there[..., None]
         age = torch.arange(W - 1, -1, -1, device=self.device)
         place = ((self.tokens[:, None] - 1 - age) % W).long()[:, None].expand(-1, self.lengths.shape[1], -1)
-        x = [pick(state[name], place).float() for name in ("terms_k", "terms_v")]
-        there = age < state["run"][..., None]
-        return x, torch.where(there, state["terms_w"].gather(2, place), 1.0), there
+        widths = self.pool.keys.shape[-1], self.pool.values.shape[-1]
+        weight = state["weights"].gather(2, place)
+        there = weight > 0
+        return list(pick(state["terms"], place).float().split(widths, dim=-1)), torch.where(there, weight, 1.0), there
 
     def _keep_open_run(self, x: Sequence[Tensor], weight: Tensor, merges: Tensor, order_BT: Tensor) -> None:
         """`x`: all terms of K and of V [B, K, C, .], oldest first."""
@@ -141,9 +137,10 @@ class MergingLayer(RaggedLayer):
         newest = order_BT.amax(-1, keepdim=True)
         place = ((newest - torch.arange(count - 1, -1, -1, device=self.device)) % W).long()
         rows = torch.arange(len(place), device=self.device)[:, None]
-        for name, t in (("terms_k", x[0]), ("terms_v", x[1]), ("terms_w", weight)):
-            state[name][rows, :, place] = t.detach()[:, :, -count:].transpose(1, 2).to(state[name].dtype)
-        state["run"] = open_run.sum(-1, dtype=torch.int32)
+        terms = torch.cat([t.detach()[:, :, -count:] for t in x], dim=-1)
+        weight = torch.where(open_run, weight, 0.0)[..., -count:]
+        for name, t in (("terms", terms), ("weights", weight)):
+            state[name][rows, :, place] = t.transpose(1, 2).to(state[name].dtype)
 
     def _expiry(self, old: Slots, dec_BKT: Tensor, order_BT: Tensor, count_B: Tensor) -> tuple[Slots, Tensor]:
         """A slot is seen no more once the next token has merged into it: it is then that token's."""

@@ -13,21 +13,21 @@ class EvictingLayer(RaggedLayer):
     """Every token gets a slot; one that its gate gave up leaves it to the token that is `window` tokens younger.
 
     So decoding moves nothing. `window` [B, K, W] int32 says of the newest W tokens of a row, token t at t % W, where
-    they lie and whether they go: 2 * slot + goes; -1 before there were W.
+    they lie and whether they go: 2 * slot + goes; -2 before there were W.
     """
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         assert self.merge.window is not None
         B, K = key_states.shape[:2]
-        self.state["window"] = key_states.new_full((B, K, self.merge.window), -1, dtype=torch.int32)
+        self.state["window"] = key_states.new_full((B, K, self.merge.window), -2, dtype=torch.int32)
 
     def _add_token(self, new: New, dec_BK: Tensor) -> None:
         window = self.state["window"]
         place = (self.tokens % window.shape[-1]).long()[:, None, None].expand(*dec_BK.shape, 1)
         leaving = window.gather(2, place)[..., 0]
-        takes_over = (leaving >= 0) & (leaving % 2 == 1)
-        slot = torch.where(takes_over, leaving // 2, self.lengths)
+        takes_over = (leaving & 1).bool()
+        slot = torch.where(takes_over, leaving >> 1, self.lengths)
         self._write(slot, new.turn(new.key_BKTH)[:, :, 0], new.value_BKTV[:, :, 0])
         window.scatter_(2, place, (2 * slot + dec_BK.int())[..., None])
         self.lengths.add_(~takes_over)
@@ -54,7 +54,7 @@ class EvictingLayer(RaggedLayer):
 
     def _store(self, slots: Slots) -> Slots:
         slots = super()._store(slots)
-        window = self.state["window"].fill_(-1)
+        window = self.state["window"].fill_(-2)
         W, newest = window.shape[-1], self.tokens[:, None, None] - 1
         b, k, s = ((slots.born_BKS > newest - W) & (slots.expires_BKS > newest)).nonzero(as_tuple=True)
         goes = slots.expires_BKS[b, k, s] != NEVER
