@@ -189,36 +189,41 @@ def decode_ragged_cpu(
     out, lse = _fake(q_BNH, k, v, pages_BKM, lengths_BK, plan, scale)
     K, page, capacity = lengths_BK.shape[1], k.shape[1], pages_BKM.shape[2] * k.shape[1]
     _arguments(q_BNH).within("lengths", lengths_BK, 0, capacity)
-    lengths, tables = lengths_BK.flatten().tolist(), pages_BKM.flatten(0, 1)
+    lengths, tables = lengths_BK.flatten(), pages_BKM.flatten(0, 1)
+    if len(lengths) == 0:
+        return out, lse
     q_RGH = q_BNH.unflatten(1, (K, -1)).flatten(0, 1)
-    long = [row for row, length in enumerate(lengths) if length >= WORTH_A_CALL]
-    short = [row for row, length in enumerate(lengths) if length < WORTH_A_CALL]
-    parts = []
-    for row, table in zip(long, tables[long].tolist(), strict=True):
-        keys, values = (_line(t, table[: ceil_div(lengths[row], page)], lengths[row]) for t in (k, v))
-        parts.append(attend(q_RGH.narrow(0, row, 1)[None], keys[None, None], values[None, None], scale))
+    queries, counts, numbers = q_RGH[:, None, None].unbind(), lengths.tolist(), tables.tolist()
+    long = [row for row, count in enumerate(counts) if count >= WORTH_A_CALL]
+    short = [row for row, count in enumerate(counts) if count < WORTH_A_CALL]
+    is_line = all(t.stride(0) == page * t.stride(1) for t in (k, v))
+    lines = [t.flatten(0, 1)[None, None] for t in (k, v)] if is_line else []
+    found = []
+    for row in long:
+        count, pages = counts[row], numbers[row][: ceil_div(counts[row], page)]
+        if is_line and pages == list(range(pages[0], pages[0] + len(pages))):
+            keys, values = (t.narrow(2, pages[0] * page, count) for t in lines)
+        else:
+            used = torch.tensor(pages)
+            keys, values = (t.index_select(0, used).flatten(0, 1)[None, None, :count] for t in (k, v))
+        part, part_lse = attend(queries[row], keys, values, scale)
+        found.append((part[0], part_lse[0]))
     if short:
-        longest = max(lengths[row] for row in short)
-        used = tables[short, : ceil_div(longest, page)]
-        keys, values = (t[used].flatten(1, 2)[:, None, :longest] for t in (k, v))
-        behind = torch.arange(longest) >= lengths_BK.flatten()[short, None]
-        # What lies behind a length may be anything; NaN stays NaN whatever it is multiplied by.
-        values = values.masked_fill(behind[:, None, :, None], 0.0)
-        part, part_lse = attend_plainly(q_RGH[short, None], keys, values, scale, behind[:, None, None])
-        parts.append((part.transpose(0, 1), part_lse.transpose(0, 1)))
-    if parts:
-        rows = torch.tensor(long + short)
-        for whole, pieces in ((out, [part for part, _ in parts]), (lse, [part_lse for _, part_lse in parts])):
-            whole.unflatten(1, (K, -1)).flatten(0, 1).index_copy_(0, rows, torch.cat(pieces, dim=1)[0])
+        rows = torch.tensor(short)
+        used = tables.index_select(0, rows)[:, : ceil_div(max(counts[row] for row in short), page)]
+        keys, values = (t.index_select(0, used.flatten()).view(len(rows), 1, -1, t.shape[-1]) for t in (k, v))
+        for i, row in enumerate(short):
+            # What lies behind a length may be anything; NaN stays NaN whatever it is multiplied by.
+            values[i, 0, counts[row] :].zero_()
+        behind = torch.arange(keys.shape[2]) >= lengths.index_select(0, rows)[:, None]
+        part, part_lse = attend_plainly(
+            q_RGH.index_select(0, rows)[:, None], keys, values, scale, behind[:, None, None]
+        )
+        found.append((part[:, 0], part_lse[:, 0]))
+    order = torch.tensor(long + short)
+    for whole, parts in zip((out, lse), zip(*found, strict=True), strict=True):
+        whole.unflatten(1, (K, -1)).flatten(0, 1).index_copy_(0, order, torch.cat(parts))
     return out, lse
-
-
-def _line(cache: Tensor, pages: list[int], length: int) -> Tensor:
-    """[S, H]: the slots of these pages side by side; not a copy where they are that already."""
-    first, size = pages[0], cache.shape[1]
-    if cache.stride(0) == size * cache.stride(1) and pages == list(range(first, first + len(pages))):
-        return cache.flatten(0, 1).narrow(0, first * size, length)
-    return cache[pages].flatten(0, 1)[:length]
 
 
 def _arguments(q_BNH: Tensor) -> Arguments:
