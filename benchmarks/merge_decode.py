@@ -2,7 +2,7 @@
 
     python benchmarks/merge_decode.py
 
-A Llama of four layers with random weights (8 query heads of 64, width 512), a prompt of 4096 random tokens, 32 tokens
+A Llama of four layers with random weights (8 query heads of 64, width 512), a prompt of 4096 random tokens, 64 tokens
 decoded greedily one by one; float32, one thread. Gates are random as well: their biases are set, layer after layer, so
 that heads keep a slot for a quarter of this prompt's tokens on average, some more and some less. Every repeat times all
 models in turn; numbers are medians, ratios are to the parent. `prefill_peak_bytes` and `step_peak_bytes` are the most
@@ -27,7 +27,7 @@ from surgery.measure.memory import tensor_bytes
 from surgery.measure.speed import Speed, measure_speed
 from surgery.runtime.gates import SurgeryGate, gates_of
 
-SEED, PROMPT, NEW, REPEATS, RATIO = 0, 4096, 32, 3, 4.0
+SEED, PROMPT, NEW, REPEATS, RATIO = 0, 4096, 64, 3, 4.0
 SHAPES = ((8, 1), (8, 4), (2, 4))
 """KV heads and batch."""
 STEPS: dict[str, dict[str, Any]] = {

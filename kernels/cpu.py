@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .launching import ceil_div
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # found once: it is called for every row
+
 
 def attend(
     q_BKGH: Tensor, k_BKSH: Tensor, v_BKSV: Tensor, scale: float, hidden: Tensor | None = None
@@ -24,14 +26,12 @@ def attend(
     chunks = _chunks(B * K, S)
     if chunks == 1 or mask is not None:
         shape = None if mask is None else mask.expand(B, 1, G, S)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BKGH, k_BKSH, v_BKSV, attn_mask=shape, scale=scale
-        )
+        return _flash(q_BKGH, k_BKSH, v_BKSV, attn_mask=shape, scale=scale)
     # Too few sequences for the cores, which share out batch and heads: parts of each sequence stand in the batch.
     size = S // chunks
     whole = chunks * size
     rows = q_BKGH.repeat_interleave(chunks, dim=1)
-    parts, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    parts, part_lse = _flash(
         rows,
         k_BKSH[:, :, :whole].unflatten(2, (chunks, size)).flatten(1, 2),
         v_BKSV[:, :, :whole].unflatten(2, (chunks, size)).flatten(1, 2),

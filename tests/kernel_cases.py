@@ -249,7 +249,7 @@ def ragged_schedule(op: Operators, dtype: torch.dtype, device: str, *, programs:
 @case("decode_ragged_group_4", heads=8, kv_heads=2)
 @case("decode_ragged_mha_few_programs", heads=2, kv_heads=2, programs=2)
 @case("decode_ragged_pages_of_16", heads=2, kv_heads=1, page=16, programs=5)
-@case("decode_ragged_neighbouring_pages", heads=4, kv_heads=2, page=16, neighbours=12)
+@case("decode_ragged_neighbouring_pages", heads=4, kv_heads=2, page=16, neighbours=24)
 @case("decode_ragged_odd_widths", heads=4, kv_heads=2, width=48, value_width=80)
 def decode_ragged(
     op: Operators,

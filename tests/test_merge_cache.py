@@ -239,6 +239,28 @@ def test_pages_are_full_to_6_percent_at_2k_tokens_and_the_plan_says_their_bytes(
         assert tensor_bytes_of_layer(cache, form.layer) == pytest.approx(predicted, rel=0.02)
 
 
+@torch.no_grad()
+def test_rows_grow_in_whole_stretches_and_forget_pages_that_are_gone() -> None:
+    model, ids = model_of("dms", 12, drops=0.0), tokens(batch=2, length=920)
+    mask = torch.ones_like(ids)
+    ids[1, :60], mask[1, :60] = 0, 0
+    positions, cache = (mask.cumsum(-1) - 1).clamp_min(0), DynamicCache(config=model.config)
+    # The second sequence takes a new page after 8 single tokens, and with it a spare one.
+    for begin, end in ((0, 900), *((t, t + 1) for t in range(900, 910))):
+        step = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end], "past_key_values": cache}
+        logits = model(ids[:, begin:end], use_cache=True, **step).logits
+    assert_close(logits[:1, -1], model(ids[:1, :910], use_cache=False).logits[:, -1])
+    for layer in cache.layers:
+        for table, count in zip(layer.tables.flatten(0, 1), layer.lengths.flatten().tolist(), strict=True):
+            pages = table[: -(-count // layer.merge.page)]
+            assert torch.equal(pages, pages[0] + torch.arange(len(pages), dtype=torch.int32))
+    cache.reorder_cache(torch.tensor([1, 0]))  # the spare pages are given back
+    step = {"attention_mask": mask.flip(0)[:, :912], "position_ids": positions.flip(0)[:, 910:912]}
+    logits = model(ids.flip(0)[:, 910:912], past_key_values=cache, use_cache=True, **step).logits
+    assert_close(logits[1:, -1], model(ids[:1, :912], use_cache=False).logits[:, -1])
+    assert_close(logits[:1, -1], model(ids[1:, 60:912], use_cache=False).logits[:, -1])
+
+
 def test_a_static_cache_holds_what_the_plan_says_from_the_start() -> None:
     for method, window in (("dms", 12), ("dmc", 12), ("dmc", None)):
         model = model_of(method, window)
