@@ -88,12 +88,21 @@ MODELS: dict[str, dict[str, Any]] = {
                 [{"rewriter": "gqa", "kv_heads": "1/2"}, {"rewriter": "dms", "ratio": 4, "window": 85, **BY_LAYER}],
                 {"tokens": 98304},
             ),
+            "gqa-2x-dms-4x, gates alone": (
+                [{"rewriter": "gqa", "kv_heads": "1/2"}, {"rewriter": "dms", "ratio": 4, "window": 85, **BY_LAYER}],
+                {**GATES, "tokens": 98304},
+            ),
+            "dms-4x, long windows by layer": (
+                [{"rewriter": "dms", "ratio": 4, "window": 104, **BY_LAYER}],
+                {**GATES, "tokens": 98304},
+            ),
             "dmc-4x": ([{"rewriter": "dmc", "ratio": 4, "window": 12}], {"tokens": 98304}),
         },
         "other": "tinyshakespeare.txt",
     },
 }
-"""Windows by layer are two thirds of the slots on average; which layers get more is decided on training text."""
+"""Windows by layer are two thirds of the slots on average, long ones nine tenths; which layers get more is decided on
+training text."""
 TRAINING = {"batch": 8, "layer_local": 0.0}
 
 
@@ -102,7 +111,7 @@ def parent_of(model: str) -> str:
 
 
 def folder_of(model: str, name: str) -> Path:
-    return WORK / f"{model}-{name}".replace(", window ", "-w").replace(", windows by layer", "-by-layer")
+    return WORK / f"{model}-{name}".replace(", window ", "-w").replace(" ", "-").replace(",", "")
 
 
 def converted(model: str, name: str) -> Path:
@@ -267,7 +276,7 @@ def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
         for name, (steps, _) in MODELS[model]["trained"].items()
     }
     for name, row in trained_rows.items():
-        if "tokens_per_slot" not in row or "gqa" in name:
+        if "tokens_per_slot" not in row or "gqa" in name or "long" in name:  # as those without
             continue
         slots, at = round(MODELS[model]["length"] / row["tokens_per_slot"]), "" if name == "dms-4x" else f", as {name}"
         window = {"gate": "score:window", "window": slots - 4, "ratio": 1}
