@@ -23,9 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import surgery
+from surgery.decisions import gated
 from surgery.measure.memory import tensor_bytes
 from surgery.measure.speed import Speed, measure_speed
-from surgery.runtime.gates import SurgeryGate, gates_of
+from surgery.runtime.gates import SurgeryGate
 
 SEED, PROMPT, NEW, REPEATS, RATIO = 0, 4096, 64, 3, 4.0
 SHAPES = ((8, 1), (8, 4), (2, 4))
@@ -61,7 +62,7 @@ def child(model: PreTrainedModel, step: dict[str, Any], ids_BT: Tensor) -> PreTr
         rate = gate.merge.drop_rate(ids_BT.shape[1], RATIO)
         gate.bias -= free.kthvalue(int((1 - rate) * len(free))).values / gate.merge.gain
 
-    handles = [gate.register_forward_pre_hook(settle) for gate in gates_of(converted).values()]
+    handles = [module.gate.register_forward_pre_hook(settle) for module in gated(converted).values()]
     converted(ids_BT, use_cache=True, logits_to_keep=1)
     for handle in handles:
         handle.remove()

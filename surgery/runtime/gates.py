@@ -6,8 +6,6 @@ They depend on the token's own layer input alone, so they are the same in both.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import transformers.initialization as init
@@ -135,8 +133,3 @@ def logistic_noise(like: Tensor) -> Tensor:
     """log(u / (1 - u)) with u uniform: then P(logit + noise > 0) = sigmoid(logit). Float32."""
     u = torch.rand(like.shape, device=like.device, dtype=torch.float32)
     return torch.logit(u, eps=1e-6)
-
-
-def gates_of(model: nn.Module) -> dict[str, Any]:
-    """Every `SurgeryGate` of a model by its name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SurgeryGate)}
