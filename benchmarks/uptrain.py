@@ -128,7 +128,7 @@ RECOVER: dict[str, dict[str, Any]] = {
         "runs": {
             "ours, ours": ("small", "cla2", None, OURS),
             "mean, ours": ("small", "cla2", MEAN_SHARED, OURS),
-            "mean, cross-entropy": ("small", "cla2", MEAN_SHARED, CE),
+            "mean, cross-entropy": ("small", "cla2", MEAN_SHARED, CE | {"tokens": 229376}),
         },
         "tokens": 114688, "batch": 8, "rates": {"ours": 2e-3, "cross-entropy": 2e-3}, "target": "mean, ours",
     },
@@ -149,15 +149,15 @@ RECOVER: dict[str, dict[str, Any]] = {
         "tokens": 524288, "batch": 8, "rates": {"ours": 5e-4, "cross-entropy": 5e-4}, "target": "ours, ours",
     },
 }  # fmt: skip
-"""Conversion, then training. The common goal closes 90 % of the gap of the run named `target`."""
+"""Conversion, then training. The common goal closes 90 % of the gap of the run named `target`. Runs that are in the
+results with the same options are kept."""
 
 
-def curve(name: str, model: str, text: str, tokens: int, batch: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Held-out loss and KL along one run."""
+def curve(name: str, model: str, text: str, sets: dict[str, Any]) -> dict[str, Any]:
+    """Held-out loss and KL along one run with the `uptrain` options `sets`."""
     train, held = text_of(text)
     out = WORK / "runs" / name.replace(" ", "-").replace(",", "").replace(">", "")
     shutil.rmtree(out, ignore_errors=True)
-    sets = {"tokens": tokens, "batch": batch, "length": LENGTH, **options}
     summary = uptrain(
         Run(
             model=model,
@@ -166,7 +166,7 @@ def curve(name: str, model: str, text: str, tokens: int, batch: int, options: di
             held_out=held,
             held_out_windows=32,
             seed=SEED,
-            eval_steps=max(1, tokens // (batch * LENGTH) // 12),
+            eval_steps=max(1, sets["tokens"] // (sets["batch"] * LENGTH) // 12),
             save_steps=10**9,
             log_steps=10,
             overrides=tuple(f"{key}={value}" for key, value in sets.items()),
@@ -205,10 +205,16 @@ def recover(only: str | None) -> dict[str, Any]:
         runs = {}
         for name, (text, made, init, options) in spec["runs"].items():
             rate = spec["rates"]["cross-entropy" if "cross-entropy" in name else "ours"]
-            options = {**options, "learning_rate": rate}
-            runs[name] = curve(
-                f"{case} {name}", converted(text, made, init), text, spec["tokens"], spec["batch"], options
-            )
+            sets = {
+                "tokens": spec["tokens"],
+                "batch": spec["batch"],
+                "length": LENGTH,
+                **options,
+                "learning_rate": rate,
+            }
+            runs[name] = found.get(case, {}).get("runs", {}).get(name, {})
+            if runs[name].get("options") != sets:
+                runs[name] = curve(f"{case} {name}", converted(text, made, init), text, sets)
             print(case, name, [round(p["nats"], 3) for p in runs[name]["points"]], flush=True)  # noqa: T201
         base = runs[spec["target"]]
         goals = {
