@@ -97,6 +97,7 @@ MODELS: dict[str, dict[str, Any]] = {
                 {**GATES, "tokens": 98304},
             ),
             "dmc-4x": ([{"rewriter": "dmc", "ratio": 4, "window": 12}], {"tokens": 98304}),
+            "dmc-4x, gates alone": ([{"rewriter": "dmc", "ratio": 4, "window": 12}], {**GATES, "tokens": 98304}),
         },
         "other": "tinyshakespeare.txt",
     },
@@ -239,7 +240,8 @@ def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
             row["seconds"] = round(time.monotonic() - begun, 1)
             print(f"{model}, {name}: {row['nats_per_token']:.4f} ({row['gap']:+.4f})", flush=True)  # noqa: T201
         found.append(row)
-        save(found)
+        names = {r["name"] for r in found}
+        save(found + [r for r in known if r["name"] not in names])
         return row
 
     def of_training(name: str) -> dict[str, Any]:
@@ -276,7 +278,7 @@ def rows(model: str, known: list[dict[str, Any]], save: Any) -> None:
         for name, (steps, _) in MODELS[model]["trained"].items()
     }
     for name, row in trained_rows.items():
-        if "tokens_per_slot" not in row or "gqa" in name or "long" in name:  # as those without
+        if "tokens_per_slot" not in row or any(word in name for word in ("gqa", "long", "alone")):  # as those without
             continue
         slots, at = round(MODELS[model]["length"] / row["tokens_per_slot"]), "" if name == "dms-4x" else f", as {name}"
         window = {"gate": "score:window", "window": slots - 4, "ratio": 1}

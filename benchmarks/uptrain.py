@@ -138,7 +138,7 @@ RECOVER: dict[str, dict[str, Any]] = {
             "svd, ours": ("small", "mla-4x", SVD, OURS),
             "svd, cross-entropy": ("small", "mla-4x", SVD, CE),
         },
-        "tokens": 114688, "batch": 8, "rates": {"ours": 2e-3, "cross-entropy": 2e-3}, "target": "svd, ours",
+        "tokens": 114688, "batch": 8, "rates": {"ours": 5e-4, "cross-entropy": 5e-4}, "target": "svd, ours",
     },
     "stories 4->1": {
         "runs": {
