@@ -403,24 +403,27 @@ def plot(only: str | None) -> dict[str, Any]:
     from surgery.plots import COLOURS, DPI
 
     cases = section("recover")
-    figure = Figure(figsize=(5 * len(cases), 3.6), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, len(cases), squeeze=False)[0]
-    for panel, (case, data) in zip(panels, cases.items(), strict=True):
-        for colour, (name, run) in zip(COLOURS, data["runs"].items(), strict=False):
+    figure = Figure(figsize=(10, 3.6 * -(-len(cases) // 2)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(-(-len(cases) // 2), 2, squeeze=False).flatten()
+    for panel, (case, data) in zip(panels, cases.items(), strict=False):
+        for name, run in data["runs"].items():
+            start, training = name.split(", ")
             panel.plot(
                 [p["tokens"] / 1000 for p in run["points"]],
                 [p["nats"] - run["parent"] for p in run["points"]],
-                color=colour,
+                color=COLOURS[training == "cross-entropy"],
+                linestyle="-" if start == "ours" else "--",
                 marker="o",
                 markersize=3,
-                label=name,
+                label=f"{start}, {'KL to the parent' if training == 'ours' else training}",
             )
-        panel.axhline(data["goals"]["nats"] - run["parent"], color="#999999", linestyle="--", linewidth=1)
-        panel.axhline(0, color="#333333", linewidth=1)
+        panel.axhline(data["goals"]["nats"] - run["parent"], color="#999999", linestyle=":", linewidth=1)
+        panel.set_yscale("log")
+        panel.set_ylim(top=2.5 * panel.get_ylim()[1])  # room for the legend
         panel.set_title(f"{case} (conversion, training)", fontsize=10)
         panel.set_xlabel("thousand tokens")
         panel.set_ylabel("nats/token above the parent")
-        panel.legend(fontsize=8, frameon=False)
+        panel.legend(fontsize=8, frameon=False, loc="upper right", handlelength=3)
     figure.savefig(ROOT / "benchmarks" / "results" / "uptrain.png")
     return {}
 
