@@ -404,6 +404,9 @@ class Uptrain:
     """Weight of max(0, part of tokens that is to go - part that goes), where a step asks for a ratio."""
     gate_budget_per: Literal["model", "head"] = "model"
     """One budget for all layers and heads together, which then choose their own ratios, or one for each head."""
+    gate_rate: float = 5.0
+    """Learning rate of gates that are trained beside other weights, in units of theirs. Trained alone (`train: gates`)
+    they have `learning_rate` itself."""
     gate_ramp: float = 0.8
     """Part of the run in which the ratio rises from 1 to that of the recipe."""
     gate_temperature: float = 0.3
@@ -413,7 +416,7 @@ class Uptrain:
 
     def validate(self, where: str) -> None:
         for name in ("tokens", "learning_rate", "local_learning_rate", "temperature", "batch", "lora_rank",
-                     "gate_temperature"):  # fmt: skip
+                     "gate_rate", "gate_temperature"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"{where}.{name}: {value} must be positive.")

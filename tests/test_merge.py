@@ -418,6 +418,19 @@ def test_borrowed_channels_become_gates_and_learn_to_keep_their_budget(home: Pat
     torch.testing.assert_close(torch.cat((begun.logits, rest), dim=1), whole, rtol=0, atol=1e-5)
 
 
+def test_gates_beside_other_weights_learn_at_a_rate_of_their_own(home: Path, tmp_path: Path) -> None:
+    steps = {}
+    for rate in (1, 5):
+        out = tmp_path / str(rate)
+        options = ("layer_local=0", "train=converted", "length=32", "batch=4", "tokens=128", "gate_ramp=0", "warmup=0")
+        uptrain(run(home, out, *options, "decay=0", "learning_rate=1e-3", f"gate_rate={rate}", model="dmc"))
+        before, after = (load_file(f / "model.safetensors") for f in (home / "dmc", out / "model"))
+        steps[rate] = {name: (after[name] - before[name]).abs().max() for name in after}
+    moved = {name: float(steps[5][name] / steps[1][name]) for name in steps[1] if steps[1][name] > 0}
+    assert any(".gate." in name for name in moved) and any("q_proj" in name for name in moved)
+    assert moved == {name: pytest.approx(5 if ".gate." in name else 1, rel=1e-3) for name in moved}
+
+
 def test_checkpointing_trains_the_same_gates(home: Path, tmp_path: Path) -> None:
     options = ("layer_local=0", "train=gates", "length=32", "tokens=512", "learning_rate=0.02", "gate_ramp=0")
     made = {}

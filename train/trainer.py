@@ -295,6 +295,19 @@ class Uptrainer(Trainer):
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if ".gate." not in name]
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's; gates that learn beside other weights are a group of their own, with their own rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        trained: nn.Module = self.model if model is None else model
+        gates = {id(p): p for name, p in trained.named_parameters() if ".gate." in name and p.requires_grad}
+        if is_new and gates and self.uptrain.train != "gates":
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gates]
+            rate = self.uptrain.gate_rate * self.args.learning_rate
+            optimizer.add_param_group({"params": list(gates.values()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule's learning rates, as factors of the optimizer's."""
         if self.lr_scheduler is None:
