@@ -299,7 +299,7 @@ class Uptrainer(Trainer):
         """Trainer's; gates that learn beside other weights are a group of their own, with their own rate."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        trained: nn.Module = self.model if model is None else model
+        trained: Any = self.model if model is None else model
         gates = {id(p): p for name, p in trained.named_parameters() if ".gate." in name and p.requires_grad}
         if is_new and gates and self.uptrain.train != "gates":
             for group in optimizer.param_groups:
