@@ -122,7 +122,7 @@ RECOVER: dict[str, dict[str, Any]] = {
             "mean, ours": ("small", "gqa-4x", MEAN, OURS),
             "mean, cross-entropy": ("small", "gqa-4x", MEAN, CE),
         },
-        "tokens": 114688, "batch": 8, "rates": {"ours": 2e-3, "cross-entropy": 2e-3}, "target": "mean, ours",
+        "tokens": 114688, "batch": 8, "learning_rate": 2e-3, "target": "mean, ours",
     },
     "small cla2": {
         "runs": {
@@ -130,7 +130,7 @@ RECOVER: dict[str, dict[str, Any]] = {
             "mean, ours": ("small", "cla2", MEAN_SHARED, OURS),
             "mean, cross-entropy": ("small", "cla2", MEAN_SHARED, CE | {"tokens": 229376}),
         },
-        "tokens": 114688, "batch": 8, "rates": {"ours": 2e-3, "cross-entropy": 2e-3}, "target": "mean, ours",
+        "tokens": 114688, "batch": 8, "learning_rate": 2e-3, "target": "mean, ours",
     },
     "small mla-4x": {
         "runs": {
@@ -138,7 +138,7 @@ RECOVER: dict[str, dict[str, Any]] = {
             "svd, ours": ("small", "mla-4x", SVD, OURS),
             "svd, cross-entropy": ("small", "mla-4x", SVD, CE),
         },
-        "tokens": 114688, "batch": 8, "rates": {"ours": 5e-4, "cross-entropy": 5e-4}, "target": "svd, ours",
+        "tokens": 114688, "batch": 8, "learning_rate": 5e-4, "target": "svd, ours",
     },
     "stories 4->1": {
         "runs": {
@@ -146,7 +146,7 @@ RECOVER: dict[str, dict[str, Any]] = {
             "ours, cross-entropy": ("stories", "mqa", None, CE),
             "mean, cross-entropy": ("stories", "mqa", MEAN, CE),
         },
-        "tokens": 524288, "batch": 8, "rates": {"ours": 5e-4, "cross-entropy": 5e-4}, "target": "ours, ours",
+        "tokens": 524288, "batch": 8, "learning_rate": 5e-4, "target": "ours, ours",
     },
 }  # fmt: skip
 """Conversion, then training. The common goal closes 90 % of the gap of the run named `target`. Runs that are in the
@@ -204,13 +204,12 @@ def recover(only: str | None) -> dict[str, Any]:
             continue
         runs = {}
         for name, (text, made, init, options) in spec["runs"].items():
-            rate = spec["rates"]["cross-entropy" if "cross-entropy" in name else "ours"]
             sets = {
                 "tokens": spec["tokens"],
                 "batch": spec["batch"],
                 "length": LENGTH,
                 **options,
-                "learning_rate": rate,
+                "learning_rate": spec["learning_rate"],
             }
             runs[name] = found.get(case, {}).get("runs", {}).get(name, {})
             if runs[name].get("options") != sets:

@@ -37,7 +37,7 @@ class WorkingCopy:
         self.model = copy.deepcopy(self.teacher).eval()
         self.gates: dict[int, dict[str, Tensor]] = {}
         """Tensors of the gates that layers got, by name."""
-        self.windows: dict[int, int] = {}
+        self.window_of: dict[int, int] = {}
         """Newest tokens that gates may not drop, where the text has decided that by layer."""
         self._groups: dict[int, tuple[tuple[int, ...], ...]] = {}
         self._wanted: dict[str, list[Tensor]] = {}
@@ -88,9 +88,9 @@ class WorkingCopy:
 
     def settle(self, plan: LayerPlan) -> LayerPlan:
         """`plan` with what the text has decided for its layer."""
-        if plan.layer in self.windows:
+        if plan.layer in self.window_of:
             assert plan.retain is not None
-            plan = replace(plan, retain=replace(plan.retain, window=self.windows[plan.layer]))
+            plan = replace(plan, retain=replace(plan.retain, window=self.window_of[plan.layer]))
         return replace(plan, project=self.project(plan.layer)) if plan.layer in self.converted else plan
 
     def divergence(self, windows: Windows) -> float:

@@ -36,7 +36,9 @@ def budget_of(model: nn.Module, length: int) -> Budget:
 def check_length(model: nn.Module, length: int, per_head: bool) -> None:
     """Raise RecipeError where sequences of `length` tokens cannot reach the ratio that the model's gates are for."""
     gates = [gate for gate in gated(model).values() if gate.merge.is_trained]
-    for group in [[gate] for gate in gates] if per_head or not gates else [gates]:
+    if not gates:
+        return
+    for group in [[gate] for gate in gates] if per_head else [gates]:
         heads = sum(gate.heads.kv_heads for gate in group)
         kept = sum(min(gate.merge.always_kept, length) * gate.heads.kv_heads for gate in group) / heads
         wanted = sum(length / gate.merge.ratio * gate.heads.kv_heads for gate in group) / heads

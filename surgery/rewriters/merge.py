@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,17 +12,11 @@ from ..errors import PlanError
 from ..recipe import DmsStep, MergeStep
 from ..runtime.gates import gate_shapes
 from ..runtime.layout import LayerPlan, Merge
-from ..runtime.merged import SurgeryMergedAttention
-from ..runtime.modeling import from_parent
-from ..show import progress
 from ..text import Windows
 from ..working_copy import WorkingCopy
-from .allocation import PARTS, share_out
 from .attention_weights import AttentionWeights
+from .merge_windows import windows_by_layer
 from .reference import apply_norm
-
-MEASURED = 16
-"""Windows of text on which the cost of a layer's window is measured."""
 
 
 class Gates:
@@ -42,7 +34,7 @@ class Gates:
         """
         if isinstance(self.step, DmsStep) and self.step.windows == "sensitivity":
             assert windows is not None
-            copy.windows |= windows_by_layer(copy, plans, windows)
+            copy.window_of |= windows_by_layer(copy, plans, windows)
             plans = [copy.settle(plan) for plan in plans]
         for plan in plans:
             assert plan.retain is not None
@@ -54,56 +46,6 @@ class Gates:
                 assert windows is not None
                 made["threshold"] = key_norm_threshold(copy, plan.layer, plan.retain, windows)
             copy.gates[plan.layer] = made
-
-
-def windows_by_layer(copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows) -> dict[int, int]:
-    """The window of each layer: together as many tokens as the plans', more of them in layers that miss them most.
-
-    Layers trade with those whose tokens are as large as their own.
-    """
-    text = windows.take(MEASURED)
-    alike: dict[int, dict[int, int]] = defaultdict(dict)
-    for plan in plans:
-        assert plan.retain is not None and plan.retain.window is not None
-        alike[plan.project.dims][plan.layer] = plan.retain.window
-    given: dict[int, int] = {}
-    with progress("measuring windows", len(plans) * len(PARTS)) as advance:
-        cost = window_costs(copy, plans, text, advance)
-        for uniform in alike.values():
-            given |= share_out(cost, uniform, dict.fromkeys(uniform, text.ids_BT.shape[1]))
-    return given
-
-
-def window_costs(
-    copy: WorkingCopy, plans: Sequence[LayerPlan], text: Windows, advance: Callable[[int], None]
-) -> Callable[[int, int], float]:
-    """KL to the parent in nats per token where one layer drops all tokens behind a window, all others none.
-
-    Args:
-        advance: called with 1 whenever a cost is measured.
-    """
-    tokens = text.ids_BT.shape[1]
-    kept = []
-    for plan in map(copy.settle, plans):
-        assert plan.retain is not None
-        kept.append(replace(plan, retain=replace(plan.retain, gate="score:window", window=tokens)))
-    model = from_parent(
-        copy.model,
-        [copy.sites[plan.layer] for plan in plans],
-        kept,
-        weights={plan.layer: copy.canonical(plan.layer) for plan in plans},
-    ).eval()
-    gates = {gate.layer_idx: gate for gate in model.modules() if isinstance(gate, SurgeryMergedAttention)}
-
-    def cost(layer: int, window: int) -> float:
-        whole = gates[layer].merge
-        gates[layer].merge = replace(whole, window=window)
-        found = copy.divergence_of(model, text)
-        gates[layer].merge = whole
-        advance(1)
-        return found
-
-    return cost
 
 
 def new_gate(merge: Merge, hidden_size: int, kv_heads: int) -> dict[str, Tensor]:
