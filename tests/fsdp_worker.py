@@ -13,7 +13,7 @@ from uptraining import run
 
 from surgery.train.schedule import schedule
 from surgery.train.trainer import Uptrainer
-from surgery.train.uptrain import prepare, train
+from surgery.train.uptrain import leave, prepare, train
 
 
 def trainer_of(home, out, model, **options):
@@ -71,6 +71,7 @@ def main(home, out, model):
     if rank == 0:
         torch.save(found, out / "gradients.pt")
     trainer.accelerator.wait_for_everyone()
+    leave()
 
 
 if __name__ == "__main__":
