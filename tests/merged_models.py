@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from methods import fewer_in_odd_layers, own_groups, parent, select_heads, sites, unequal
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from surgery.runtime.attention import canonical_weights
 from surgery.runtime.gates import gate_shapes
@@ -59,3 +62,27 @@ def merged_model(
         plans.append(plan)
         weights[site.layer] = tensors
     return from_parent(model, [replace(site) for site in sites(family)], plans, {"method": "test"}, weights)
+
+
+@functools.cache
+def model_of(method: str, window: int | None, **arguments: object) -> PreTrainedModel:
+    return merged_model(merge(method, window), **arguments).eval()  # type: ignore[arg-type]
+
+
+def tokens(batch: int = 2, length: int = 40, seed: int = 0) -> Tensor:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, ids: Tensor, ends: Sequence[int], cache: Cache | None = None) -> tuple[Tensor, Cache]:
+    """Logits of chunks that end at `ends`, and the cache."""
+    cache, logits, begin = cache or DynamicCache(config=model.config), [], 0
+    for end in ends:
+        logits.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits)
+        begin = end
+    return torch.cat(logits, dim=1), cache
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error <= tolerance, f"relative error {error:.2e}"

@@ -3,56 +3,28 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from merged_models import merge, merged_model
+from merged_models import assert_close, merge, merged_model, model_of, run, tokens
 from methods import parent
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 import surgery.runtime.ragged_attention
 import surgery.runtime.ragged_dmc
-from surgery import convert, plan
 from surgery.bench import of_model
 from surgery.errors import RecipeError
 from surgery.evaluate import evaluate
 from surgery.measure.memory import cache_size, tensor_bytes
 from surgery.runtime.layout import Merge
 from surgery.runtime.ragged import RaggedLayer
-from surgery.runtime.ragged_cache import static_bytes
 
 FORMS = [("dms", 1), ("dms", 12), ("dms", 256), ("dmc", 1), ("dmc", 12), ("dmc", 256), ("dmc", None)]
 every_form = pytest.mark.parametrize(("method", "window"), FORMS)
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
-
-
-@functools.cache
-def model_of(method: str, window: int | None, **arguments: object) -> PreTrainedModel:
-    return merged_model(merge(method, window), **arguments).eval()  # type: ignore[arg-type]
-
-
-def tokens(batch: int = 2, length: int = 40, seed: int = 0) -> Tensor:
-    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def run(model: PreTrainedModel, ids: Tensor, ends: Sequence[int], cache: Cache | None = None) -> tuple[Tensor, Cache]:
-    """Logits of chunks that end at `ends`, and the cache."""
-    cache, logits, begin = cache or DynamicCache(config=model.config), [], 0
-    for end in ends:
-        logits.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits)
-        begin = end
-    return torch.cat(logits, dim=1), cache
-
-
-def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    error = float((got - want).abs().max() / want.abs().max())
-    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 def contents(cache: Cache) -> list[list[Tensor]]:
@@ -122,7 +94,7 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(method: str, window: int
     model, ids, mask = model_of(method, window), tokens(length=30), torch.ones(2, 30, dtype=torch.long)
     ids[0, :7], mask[0, :7] = 0, 0
     # A second turn, in which the other row is the shorter one, and its padding lies between its own tokens.
-    mask[1, 20:24] = 0
+    mask[1, 20:24], mask[1, 28] = 0, 0
     cache, outputs = DynamicCache(config=model.config), []
     with torch.no_grad():
         for begin, end in ((0, 20), (20, 28), (28, 29), (29, 30)):
@@ -261,28 +233,6 @@ def test_rows_grow_in_whole_stretches_and_forget_pages_that_are_gone() -> None:
     assert_close(logits[:1, -1], model(ids[1:, 60:912], use_cache=False).logits[:, -1])
 
 
-def test_a_static_cache_holds_what_the_plan_says_from_the_start() -> None:
-    for method, window in (("dms", 12), ("dmc", 12), ("dmc", None)):
-        model = model_of(method, window)
-        cache = model.static_cache(64)
-        run(model, tokens(length=4), [4], cache)
-        assert tensor_bytes(cache) == 2 * static_bytes(model.plans, 64)
-        pools = [layer.pool.keys.data_ptr() for layer in cache.layers]
-        assert len(set(pools)) == 1
-        run(model, tokens(length=36), [18, *range(19, 37)], cache)
-        assert tensor_bytes(cache) == 2 * static_bytes(model.plans, 64)
-
-
-def test_a_full_pool_says_how_to_size_it() -> None:
-    model = model_of("dms", 12, drops=0.0)
-    with pytest.raises(RuntimeError, match=r"1\.00x fewer.*static_cache\(max_cache_len, ratio=") as caught:
-        run(model, tokens(length=200), [150, *range(151, 201)], model.static_cache(200, ratio=4.0))
-    assert "dynamic" in str(caught.value)
-    run(model, tokens(length=200), [150, *range(151, 201)], model.static_cache(200, ratio=1.0))
-    with pytest.raises(RuntimeError, match="for 20 tokens, 21 came"):
-        run(model, tokens(), [20, 21], model.static_cache(20, ratio=1.0))
-
-
 @pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
 def test_a_conversation_goes_on_from_its_cache_and_from_a_copy_of_it(method: str, window: int | None) -> None:
     model, ids, cache = model_of(method, window), tokens(length=20), DynamicCache()
@@ -308,6 +258,7 @@ def test_what_cannot_be_undone_is_refused() -> None:
     model, ids = model_of("dmc", None), tokens(batch=1)
     _, cache = run(model, ids, [40])
     assert not any(layer.is_croppable or layer.is_compileable for layer in cache.layers)
+    assert model.static_cache(64).is_compileable
     with pytest.raises(ValueError, match="cannot be taken back"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="without an assistant"):
@@ -353,13 +304,3 @@ def test_a_benchmark_that_has_no_such_cache_refuses(tmp_path: Path) -> None:
     model_of("dms", 12).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match=r"merges or drops tokens \(dms\).*eval --speed"):
         of_model(str(tmp_path))
-
-
-def test_the_plan_says_what_a_static_cache_takes() -> None:
-    planned = plan(parent("llama"), {"steps": [{"rewriter": "dms", "ratio": 2, "window": 12, "layers": "1"}]})
-    model = convert(parent("llama"), planned.recipe)
-    cache = model.static_cache(64)
-    run(model, tokens(batch=1, length=4), [4], cache)
-    # The length of a stock layer is a scalar, which counts tokens and is none.
-    assert tensor_bytes(cache) == planned.static_cache_bytes(64)
-    assert "after, static" in str(planned)

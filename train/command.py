@@ -84,17 +84,17 @@ def train(
     run = make_run(config, given, tuple(set_ or ()))
     main_process = int(os.environ.get("RANK", "0")) == 0
     from .show import plan_tables, summary_tables
-    from .uptrain import prepare
+    from .uptrain import leave, prepare
     from .uptrain import train as carry_out
 
     setup = prepare(run)
     _show(plan_tables(setup), main_process)
-    if dry_run:
-        return
-    summary = carry_out(setup)
-    _show([*summary_tables(summary), f"[bold]written to {run.out / 'model'}[/bold]"], main_process)
-    if json_file is not None and main_process:
-        json_file.write_text(json.dumps(summary, indent=2) + "\n")
+    if not dry_run:
+        summary = carry_out(setup)
+        _show([*summary_tables(summary), f"[bold]written to {run.out / 'model'}[/bold]"], main_process)
+        if json_file is not None and main_process:
+            json_file.write_text(json.dumps(summary, indent=2) + "\n")
+    leave()
 
 
 def _show(parts: list[Any], shown: bool) -> None:

@@ -648,6 +648,13 @@ def _world() -> tuple[int, int]:
     return state.num_processes, state.process_index
 
 
+def leave() -> None:
+    """Close the process group of a launched run: gloo's threads abort an interpreter that ends before them."""
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+
+
 if __name__ == "__main__":
     from surgery.cli import main
 

@@ -315,9 +315,9 @@ class LayerPlan:
             newest = 4 * (width + 1)
         else:
             newest = merge.window * (width * number + 4)
-        length_and_table = 4 + 4 * table
-        tokens = 4
-        return round(pages * merge.page * width * number) + self.project.kv_heads * (newest + length_and_table) + tokens
+        lengths_and_table, tokens = 8 + 4 * table, 4
+        slots = round(pages * merge.page * width * number)
+        return slots + self.project.kv_heads * (newest + lengths_and_table) + tokens
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -127,15 +127,19 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
             logits, weight = self.gate(hidden_states, q, k)
             q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
-            visible, past, tokens = self._seen(inputs.mask), layer.get_seq_length(), hidden_states.shape[1]
+            visible, tokens = self._seen(inputs.mask), hidden_states.shape[1]
+            real = None
+            if visible is not None:
+                # The newest token sees every token that is there. `add` refuses those behind the end of a static cache.
+                places = layer.get_seq_length() + torch.arange(tokens, device=q.device)
+                real = visible[:, 0, -1, places.clamp_max(visible.shape[-1] - 1)].expand(len(q), -1)
             seen = layer.add(
                 New(
                     key_BKTH=k.transpose(1, 2),
                     value_BKTV=v.transpose(1, 2),
                     logits_BKT=logits,
                     weight_BKT=weight,
-                    # The newest token sees every token that is there.
-                    real_BT=None if visible is None else visible[:, 0, -1, past : past + tokens].expand(len(q), -1),
+                    real_BT=real,
                     turn=lambda x: norm_heads(self.k_norm, turn(x.transpose(1, 2)), True).transpose(1, 2),
                     angles=self._angles(turn),
                 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
 class PagePool:
     """`keys` [P, page, H] and `values` [P, page, V], and which of the P pages are free.
+
+    A pool that grows belongs to one layer, which moves all of its pages. A fixed one is shared by layers, and hands
+    pages out without asking the device how many: a compiled step may take some. Its pages stand in `order` [P] int32,
+    of which the first `used` (int64, no dimensions) are taken.
 
     Args:
         page: slots per page, a power of two from 16 (the operators that read pages want tiles inside one).
@@ -19,10 +21,11 @@ class PagePool:
 
     keys: Tensor
     values: Tensor
+    order: Tensor
+    used: Tensor
 
     def __init__(self, page: int, per_sequence: int | None = None, ratio: float = 1.0) -> None:
         self.page, self.per_sequence, self.ratio = page, per_sequence, ratio
-        self._free: list[int] = []
         self._allocated = False
 
     def allocate(self, key: Tensor, value: Tensor) -> None:
@@ -33,7 +36,8 @@ class PagePool:
         # Zeros: what lies behind a row's length is hidden, and 0 times NaN would show all the same.
         self.keys = key.new_zeros(pages, self.page, key.shape[-1])
         self.values = value.new_zeros(pages, self.page, value.shape[-1])
-        self._free = list(range(pages))[::-1]
+        self.order = torch.arange(pages, dtype=torch.int32, device=key.device)
+        self.used = torch.zeros((), dtype=torch.int64, device=key.device)
         self._allocated = True
 
     @property
@@ -46,34 +50,37 @@ class PagePool:
         """Pages there are, free ones included."""
         return len(self.keys) if self._allocated else 0
 
-    def take(self, count: int) -> list[int]:
-        """Indices of `count` pages of a fixed pool, in order; contents are undefined.
+    def tensors(self) -> list[Tensor]:
+        """All that it keeps on the device."""
+        if not self._allocated:
+            return []
+        return [self.keys, self.values, *(() if self.grows else (self.order, self.used))]
 
-        Raises:
-            PoolFull: there are fewer.
+    def has(self, wanted: Tensor) -> Tensor:
+        """Whether a fixed pool has a free page for each True of `wanted`; bool without dimensions."""
+        return self.used + wanted.sum() <= self.pages
+
+    def take(self, wanted: Tensor) -> Tensor:
+        """Free pages of a fixed pool that `has` them, one for each True of `wanted`; int32, undefined elsewhere.
+
+        Contents are undefined.
         """
-        if len(self._free) < count:
-            raise PoolFull(count, len(self._free), self.pages)
-        taken = self._free[len(self._free) - count :][::-1]
-        del self._free[len(self._free) - count :]
+        nth = wanted.flatten().cumsum(0)
+        taken = self.order[(self.used + nth - 1).clamp(0, self.pages - 1)].view_as(wanted)
+        self.used += nth[-1]
         return taken
 
-    def give(self, pages: Sequence[int]) -> None:
-        """Take pages back; neighbours are handed out next."""
-        self._free = sorted((*self._free, *pages), reverse=True)
+    def give(self, pages: Tensor) -> None:
+        """Take pages [n] of a fixed pool back; neighbours are handed out next."""
+        free = torch.empty(self.pages, dtype=torch.bool, device=self.order.device)
+        free[self.order.long()] = torch.arange(self.pages, device=free.device) >= self.used
+        free[pages.long()] = True
+        self.order.copy_(torch.argsort(free.byte(), stable=True))
+        self.used -= len(pages)
 
-    def rebuild(self, sources: Sequence[int]) -> None:
+    def rebuild(self, sources: Tensor) -> None:
         """Make page i of a growing pool what page `sources[i]` was; where there was none at all, zeros."""
-        index = torch.tensor(sources, dtype=torch.long, device=self.keys.device)
         self.keys, self.values = (
-            t.index_select(0, index) if len(t) else t.new_zeros(len(index), *t.shape[1:])
+            t.index_select(0, sources) if len(t) else t.new_zeros(len(sources), *t.shape[1:])
             for t in (self.keys, self.values)
         )
-
-
-class PoolFull(RuntimeError):
-    """A fixed pool has fewer free pages than are needed."""
-
-    def __init__(self, wanted: int, free: int, pages: int) -> None:
-        super().__init__(f"{wanted} pages are needed, {free} of {pages} are free")
-        self.pages = pages

@@ -7,7 +7,7 @@ Row (b, k), a sequence's KV head, has `lengths[b, k]` slots; slot s lies at plac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .layout import AHEAD, TABLE_STEP, Merge
 from .merging import hard_decisions
-from .pages import PagePool, PoolFull
+from .pages import PagePool
 from .slots import NEVER, Chunk, New, Slots, at_end
 
 _SPARE = 1 / 64
@@ -34,7 +34,6 @@ class RaggedLayer(CacheLayerMixin):
         max_length: tokens that may come; None: any number.
     """
 
-    is_compileable = False
     is_croppable = False
     supports_early_init = False
     is_sliding = False
@@ -43,21 +42,27 @@ class RaggedLayer(CacheLayerMixin):
         super().__init__()
         self.merge, self.layer, self.max_length = merge, layer, max_length
         self.pool = pool or PagePool(merge.page)
+        # A step of one token with a fixed pool asks the device nothing.
+        self.is_compileable = not self.pool.grows
         self._clear()
 
     def _clear(self) -> None:
-        self.seen = 0
+        # Counted on the device where steps may be compiled, lest each be another program.
+        self.seen: int | Tensor = 0
         self._room = 0
-        self._held: list[list[int]] = []
         self.state: dict[str, Tensor] = {}
         self.is_initialized = False
 
-    # What `state` holds, [B, ...]: `tables` [B, K, M] int32, `lengths` [B, K] int32, `tokens` [B] int32 (of each
-    # sequence, padding not counted), and what the method adds.
+    # What `state` holds, [B, ...]: `tables` [B, K, M] int32, `held` [B, K] int32 (pages that are there), `lengths`
+    # [B, K] int32, `tokens` [B] int32 (of each sequence, padding not counted), and what the method adds.
 
     @property
     def tables(self) -> Tensor:
         return self.state["tables"]
+
+    @property
+    def held(self) -> Tensor:
+        return self.state["held"]
 
     @property
     def lengths(self) -> Tensor:
@@ -75,10 +80,12 @@ class RaggedLayer(CacheLayerMixin):
         width = 0 if self.max_length is None else table_of(self.merge, self.max_length)
         self.state = {
             "tables": key_states.new_zeros(B, K, width, dtype=torch.int32),
+            "held": key_states.new_zeros(B, K, dtype=torch.int32),
             "lengths": key_states.new_zeros(B, K, dtype=torch.int32),
             "tokens": key_states.new_zeros(B, dtype=torch.int32),
         }
-        self._held = [[] for _ in range(B * K)]
+        if not self.pool.grows:
+            self.seen = torch.zeros((), dtype=torch.int64, device=key_states.device)
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, B
         self.is_initialized = True
 
@@ -89,28 +96,48 @@ class RaggedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(new.key_BKTH, new.value_BKTV)
+            if isinstance(self.seen, Tensor) and not torch.compiler.is_compiling():
+                for tensor in (self.seen, *self.tensors()):
+                    torch._dynamo.mark_static_address(tensor)  # CUDA graphs change it in place
         batch, T = len(new.key_BKTH), new.key_BKTH.shape[2]
         if batch != self.batch_size:
             raise ValueError(f"layer {self.layer}: the cache holds {self.batch_size} sequences, {batch} came")
-        if self.max_length is not None and self.seen + T > self.max_length:
-            raise RuntimeError(
-                f"layer {self.layer}: the static cache is for {self.max_length} tokens, {self.seen + T} came. Raise "
-                "max_cache_len, or use a dynamic cache."
+        if self.max_length is not None:
+            self._require(
+                self.seen + T <= self.max_length,
+                f"layer {self.layer}: the static cache is for {self.max_length} tokens, and more came. Raise "
+                "max_cache_len, or use a dynamic cache.",
             )
-        if new.real_BT is not None and bool(new.real_BT.all()):
+        if new.real_BT is not None and not torch.compiler.is_compiling() and bool(new.real_BT.all()):
             new = replace(new, real_BT=None)
-        if T == 1 and new.real_BT is None:
-            if self._room == 0:
-                self._fit(self.lengths.flatten().tolist(), _SPARE)
-            self._room -= 1
-            dec = hard_decisions(new.logits_BKT, self.tokens[:, None], self.merge.protected)
-            self._add_token(new, dec[..., 0])
-            self.tokens.add_(1)
+        if T == 1:
+            self._add_step(new)
             seen: RaggedLayer | Chunk = self
         else:
             seen = self._add_chunk(new)
         self.seen += T
         return seen
+
+    def _add_step(self, new: New) -> None:
+        """One token per sequence. A fixed pool is not asked anything, so that the step can be compiled."""
+        if not self.pool.grows:
+            self._add_page()
+        elif self._room == 0:
+            self._fit(_SPARE)
+        if self.pool.grows:
+            self._room -= 1
+        dec = hard_decisions(new.logits_BKT, self.tokens[:, None], self.merge.protected)[..., 0]
+        if new.real_BT is None:
+            self._add_token(new, dec)
+            self.tokens.add_(1)
+            return
+        # Padding is written behind the slots of its row, and the row stays as it was.
+        real = new.real_BT[:, 0]
+        before = {name: t.clone() for name, t in self.state.items() if name not in ("tables", "held")}
+        self._add_token(new, dec & real[:, None])
+        self.tokens.add_(1)
+        for name, t in before.items():
+            self.state[name].copy_(torch.where(real.view(-1, *[1] * (t.ndim - 1)), self.state[name], t))
 
     def _add_token(self, new: New, dec_BK: Tensor) -> None:
         """Write the slot of one token per sequence; the method's own state and `lengths` move on, `tokens` after it."""
@@ -124,6 +151,7 @@ class RaggedLayer(CacheLayerMixin):
         """`old` as the new tokens see it, and the expiry of theirs; the `count_B` real ones stand at the end."""
         raise NotImplementedError
 
+    @torch.compiler.disable(reason="what is left of a chunk decides about shapes")
     def _add_chunk(self, new: New) -> Chunk:
         real, (B, K, T) = new.real_BT, new.logits_BKT.shape
         before = self.tokens
@@ -148,16 +176,22 @@ class RaggedLayer(CacheLayerMixin):
             padding = torch.arange(T, device=before.device) < T - count[:, None]
             expires = expires.masked_fill(padding[:, None], -1)
         added = Slots(key_BKSH=key, value_BKSV=value, expires_BKS=expires, born_BKS=new_order[:, None].expand(B, K, T))
-        self.state["tokens"] = before + count
+        self._set("tokens", before + count)
         self._store(old.and_(added))
         return Chunk(old=old, new=added, order_BT=order, new_order_BT=new_order, real_BT=real, in_step=in_step)
 
-    def slots(self) -> Slots:
-        """All slots side by side, [B, K, longest, .]; copies."""
-        longest = int(self.lengths.max()) if self.lengths.numel() else 0
+    def side_by_side(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of all slots [B, K, longest, .], copies, and where there is one [B, K, longest]."""
+        longest = self.tables.shape[2] * self.merge.page
+        if not torch.compiler.is_compiling():
+            longest = int(self.lengths.max()) if self.lengths.numel() else 0
         pages = self.tables[..., : -(-longest // self.merge.page)].long()
         key, value = (t[pages].flatten(2, 3)[:, :, :longest] for t in (self.pool.keys, self.pool.values))
-        there = torch.arange(longest, device=self.device) < self.lengths[..., None]
+        return key, value, torch.arange(longest, device=self.device) < self.lengths[..., None]
+
+    def slots(self) -> Slots:
+        """All slots as new tokens may see them; copies."""
+        key, value, there = self.side_by_side()
         expires = torch.where(there, NEVER, -1).int()
         born = torch.full_like(expires, -1)
         return Slots(key_BKSH=key, value_BKSV=value, expires_BKS=expires, born_BKS=born)
@@ -167,9 +201,9 @@ class RaggedLayer(CacheLayerMixin):
         last = self.tokens - 1
         slots = slots.live(last)
         there = slots.expires_BKS > last[:, None, None]
-        self.state["lengths"] = there.sum(-1, dtype=torch.int32)
+        self._set("lengths", there.sum(-1, dtype=torch.int32))
         self._release()
-        self._fit(self.lengths.flatten().tolist())
+        self._fit()
         b, k, s = there.nonzero(as_tuple=True)
         page = self.tables[b, k, s // self.merge.page].long()
         self.pool.keys[page, s % self.merge.page] = slots.key_BKSH.detach()[b, k, s]
@@ -183,58 +217,78 @@ class RaggedLayer(CacheLayerMixin):
         for slots, new in ((self.pool.keys, key_BKH), (self.pool.values, value_BKV)):
             slots.flatten(0, 1).index_copy_(0, place, new.detach().flatten(0, 1).to(slots.dtype))
 
-    def _fit(self, lengths: Sequence[int], spare: float = 0.0) -> None:
-        """Pages for so many slots in each row, and a few steps more.
+    def _fit(self, spare: float = 0.0) -> None:
+        """Pages for all slots of each row, and a few steps more.
 
         Args:
             spare: where a growing pool grows, its rows get this part of their slots more.
         """
-        page, begins = self.merge.page, [len(row) for row in self._held]
-        missing = [max(0, -(-(n + AHEAD) // page) - b) for n, b in zip(lengths, begins, strict=True)]
-        if any(missing) and self.pool.grows:
+        page, lengths, held = self.merge.page, self.lengths, self.held
+        ends = (lengths + AHEAD + page - 1) // page
+        if self.pool.grows and bool((ends > held).any()):
             # All pages move, so that rows stay whole stretches, which a CPU reads without copying them.
-            ends = [-(-(n + AHEAD + int(n * spare)) // page) for n in lengths]
-            rows = [row + [0] * (end - len(row)) for row, end in zip(self._held, ends, strict=True)]
-            self.pool.rebuild([p for row in rows for p in row])
-            numbers = iter(range(self.pool.pages))
-            self._held, begins = [[next(numbers) for _ in row] for row in rows], [0] * len(rows)
-        elif any(missing):
-            taken = iter(self._take(sum(missing), lengths))
-            for row, more in zip(self._held, missing, strict=True):
-                row.extend(next(taken) for _ in range(more))
-        self._enter([(i, j, row[j]) for i, row in enumerate(self._held) for j in range(begins[i], len(row))])
-        self._room = min(len(row) * page - n for row, n in zip(self._held, lengths, strict=True))
+            ends = torch.maximum(held, (lengths + AHEAD + (lengths * spare).int() + page - 1) // page)
+            self._widen(int(ends.max()))
+            places = torch.arange(self.tables.shape[2], device=self.device)
+            there = places < ends[..., None]
+            self.pool.rebuild(torch.where(places < held[..., None], self.tables, 0)[there].long())
+            self.tables.zero_()
+            self.tables[there] = torch.arange(self.pool.pages, dtype=torch.int32, device=self.device)
+            held.copy_(ends)
+        elif not self.pool.grows:
+            places = torch.arange(self.tables.shape[2], device=self.device)
+            wanted = (places >= held[..., None]) & (places < ends[..., None])
+            self.tables.copy_(torch.where(wanted, self._take(wanted), self.tables))
+            held.copy_(torch.maximum(held, ends))
+        self._room = int((held * page - lengths).min()) if self.pool.grows else 0
 
-    def _enter(self, entries: Sequence[tuple[int, int, int]]) -> None:
-        """Write (row, place in its table, page) into the tables, which widen where they must."""
-        if not entries:
+    def _add_page(self) -> None:
+        """A page of a fixed pool for each row whose pages are full."""
+        full = (self.lengths >= self.held * self.merge.page)[..., None]
+        if not torch.compiler.is_compiling() and not bool(full.any()):
             return
-        rows, places, pages = torch.tensor(entries, dtype=torch.long).unbind(-1)
-        self._widen(int(places.max()) + 1)
-        index = rows.to(self.device), places.to(self.device)
-        self.tables.flatten(0, 1)[index] = pages.to(self.device, torch.int32)
+        place = self.held.clamp_max(self.tables.shape[2] - 1).long()[..., None]
+        self.tables.scatter_(2, place, torch.where(full, self._take(full), self.tables.gather(2, place)))
+        self.held.add_(full[..., 0])
 
     def _release(self) -> None:
         """Give all pages back, so that those taken next are neighbours."""
+        there = torch.arange(self.tables.shape[2], device=self.device) < self.held[..., None]
         if self.pool.grows:
-            self.pool.rebuild(())
+            self.pool.rebuild(self.tables.new_zeros(0))
         else:
-            self.pool.give([page for row in self._held for page in row])
-        self._held = [[] for _ in self._held]
+            self.pool.give(self.tables[there])
+        self.held.zero_()
         self.tables.zero_()  # entries behind a row's pages are read as well, and hidden
 
-    def _take(self, pages: int, lengths: Sequence[int]) -> list[int]:
-        try:
-            return self.pool.take(pages)
-        except PoolFull as full:
-            kept = sum(lengths) / max(len(lengths), 1)
-            seen = float(self.tokens.float().mean())
-            raise RuntimeError(
-                f"layer {self.layer}: the static cache is full: all of its {full.pages} pages of {self.merge.page} "
-                f"slots are taken. KV heads hold {kept:.0f} slots of {seen:.0f} tokens here, {seen / max(kept, 1):.2f}x"
-                f" fewer; the pool was sized for a mean of {self.pool.ratio:g}x. Use a dynamic cache, which grows, or "
-                "make a static one for the ratio that the gates reach: model.static_cache(max_cache_len, ratio=...)."
-            ) from full
+    def _take(self, wanted: Tensor) -> Tensor:
+        self._require(
+            self.pool.has(wanted),
+            f"layer {self.layer}: the static cache is full: all of its {self.pool.pages} pages of {self.merge.page} "
+            f"slots are taken; it was sized for a mean of {self.pool.ratio:g} tokens per slot. Use a dynamic cache, "
+            "which grows, or make a static one for the ratio that the gates reach: "
+            "model.static_cache(max_cache_len, ratio=...).",
+            self._reached,
+        )
+        return self.pool.take(wanted)
+
+    def _reached(self) -> str:
+        kept, seen = float(self.lengths.float().mean()), float(self.tokens.float().mean())
+        return f" KV heads hold {kept:.0f} slots of {seen:.0f} tokens here: {seen / max(kept, 1):.2f}x fewer."
+
+    def _require(self, holds: bool | Tensor, message: str, more: Callable[[], str] = str) -> None:
+        """Raise RuntimeError unless `holds`; a compiled step ends the process's work on that device instead."""
+        if isinstance(holds, Tensor) and torch.compiler.is_compiling():
+            torch._assert_async(holds, message)
+        elif not holds:
+            raise RuntimeError(message + more())
+
+    def _set(self, name: str, value: Tensor) -> None:
+        """Change an entry of `state`; in place where it fits, for compiled steps know where it lies."""
+        if self.state[name].shape == value.shape:
+            self.state[name].copy_(value)
+        else:
+            self.state[name] = value
 
     def _widen(self, pages: int) -> None:
         missing = pages - self.tables.shape[2]
@@ -244,18 +298,20 @@ class RaggedLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """All that the layer keeps on the device; layers of a static cache name the same pool."""
-        pool = [self.pool.keys, self.pool.values] if self.is_initialized else []
-        return [*pool, *self.state.values()]
+        return [*self.pool.tensors(), *self.state.values()]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("the cache of a merged attention is written by that attention alone")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        if self.pool.grows:
+            return int(self.seen) + query_length, 0
+        assert self.max_length is not None
+        return self.max_length, 0
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
-        return self.seen
+        return self.seen  # type: ignore[return-value]  # a tensor as in layers of a StaticCache
 
     def get_max_length(self) -> int:
         return -1 if self.max_length is None else self.max_length
@@ -269,9 +325,13 @@ class RaggedLayer(CacheLayerMixin):
             )
 
     def reset(self) -> None:
-        if self.is_initialized:
+        if self.pool.grows:
+            self.pool = PagePool(self.merge.page)
+            self._clear()
+        elif self.is_initialized:
             self._release()
-        self._clear()
+            for tensor in (self.seen, *self.state.values()):
+                tensor.zero_()  # type: ignore[union-attr]
 
     def offload(self) -> None:
         raise ValueError(f"layer {self.layer}: a cache of pages cannot be offloaded. Use a dynamic or static cache.")
@@ -291,23 +351,20 @@ class RaggedLayer(CacheLayerMixin):
         """Go on with these sequences; pages are copied, for sequences of one origin part ways."""
         if rows_B is None or not self.is_initialized:
             return
-        chosen = rows_B.tolist()
-        if chosen == list(range(self.batch_size)):
+        index = rows_B.to(self.device)
+        if len(index) == self.batch_size and bool((index == torch.arange(self.batch_size, device=self.device)).all()):
             return
-        K = self.lengths.shape[1]
-        lengths = self.lengths.flatten().tolist()
-        used = [row[: -(-length // self.merge.page)] for row, length in zip(self._held, lengths, strict=True)]
-        sources = [used[b * K + k] for b in chosen for k in range(K)]
-        flat = torch.tensor([page for row in sources for page in row], device=self.device, dtype=torch.long)
+        places = torch.arange(self.tables.shape[2], device=self.device)
+        there = (places * self.merge.page < self.lengths[..., None]).index_select(0, index)
+        flat = self.tables.index_select(0, index)[there].long()
         keys, values = self.pool.keys[flat], self.pool.values[flat]
         self._release()
-        index = rows_B.to(self.device)
-        self.state = {name: t.index_select(0, index) for name, t in self.state.items()}
-        self.batch_size = len(chosen)
-        self._held = [[] for _ in sources]
-        self._fit(self.lengths.flatten().tolist())
-        rows = zip(self._held, sources, strict=True)
-        to = torch.tensor([page for row, old in rows for page in row[: len(old)]], dtype=torch.long)
+        for name, t in list(self.state.items()):
+            self._set(name, t.index_select(0, index))
+        self.batch_size = len(index)
+        self._fit()
+        # Tables may have widened; what is there stands at their beginning.
+        to = self.tables[..., : there.shape[2]][there].long()
         self.pool.keys[to], self.pool.values[to] = keys, values
 
 

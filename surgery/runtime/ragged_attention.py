@@ -10,7 +10,7 @@ from .attention import SurgeryAttention, eager_attention_forward
 from .layout import Heads
 from .ops import AVAILABLE, ragged_attention_forward
 from .ragged import RaggedLayer
-from .slots import Chunk, Slots
+from .slots import Chunk
 
 _BLOCK = 256
 """Queries at once: slots that they have outlived are left out for the next ones."""
@@ -30,11 +30,18 @@ def attend(
     if isinstance(seen, RaggedLayer):
         if plain and AVAILABLE:
             return _through_pages(query_BNTH, seen, heads, scale)
-        slots = seen.slots()
-        hidden = slots.expires_BKS < 0
-        return _blend(attention, query_BNTH, slots, ~hidden[:, :, None], heads, scale, plain)
+        key, value, there = seen.side_by_side()
+        return _blend(attention, query_BNTH, key, value, there[:, :, None], heads, scale, plain)
+    return _attend_chunk(attention, query_BNTH, seen, heads, scale, plain)
+
+
+@torch.compiler.disable(reason="what is left of a chunk decides about shapes")
+def _attend_chunk(
+    attention: SurgeryAttention, query_BNTH: Tensor, seen: Chunk, heads: Heads, scale: float, plain: bool
+) -> Tensor:
     if plain and _is_causal(seen):
-        return _blend(attention, query_BNTH, seen.new, None, heads, scale, plain)
+        key, value = seen.new.key_BKSH, seen.new.value_BKSV
+        return _blend(attention, query_BNTH, key, value, None, heads, scale, plain)
     T = query_BNTH.shape[2]
     block = _BLOCK if seen.in_step else T
     slots, parts = seen.old, []
@@ -49,7 +56,8 @@ def attend(
         if seen.real_BT is not None:
             # What padding sees is of no use, but it has to see something.
             visible[..., 0] |= ~seen.real_BT[:, None, begin:end]
-        parts.append(_blend(attention, query_BNTH[:, :, begin:end], slots, visible, heads, scale, plain))
+        key, value = slots.key_BKSH, slots.value_BKSV
+        parts.append(_blend(attention, query_BNTH[:, :, begin:end], key, value, visible, heads, scale, plain))
         if end < T:
             slots = slots.live(seen.order_BT[:, end - 1])
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -74,14 +82,15 @@ def _through_pages(query_BN1H: Tensor, layer: RaggedLayer, heads: Heads, scale: 
 def _blend(
     attention: SurgeryAttention,
     query: Tensor,
-    slots: Slots,
+    key: Tensor,
+    value: Tensor,
     visible_BKTS: Tensor | None,
     heads: Heads,
     scale: float,
     plain: bool,
 ) -> Tensor:
     """[B, T, N, V]; `visible_BKTS`: None for causality alone."""
-    key, value, kv_heads = slots.key_BKSH, slots.value_BKSV, heads.kv_heads
+    kv_heads = heads.kv_heads
     if not heads.is_uniform:
         index, kv_heads = _kv_of_query(heads, key.device), query.shape[1]
         key, value = key.index_select(1, index), value.index_select(1, index)

@@ -83,4 +83,6 @@ def static_pages(plan: LayerPlan, tokens: int, ratio: float | None = None) -> in
 def static_bytes(plans: Sequence[LayerPlan], tokens: int, ratio: float | None = None) -> int:
     """Bytes per sequence of the ragged layers of a static cache for `tokens` tokens, as `make_ragged` makes them."""
     merged = [plan for plan in plans if plan.retain is not None and plan.owner == plan.layer]
-    return sum(p.bytes_of_pages(static_pages(p, tokens, ratio), table_of(p.retain, tokens)) for p in merged if p.retain)
+    pages = {p.layer: static_pages(p, tokens, ratio) for p in merged}
+    order = 4 * sum(pages.values())
+    return order + sum(p.bytes_of_pages(pages[p.layer], table_of(p.retain, tokens)) for p in merged if p.retain)

@@ -57,8 +57,8 @@ class MergingLayer(RaggedLayer):
         else:
             merges = dec_BK[..., None]
             for name, x in (("sums_k", key), ("sums_v", value)):
-                state[name] = torch.where(merges, state[name], 0.0) + weight[..., None] * x.float()
-            state["z"] = torch.where(dec_BK, state["z"], 0.0) + weight
+                state[name].mul_(merges).add_(weight[..., None] * x.float())
+            state["z"].mul_(dec_BK).add_(weight)
             # A slot with one token holds it to the last bit.
             mean_k, mean_v = (state[name] / state["z"][..., None] for name in ("sums_k", "sums_v"))
             key = torch.where(merges, mean_k.to(key.dtype), key)
@@ -130,8 +130,8 @@ class MergingLayer(RaggedLayer):
             longest = int(open_run.sum(-1).max())
             w = torch.where(open_run, weight, 0.0)[..., -longest:]
             for name, t in zip(("sums_k", "sums_v"), x, strict=True):
-                state[name] = torch.matmul(w[..., None, :], t.detach()[:, :, -longest:].float())[..., 0, :].contiguous()
-            state["z"] = w.sum(-1)
+                self._set(name, torch.matmul(w[..., None, :], t.detach()[:, :, -longest:].float())[..., 0, :])
+            self._set("z", w.sum(-1))
             return
         count = min(W, weight.shape[-1])
         newest = order_BT.amax(-1, keepdim=True)
