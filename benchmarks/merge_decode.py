@@ -136,7 +136,7 @@ def main() -> None:
             f"{r['cache_bytes'] / 1e6:.1f}", f"{r['prefill_time_ratio']:.2f}x", f"{r['decode_tokens_per_s']:.1f}",
             f"{r['decode_speed_ratio']:.2f}x",
         )  # fmt: skip
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

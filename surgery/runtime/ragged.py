@@ -122,16 +122,16 @@ class RaggedLayer(CacheLayerMixin):
         """One token per sequence. A fixed pool is not asked anything, so that the step can be compiled."""
         if not self.pool.grows:
             self._add_page()
-        elif self._room == 0:
-            self._fit(_SPARE)
-        if self.pool.grows:
+        else:
+            if self._room == 0:
+                self._fit(_SPARE)
             self._room -= 1
         dec = hard_decisions(new.logits_BKT, self.tokens[:, None], self.merge.protected)[..., 0]
         if new.real_BT is None:
             self._add_token(new, dec)
             self.tokens.add_(1)
             return
-        # Padding is written behind the slots of its row, and the row stays as it was.
+        # Padding is written where the next token of its row will be, and the row stays as it was.
         real = new.real_BT[:, 0]
         before = {name: t.clone() for name, t in self.state.items() if name not in ("tables", "held")}
         self._add_token(new, dec & real[:, None])
@@ -225,22 +225,28 @@ class RaggedLayer(CacheLayerMixin):
         """
         page, lengths, held = self.merge.page, self.lengths, self.held
         ends = (lengths + AHEAD + page - 1) // page
-        if self.pool.grows and bool((ends > held).any()):
-            # All pages move, so that rows stay whole stretches, which a CPU reads without copying them.
-            ends = torch.maximum(held, (lengths + AHEAD + (lengths * spare).int() + page - 1) // page)
-            self._widen(int(ends.max()))
-            places = torch.arange(self.tables.shape[2], device=self.device)
-            there = places < ends[..., None]
-            self.pool.rebuild(torch.where(places < held[..., None], self.tables, 0)[there].long())
-            self.tables.zero_()
-            self.tables[there] = torch.arange(self.pool.pages, dtype=torch.int32, device=self.device)
-            held.copy_(ends)
-        elif not self.pool.grows:
+        if not self.pool.grows:
             places = torch.arange(self.tables.shape[2], device=self.device)
             wanted = (places >= held[..., None]) & (places < ends[..., None])
             self.tables.copy_(torch.where(wanted, self._take(wanted), self.tables))
             held.copy_(torch.maximum(held, ends))
-        self._room = int((held * page - lengths).min()) if self.pool.grows else 0
+            return
+        if bool((ends > held).any()):
+            self._grow(torch.maximum(held, (lengths + AHEAD + (lengths * spare).int() + page - 1) // page))
+        self._room = int((held * page - lengths).min())
+
+    def _grow(self, ends_BK: Tensor) -> None:
+        """All pages move, so that rows stay whole stretches, which a CPU reads without copying them."""
+        missing = int(ends_BK.max()) - self.tables.shape[2]
+        if missing > 0:
+            missing = -(-missing // TABLE_STEP) * TABLE_STEP
+            self.state["tables"] = torch.nn.functional.pad(self.tables, (0, missing))
+        places = torch.arange(self.tables.shape[2], device=self.device)
+        there = places < ends_BK[..., None]
+        self.pool.rebuild(torch.where(places < self.held[..., None], self.tables, 0)[there].long())
+        self.tables.zero_()
+        self.tables[there] = torch.arange(self.pool.pages, dtype=torch.int32, device=self.device)
+        self.held.copy_(ends_BK)
 
     def _add_page(self) -> None:
         """A page of a fixed pool for each row whose pages are full."""
@@ -277,7 +283,7 @@ class RaggedLayer(CacheLayerMixin):
         return f" KV heads hold {kept:.0f} slots of {seen:.0f} tokens here: {seen / max(kept, 1):.2f}x fewer."
 
     def _require(self, holds: bool | Tensor, message: str, more: Callable[[], str] = str) -> None:
-        """Raise RuntimeError unless `holds`; a compiled step ends the process's work on that device instead."""
+        """Raise RuntimeError unless `holds`; in compiled steps the device asserts it, a GPU for good."""
         if isinstance(holds, Tensor) and torch.compiler.is_compiling():
             torch._assert_async(holds, message)
         elif not holds:
@@ -289,12 +295,6 @@ class RaggedLayer(CacheLayerMixin):
             self.state[name].copy_(value)
         else:
             self.state[name] = value
-
-    def _widen(self, pages: int) -> None:
-        missing = pages - self.tables.shape[2]
-        if missing > 0:
-            missing = -(-missing // TABLE_STEP) * TABLE_STEP if self.max_length is None else missing
-            self.state["tables"] = torch.nn.functional.pad(self.tables, (0, missing))
 
     def tensors(self) -> list[Tensor]:
         """All that the layer keeps on the device; layers of a static cache name the same pool."""
