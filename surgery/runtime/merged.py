@@ -127,19 +127,13 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
             logits, weight = self.gate(hidden_states, q, k)
             q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
-            visible, tokens = self._seen(inputs.mask), hidden_states.shape[1]
-            real = None
-            if visible is not None:
-                # The newest token sees every token that is there. `add` refuses those behind the end of a static cache.
-                places = layer.get_seq_length() + torch.arange(tokens, device=q.device)
-                real = visible[:, 0, -1, places.clamp_max(visible.shape[-1] - 1)].expand(len(q), -1)
             seen = layer.add(
                 New(
                     key_BKTH=k.transpose(1, 2),
                     value_BKTV=v.transpose(1, 2),
                     logits_BKT=logits,
                     weight_BKT=weight,
-                    real_BT=real,
+                    real_BT=self._real(inputs, layer.get_seq_length()),
                     turn=lambda x: norm_heads(self.k_norm, turn(x.transpose(1, 2)), True).transpose(1, 2),
                     angles=self._angles(turn),
                 )
@@ -152,6 +146,15 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
         plain = self.site.softcap is None and self.sinks is None
         return attend(self, query, seen, self.heads, self.scaling, plain)
+
+    def _real(self, inputs: Inputs, past: int | Tensor) -> Tensor | None:
+        """[B, T] bool: False at padding among the new tokens; None where the parent gives no mask."""
+        visible_B1TS, (B, T, _) = self._seen(inputs.mask), inputs.hidden_BTD.shape
+        if visible_B1TS is None:
+            return None
+        # The newest token sees every token that is there. `add` refuses those behind the end of a static cache.
+        places = (past + torch.arange(T, device=visible_B1TS.device)).clamp_max(visible_B1TS.shape[-1] - 1)
+        return visible_B1TS[:, 0, -1, places].expand(B, -1)
 
     def _angles(self, turn: Any) -> tuple[Tensor, Tensor, bool, int] | None:
         """What `turn` does, for operators that rotate keys themselves; None where it is nothing or more than that."""
