@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from merged_models import assert_close, model_of, run, tokens
@@ -107,6 +109,16 @@ def test_generate_compiles_its_steps(method: str, window: int | None) -> None:
     beams = compiled(model, ids, attention_mask=mask, past_key_values=model.static_cache(40, ratio=1.0), num_beams=3)
     torch.compiler.reset()
     assert torch.equal(beams, model.generate(ids, **GREEDY, attention_mask=mask, num_beams=3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@three_forms
+def test_graphs_of_a_gpu_give_what_a_dynamic_cache_gives(method: str, window: int | None) -> None:
+    model, ids = copy.deepcopy(model_of(method, window)).cuda(), tokens(length=20).cuda()
+    mask = padded(ids)[0]
+    want = model.generate(ids, **GREEDY, attention_mask=mask)
+    for _ in range(2):  # transformers compiles by itself here: the second run replays
+        assert torch.equal(model.generate(ids, **GREEDY, attention_mask=mask, cache_implementation="static"), want)
 
 
 @torch.no_grad()
