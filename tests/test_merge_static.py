@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
 
+import surgery.runtime.ragged_dmc
 from surgery import convert, plan
 from surgery.measure.memory import tensor_bytes
 from surgery.runtime.ragged import RaggedLayer
@@ -60,11 +61,10 @@ def padded(ids: Tensor) -> tuple[Tensor, Tensor]:
     return mask, (mask.cumsum(-1) - 1).clamp_min(0)
 
 
-@three_forms
-@pytest.mark.parametrize("arguments", [{}, {"shared": True}, {"groups": "unequal"}])
 @torch.no_grad()
-def test_64_compiled_steps_are_one_graph(method: str, window: int | None, arguments: dict[str, object]) -> None:
-    model, ids, graphs = model_of(method, window, **arguments), tokens(length=72), []
+def operators_of_64_steps(model: PreTrainedModel) -> set[str]:
+    """Names of the operators in the one graph that all of them are; their logits are checked."""
+    ids, graphs = tokens(length=72), []
     mask, positions = padded(ids)
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
@@ -87,7 +87,18 @@ def test_64_compiled_steps_are_one_graph(method: str, window: int | None, argume
     assert_close(torch.cat(outputs, 1)[mask.bool()], want[mask.bool()])
     assert len(graphs) == 1
     assert places == [tensor.data_ptr() for layer in owners for tensor in layer.tensors()]
-    assert any("decode_ragged" in str(node.target) for node in graphs[0].graph.nodes)
+    return {str(node.target) for node in graphs[0].graph.nodes if "surgery" in str(node.target)}
+
+
+@three_forms
+@pytest.mark.parametrize("arguments", [{}, {"shared": True}, {"groups": "unequal"}])
+def test_64_compiled_steps_are_one_graph(method: str, window: int | None, arguments: dict[str, object]) -> None:
+    assert operators_of_64_steps(model_of(method, window, **arguments)) == {"surgery.decode_ragged.default"}
+
+
+def test_64_compiled_steps_through_the_operator_that_merges_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surgery.runtime.ragged_dmc, "_has_operator", lambda device: True)
+    assert "surgery.merge_append_.default" in operators_of_64_steps(model_of("dmc", None))
 
 
 def compiled(model: PreTrainedModel, ids: Tensor, **arguments: object) -> Tensor:
