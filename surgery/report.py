@@ -239,6 +239,8 @@ def serving_table(reports: Iterable[Report]) -> Table:
     table = _table(
         "model", "params", "KV cache", "planned", "batch", *(["prefill tok/s", "decode tok/s"] if timed else [])
     )
+    for column in table.columns[5:]:
+        column.no_wrap = False  # the ratio may go below: on 80 columns names would have no room
     seen = set()
     for report in reports:
         for m in report.measured:

@@ -1,6 +1,7 @@
 """Reports: JSON and back, tables that fit a terminal, a page that compares only what compares."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from surgery import plots
 from surgery.errors import CheckpointError
@@ -128,6 +130,15 @@ def test_tables_fit_100_columns_with_whole_headers_numbers_and_names(name):
         assert "…" not in "".join(lines)
         first = "".join(line[: header.index(table.columns[1].header) - 1].strip() for line in lines)
         assert name.replace(" ", "") in first.replace(" ", "")
+
+
+def test_names_have_room_on_80_columns():
+    made = made_up("2x mean pooling")
+    large = dataclasses.replace(made.model.cache, bytes=805_306_368, predicted_bytes=805_306_368)
+    wide = dataclasses.replace(made, model=dataclasses.replace(made.model, cache=large, max_batch=109_210))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(serving_table([wide]))
+    assert " 2x mean" in console.file.getvalue() and "(1.22x)" in console.file.getvalue()
 
 
 def test_speed_is_compared_with_the_baseline_of_the_same_run():
