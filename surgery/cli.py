@@ -15,6 +15,7 @@ from rich.text import Text
 from transformers.utils import logging as hf_logging
 
 from .errors import CheckpointError, SurgeryError
+from .show import stdout
 from .train import command as training
 
 app = typer.Typer(
@@ -73,7 +74,7 @@ def _fail(message: str) -> None:
 
 
 def _out(*parts: object) -> None:
-    console = Console(highlight=False)
+    console = stdout()
     for part in parts:
         console.print(part)
 

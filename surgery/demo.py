@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from .anatomy import examine
@@ -19,7 +18,7 @@ from .plan import plan
 from .recipe import Recipe
 from .reference import SMALL
 from .report import Report, check_report_folder, quality_table, recall_table, serving_table, write_report
-from .show import progress
+from .show import progress, stdout
 from .storage import load
 from .text import Windows, load_tokenizer, load_windows
 
@@ -74,7 +73,7 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
     check_report_folder(out, overwrite)
     begun = time.monotonic()
     effort = FAST if fast else WHOLE
-    console = Console(highlight=False)
+    console = stdout()
     tokenizer = load_tokenizer(SMALL)
     parent = load(SMALL, dtype=torch.float32)
     calibration, held_out = _text(tokenizer, parent.config.vocab_size, effort)

@@ -239,8 +239,6 @@ def serving_table(reports: Iterable[Report]) -> Table:
     table = _table(
         "model", "params", "KV cache", "planned", "batch", *(["prefill tok/s", "decode tok/s"] if timed else [])
     )
-    for column in table.columns[5:]:
-        column.no_wrap = False  # the ratio may go below: on 80 columns names would have no room
     seen = set()
     for report in reports:
         for m in report.measured:
@@ -285,12 +283,16 @@ def _cells(table: Table) -> list[list[str]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
+_BREAKABLE = ("95 %", "same top", "KV B/token", "prefill tok/s", "decode tok/s")
+"""Columns whose header or cells may take two lines at a space: on 80 columns the names would have no room."""
+
+
 def _table(*names: str) -> Table:
-    """The first column names things and folds; the numbers behind it stay on one line."""
+    """The first column names things and folds; the numbers behind it stay on one line where they can."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left", caption_style="")
-    table.add_column(names[0], overflow="fold")
+    table.add_column(names[0], overflow="fold", min_width=8)
     for name in names[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=name not in _BREAKABLE)
     return table
 
 

@@ -30,6 +30,11 @@ def progress(title: str, total: int, shown: bool | None = None) -> Iterator[Call
         yield lambda steps: bar.advance(task, steps)
 
 
+def stdout() -> Console:
+    """Where results are printed: as wide as the terminal, 100 columns into a file or pipe."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
 def render(parts: list[Any], width: int = 100) -> str:
     """Rich renderables as plain text."""
     console = Console(file=io.StringIO(), width=width, color_system=None)

@@ -137,8 +137,10 @@ def test_names_have_room_on_80_columns():
     large = dataclasses.replace(made.model.cache, bytes=805_306_368, predicted_bytes=805_306_368)
     wide = dataclasses.replace(made, model=dataclasses.replace(made.model, cache=large, max_batch=109_210))
     console = Console(file=io.StringIO(), width=80)
-    console.print(serving_table([wide]))
-    assert " 2x mean" in console.file.getvalue() and "(1.22x)" in console.file.getvalue()
+    console.print(serving_table([wide]), quality_table([made]))
+    shown = console.file.getvalue()
+    assert shown.count(" 2x mean ") == 2 and "…" not in shown
+    assert all(number in shown for number in ("(1.22x)", "768.0 MiB", "109,210", "+4.8%", "90.0%", "4,608", "50%"))
 
 
 def test_speed_is_compared_with_the_baseline_of_the_same_run():
