@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 
 from surgery.errors import RecipeError
+from surgery.show import stdout
 
 if TYPE_CHECKING:
     from .uptrain import Run
@@ -98,7 +98,7 @@ def train(
 
 
 def _show(parts: list[Any], shown: bool) -> None:
-    console = Console(highlight=False, width=None if Console().is_terminal else 100)
+    console = stdout()
     for part in parts if shown else ():
         console.print(part)
 
