@@ -16,6 +16,7 @@ from word 96 on; H2O, which has no cache here, in one pass that computes what de
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import tempfile
@@ -171,12 +172,14 @@ def scores(model: PreTrainedModel, ids_BT: Tensor, answers: list[list[int]], thr
     }  # fmt: skip
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> tuple[list[dict[str, Any]], str]:
+    """What each cache answers, and the digest of the text."""
     reader = tokenizer()
     source = texts(SEED + 2, reader)
     held = [next(source) for _ in range(HELD)]
     ids, answers = torch.tensor([ids for ids, _ in held]), [places for _, places in held]
-    windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), "notes")
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
+    windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), digest)
     other = texts(SEED + 3, reader)
     calibration = torch.tensor([next(other)[0] for _ in range(64)])
     whole = surgery.load(parent(), dtype=torch.float32)
@@ -212,13 +215,13 @@ def rows() -> list[dict[str, Any]]:
         AttentionMaskInterface.register(f"h2o-{slots}", sdpa_mask)
         evicting = surgery.load(parent(), dtype=torch.float32, attn_implementation=f"h2o-{slots}")
         add(f"h2o, as {name}", evicting, through_cache=False, tokens_per_slot=LENGTH / slots)
-    return found
+    return found, digest
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = rows()
-    write("merge_recall", {**environment(SEED), "length": LENGTH, "texts": HELD, "rows": found})
+    found, digest = rows()
+    write("merge_recall", {**environment(SEED), "length": LENGTH, "texts": HELD, "text": digest, "rows": found})
     table = Table("cache", "tokens per slot", "bytes", "answers right", "answer nats", "nats/token")
     for row in found:
         table.add_row(

@@ -107,6 +107,7 @@ class RaggedLayer(CacheLayerMixin):
                 self.seen + T <= self.max_length,
                 f"layer {self.layer}: the static cache is for {self.max_length} tokens, and more came. Raise "
                 "max_cache_len, or use a dynamic cache.",
+                lambda: f" These make {int(self.seen) + T}.",
             )
         if new.real_BT is not None and not torch.compiler.is_compiling() and bool(new.real_BT.all()):
             new = replace(new, real_BT=None)
