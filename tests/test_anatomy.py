@@ -328,3 +328,11 @@ def test_the_probe_stays_out_of_other_peoples_way():
     assert "surgery_anatomy" in AttentionInterface().valid_keys()
     model = tiny_model("llama")
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_capture_that_fails_at_first_leaves_no_hook_behind():
+    """DBRX is captured at the second try; torch 2.11 leaves a hook on all buffers after the first."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = list(hooks)
+    examine(tiny_model("dbrx"))
+    assert list(hooks) == before

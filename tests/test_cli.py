@@ -89,17 +89,27 @@ def refused(call, folder, tmp_path):
     return check
 
 
-def test_tokenizer_of_another_model_is_refused(refused, folder, tmp_path):
+def test_a_tokenizer_with_more_ids_than_embeddings_serves_texts_that_do_not_use_them(call, refused, folder, tmp_path):
     add_tokenizer(folder, 200)
     (tmp_path / "text.txt").write_text("w1 w2 " * 200)
-    for arguments in (
-        ("convert", folder, "-r", "mqa", "-o", tmp_path / "out"),
-        ("convert", folder, "-r", "mqa", "-o", tmp_path / "out", "--calibration", tmp_path / "text.txt"),
-        ("eval", folder, "--text", tmp_path / "text.txt"),
-        ("generate", folder, "--prompt", "w1"),
-    ):
-        err = refused(*arguments)
-        assert f"{folder}: the tokenizer has 200 tokens, the model 128 embeddings" in err
+    (tmp_path / "other.txt").write_text("w1 w150 " * 200)
+    for out, text, prompt in ((True, "text.txt", "w1"), (False, "other.txt", "w1 w150")):
+        for i, arguments in enumerate(
+            (
+                ("convert", folder, "-r", "mqa", "-o", tmp_path / "out-1", "--calibration", tmp_path / text),
+                ("eval", folder, "--text", tmp_path / text, "--length", "16", "--samples", "2"),
+                ("generate", folder, "--prompt", prompt, "--tokens", "2"),
+            )
+        ):
+            if out:
+                code, _, err = call(*arguments)
+                assert code == 0, err
+            else:
+                arguments = [tmp_path / "out-2" if a == tmp_path / "out-1" else a for a in arguments]
+                where = ("calibration text", "evaluation text", "prompt")[i]
+                assert f"{where}: token id 150 ('w150'), but the model knows 128" in refused(*arguments)
+    assert call("convert", folder, "-r", "mqa", "-o", tmp_path / "out-3")[0] == 0
+    assert (tmp_path / "out-3" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,26 @@
 import json
 import math
 import random
+import sys
 
 import pytest
 import torch
 from families import tiny_model
+from tokenizers.processors import TemplateProcessing
+from tokenizing import said, word_tokenizer
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import surgery
 from surgery import evaluate
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
+from surgery.export.card import _done
+from surgery.export.target import Source
 from surgery.measure.memory import max_batch, parse_bytes
 from surgery.measure.recall import TASKS, Reader, recall
 from surgery.measure.scoring import score_windows
 from surgery.measure.statistics import bootstrap
+from surgery.provenance import provenance_of
 from surgery.reference import SMALL
 from surgery.text import load_tokenizer, load_windows
 
@@ -239,6 +245,85 @@ def test_every_question_has_exactly_the_length_asked_for_and_holds_its_answer(ta
         text = reader.tokenizer.decode(asked.ids)
         assert text.endswith(f"{question.ask} {question.answer}")
         assert question.facts[-1] in text
+
+
+def test_a_long_text_is_scored_with_every_window_started_as_the_tokenizer_starts_a_text():
+    model = tiny_model("llama")
+    words = torch.randint(8, 128, (30,), generator=torch.Generator().manual_seed(0))
+    report = evaluate(model, text=[said(*words.tolist())], tokenizer=word_tokenizer(), length=11)
+    ids = torch.cat([torch.ones(3, 1, dtype=torch.long), words.view(3, 10)], 1)
+    with torch.inference_mode():
+        logp = model(ids).logits.log_softmax(-1)[:, :-1]
+    wanted = -float(logp.gather(-1, ids[:, 1:, None]).mean())
+    assert report.model.quality["prefill"].nats_per_token.value == pytest.approx(wanted, abs=1e-5)
+    assert report.model.quality["decode"].nats_per_token.value == pytest.approx(wanted, abs=1e-5)
+    assert report.tokens == 30 and report.windows == 3
+    assert report.to_dict()["window_start"] == ["<s>"]
+    assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))).window_start == ("<s>",)
+    assert "every window starts with <s>" in str(report)
+    assert "starts with no special token" in str(
+        evaluate(model, text=[said(*words.tolist())], tokenizer=word_tokenizer(start=()), length=10, path="prefill")
+    )
+
+
+def test_calibration_text_is_cut_the_same_way_and_recorded():
+    words = torch.randint(8, 128, (10,), generator=torch.Generator().manual_seed(0))
+    recipe = {"steps": [{"rewriter": "gqa", "kv_heads": 1, "layers": "1"}]}
+    child = surgery.convert(
+        tiny_model("llama"), recipe, calibration=[said(*words.tolist())], tokenizer=word_tokenizer(), length=6
+    )
+    ids = torch.cat([torch.ones(2, 1, dtype=torch.long), words.view(2, 5)], 1)
+    digest = load_windows(ids, vocab_size=128, length=6).digest
+    found = provenance_of(child)["calibration"]
+    assert "12 tokens in 2 windows, each starting with `<s>`, digest" in "".join(_done(Source(child)))
+    assert found == {"windows": 2, "tokens": 12, "digest": digest, "start": ["<s>"]}
+
+
+@pytest.mark.parametrize(("family", "length"), [("gpt2", None), ("gpt2", 16), ("mpt", None), ("llama", 16)])
+def test_token_ids_are_cut_to_the_length_asked_for_and_to_the_models_positions(family, length):
+    model = tiny_model(family)
+    if family == "gpt2":
+        model = type(model)(type(model.config)(**{**model.config.to_dict(), "n_positions": 64})).eval()
+    limit = {"gpt2": 64, "mpt": 256, "llama": 256}[family]
+    ids = torch.randint(8, 120, (2, 512), generator=torch.Generator().manual_seed(0))
+    size = length or limit
+    report = evaluate(model, text=ids, length=length, path="prefill", speed=length is None)
+    assert (report.length, report.windows, report.tokens) == (size, 1024 // size, 1024 // size * (size - 1))
+    assert report.model.context == limit
+    cut = ids.view(-1, size)
+    with torch.inference_mode():
+        logp = model(cut, use_cache=False).logits.log_softmax(-1)[:, :-1]
+    wanted = -float(logp.gather(-1, cut[:, 1:, None]).mean())
+    assert report.model.nats_per_token == pytest.approx(wanted, abs=1e-5)
+    if length is None:
+        assert report.model.speed.prompt + report.model.speed.new <= limit
+    with pytest.raises(CheckpointError, match=f"windows of {limit + 1} tokens, but the model has {limit} positions"):
+        evaluate(model, text=ids, length=limit + 1)
+
+
+def test_questions_start_with_all_that_the_tokenizer_starts_a_text_with_and_nothing_else():
+    def starting(single, specials):
+        tokenizer = load_tokenizer(SMALL)
+        tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+        ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in specials]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+        return tokenizer, [i for _, i in ids]
+
+    tokenizer, ids = starting("<|end|> <s> $A", ["<|end|>", "<s>"])
+    assert Reader(tokenizer).start == ids
+    tokenizer, _ = starting("$A </s>", ["</s>"])
+    tokenizer.bos_token = "</s>"
+    assert Reader(tokenizer).start == []
+
+
+def test_questions_that_do_not_fit_the_positions_or_use_unknown_ids_are_refused_before_any_work(small, monkeypatch):
+    monkeypatch.setattr(sys.modules["surgery.evaluate"], "score_windows", None)
+    tokenizer = load_tokenizer(SMALL)
+    options = {"text": IDS, "recall_tasks": ("passkey",), "tokenizer": tokenizer}
+    with pytest.raises(RecipeError, match=r"questions of 512 tokens .* the model has 512"):
+        evaluate(small, recall_lengths=(512,), **options)
+    with pytest.raises(CheckpointError, match=r"recall: token id \d+ \('.+'\), but the model knows 128"):
+        evaluate(tiny_model("llama"), **options)
 
 
 def test_sizes_are_read_as_people_write_them():

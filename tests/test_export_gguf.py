@@ -130,6 +130,22 @@ def test_the_tokenizer_travels_in_the_file(tmp_path) -> None:
         export(tmp_path / "small", tmp_path / "two", to="gguf")
 
 
+@pytest.mark.usefixtures("without_llama")
+def test_added_tokens_without_an_embedding_are_left_out_and_others_refused(tmp_path) -> None:
+    shutil.copytree(SMALL, tmp_path / "small")
+    file = tmp_path / "small" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    extra = {**words["added_tokens"][0], "id": 4096, "content": "<extra>"}
+    file.write_text(json.dumps({**words, "added_tokens": [*words["added_tokens"], extra]}))
+    report = export(tmp_path / "small", tmp_path / "out", to="gguf")
+    assert "4096 tokens, gpt2 (gpt-2), 1 without an embedding left out" in report.notes[0]
+    assert len(gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields["tokenizer.ggml.tokens"].data) == 4096
+    model = {**words["model"], "vocab": {**words["model"]["vocab"], "surplus": 4096}}
+    file.write_text(json.dumps({**words, "model": model}))
+    with pytest.raises(PlanError, match="has 4097 tokens beside the added ones, the model 4096 embeddings"):
+        export(tmp_path / "small", tmp_path / "two", to="gguf")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

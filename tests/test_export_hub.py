@@ -305,7 +305,7 @@ def test_a_large_checkpoint_is_compared_layer_by_layer_from_disk(child, tmp_path
     monkeypatch.setattr(hub, "LARGE", 0)
     monkeypatch.setattr(hub, "answers_alone", lambda *a, **k: asked.append(k) or parity.answers_alone(*a, **k))
     report = surgery.export(child, tmp_path / "out", to="hub", link=True)
-    assert asked == [{"trust_remote_code": True, "device_map": {"": "disk"}}]
+    assert asked == [{"auto": "AutoModelForCausalLM", "trust_remote_code": True, "device_map": {"": "disk"}}]
     assert report.parity.logit_difference == 0.0
     assert (tmp_path / "out" / "model.safetensors").samefile(child / "model.safetensors")
 
@@ -350,7 +350,7 @@ def test_a_model_that_answers_otherwise_when_loaded_again_is_not_exported(child,
 
 
 def test_code_that_does_not_run_is_not_exported(child, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(remote_code, "_MODELING", "from .modeling import Nothing  # {parent_lm}")
+    monkeypatch.setattr(remote_code, "_MODELING", "from .modeling import Nothing  # {parent}")
     with pytest.raises(CheckpointError, match="does not run without surgery"):
         surgery.export(child, tmp_path / "out", to="hub")
     assert list(tmp_path.iterdir()) == []

@@ -1,13 +1,15 @@
 """lm-eval on models in memory: our recall tasks, unknown names, a package that is not there."""
 
+import copy
 import importlib.util
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM, PreTrainedTokenizerFast
 
 from surgery.errors import CheckpointError, RecipeError
-from surgery.harness import OURS, check_known, recall_task, run_tasks
+from surgery.harness import OURS, _language_model, check_known, recall_task, run_tasks
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'kv-surgery[eval]'"
@@ -96,6 +98,42 @@ def test_unknown_names_are_refused_with_the_nearest_ones(tokenizer):
         check_known(["surgery_pass_key"])
     with pytest.raises(RecipeError, match="none named"):
         check_known([])
+
+
+@needs_lm_eval
+def test_a_padding_token_without_an_embedding_is_not_looked_up(tokenizer):
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert padded.pad_token_id == 257
+    wanted = run_tasks(tiny_llama(), tokenizer, ["surgery_passkey"], limit=4)
+    assert run_tasks(tiny_llama(), padded, ["surgery_passkey"], limit=4) == wanted
+
+
+@needs_lm_eval
+def test_tasks_with_ids_that_the_model_does_not_know_are_refused_by_name(tokenizer):
+    started = copy.deepcopy(tokenizer)
+    started.add_special_tokens({"bos_token": "<s>"})
+    started.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    with pytest.raises(CheckpointError, match=r"tasks: token id 257 \('<s>'\), but the model knows 257"):
+        run_tasks(tiny_llama(), started, ["surgery_passkey"], limit=2)
+
+
+@needs_lm_eval
+def test_a_tokenizer_that_ends_every_prompt_is_refused(tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 256)])
+    with pytest.raises(CheckpointError, match="puts </s> behind every text"):
+        run_tasks(tiny_llama(), ending, ["surgery_passkey"], limit=2)
+
+
+@needs_lm_eval
+def test_contexts_are_the_models_positions_whatever_they_are_called(tokenizer):
+    assert _language_model(tiny_llama(), tokenizer, 2).max_length == 384
+    config = MptConfig(vocab_size=257, d_model=32, n_heads=2, n_layers=1, max_seq_len=96, expansion_ratio=1)
+    model = MptForCausalLM(config).eval()
+    assert _language_model(model, tokenizer, 2).max_length == 96
+    documents = recall_task("surgery_passkey", model, tokenizer).test_docs()
+    assert max(len(tokenizer(f"{d['text']} {d['answer']}.")["input_ids"]) for d in documents) <= 96
 
 
 @needs_lm_eval

@@ -411,7 +411,7 @@ def stories() -> Iterator[tuple[LatentCopy, Windows, Windows, dict[int, LatentMo
         pytest.skip("needs the reference checkpoints (SURGERY_REFERENCE)")
     parent = surgery.load(STORIES).float()
     texts = [json.loads(line)["text"].lower() for line in text.read_text().splitlines()]
-    tokenizer = load_tokenizer(STORIES, parent.config.vocab_size)
+    tokenizer = load_tokenizer(STORIES)
     fit, held = (
         load_windows(part, tokenizer, vocab_size=parent.config.vocab_size, length=128)
         for part in (texts[:16], texts[400:408])
@@ -455,7 +455,7 @@ def _lowrank(w, m, ranks, init):
 
 
 def test_layers_that_return_more_than_their_stream_are_run_with_the_whole_model():
-    model = families.tiny_model("gptj")
+    model = families.tiny_model("mpt")
     copy = LatentCopy(model, examine(model))
     ids = torch.randint(3, 120, (4, 12), generator=torch.Generator().manual_seed(0))
     windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), "random")

@@ -13,9 +13,10 @@ LINKED = ("kernels", "recipes", "train")
 
 LEVELS = [
     ("kernels",),
-    ("errors", "linalg", "show", "reference"),
+    ("errors", "linalg", "show", "reference", "torch_state", "tracing"),
     ("runtime",),
-    ("anatomy", "sharing", "uniform", "recipe", "checkpoint", "text"),
+    ("classes", "companions", "outputs", "versions"),
+    ("anatomy", "sharing", "uniform", "recipe", "checkpoint", "adapters", "parents", "text"),
     ("native", "budget", "engines", "plan"),
     ("rewriters", "working_copy", "calibrate", "provenance"),
     ("storage", "streaming", "convert"),

@@ -132,3 +132,14 @@ def test_damped_cholesky_squares_to_the_damped_matrix():
     S = damped_cholesky(C, 1e-2)
     want = C + 1e-2 * C.diagonal().real.mean() * torch.eye(9)
     torch.testing.assert_close(S @ S.mH, want)
+
+
+def test_singular_moments_that_rounding_made_indefinite_have_a_damped_root():
+    x = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)).expand(64, -1)
+    moments = (x.T @ x).double() - 1e-5 * torch.eye(12, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(moments).min() < 0
+    root = damped_cholesky(moments, 1e-9)
+    assert (root @ root.T - moments).abs().max() < 1e-3 * moments.abs().max()
+    assert damped_cholesky(torch.zeros(3, 3)).isfinite().all()
+    with pytest.raises(ValueError, match="not positive semidefinite"):
+        damped_cholesky(torch.full((2, 2), float("nan")))

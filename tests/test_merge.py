@@ -461,6 +461,7 @@ def test_inspect_shows_what_gates_decide(home: Path, tmp_path: Path) -> None:
     assert plot.stat().st_size > 1000
     found = json.loads(out.read_text())
     assert found["tokens_per_slot"] == 1.0
+    assert found["window_start"] == []
     assert set(found["tokens_per_slot_by_head"]) == {"0", "1"}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import inspect
+import pickle
 import subprocess
 import sys
 import warnings
@@ -14,10 +16,11 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from methods import METHODS, PAIRS, REFUSED, REPRESENTATIVE, converted, parent, sites
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from surgery.errors import SurgeryError
 from surgery.runtime.attention import SurgeryAttention, eager_attention_forward
+from surgery.runtime.calling import cache_argument
 from surgery.runtime.layout import LayerPlan
 from surgery.runtime.modeling import from_parent, load_converted, surgery_class
 
@@ -73,6 +76,35 @@ def test_unequal_groups_decode_as_they_prefill(family: str) -> None:
     assert_close(*both(converted("unequal_groups", family)))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_pickled_and_copied_models_give_the_same_logits(method: str) -> None:
+    model = converted(method, METHODS[method].families[0])
+    want = model(tokens()).logits
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(other) is type(model)
+        assert other.config == model.config
+        assert torch.equal(other(tokens()).logits, want)
+
+
+@torch.no_grad()
+def test_a_fresh_process_unpickles_models_and_configs(tmp_path: Path) -> None:
+    models = [converted(method, "llama") for method in ("unequal_groups", "shared_mla", "dms")]
+    torch.save([(model, model(tokens()).logits) for model in models], tmp_path / "models.pt")
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(models[0].config))
+    code = (
+        "import pickle, sys, torch\n"
+        "ids = torch.randint(3, 128, (2, 14), generator=torch.Generator().manual_seed(0))\n"
+        "config = pickle.load(open(sys.argv[2], 'rb'))\n"
+        "with torch.no_grad():\n"
+        "    for model, want in torch.load(sys.argv[1], weights_only=False):\n"
+        "        assert torch.equal(model(ids).logits, want)\n"
+        "        assert type(config) is type(model.config)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "models.pt"), str(tmp_path / "config.pickle")]
+    subprocess.run(command, check=True)
+
+
 @matrix
 @torch.no_grad()
 def test_token_by_token_equals_prefill(method: str, family: str) -> None:
@@ -107,6 +139,72 @@ def test_left_padding_changes_nothing(method: str, family: str) -> None:
     batched = model.generate(ids, attention_mask=mask, **GREEDY)
     assert torch.equal(batched[:1, 5:], model.generate(ids[:1, 5:], **GREEDY))
     assert torch.equal(batched[1:], model.generate(ids[1:], **GREEDY))
+
+
+@matrix
+@torch.no_grad()
+def test_logits_of_a_padded_row_are_those_of_the_row_alone(method: str, family: str) -> None:
+    """Left and right, in a whole pass and through dynamic and static caches in chunks and single tokens."""
+    model, ids = converted(method, family), tokens()
+    named = {"position_ids"} & set(inspect.signature(model.forward).parameters)
+    alone = [model(ids[:1, 5:], use_cache=False).logits[0], model(ids[1:, :11], use_cache=False).logits[0]]
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[1, 11:] = 0, 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    def chunks(cache: Cache | None, ends: list[int]) -> torch.Tensor:
+        outputs, begin = [], 0
+        for end in ends:
+            more = {name: positions[:, begin:end] for name in named}
+            more |= {"use_cache": False} if cache is None else {"use_cache": True, cache_argument(model): cache}
+            outputs.append(model(ids[:, begin:end], attention_mask=mask[:, :end], **more).logits)
+            begin = end
+        return torch.cat(outputs, dim=1)
+
+    found = [chunks(None, [14]), chunks(DynamicCache(config=model.config), [9, 10, 14])]
+    if family not in ("bloom", "gpt_neo"):  # no static caches there
+        found.append(chunks(StaticCache(config=model.config, max_cache_len=16), [9, 10, 14]))
+    for logits in found:
+        assert_close(logits[0, 5:], alone[0])
+        assert_close(logits[1, :11], alone[1])
+
+
+@matrix
+@torch.no_grad()
+def test_packed_documents_are_what_they_are_alone(method: str, family: str) -> None:
+    def both(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = tokens(batch=1)
+        positions = torch.cat((torch.arange(5), torch.arange(9)))[None]
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        return packed, torch.cat([model(part, use_cache=False).logits for part in ids.split([5, 9], dim=1)], dim=1)
+
+    if "position_ids" not in inspect.signature(parent(family).forward).parameters:
+        pytest.skip("the parent takes no positions")
+    if not torch.allclose(*both(parent(family)), rtol=1e-3, atol=1e-3):
+        pytest.skip("the parent itself does not keep documents apart")
+    assert_close(*both(converted(method, family)))
+
+
+@matrix
+@torch.no_grad()
+def test_an_explicit_causal_mask_is_as_none(method: str, family: str) -> None:
+    model, ids = converted(method, family), tokens()
+    if any(site.window for site in sites(family)):
+        pytest.skip("one mask for all layers cannot say the window of some")
+    causal = torch.ones(2, 1, 14, 14, dtype=torch.bool).tril()
+    low = torch.finfo(torch.float32).min
+    try:
+        parent(family)(ids, attention_mask=torch.where(causal, 0.0, low), use_cache=False)
+    except Exception as error:
+        pytest.skip(f"the parent cannot: {type(error).__name__}: {str(error)[:80]}")
+    want = model(ids, use_cache=False).logits
+    for mask in (causal, torch.where(causal, 0.0, low)):
+        assert_close(model(ids, attention_mask=mask, use_cache=False).logits, want)
+        cache, parts = DynamicCache(config=model.config), []
+        for begin, end in ((0, 9), (9, 10), (10, 14)):
+            more = {"attention_mask": mask[:, :, begin:end, :end], cache_argument(model): cache}
+            parts.append(model(ids[:, begin:end], use_cache=True, **more).logits)
+        assert_close(torch.cat(parts, dim=1), want)
 
 
 @matrix
@@ -294,6 +392,19 @@ def test_reloading_in_bfloat16_keeps_frequencies_and_slopes_exact(tmp_path: Path
                     assert torch.equal(table, theirs.get_buffer(name))
 
 
+@pytest.mark.parametrize("method", ["identity", "mla", "lowrank", "shared", "dms_borrowed", "dmc"])
+@torch.no_grad()
+def test_a_model_loaded_in_half_precision_says_what_it_says_in_full(method: str, tmp_path: Path) -> None:
+    model, ids = converted(method, "llama"), tokens(length=6)
+    model.save_pretrained(tmp_path)
+    loaded = load_converted(str(tmp_path), dtype=torch.float16)
+    for name, tensor in model.state_dict().items():
+        wanted = tensor.half() if tensor.is_floating_point() else tensor
+        assert torch.equal(loaded.state_dict()[name], wanted), name
+    logits = model(ids).logits
+    torch.testing.assert_close(loaded(ids).logits.float(), logits, rtol=0, atol=0.02 * float(logits.abs().max()))
+
+
 def test_differently_converted_models_coexist() -> None:
     ids = tokens()
     models = {method: converted(method, "llama") for method in METHODS}
@@ -395,6 +506,20 @@ def test_a_base_model_loads_from_the_checkpoint_of_a_causal_one(tmp_path: Path) 
     base = surgery_class(type(parent("llama").model)).from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(("method", "family"), [("identity", "llama"), ("identity", "gpt2"), ("mla", "llama")])
+def test_a_model_without_a_checkpoint_starts_with_the_weights_that_its_config_asks_for(
+    method: str, family: str
+) -> None:
+    config = copy.deepcopy(converted(method, family).config)
+    model = surgery_class(type(parent(family)))(config)
+    found = [m for a in model.modules() if isinstance(a, SurgeryAttention) for m in a.modules()]
+    linears = [m for m in found if isinstance(m, torch.nn.Linear)]
+    assert len(linears) >= 6
+    for linear in linears:
+        assert linear.weight.std().item() == pytest.approx(config.initializer_range, rel=0.15)
+        assert linear.bias is None or not linear.bias.any()
 
 
 def test_a_converted_model_can_be_copied_but_not_converted_again() -> None:

@@ -127,7 +127,7 @@ def test_the_http_server_continues_a_text_as_transformers_does(engine, tmp_path)
     parent = surgery.load(SMALL, dtype=torch.float32)
     model = converted(parent, CLA2)
     surgery.save(model, tmp_path / "model")
-    tokenizer = surgery.text.load_tokenizer(SMALL, model.config.vocab_size)
+    tokenizer = surgery.text.load_tokenizer(SMALL)
     prompt = "Once upon a time"
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[

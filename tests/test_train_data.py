@@ -6,6 +6,7 @@ import lzma
 
 import pytest
 import torch
+from tokenizing import FIRST, said, word_tokenizer
 
 from surgery.errors import CheckpointError
 from surgery.train.data import PackedText, permutation, split_batch
@@ -92,6 +93,86 @@ def test_order_depends_on_seed_and_epoch():
     orders = [tuple(permutation(50, seed, epoch).tolist()) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len(set(orders)) == 3
     assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def words(lengths):
+    """Documents of the words w8, w9, ..."""
+    return Texts(said(*(FIRST + (7 * n + i) % 120 for i in range(n))) for n in lengths)
+
+
+LENGTHS = torch.randint(1, 40, (23,), generator=torch.Generator().manual_seed(1)).tolist()
+FRONTS = {(): [], ("<s>",): [1], ("[gMASK]", "<s>"): [3, 1]}
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("start", FRONTS)
+def test_every_sequence_starts_as_the_tokenizer_starts_a_text(start, separate):
+    front = FRONTS[start]
+    text = PackedText(
+        words(LENGTHS), word_tokenizer(start=start), batch=1, length=16, seed=3, separate=separate, vocab_size=128
+    )
+    order = permutation(len(LENGTHS), 3, 0).tolist()
+    stream, read, cut = [], [], 0
+    for i in order:
+        stream += [*front, *(FIRST + (7 * LENGTHS[i] + k) % 120 for k in range(LENGTHS[i])), 2]
+    batches = iter(text)
+    while len(read) < len(stream):
+        batch = {name: row[0].tolist() for name, row in next(batches).items()}
+        ids, labels = batch["input_ids"], batch["labels"]
+        at, skip = 0, 1
+        assert len(ids) == 16 and ids[: len(front)] == front
+        begins = not read or read[-1] == 2
+        if not begins and front:
+            # A document's own start may have been cut: it is read again as a whole.
+            inside = next(n for n in range(len(read) + 1) if n == len(read) or read[-1 - n] == 2)
+            if inside <= len(front):
+                del read[len(read) - inside :]
+            else:
+                at, skip, cut = len(front), len(front) + 1, cut + 1
+        read += ids[at:]
+        assert labels[:skip] == [IGNORE] * skip
+        for n in range(skip, 16):
+            starts = separate and ids[n - 1] == 2
+            assert labels[n] == (IGNORE if starts else ids[n])
+        if separate:
+            wanted = []
+            for n in range(16):
+                wanted.append(0 if n == 0 or ids[n - 1] == 2 else wanted[-1] + 1)
+            assert batch["position_ids"] == wanted
+    assert read[: len(stream)] == stream[: len(read)]
+    assert cut > 5 or not front
+
+
+def test_a_stream_with_started_sequences_goes_on_at_the_exact_token(tmp_path):
+    def make(**options):
+        return PackedText(
+            words(LENGTHS), word_tokenizer(start=("[gMASK]", "<s>")), batch=4, length=16, seed=3, **options
+        )
+
+    whole = steps(make(), 7)
+    for after in (1, 2, 3, 5):
+        text = make()
+        steps(text, after)
+        text.save(tmp_path, after, 0)
+        again = make()
+        again.load(tmp_path)
+        for n, batch in enumerate(steps(again, 7 - after)):
+            for name, tensor in batch.items():
+                assert torch.equal(tensor, whole[after + n][name])
+
+
+def test_a_document_with_an_id_that_the_model_does_not_know_is_found_before_training():
+    documents = words(LENGTHS)
+    tokenizer = word_tokenizer(words=121)
+    text = PackedText(documents, tokenizer, batch=2, length=16, seed=3, vocab_size=128)
+    text.check(10**9)  # reads every document once, not for ever
+    documents[5] += " w128"
+    text = PackedText(documents, tokenizer, batch=2, length=16, seed=3, vocab_size=128)
+    with pytest.raises(CheckpointError, match=r"training text, document 6: token id 128 \('w128'\)"):
+        text.check(10**9)
+    place = permutation(len(documents), 3, 0).tolist().index(5)
+    assert place >= 2
+    PackedText(documents, tokenizer, batch=2, length=4, seed=3, vocab_size=128).check(1)  # it is not read
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])
@@ -197,6 +278,13 @@ def test_data_without_text_is_refused_before_work(tmp_path, name, content, messa
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=message):
         open_documents(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("words", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "words"}\n', encoding="utf-8-sig")
+    documents = open_documents(tmp_path)
+    assert [documents[0], documents[1]] == ["words", "words"]
 
 
 def test_an_empty_shard_of_a_folder_is_named(tmp_path):

@@ -9,6 +9,7 @@ from collections import UserDict
 import pytest
 import torch
 from families import tiny_model
+from transformers import AutoTokenizer
 from uptraining import losses, make_home, run
 
 import surgery
@@ -58,6 +59,7 @@ def test_training_comes_closer_to_the_parent_and_changes_converted_attention_onl
     record = provenance_of(after)["uptrained"]
     assert record[0]["tokens"] == 2560
     assert record[0]["data"]["documents"] == 60
+    assert record[0]["data"]["start"] == []
     assert (out / "model" / "tokenizer.json").is_file()
     assert surgery.Recipe.load(out / "model" / "recipe.yaml").uptrain.tokens == 2560
     again = prepare(run(home, tmp_path / "again", model=model)).origin
@@ -221,6 +223,38 @@ def test_adapters_are_saved_beside_their_base_and_merged_on_export(home, tmp_pat
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, old, atol=1e-3)
     assert merged.state_dict().keys() == base.state_dict().keys()
+
+
+def test_the_config_says_of_the_cache_what_the_models_own_said(home, finished, tmp_path):
+    folders = [*checkpoints(finished / "checkpoints"), finished / "model"]
+    assert len(folders) > 1
+    for folder in folders:
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+    shutil.copytree(home / "native", tmp_path / "home" / "native")
+    config = tmp_path / "home" / "native" / "config.json"
+    config.write_text(config.read_text().replace('"use_cache": true', '"use_cache": false'))
+    uptrain(run(home, tmp_path / "out", "tokens=64", model=tmp_path / "home" / "native"))
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["use_cache"] is False
+
+
+def test_a_parent_whose_adapter_was_merged_teaches_with_the_adapter(home, tmp_path):
+    peft = pytest.importorskip("peft")
+    shutil.copytree(home / "parent", tmp_path / "base")
+    surgery.load(home / "parent").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = surgery.load(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    recipe = provenance_of(surgery.load(home / "native"))["recipe"]
+    for name, given in (("memory", adapted), ("folder", tmp_path / "adapter")):
+        surgery.save(surgery.convert(given, recipe, merge_adapter=True), tmp_path / name)
+    teacher = prepare(run(home, tmp_path / "out", model=tmp_path / "folder", share_parent=False)).parent
+    taught = teacher.attention["model.layers.0.self_attn"].q_proj.weight
+    merged = surgery.load(tmp_path / "adapter", merge_adapter=True).model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(taught, merged.float())
+    assert not torch.equal(taught, surgery.load(tmp_path / "base").model.layers[0].self_attn.q_proj.weight.float())
+    with pytest.raises(CheckpointError, match=r"with an adapter \(LORA default\) merged in memory"):
+        prepare(run(home, tmp_path / "out", model=tmp_path / "memory"))
 
 
 def test_a_control_trains_the_parent_on_the_same_text(home, tmp_path):
@@ -523,3 +557,33 @@ def test_layers_that_calibration_has_fitted_are_not_fitted_again_unless_asked_fo
     options = tuple(option for option in made.overrides if "layer_local" not in option)
     assert prepare(dataclasses.replace(made, overrides=options)).uptrain.layer_local == part
     assert prepare(made).uptrain.layer_local == 0.2
+
+
+def test_ids_that_the_model_does_not_know_are_refused_while_preparing(home, tmp_path):
+    shutil.copytree(home / "native", tmp_path / "native")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "native")
+    tokenizer.add_tokens([f"x{i}" for i in range(123, 129)])  # x128 is one too many
+    tokenizer.save_pretrained(tmp_path / "native")
+    made = dataclasses.replace(run(home, tmp_path / "out"), model=str(tmp_path / "native"))
+    assert prepare(made).schedule.steps == 10
+    rows = (home / "text.jsonl").read_text().splitlines()
+    rows[7] = json.dumps({"text": "w1 w2 x128 w3"})
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    for options, where in (
+        ({"data": str(tmp_path / "text.jsonl")}, "training text, document 8"),
+        ({"held_out": str(tmp_path / "text.jsonl")}, "held-out text, document 8"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{where}: token id 128 \('x128'\), but the model knows 128"):
+            prepare(dataclasses.replace(made, **options))
+    tokenizer.eos_token = "x128"  # what every document would end with
+    tokenizer.save_pretrained(tmp_path / "native")
+    with pytest.raises(CheckpointError, match=r"training text, document \d+: token id 128"):
+        uptrain(made)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sequences_longer_than_the_models_positions_are_refused(home, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"uptrain\.length: windows of 300 tokens, but the model has 256 positions"
+    ):
+        prepare(run(home, tmp_path / "out", "length=300"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import logging
@@ -22,13 +21,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 
+from ..classes import model_class, plain_config
 from ..errors import UnsupportedModel
 from .alike import find_alike
+from .positions import max_positions
 
 _TOKENS, _MANY_TOKENS = 32, 512
 
@@ -160,6 +160,10 @@ class Graph:
     ) -> None:
         self.positions: fx.Node | None = None
         """The input that holds the positions, where the model takes one."""
+        self.axes: fx.Node | None = None
+        """Where it becomes several positions for each token (time, height and width of an image): all of them."""
+        self.sees_ahead = False
+        """Whether what a token is (text, image) may let it see later ones."""
         self.wide: Graph | None = None
         """The same model on more tokens, where its masks have to be read from numbers."""
         self.alike: dict[str, str] = {}
@@ -195,8 +199,22 @@ class Graph:
                 elif node.name == "position_ids":
                     self.positions = node
                     self.values[node] = torch.arange(tokens)[None]
+        self.axes = self._axes()
         # In-place operations change what earlier nodes hold: for each, the node that owns the memory.
         self._writes = [(n, self._root(n.args[0])) for n in self.nodes if _writes_in_place(n)]
+
+    def _axes(self) -> fx.Node | None:
+        """The last integers [axes, 1, T] that are made of the positions: behind them lies the rotation."""
+        reached = {self.positions}
+        found = None
+        for node in self.nodes:
+            value = node.meta.get("val")
+            if not reached & set(node.all_input_nodes) or not isinstance(value, Tensor) or value.is_floating_point():
+                continue
+            reached.add(node)
+            if value.ndim == 3 and value.shape[0] > 1 and tuple(value.shape[1:]) == (1, self.tokens):
+                found = node
+        return found
 
     def _root(self, node: Any) -> fx.Node:
         while node.op == "call_function" and (_is_view(node) or _writes_in_place(node)):
@@ -334,17 +352,13 @@ def _is_view(node: fx.Node) -> bool:
 
 def make_twin(source: PreTrainedModel | PretrainedConfig, implementation: str) -> PreTrainedModel:
     """A copy of the architecture on the meta device, in float32, with the named attention implementation."""
-    config = copy.deepcopy(source.config if isinstance(source, PreTrainedModel) else source)
-    # A checkpoint's quantisation says how weights are stored, which a copy without weights does not need.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = plain_config(source.config if isinstance(source, PreTrainedModel) else source)
     for part in (config, config.get_text_config()):
         part.use_cache = False
     arguments = {"attn_implementation": implementation, "dtype": torch.float32}
+    kind = type(source) if isinstance(source, PreTrainedModel) else model_class(config)
     with torch.device("meta"):
-        if isinstance(source, PreTrainedModel):
-            return type(source)._from_config(config, **arguments).eval()
-        return AutoModelForCausalLM.from_config(config, **arguments).eval()
+        return kind._from_config(config, **arguments).eval()
 
 
 def buffer_values(twin: PreTrainedModel, model: PreTrainedModel | None) -> dict[str, Tensor]:
@@ -440,6 +454,8 @@ def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
             # A window in a model's own code shows in its mask only, and only where there are tokens beyond it.
             with contextlib.suppress(Exception):  # some accept fewer tokens; the window is then read within those
                 graph.wide = _capture(source, implementation, _MANY_TOKENS)
+        else:
+            graph.sees_ahead = _sees_ahead(source)
         return graph
     config = source.config if isinstance(source, PreTrainedModel) else source
     raise UnsupportedModel(
@@ -457,8 +473,8 @@ def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, mo
     twin = make_twin(source, implementation)
     values = buffer_values(twin, source if isinstance(source, PreTrainedModel) else None)
     rope_types = hold_frequencies_still(twin)
-    limit = getattr(twin.config.get_text_config(), "max_position_embeddings", None)
-    tokens = min(most, limit) if isinstance(limit, int) and limit > 1 else most
+    limit = max_positions(twin.config)
+    tokens = min(most, limit) if limit is not None and limit > 1 else most
     accepted = inspect.signature(twin.forward).parameters
     alike = _find_alike(twin, accepted, tokens, values, rope_types) if implementation == PROBE else {}
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -477,7 +493,7 @@ def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, mo
         recording = _Recording()
         token = _recording.set(recording)
         try:
-            with torch.no_grad(), _quiet(), mode, _left_out(twin, alike):
+            with torch.no_grad(), _quiet(), _buffer_hooks_kept(), mode, _left_out(twin, alike):
                 program = torch.export.export(twin, (), inputs, strict=False)
             graph = Graph(program, twin, values, recording, tokens, rope_types)
             graph.alike = {name: first for name, (first, _) in alike.items()}
@@ -522,6 +538,34 @@ def _find_alike(
             return find_alike(twin, lambda: twin(**inputs), values, rope_types, describe)
     finally:
         _recording.reset(token)
+
+
+def _sees_ahead(source: PreTrainedModel | PretrainedConfig) -> bool:
+    """Whether masks depend on the types of tokens: then tokens of one kind may see each other, later ones too."""
+    kind = type(source) if isinstance(source, PreTrainedModel) else model_class(source)
+    names = [name for name in inspect.signature(kind.forward).parameters if name.endswith("token_type_ids")]
+    if not names:
+        return False
+    twin = make_twin(source, PROBE)
+    ids = torch.ones(1, 4, dtype=torch.long, device="meta")
+    recording = _Recording()
+    token = _recording.set(recording)
+    try:
+        with _quiet(), torch.no_grad():
+            twin(input_ids=ids, attention_mask=ids, **dict.fromkeys(names, ids))
+    except Exception:  # a stranger's code that reads values, of which there are none: masks come before that
+        pass
+    finally:
+        _recording.reset(token)
+    here, last = torch.tensor(0), torch.tensor(3)
+    for function in recording.masks:
+        try:
+            seen = function(here, here, here, last)
+        except Exception:  # numbers without values are asked for
+            return True
+        if not isinstance(seen, Tensor) or seen.is_meta or bool(seen):
+            return True
+    return False
 
 
 class _Answer(nn.Module):
@@ -579,6 +623,21 @@ def _stubbable(error: BaseException, twin: nn.Module, attentions: set[int], done
         holds_attention = any(id(m) in attentions for m in module.modules())
         return None if holds_attention or not attentions else type(module)
     return None
+
+
+@contextmanager
+def _buffer_hooks_kept() -> Iterator[None]:
+    """Take away what an export that fails leaves behind in torch 2.11: a hook on the buffers of all modules there are.
+
+    Later compilation of any module that assigns a buffer would end in an error about it.
+    """
+    hooks = nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for key in set(hooks) - before:
+            del hooks[key]
 
 
 @contextmanager

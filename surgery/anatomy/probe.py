@@ -19,7 +19,7 @@ from ..runtime.layout import HeadNorm, Rotary
 from .graph import MASK, Graph, is_call, length_dependent, shape
 from .walk import Found, OutPath, Path
 
-_CODES = 62
+CODES = 62
 _POSITIONS = 32
 _FAR = (1_048_573, 999_983)
 """Two distant query positions, at which a mask function is asked for its window."""
@@ -120,7 +120,7 @@ def _clip(path: Path) -> float | None:
 
 def _decode_rows(probe: PathProbe, level: float, generator: torch.Generator) -> Tensor:
     """[heads, H]: the row of the linear that each channel shows."""
-    codes = torch.randint(0, 2, (_CODES, probe.rows), generator=generator) * 2 - 1
+    codes = torch.randint(0, 2, (CODES, probe.rows), generator=generator) * 2 - 1
     shown = torch.stack([probe(level * c.float())[:, 0] for c in codes]).sign().long()
     return match_codes(codes, shown, probe.refuse("channels of a head do not show rows of the projection."))
 
@@ -370,6 +370,36 @@ def _read_rotary(probe: PathProbe, basis: Tensor) -> tuple[Rotary | None, Tensor
     return dataclasses.replace(rotary, scaling=scaling), here
 
 
+def read_axes(graph: Graph, found: Found, path: Path, reading: Reading) -> tuple[int, ...] | None:
+    """Which of a token's several positions turns each rotary pair; None where positions reach the heads as one.
+
+    Raises:
+        UnsupportedModel: several of them turn one pair, or none does.
+    """
+    rotary, axes = reading.rotary, graph.axes
+    assert rotary is not None and axes is not None
+    transposed = found.k_transposed and path.target is found.k
+    probe = PathProbe(graph, found.module, path, transposed)
+    far = torch.linspace(0, 1e5, graph.tokens, dtype=torch.float64).long()
+    run = graph.runner([path.target], [path.linear.out, axes])
+    y = torch.linspace(1, 2, path.linear.outputs).expand(graph.tokens, -1).reshape(shape(path.linear.out))
+    low = rotary.start + torch.arange(rotary.dims // 2) * (2 if rotary.interleaved else 1)
+    turned = []
+    for axis in range(shape(axes)[0]):
+        positions = torch.zeros(shape(axes), dtype=torch.long)
+        positions[axis, 0] = far
+        out = run(y, positions, more=probe.unit)[0].float()
+        out = out.transpose(-1, -2) if transposed else out
+        heads = out.reshape(-1, *out.shape[-2:])[..., list(reading.order)][..., low]
+        turned.append((heads - heads[:, :1]).abs().amax((0, 1)) > 1e-4 * heads.abs().max())
+    by_pair = torch.stack(turned)
+    if not by_pair.any():
+        return None
+    if not (by_pair.sum(0) == 1).all():
+        raise probe.refuse("rotary pairs are not turned by one axis of the positions each.")
+    return tuple(by_pair.int().argmax(0).tolist())
+
+
 def _snap_frequencies(probe: PathProbe, freq: Tensor) -> tuple[tuple[float, ...], list[str]]:
     """The exact numbers behind measured frequencies: a buffer of the model, or 1 / base^(2j / dims)."""
     owners, exact = [], None
@@ -403,6 +433,7 @@ class Scores:
     scale: float
     softcap: float | None
     window: int | None
+    window_in_mask: bool
     sinks: str | None
     alibi_slopes: tuple[float, ...] | None
 
@@ -418,13 +449,16 @@ def read_scores(graph: Graph, found: Found, heads: int, generator: torch.Generat
         assert found.scores is not None
         scale, bias = _measure_scores(graph, found, generator)
         window, slopes = _read_bias(found.module, bias, heads)
-        return Scores(scale, None, window, None, slopes)
+        tags = [n.args[1] for n in graph.between([found.scores], [found.q, found.k]) if n.target is MASK]
+        in_mask = any(_window_at(graph, found, tag, _FAR[0]) is not None for tag in tags)  # type: ignore[arg-type]
+        return Scores(scale, None, window, in_mask, None, slopes)
     if call.unknown:
         raise UnsupportedModel(
             f"module {found.module}: its attention is given {', '.join(call.unknown)}, which no description holds."
         )
     window, slopes = _read_mask(graph, found, heads)
-    return Scores(call.scale, call.softcap, window, _read_sinks(graph, found, heads, generator), slopes)
+    in_mask = window is not None and found.mask is not None
+    return Scores(call.scale, call.softcap, window, in_mask, _read_sinks(graph, found, heads, generator), slopes)
 
 
 def _measure_scores(graph: Graph, found: Found, generator: torch.Generator) -> tuple[float, Tensor]:
@@ -561,7 +595,7 @@ def read_out(graph: Graph, found: Found, path: OutPath, generator: torch.Generat
     size = shape(found.out)
     dim = size[-1]
     heads = torch.Size(size).numel() // (graph.tokens * dim)
-    codes = torch.randint(0, 2, (_CODES, path.linear.inputs), generator=generator) * 2 - 1
+    codes = torch.randint(0, 2, (CODES, path.linear.inputs), generator=generator) * 2 - 1
     if path.linear.inputs != heads * dim:
         raise refusal
     shown = []

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, fx
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..checkpoint import local_folder
+from ..adapters import base_folder
+from ..checkpoint import gguf_advice, local_folder, read_json
+from ..classes import plain_config
 from ..errors import CheckpointError, UnsupportedModel
+from ..parents import changed, check_modules, plain_form
 from ..runtime.layout import AttentionSite, HeadNorm, Projection
 from ..show import render
+from ..torch_state import plain_torch
+from .cache_step import prove_cache_step
+from .gate import read_gate
 from .graph import Graph, capture, shape, subpaths
-from .probe import Reading, read_out, read_path, read_scores
+from .positions import max_positions
+from .probe import Reading, read_axes, read_out, read_path, read_scores
 from .proof import (
     attend_heads,
     finish_heads,
@@ -27,7 +34,8 @@ from .proof import (
     turn,
 )
 from .table import anatomy_tables
-from .walk import Found, OutPath, Path, find_attentions, origin, path_from, path_to
+from .walk import Found, OutPath, Path, find_attentions, gate_path, origin, path_from, path_to
+from .whole import irreplaceable
 
 _TOLERANCE = 1e-5
 _ROLES = {"q": "queries", "k": "keys", "v": "values"}
@@ -58,12 +66,17 @@ class Anatomy:
     dtype: str
     max_positions: int | None
     vocab_size: int
+    irreplaceable: dict[int, str] = dataclasses.field(default_factory=dict)
+    """Layers whose attention module cannot be replaced by one of ours, and why."""
     config: PretrainedConfig = dataclasses.field(repr=False, compare=False)
-    """The model's config, for building relatives of it; not part of `to_dict`."""
+    """The model's config, for building relatives of it; not part of `to_dict`, as `kind`."""
+    kind: type[PreTrainedModel] = dataclasses.field(repr=False, compare=False)
+    """The model's class, whatever its config names: a model in memory may be of another."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: everything but the config."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "config"}
+        """Plain data: everything but the config and the class."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in ("config", "kind")]
+        return {name: _plain(getattr(self, name)) for name in names}
 
     def __str__(self) -> str:
         return render(self.tables())
@@ -73,27 +86,31 @@ class Anatomy:
         return anatomy_tables(self)
 
 
+@plain_torch()
 def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anatomy:
     """Read where a decoder's attention layers have their weights, and how they work, from its graph.
 
     No weight is loaded, and a model that is passed is left as it is. Each description is proved: queries, keys,
-    values, scores and outputs computed from it alone equal the graph's, on random weights, to 1e-5.
+    values, scores and outputs computed from it alone equal the graph's, on random weights, to 1e-5; and each attention
+    is seen to get the model's cache, and its layer of it to hold both of two tokens that were given one by one.
 
     Args:
-        source: a model, a config, or the path of a config.json or of a directory that has one.
+        source: a model (compiled, or under wrappers of torch, too), a config, or the path of a config.json or of a
+            directory that has one.
 
     Raises:
-        UnsupportedModel: the decoder has no softmax attention, or one that cannot be described; the message names
-            the module and what was found there.
+        UnsupportedModel: the decoder has no softmax attention, or one that cannot be described, or was changed
+            (quantised, adapted); the message names the module and what was found there.
     """
-    target = load_config(local_folder(source, weights=False)) if isinstance(source, str | FilePath) else source
-    if not isinstance(target, PreTrainedModel | PretrainedConfig):
-        raise TypeError(f"examine() takes a transformers model, a config or a path, not {type(target).__name__}.")
+    target: PreTrainedModel | PretrainedConfig
+    if isinstance(source, str | FilePath):
+        target = load_config(base_folder(local_folder(source, weights=False), weights=False))
+    else:
+        target = source if isinstance(source, PretrainedConfig) else plain_form(source)
     config = target.config if isinstance(target, PreTrainedModel) else target
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type}: it is an encoder-decoder; only decoders can be read.")
-    with torch.random.fork_rng(devices=[]):
-        graph = capture(target)
+    graph = capture(target)
     if isinstance(target, PreTrainedModel):
         _check_twin(graph.twin, target)
     found = find_attentions(graph)
@@ -103,10 +120,10 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
             f"there is no KV cache to reduce. {_SCOPE}"
         )
     sites = _read_sites(graph, found)
+    prove_cache_step(target, sites)
     num_layers, others = _other_layers(graph, sites)
     text = config.get_text_config()
     dtype = target.dtype if isinstance(target, PreTrainedModel) else getattr(config, "dtype", None) or torch.float32
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return Anatomy(
         architecture=type(graph.twin).__name__,
         model_type=config.model_type,
@@ -115,9 +132,11 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
         other_layers=others,
         parameters=sum(p.numel() for p in graph.twin.parameters()),
         dtype=str(dtype).removeprefix("torch."),
-        max_positions=limit if isinstance(limit, int) else None,
+        max_positions=max_positions(config),
         vocab_size=int(text.vocab_size),
         config=config,
+        kind=type(graph.twin),
+        irreplaceable=irreplaceable(graph, sites, target),
     )
 
 
@@ -128,7 +147,7 @@ def _plain(value: Any) -> Any:
 
 
 def load_config(path: str | FilePath) -> PretrainedConfig:
-    """The config in a folder, or a config.json itself.
+    """The config in a folder, or a config.json itself, without what it says of quantisation: weights are read plain.
 
     Raises:
         CheckpointError: there is none.
@@ -137,22 +156,37 @@ def load_config(path: str | FilePath) -> PretrainedConfig:
     path = FilePath(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise CheckpointError(f"{path}: has no config.json. Give a model folder, or the file itself.")
+        raise CheckpointError(
+            f"{path}: has no config.json. {gguf_advice(path) or 'Give a model folder, or that file.'}"
+        )
+    fields = read_json(file)
+    quantised = fields.get("quantization_config") or {}
+    if quantised.get("quantization_mode") == "online":
+        raise UnsupportedModel(
+            f"{file}: its weights are quantised ({quantised.get('quant_method')}) whenever the model runs, which a "
+            "converted model would not do. Pass a checkpoint without."
+        )
     try:
-        return AutoConfig.from_pretrained(file)
+        config = AutoConfig.from_pretrained(file, trust_remote_code=False)
     except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        if "auto_map" in fields:
+            raise UnsupportedModel(
+                f"{file}: its model type {fields.get('model_type')} is code beside the weights, which is not run from "
+                "here. Load the model with transformers and trust_remote_code=True, and pass it to surgery.convert."
+            ) from error
         raise UnsupportedModel(f"{file}: transformers cannot read this config: {error}") from error
+    return plain_config(config)
 
 
 def _check_twin(twin: PreTrainedModel, model: PreTrainedModel) -> None:
-    ours = {n: tuple(p.shape) for n, p in twin.named_parameters()}
-    theirs = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    # Every name, tied or not: files may hold apart what the config ties, and users tie what it does not.
+    ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters(remove_duplicate=False)} for m in (twin, model))
     if ours != theirs:
         name = min(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n))
         raise UnsupportedModel(
-            f"parameter {name}: shape {theirs.get(name)} in the model, {ours.get(name)} by its config. The model was "
-            "changed after it was built (quantised, adapted or edited); pass the original."
+            f"parameter {name}: shape {theirs.get(name)} in the model, {ours.get(name)} by its config. {changed(model)}"
         )
+    check_modules(twin, model)
 
 
 @dataclasses.dataclass
@@ -161,6 +195,7 @@ class _Paths:
     k: Path
     v: Path
     o: OutPath
+    gate: Path | None = None
 
 
 def _read_sites(graph: Graph, found: list[Found]) -> tuple[AttentionSite, ...]:
@@ -169,6 +204,9 @@ def _read_sites(graph: Graph, found: list[Found]) -> tuple[AttentionSite, ...]:
     sites: list[AttentionSite] = []
     for number, f in enumerate(found):
         paths = _Paths(path_to(graph, f, "q"), path_to(graph, f, "k"), path_to(graph, f, "v"), path_from(graph, f))
+        gate = gate_path(graph, f, paths.o)
+        if gate is not None and origin(gate.linear.x) is origin(paths.q.linear.x):
+            paths.gate = gate
         key, parameters = _fingerprint(graph, f, paths)
         if key not in known:
             known[key] = (_read_site(graph, f, paths), parameters)
@@ -188,7 +226,9 @@ def _fingerprint(graph: Graph, found: Found, paths: _Paths) -> tuple[Any, list[f
     """A key that is equal for attentions of equal structure, and the parameters in the order of the graph."""
     ends = [found.q, found.k, found.v, paths.o.linear.out]
     extra = [n for n in (found.mask, found.sinks, found.scores) if n is not None]
-    starts = [paths.q.linear.x, paths.k.linear.x, paths.v.linear.x, *paths.o.others]
+    starts = [paths.q.linear.x, paths.k.linear.x, paths.v.linear.x]
+    # A gate that is read from its projection on is a part of the attention, any other comes from outside.
+    starts += [n for n in paths.o.others if paths.gate is None or n is not paths.gate.target]
     number: dict[fx.Node, int] = {}
     lines: list[Any] = []
     parameters: list[fx.Node] = []
@@ -229,7 +269,7 @@ def _rename(site: AttentionSite, names: Mapping[str, str]) -> AttentionSite:
     def inside(part: Any) -> Any:
         return part and dataclasses.replace(part, weight=new(part.weight), bias=new(part.bias))
 
-    parts = {f: inside(getattr(site, f)) for f in ("q", "k", "v", "o", "q_norm", "k_norm", "v_norm")}
+    parts = {f: inside(getattr(site, f)) for f in ("q", "k", "v", "o", "gate", "q_norm", "k_norm", "v_norm")}
     return dataclasses.replace(site, sinks=new(site.sinks), **parts)
 
 
@@ -298,16 +338,27 @@ def _read_site(graph: Graph, found: Found, paths: _Paths) -> AttentionSite:
         wide_graph = graph.wide
         wide_found = next(f for f in find_attentions(wide_graph) if f.module == found.module)
     scores = read_scores(wide_graph, wide_found, len(q.first_rows), generator)
+    columns = read_out(graph, found, paths.o, generator)
+    gate = None
+    if paths.gate is not None:
+        # Numbers of its own: what is drawn for the rest stays as it is without a gate.
+        gate = read_gate(graph, found, paths.o, paths.gate, columns, v.dim, torch.Generator().manual_seed(0))
     site = AttentionSite(
         layer=0, module=found.module, hidden_size=paths.q.linear.inputs,
         heads=len(q.first_rows), kv_heads=len(k.first_rows), head_dim=q.dim, value_dim=v.dim,
         q=_projection(graph, paths.q, q.first_rows), k=_projection(graph, paths.k, k.first_rows),
         v=_projection(graph, paths.v, v.first_rows),
-        o=_projection(graph, paths.o, read_out(graph, found, paths.o, generator)),
+        o=_projection(graph, paths.o, columns),
         q_norm=q.norm, k_norm=k.norm, v_norm=v.norm, rotary=q.rotary,
-        scale=scores.scale * q.factor * k.factor, softcap=scores.softcap, window=scores.window, sinks=scores.sinks,
-        alibi_slopes=scores.alibi_slopes, clip_qkv=q.clip, gated_output=bool(paths.o.gates),
+        scale=scores.scale * q.factor * k.factor, softcap=scores.softcap, window=scores.window,
+        window_in_mask=scores.window_in_mask, sinks=scores.sinks, alibi_slopes=scores.alibi_slopes, clip_qkv=q.clip,
+        gated_output=bool(paths.o.gates), gate=gate, sees_ahead=graph.sees_ahead,
     )  # fmt: skip
+    if site.rotary is not None and graph.axes is not None:
+        axes = [read_axes(graph, found, path, r) for path, r in ((paths.q, q), (paths.k, k))]
+        if axes[0] != axes[1]:
+            raise UnsupportedModel(f"{where}: queries and keys are rotated by different axes of their positions.")
+        site = dataclasses.replace(site, rotary=dataclasses.replace(site.rotary, axes=axes[0]))
     _prove_scores(wide_graph, wide_found, site, (q, k, v), generator)
     return _prove(graph, found, paths, site, (q, k, v), generator)
 
@@ -365,8 +416,8 @@ def _prove_far(
     graph: Graph, found: Found, path: Path, site: AttentionSite, reading: Reading, role: str, generator: torch.Generator
 ) -> None:
     """Compare at positions up to the model's limit: some models begin to scale queries thousands of tokens on."""
-    limit = getattr(graph.twin.config.get_text_config(), "max_position_embeddings", None)
-    if graph.positions is None or not isinstance(limit, int) or (site.rotary and site.rotary.length_dependent):
+    limit = max_positions(graph.twin.config)
+    if graph.positions is None or limit is None or (site.rotary and site.rotary.length_dependent):
         return
     far = torch.linspace(0, limit - 1, graph.tokens, dtype=torch.float64).long()
     given = {p: torch.ones(shape(p)) for p in path.parameters}

@@ -208,7 +208,20 @@ def path_to(graph: Graph, found: Found, role: str) -> Path:
     Raises:
         UnsupportedModel: the walk meets several linears, or reaches the model's input past them.
     """
-    target: fx.Node = getattr(found, role)
+    return _path(graph, found, getattr(found, role), _ROLES[role])
+
+
+def gate_path(graph: Graph, found: Found, out: OutPath) -> Path | None:
+    """From the one linear that makes the gate of the head outputs to that gate; None where there is no such linear."""
+    if len(out.gates) != 1:
+        return None
+    try:
+        return _path(graph, found, out.gates[0], "output gate")
+    except UnsupportedModel:
+        return None
+
+
+def _path(graph: Graph, found: Found, target: fx.Node, what: str) -> Path:
     pending, seen = [target], {target}
     linears: dict[fx.Node, Linear] = {}
     parameters: list[fx.Node] = []
@@ -224,7 +237,7 @@ def path_to(graph: Graph, found: Found, role: str) -> Path:
                 parameters.append(node)
             elif source.kind == "input" and node not in graph.values:
                 raise UnsupportedModel(
-                    f"module {found.module}: its {_ROLES[role]} do not come from a linear projection alone; "
+                    f"module {found.module}: its {what} do not come from a linear projection alone; "
                     f"the walk back reached {source.name!r}."
                 )
             else:
@@ -232,7 +245,7 @@ def path_to(graph: Graph, found: Found, role: str) -> Path:
             continue
         if node.target in (ATTENTION, STUB):
             raise UnsupportedModel(
-                f"module {found.module}: its {_ROLES[role]} depend on node {node.name!r} of {module_name(node)!r}, "
+                f"module {found.module}: its {what} depend on node {node.name!r} of {module_name(node)!r}, "
                 "which is not a projection of this layer's input."
             )
         for n in node.all_input_nodes:
@@ -241,9 +254,11 @@ def path_to(graph: Graph, found: Found, role: str) -> Path:
                 pending.append(n)
     if len(linears) != 1:
         names = sorted(graph.sources[x.weight].name for x in linears.values())
-        what = "come from no linear projection" if not names else f"are put together from several ({', '.join(names)})"
+        found_to = (
+            "come from no linear projection" if not names else f"are put together from several ({', '.join(names)})"
+        )
         hint = " Latent attention (MLA) is compressed already." if len(names) > 1 else ""
-        raise UnsupportedModel(f"module {found.module}: its {_ROLES[role]} {what}; one is needed.{hint}")
+        raise UnsupportedModel(f"module {found.module}: its {what} {found_to}; one is needed.{hint}")
     (linear,) = linears.values()
     nodes = graph.between([target], [linear.out])
     parameters.sort(key=graph.order.__getitem__)

@@ -10,13 +10,20 @@ import transformers.initialization as init
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .calling import BIAS_NAMES, CACHE_NAMES, CallingConvention, once
+from .calling import BIAS_NAMES, CallingConvention, once, take_cache
 from .layout import AttentionSite, HeadNorm, Latent, LayerPlan, Projection
 from .ops import decodes, latent_attention_forward
 
 Shapes = Mapping[str, tuple[int, ...]]
 LIKE_SDPA = ("sdpa", "surgery")
 """Attention functions that take sdpa's masks, and neither soft caps nor sinks."""
+GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softplus": nn.functional.softplus,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+"""What an output gate may make of its projection."""
 KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None
 SHARED_STATES = "shared_kv_states"
 """Keyword argument that takes the caches of owners to their readers, through the parent's own layers."""
@@ -50,6 +57,12 @@ def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) 
         weights[f"{name}_proj.weight"] = (weight.t() if projection.transposed else weight).index_select(0, rows)
         if projection.bias is not None:
             weights[f"{name}_proj.bias"] = get_tensor(projection.bias).index_select(0, rows)
+    if site.gate is not None:
+        weight = get_tensor(site.gate.weight)
+        rows = _head_index(site.gate, site.gate.width, weight.device)
+        weights["out_gate.weight"] = (weight.t() if site.gate.transposed else weight).index_select(0, rows)
+        if site.gate.bias is not None:
+            weights["out_gate.bias"] = get_tensor(site.gate.bias).index_select(0, rows)
     weight = get_tensor(site.o.weight)
     columns = _head_index(site.o, site.value_dim, weight.device)
     weights["o_proj.weight"] = (weight.t() if site.o.transposed else weight).index_select(1, columns)
@@ -63,6 +76,28 @@ def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) 
     if site.sinks is not None:
         weights["sinks"] = get_tensor(site.sinks).clone()
     return {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+
+
+def origin_of(site: AttentionSite, name: str) -> str | None:
+    """The parent's parameter that a canonical one is made from; None where it stands for none of them.
+
+    Args:
+        name: as `canonical_weights` has it, or as forms of the cache name parameters of their own.
+    """
+    if name.startswith("gate."):
+        return None
+    if name == "sinks":
+        return site.sinks
+    projections = {"q": site.q, "k": site.k, "v": site.v, "o": site.o}
+    norms = {"q_norm": site.q_norm, "k_norm": site.k_norm, "v_norm": site.v_norm}
+    module, _, kind = name.partition(".")
+    if module in norms:
+        norm = norms[module]
+        names = None if norm is None else norm.weight if kind == "weight" else norm.bias
+        return names if names is None or isinstance(names, str) else names[0]
+    # Names begin with what they make: `k_up`, `v_up`, `kv_down`, `q_rope`; `post_norm_scale` is on the queries.
+    projection = site.gate if module == "out_gate" and site.gate else projections.get(module[0], site.q)
+    return (projection.bias if kind == "bias" else None) or projection.weight
 
 
 class SurgeryHeadNorm(nn.Module):
@@ -127,6 +162,7 @@ class SurgeryAttention(nn.Module):
     q_proj: nn.Linear
     o_proj: nn.Linear
     q_norm: SurgeryHeadNorm | None
+    out_gate: nn.Linear | None
     sinks: nn.Parameter | None
     post_norm_scale: nn.Parameter | None
     inv_freq_bits: Tensor
@@ -147,10 +183,21 @@ class SurgeryAttention(nn.Module):
         self.num_key_value_groups = site.group_size
         self.owns_cache = plan.owner == plan.layer
         self.has_readers = False
+        self.received_cache: bool | None = None
+        self.received: tuple[str, ...] = ()
+        """Whether the last call brought a cache, None before one in this pass; and the names of its other arguments."""
+        self.records: tuple[tuple[str, int], ...] = ()
+        self.recorded: list[tuple[str, int]] = []
+        """Model outputs that the parent's module is recorded for, and those of them that this one gives by now: see
+        `recording`."""
 
         for name in (name for name in self.linears if name not in plan.absent):
             rows, columns = shapes[f"{name}.weight"]
             setattr(self, name, nn.Linear(columns, rows, bias=f"{name}.bias" in shapes))
+        self.out_gate = None
+        if site.gate is not None:
+            rows, columns = shapes["out_gate.weight"]
+            self.out_gate = nn.Linear(columns, rows, bias="out_gate.bias" in shapes)
         for name in self.norms:
             norm: HeadNorm | None = None if name in plan.absent else getattr(site, name)
             module = SurgeryHeadNorm(norm, shapes.get(f"{name}.weight"), shapes.get(f"{name}.bias")) if norm else None
@@ -192,17 +239,25 @@ class SurgeryAttention(nn.Module):
         residual: Tensor | None = named.pop("residual", None)
         for name in BIAS_NAMES:
             named.pop(name, None)
+        cache = take_cache(named)
+        if not torch.compiler.is_compiling():
+            self.received_cache, self.received = cache is not None, tuple(named)
         inputs = Inputs(
             hidden_BTD=named.pop("hidden_states"),
             mask=named.pop("attention_mask", None),
             position_embeddings=named.pop("position_embeddings", None),
             position_ids=named.get("position_ids"),
-            cache=next((c for c in [named.pop(name, None) for name in CACHE_NAMES] if c is not None), None),
+            cache=cache,
             shared=named.pop(SHARED_STATES, None),
             rest=named,
         )
 
         attn_output, attn_weights = self._attend(inputs)
+        if self.out_gate is not None:
+            assert self.site.gate is not None
+            gate = self.out_gate(inputs.hidden_BTD).unflatten(-1, (self.site.heads, self.site.gate.width))
+            gate = GATE_FUNCTIONS[self.site.gate.function](gate.float()).to(attn_output.dtype)
+            attn_output = attn_output.reshape(*gate.shape[:-1], -1) * gate
         output = self.o_proj(attn_output.reshape(*inputs.hidden_BTD.shape[:-1], -1))
         if self.call.output_dropout:
             output = nn.functional.dropout(output, self.call.output_dropout, self.training)
@@ -210,13 +265,15 @@ class SurgeryAttention(nn.Module):
             output = output + residual
         if self.call.returns is None:
             return output
+        if self.config._attn_implementation in LIKE_SDPA and not self.gives_weights(inputs.rest):
+            attn_weights = None  # sdpa has none, as in the parent; layers that it cannot compute keep theirs
         answers = {"output": output, "weights": attn_weights, "cache": inputs.cache, "none": None}
-        return tuple(answers[place] for place in self.call.returns)
+        return (list if self.call.returns_list else tuple)(answers[place] for place in self.call.returns)
 
     def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """Head outputs [B, T, N, V], and weights where the attention function gives them."""
         query, key, value = self._query_key_value(inputs)
-        attention_interface = self._attention_function()
+        attention_interface = self._attention_function(inputs.rest)
         implementation = self.config._attn_implementation
         absorbs = self._absorbs(inputs.hidden_BTD)
         if absorbs:
@@ -231,10 +288,20 @@ class SurgeryAttention(nn.Module):
         found = self._call_attention(attention_interface, query, key, value, mask, inputs.rest)
         return (self._values(found[0]), found[1]) if absorbs else found
 
-    def _attention_function(self) -> Callable:
-        """What `_attn_implementation` names, or eager where that cannot compute this layer."""
+    def gives_weights(self, named: Mapping[str, Any]) -> bool:
+        """Whether a call answers with its weights: eager does, and layers that take them themselves and ask for them.
+
+        `named`: arguments of the call.
+        """
         implementation = self.config._attn_implementation
-        if implementation in LIKE_SDPA and (self.site.softcap is not None or self.sinks is not None):
+        asked = not self.records and bool(named.get("output_attentions"))  # recorded modules do not leave sdpa for it
+        return implementation == "eager" or (asked and implementation in LIKE_SDPA)
+
+    def _attention_function(self, named: Mapping[str, Any]) -> Callable:
+        """What `_attn_implementation` names, or eager where that cannot compute this layer or what is asked of it."""
+        implementation = self.config._attn_implementation
+        bare = self.site.softcap is None and self.sinks is None
+        if implementation in LIKE_SDPA and (not bare or self.gives_weights(named)):
             return eager_attention_forward
         found: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return found
@@ -271,6 +338,10 @@ class SurgeryAttention(nn.Module):
         """What the attention function takes, [B, N, T, .] and twice [B, K, S, .], after the cache was updated."""
         raise NotImplementedError
 
+    def held(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Heads, width of keys and width of values that the layer has in a cache of its own which keeps every token."""
+        raise NotImplementedError
+
     def _store(self, key: Tensor, value: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Append to the layer's own cache; returns all that is to be seen, and leaves it to the readers."""
         if inputs.cache is not None:
@@ -297,9 +368,13 @@ class SurgeryAttention(nn.Module):
         """
         key, value = self._lent(self.plan.owner, inputs.shared)
         cache = inputs.cache
-        if cache is not None and not (
-            len(cache.layers) > self.layer_idx and cache.layers[self.layer_idx].is_initialized
-        ):
+        if cache is None:
+            return key, value
+        place = cache.layers[self.layer_idx] if len(cache.layers) > self.layer_idx else None
+        begun = place is not None and place.is_initialized
+        # Each update of an offloading cache fetches the layer behind; those that quantize need not crop, nor can they
+        # quantize nothing.
+        if (not begun or getattr(cache, "offloading", False)) and not hasattr(place, "_quantize"):
             nothing = key.new_empty(len(key), 0, inputs.hidden_BTD.shape[1], 0)
             cache.update(nothing, nothing, self.layer_idx)
         return key, value
@@ -343,7 +418,7 @@ class SurgeryAttention(nn.Module):
         rotary = self.site.rotary
         assert rotary is not None
         if self.call.rotary_layout is not None:
-            cos, sin = (once(t, self.call.rotary_layout, len(rotary.inv_freq)) for t in position_embeddings)
+            cos, sin = (once(t, self.call.rotary_layout, rotary) for t in position_embeddings)
         else:
             assert positions is not None
             cos, sin = angles_of(positions, self.inv_freq_bits, rotary.scaling, dtype)
@@ -375,16 +450,20 @@ class SurgeryAttention(nn.Module):
                 mask = ~mask
         elif skippable and self.site.alibi_slopes is None:
             return None
-        # Some parents keep the window inside their attention (GPT-Neo); where the mask has it, this changes nothing.
-        # A sliding cache layer drops old keys, and the mask made for it knows which are left.
+        # Some parents keep the window inside their attention (GPT-Neo); the masks of others have it, unless they are a
+        # user's own, which count as they are. A sliding cache layer drops old keys, and its mask knows which are left.
         sliding = cache is not None and getattr(cache.layers[self.plan.owner], "is_sliding", False)
         window = None if sliding or length <= (self.site.window or length) else self.site.window
+        if mask is not None and self.site.window_in_mask:
+            window = None
         if self.site.alibi_slopes is None and window is None and (mask is not None or tokens == 1):
             return mask
         past = 0 if cache is None else cache.get_seq_length(self.plan.owner) - tokens
         positions = past + torch.arange(tokens, device=key.device)
         distance = positions[:, None] - torch.arange(length, device=key.device)
         visible = distance >= 0
+        if self.site.sees_ahead and mask is not None:
+            visible = torch.ones_like(visible)  # the parent's mask decides
         if window is not None:
             visible = visible & (distance < window)
         low = torch.finfo(query.dtype).min
@@ -397,6 +476,10 @@ class SurgeryAttention(nn.Module):
             if mask is None or mask.dtype == torch.bool:
                 return visible
             return torch.where(visible, mask, low)
+        if mask is not None and self.call.alibi_skips_padding:
+            # Every token sees itself: what no query sees is padding.
+            order = visible.any(dim=-2).cumsum(-1)  # [B, 1, S]
+            distance = order.index_select(-1, positions)[..., None] - order[..., None, :]
         bias = -self.slope_bits.view(torch.float32)[:, None, None] * distance
         return torch.where(visible, bias.to(query.dtype), low)
 
@@ -448,7 +531,8 @@ def grouped_attention_forward(
     mask = attention_mask
     if mask is not None and mask.shape[1] > 1:  # of every query head: ALiBi
         mask = mask.reshape(-1, K, N // K, S)
-    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    weights_asked = module.gives_weights(kwargs)  # type: ignore[operator]
+    implementation = "eager" if weights_asked else module.config._attn_implementation  # type: ignore[union-attr]
     latent: Latent = module.latent  # type: ignore[assignment]
     plain = softcap is None and s_aux is None and not latent.rotate_on_read
     if implementation == "surgery" and plain and decodes(query, attention_mask, dropout):
@@ -486,8 +570,8 @@ def _check(site: AttentionSite, plan: LayerPlan) -> None:
     where = f"{site.module} (layer {site.layer})"
     if site.alibi_slopes is not None and site.window is not None:
         raise ValueError(f"{where}: has ALiBi and a window; the positions in a sliding cache are not known here")
-    if site.gated_output:
-        raise ValueError(f"{where}: gates its head outputs, which this runtime cannot do")
+    if site.gated_output and site.gate is None:
+        raise ValueError(f"{where}: gates its head outputs in a way that its description does not hold")
     if plan.layer != site.layer:
         raise ValueError(f"{where}: was given the plan of layer {plan.layer}")
     if any(lender >= plan.layer for lender in plan.lenders):

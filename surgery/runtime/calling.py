@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .layout import AttentionSite, Rotary
 
-CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value")
+"""Names under which releases of transformers hand a cache to a model or its attention, newest first: 5.24 renamed
+`past_key_values` to `cache`."""
 BIAS_NAMES = ("alibi", "position_bias")
 """Arguments that carry the parent's own ALiBi; ours comes from the slopes of the site."""
 
@@ -32,9 +35,13 @@ class CallingConvention:
     """Parameter names of the parent's attention forward, in order; the first one is the layer's input."""
     returns: tuple[str, ...] | None = ("output", "weights")
     """One of `output`, `weights`, `cache`, `none` per place of the returned tuple; None for a bare tensor."""
+    returns_list: bool = False
+    """True where these places are of a list, to which the layer adds lists (GPT)."""
     adds_residual: bool = False
     mask_true_hides: bool = False
     """True where a boolean mask marks what is hidden (MPT), not what is visible."""
+    alibi_skips_padding: bool = False
+    """True where the parent's ALiBi counts the tokens that its mask shows (BLOOM), not places in the cache (MPT)."""
     rotary_layout: str | None = None
     """How `position_embeddings` repeat the angle of pair j: `halves` (at j and j + dims/2), `pairs` (at 2j and
     2j + 1), `once`; None where cos and sin are not passed and are computed from the site."""
@@ -47,6 +54,13 @@ class CallingConvention:
         named["hidden_states"] = named.pop(self.arguments[0])
         return named
 
+    def of_installed(self, replaced: nn.Module) -> CallingConvention:
+        """This convention with the argument names of `replaced`, the attention of the release that is installed.
+
+        A checkpoint may have been written under another release, which named or ordered the arguments otherwise.
+        """
+        return dataclasses.replace(self, arguments=_positional(replaced))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -54,6 +68,41 @@ class CallingConvention:
     def from_dict(cls, data: dict[str, Any]) -> CallingConvention:
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
         return cls(**fields)
+
+
+def take_cache(named: dict[str, Any]) -> Any:
+    """Remove the cache from the arguments of a call, whatever it is called there, and return it; None without one.
+
+    A cache is known by its type, so that a release may rename the argument; objects that merely act as one are known
+    by the names in use so far.
+    """
+    names = [name for name, value in named.items() if name in CACHE_NAMES or isinstance(value, Cache)]
+    return next((cache for cache in [named.pop(name) for name in names] if cache is not None), None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which `model` takes a cache: `cache` from transformers 5.24 on, `past_key_values` before.
+
+    Raises:
+        ValueError: its forward names no such argument.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHE_NAMES if name in parameters), None)
+    if name is None:
+        raise ValueError(
+            f"{type(model).__name__}: its forward takes {', '.join(parameters)}, none of which is known to be a cache "
+            f"({', '.join(CACHE_NAMES)}; transformers {transformers.__version__})"
+        )
+    return name
+
+
+def cache_of(output: Any) -> Any:
+    """The cache among the results of a forward pass, a `ModelOutput` or a tuple; None without one."""
+    if isinstance(output, Mapping):
+        found = next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+        return next((value for value in output.values() if isinstance(value, Cache)), found)
+    places = output if isinstance(output, (tuple, list)) else ()
+    return next((value for value in places if isinstance(value, Cache)), None)
 
 
 def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[CallingConvention]:
@@ -123,8 +172,7 @@ def _read_call(
     output: Any,
     projected: Tensor,
 ) -> CallingConvention:
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    names = _positional(module)
     named = CallingConvention(arguments=names).bind(args, kwargs)
     places = output if isinstance(output, (tuple, list)) else (output,)
     residual = named.get("residual")
@@ -146,13 +194,30 @@ def _read_call(
     return CallingConvention(
         arguments=names,
         returns=tuple(returns) if isinstance(output, (tuple, list)) else None,
+        returns_list=isinstance(output, list),
         adds_residual=adds_residual,
         # The first query of the unpadded row must not see the last key.
         mask_true_hides=mask is not None and boolean and bool(mask[-1, 0, 0, -1]),
+        alibi_skips_padding=_skips_padding(site, named),
         rotary_layout=_rotary_layout(site.rotary, named.get("position_embeddings")),
         attention_dropout=_dropout(module, "attention_dropout", "attn_dropout", "attn_dropout_p", "attn_pdrop"),
         output_dropout=_dropout(module, "resid_dropout", *(["hidden_dropout"] if adds_residual else [])),
     )
+
+
+def _positional(module: nn.Module) -> tuple[str, ...]:
+    """Parameter names of the module's forward that may be given by position, in order."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def _skips_padding(site: AttentionSite, named: dict[str, Any]) -> bool:
+    """Whether ALiBi differs between the two recorded rows, of which the first is padded."""
+    bias = next((named[name] for name in BIAS_NAMES if isinstance(named.get(name), Tensor)), None)
+    if bias is None or bias.numel() != 2 * site.heads * 3:
+        return False
+    padded, whole = bias.flatten().chunk(2)
+    return not torch.equal(padded, whole)
 
 
 def _same(value: Tensor, projected: Tensor, residual: Tensor | None) -> bool:
@@ -169,22 +234,26 @@ def _rotary_layout(rotary: Rotary | None, position_embeddings: Any) -> str | Non
     if rotary is None or not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
         return None
     cos, sin = position_embeddings
-    if not isinstance(cos, Tensor) or cos.is_complex() or cos.ndim != 3:
+    if not isinstance(cos, Tensor) or cos.is_complex() or cos.ndim != (3 if rotary.axes is None else cos.ndim):
         return None
-    angles = torch.arange(cos.shape[1], device=cos.device)[:, None] * torch.tensor(rotary.inv_freq, device=cos.device)
+    angles = torch.arange(cos.shape[-2], device=cos.device)[:, None] * torch.tensor(rotary.inv_freq, device=cos.device)
     for layout in ("halves", "pairs", "once"):
         if (cos.shape[-1] == len(rotary.inv_freq)) != (layout == "once"):
             continue
-        got = [once(t, layout, len(rotary.inv_freq))[-1].float() for t in (cos, sin)]
+        got = [once(t, layout, rotary)[-1].float() for t in (cos, sin)]
         want = [angles.cos() * rotary.scaling, angles.sin() * rotary.scaling]
         if all(g.shape == w.shape and torch.allclose(g, w, atol=2e-2) for g, w in zip(got, want, strict=True)):
             return layout
     return None
 
 
-def once(table: Tensor, layout: str, pairs: int) -> Tensor:
-    """[B, T, pairs] out of a cos or sin that repeats every angle."""
-    return table[..., ::2][..., :pairs] if layout == "pairs" else table[..., :pairs]
+def once(table: Tensor, layout: str, rotary: Rotary) -> Tensor:
+    """[B, T, pairs] out of a cos or sin that repeats every angle, or has it for every axis of the positions."""
+    pairs = len(rotary.inv_freq)
+    table = table[..., ::2][..., :pairs] if layout == "pairs" else table[..., :pairs]
+    if table.ndim == 4 and rotary.axes is not None:  # [axes, B, T, pairs]; releases differ in who chooses the axis
+        table = torch.stack([table[axis, ..., pair] for pair, axis in enumerate(rotary.axes)], dim=-1)
+    return table
 
 
 def _dropout(module: nn.Module, *names: str) -> float:

@@ -8,6 +8,8 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .parallel import ParentPlan
+
 PREFIX = "surgery_"
 _MADE: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
 
@@ -26,6 +28,7 @@ def config_class(parent: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "__annotations__": {"surgery": dict | None},
         "surgery": None,
         "model_type": PREFIX + parent.model_type,
+        **{plan: ParentPlan(plan, parent) for plan in ("base_model_tp_plan", "base_model_pp_plan")},
     }
     _MADE[parent] = strict(type(f"Surgery{parent.__name__}", (parent,), namespace))
     return _MADE[parent]
@@ -43,6 +46,7 @@ def converted_config(parent: PreTrainedConfig, surgery: dict[str, Any]) -> PreTr
     """A copy of the parent's config that carries `surgery`; the parent's own object stays as it is."""
     fields = parent.to_diff_dict()  # as it is saved: some nested configs refuse the rest of their own `to_dict`
     fields.pop("model_type", None)
+    fields.pop("quantization_config", None)  # the weights that we write are plain
     config = config_class(type(parent))(**{**fields, "surgery": surgery})
     config._attn_implementation = parent._attn_implementation
     return config

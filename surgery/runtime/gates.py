@@ -73,7 +73,7 @@ class SurgeryGate(nn.Module):
         for name, parameter in self.named_parameters():
             (init.ones_ if name == "norm" else init.zeros_)(parameter)
         if self.merge.gate == "borrowed":
-            init.copy_(self.channel_bits, torch.ones(1).view(torch.int32))
+            init.copy_(self.channel_bits, torch.ones(1, dtype=torch.float32).view(torch.int32))
 
     def forward(self, hidden_BTD: Tensor, q_BTNH: Tensor, k_BTKH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [B, K, T], above 0 where a token is to go, and weights [B, K, T] above 0 (`dmc`); float32.

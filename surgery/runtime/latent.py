@@ -19,7 +19,7 @@ from .attention import (
     turn_halves,
 )
 from .calling import CallingConvention
-from .layout import AttentionSite, Latent, LayerPlan
+from .layout import AttentionSite, Latent, LayerPlan, position_numbers
 
 
 class SurgeryLatentAttention(SurgeryAttention):
@@ -33,6 +33,9 @@ class SurgeryLatentAttention(SurgeryAttention):
     every cache layer of transformers, dynamic, static or sliding, stores, crops and reorders that as it is. One new
     token reads it as it lies there (queries are mapped into the latent space, nothing of the cache is expanded; with
     `rotate_on_read` only K is); more tokens at once expand K and V, which costs less arithmetic then.
+
+    With `rotate_on_read` the values are the positions of the tokens (see `positions_as_numbers`). Places in the cache
+    would not do: positions start again in packed sequences, and padding has places but no positions of its own.
 
     Parameters beside q, o and sinks: `kv_down` [R + rope_dims, D], `k_up` [K, H, R_k], `v_up` [K, V, R_v], `q_rope`
     [K, rope_dims, H]; R_k and R_v are R, or its two parts where the plan has a `k_rank`. Those of size 0 are absent.
@@ -61,6 +64,7 @@ class SurgeryLatentAttention(SurgeryAttention):
         assert isinstance(plan.project, Latent)
         self.latent = plan.project
         check_latent_site(site, self.latent)
+        self.keeps_positions = self.latent.rotate_on_read and site.rotary is not None
         if self.latent.rope_dims:
             self.register_buffer("rope_freq_bits", torch.zeros(self.latent.rope_dims // 2, dtype=torch.int32))
         self.build_tables(self.q_proj.weight.device)
@@ -83,13 +87,16 @@ class SurgeryLatentAttention(SurgeryAttention):
     def _absorbs(self, hidden_states: Tensor) -> bool:
         return hidden_states.shape[1] == 1 and self.config._attn_implementation in ("sdpa", "eager", "surgery")
 
+    def held(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        return 1, self.latent.dims, position_numbers(dtype.itemsize) if self.keeps_positions else 0
+
     def _query_key_value(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         hidden_states = inputs.hidden_BTD
         q = self._queries(hidden_states)
         rank, rope_dims = self.latent.rank, self.latent.rope_dims
-        q_rope, angles = None, None
+        q_rope, angles, positions = None, None, self._positions(inputs)
         if self.q_rope is not None:
-            angles = cos, sin = angles_of(self._positions(inputs), self.rope_freq_bits, 1.0, q.dtype)
+            angles = cos, sin = angles_of(positions, self.rope_freq_bits, 1.0, q.dtype)
             q_rope = torch.einsum("btkgh,kfh->btkgf", self._by_kv_head(q), self.q_rope).flatten(2, 3)
             q_rope = turn_halves(q_rope, cos.unsqueeze(2), sin.unsqueeze(2)).to(q.dtype)
         if self.owns_cache:
@@ -97,9 +104,12 @@ class SurgeryLatentAttention(SurgeryAttention):
             if angles is not None:
                 k_rope = turn_halves(entry[..., rank:], *angles).to(entry.dtype)
                 entry = torch.cat((entry[..., :rank], k_rope), dim=-1)
-            cached, _ = self._store(entry[:, None], entry[:, None, :, :0], inputs)
+            beside = entry[..., :0]
+            if self.keeps_positions:
+                beside = positions_as_numbers(positions, entry.dtype).expand(len(entry), -1, -1)
+            cached, beside = self._store(entry[:, None], beside[:, None], inputs)
         else:
-            cached, _ = self._borrow(inputs)
+            cached, beside = self._borrow(inputs)
         absorbs = self._absorbs(hidden_states)
         c_BSR = cached[:, 0, :, :rank]
         # Means are taken over whole entries and cut afterwards: sdpa copies nothing where K and V are equally wide.
@@ -109,7 +119,9 @@ class SurgeryLatentAttention(SurgeryAttention):
             if self.k_mean is not None:
                 key = key + self.k_mean.unsqueeze(1)
             key = norm_heads(self.k_norm, key.transpose(1, 2), False).transpose(1, 2)
-            query, key = self._turn_by_slot(q, key, inputs.cache)
+            query = q.transpose(1, 2)
+            if self.keeps_positions:
+                query, key = self._turned(query, positions), self._turned(key, numbers_as_positions(beside[:, 0]))
             return query, key, value
         if absorbs:
             return self._absorbed(q, q_rope).transpose(1, 2), cached, value
@@ -146,30 +158,31 @@ class SurgeryLatentAttention(SurgeryAttention):
         c = c_BSR[..., -self.latent.value_rank :] if values else c_BSR[..., : self.latent.key_rank]
         return torch.einsum("bsr,khr->bksh", c, up_KHR)
 
-    def _turn_by_slot(self, q_BTNH: Tensor, key_BKSH: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        """q [B, N, T, H] and K after the parent's rotation, positions counted by the place in the cache.
-
-        Rotary scores depend on differences of positions only, so left padding and what a sliding cache has dropped
-        change nothing: places and positions differ by a constant in each row.
-        """
-        rotary, tokens, length = self.site.rotary, q_BTNH.shape[1], key_BKSH.shape[2]
-        if rotary is None:
-            return q_BTNH.transpose(1, 2), key_BKSH
-        end = length
-        if cache is not None and cache.layers[self.plan.owner].is_compileable:
-            # A static cache has room behind the last token. Others end with it, whatever they dropped or kept back.
-            end = cache.get_seq_length(self.plan.owner)
-            if isinstance(end, int):  # a sliding one: full, it moves on
-                end = min(end, length)
-        slots = torch.arange(length, device=key_BKSH.device)
-        cos, sin = angles_of(slots, self.inv_freq_bits, rotary.scaling, q_BTNH.dtype)
-        now = end - tokens + torch.arange(tokens, device=key_BKSH.device)
-        q_cos, q_sin = angles_of(now, self.inv_freq_bits, rotary.scaling, q_BTNH.dtype)
-        return self._turn(q_BTNH.transpose(1, 2), q_cos, q_sin), self._turn(key_BKSH, cos, sin)
+    def _turned(self, x_BNTH: Tensor, positions_BT: Tensor) -> Tensor:
+        """q or K after the parent's rotation at `positions_BT`."""
+        assert self.site.rotary is not None
+        cos, sin = angles_of(positions_BT, self.inv_freq_bits, self.site.rotary.scaling, x_BNTH.dtype)
+        return self._turn(x_BNTH, cos.unsqueeze(1), sin.unsqueeze(1))
 
     def _by_kv_head(self, x_BTNH: Tensor) -> Tensor:
         """[B, T, K, G, .]: the query heads of each KV head."""
         return x_BTNH.unflatten(2, (self.latent.kv_heads, -1))
+
+
+def positions_as_numbers(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, numbers] that `dtype` holds to the last bit: the position itself, or its three digits to the base 256."""
+    if position_numbers(dtype.itemsize) == 1:
+        return positions_BT[..., None].to(dtype)
+    digits = [positions_BT // 65536, positions_BT // 256 % 256, positions_BT % 256]
+    return torch.stack(digits, dim=-1).to(dtype)
+
+
+def numbers_as_positions(numbers_BTP: Tensor) -> Tensor:
+    """[B, T] float32: what `positions_as_numbers` was given."""
+    numbers = numbers_BTP.float()
+    if numbers.shape[-1] == 1:
+        return numbers[..., 0]
+    return 65536 * numbers[..., 0] + 256 * numbers[..., 1] + numbers[..., 2]
 
 
 def latent_shapes(site: AttentionSite, latent: Latent, owns_cache: bool = True) -> dict[str, tuple[int, ...]]:
@@ -230,6 +243,8 @@ def latent_refusal(site: Any, rotate_on_read: bool = False, fixed_rotary: bool =
         return "the queries are normed after their rotation, which a latent cannot follow. Use gqa."
     if fixed_rotary and site.rotary is not None and site.rotary.length_dependent:
         return "the rotary frequencies vary with the length, and cached latents cannot follow. Use gqa."
+    if site.rotary is not None and site.rotary.axes is not None:
+        return "tokens of an image have several positions each, and cached latents are turned by one. Use gqa."
     if site.gated_output:
         return "the head outputs are gated before o. Use gqa."
     return None

@@ -63,6 +63,20 @@ class Rotary:
     """Factor on cos and sin (the attention factor of YaRN and longrope)."""
     length_dependent: bool = False
     """True where the frequencies change with the sequence length (dynamic NTK, longrope)."""
+    axes: tuple[int, ...] | None = None
+    """Where a token has several positions (time, height and width of an image): which of them turns each pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputGate(Projection):
+    """What multiplies the head outputs before `o`: a function of a projection of the layer's input.
+
+    `head_rows[h]` is the first row for query head `h`; the head has `width` rows: one for each channel of its output,
+    or a single one for them all.
+    """
+
+    width: int
+    function: Literal["sigmoid", "softplus", "silu", "tanh"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +105,9 @@ class AttentionSite:
     softcap: float | None = None
     window: int | None = None
     """Number of newest tokens visible, the query's own included; None where all are."""
+    window_in_mask: bool = False
+    """True where the mask that the attention is given has the window, so that a user's own mask counts as it is. False
+    where the attention applies the window itself to whatever it is given (GPT-Neo), and in sites written before."""
     sinks: str | None = None
     """Parameter with one learned sink logit per query head (GPT-OSS)."""
     alibi_slopes: tuple[float, ...] | None = None
@@ -99,6 +116,10 @@ class AttentionSite:
     """Projections are clamped to [-clip, clip] before anything else (OLMo, DBRX, MPT)."""
     gated_output: bool = False
     """True where something multiplies the head outputs before `o`: nothing can be folded into `o` then."""
+    gate: OutputGate | None = None
+    """What that is; None without a gate, or where it is of no known form."""
+    sees_ahead: bool = False
+    """True where the mask may let tokens see later ones: those of one image (Gemma-3) or of a prefix (PaliGemma)."""
 
     @property
     def group_size(self) -> int:
@@ -110,6 +131,13 @@ class AttentionSite:
         """Numbers that one token adds to this layer's cache."""
         return self.kv_heads * (self.head_dim + self.value_dim)
 
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of all parameters that make this attention, in the parent's state dict."""
+        parts = [self.q, self.k, self.v, self.o, self.gate, self.q_norm, self.k_norm, self.v_norm]
+        named = [self.sinks, *(name for part in parts if part is not None for name in (part.weight, part.bias))]
+        return frozenset(n for name in named for n in ((name,) if isinstance(name, str) else name or ()))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -118,6 +146,7 @@ class AttentionSite:
         kinds: dict[str, type] = {
             "q": Projection, "k": Projection, "v": Projection, "o": Projection,
             "q_norm": HeadNorm, "k_norm": HeadNorm, "v_norm": HeadNorm, "rotary": Rotary,
+            "gate": OutputGate,
         }  # fmt: skip
         return cls(**{name: _build(kinds.get(name), value) for name, value in data.items()})
 
@@ -151,7 +180,8 @@ class Latent:
     Where `rotate_on_read` is False (MLA, arXiv:2405.04434) the cache holds the latent c, which never turns, and the
     rotated key part k_r that all heads share; decoding maps queries into the latent space and expands nothing. Where
     it is True (Palu, arXiv:2407.21118, and EigenAttention) the cache holds c alone: K is made from it at read and then
-    rotated as the parent rotates it. Query head h reads KV head h // (N / kv_heads), as in the parent.
+    rotated as the parent rotates it, at the position that is cached beside c. Query head h reads KV head
+    h // (N / kv_heads), as in the parent.
     """
 
     rank: int
@@ -167,6 +197,9 @@ class Latent:
     """Set where K and V have latents of their own: K reads the first `k_rank` numbers of c, V the others."""
     means: bool = False
     """The latents carry K and V without their means: K's is added at read (`k_mean`), V's is in the bias of o."""
+    keeps_positions: bool = False
+    """Whether positions of tokens take bytes beside c: where K is rotated at read. They are cached there in any case;
+    plans written before that was so count them not."""
     kind: Literal["latent"] = "latent"
 
     @property
@@ -266,6 +299,8 @@ class LayerPlan:
         dims = self.project.dims
         if self.value_owner is not None:
             dims -= self.project.kv_heads * self.project.value_dim
+        if isinstance(self.project, Latent) and self.project.keeps_positions:
+            dims += position_numbers(_BYTES[self.dtype])
         return (
             dims * _BYTES[self.dtype] if self.retain is None else round(dims * _BYTES[self.dtype] / self.retain.ratio)
         )
@@ -335,6 +370,11 @@ AHEAD = 4
 TABLE_STEP = 8
 """Block tables of ragged caches widen by so many pages at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def position_numbers(itemsize: int) -> int:
+    """Numbers of so many bytes each that hold the position of a token to the last bit, up to 2^24."""
+    return 1 if itemsize >= 4 else 3
 
 
 def _table(pages: float) -> int:

@@ -12,7 +12,9 @@ from .calling import CallingConvention
 from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
 from .layout import AttentionSite, LayerPlan
-from .merging import hard_decisions, log_keep, pooled, soft_bias, visible
+from .masks import read_chunk, read_whole, settle
+from .merging import at_end, from_end, hard_decisions, log_keep, pooled, soft_bias, visible
+from .ragged import RaggedLayer
 from .ragged_attention import attend
 from .ragged_cache import is_ragged, make_ragged
 from .slots import New
@@ -85,6 +87,11 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
                 f"layer {self.layer_idx}: merged tokens are hidden by a mask per head, which runs with "
                 f"attn_implementation 'sdpa' or 'eager', not {implementation!r}"
             )
+        if inputs.rest.pop("is_causal", None) is False:
+            raise ValueError(
+                f"layer {self.layer_idx}: tokens merge or leave by what came before them, so attention with "
+                "is_causal=False has no meaning here. Leave it out."
+            )
         if cache is not None and self.training and cache.get_seq_length(self.layer_idx):
             raise ValueError(
                 f"layer {self.layer_idx}: decisions are relaxed in training, and no cache keeps what they leave. Call "
@@ -94,13 +101,11 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             return self._attend_cached(inputs), None
         q = self._queries(hidden_states)
         turn = self._rotation(inputs, q.dtype)
-        seen = self._seen(inputs.mask)
         if self.owns_cache:
             k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
-            order = _order(seen, hidden_states)
             logits, weight = self.gate(hidden_states, q, k)
             q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
-            k, v, keep = self._retain(k, v, logits, weight, order, seen)
+            k, v, keep = self._retain(k, v, logits, weight, inputs)
             key, value = norm_heads(self.k_norm, turn(k), True).transpose(1, 2), v.transpose(1, 2)
             if self.has_readers:
                 assert inputs.shared is not None
@@ -112,8 +117,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             key, value, keep = (x.index_select(1, self.kv_of_query) for x in (key, value, keep))
         elif self.num_key_value_groups > 1:
             keep = keep.repeat_interleave(self.num_key_value_groups, dim=1)
-        inputs.rest.pop("is_causal", None)
-        return self._call_attention(self._attention_function(), query, key, value, keep, inputs.rest)
+        return self._call_attention(self._attention_function(inputs.rest), query, key, value, keep, inputs.rest)
 
     def _attend_cached(self, inputs: Inputs) -> Tensor:
         """Head outputs [B, T, N, V]; the cache keeps what the decisions leave."""
@@ -133,7 +137,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
                     value_BKTV=v.transpose(1, 2),
                     logits_BKT=logits,
                     weight_BKT=weight,
-                    real_BT=self._real(inputs, layer.get_seq_length()),
+                    real_BT=self._real(inputs, layer),
                     turn=lambda x: norm_heads(self.k_norm, turn(x.transpose(1, 2)), True).transpose(1, 2),
                     angles=self._angles(turn),
                 )
@@ -147,14 +151,20 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         plain = self.site.softcap is None and self.sinks is None
         return attend(self, query, seen, self.heads, self.scaling, plain)
 
-    def _real(self, inputs: Inputs, past: int | Tensor) -> Tensor | None:
-        """[B, T] bool: False at padding among the new tokens; None where the parent gives no mask."""
-        visible_B1TS, (B, T, _) = self._seen(inputs.mask), inputs.hidden_BTD.shape
-        if visible_B1TS is None:
+    def _real(self, inputs: Inputs, layer: RaggedLayer) -> Tensor | None:
+        """[B, T] bool: False at padding among the new tokens; None where there is none."""
+        (B, T, _), mask = inputs.hidden_BTD.shape, inputs.mask
+        if mask is None:
+            if layer.has_padding:
+                raise ValueError(
+                    f"layer {self.layer_idx}: no attention mask came, but the cache was given padding before, which it "
+                    "did not keep. Pass the attention mask of all tokens so far."
+                )
             return None
-        # The newest token sees every token that is there. `add` refuses those behind the end of a static cache.
-        places = (past + torch.arange(T, device=visible_B1TS.device)).clamp_max(visible_B1TS.shape[-1] - 1)
-        return visible_B1TS[:, 0, -1, places].expand(B, -1)
+        counted = layer.tokens if layer.is_initialized else torch.zeros(B, dtype=torch.int32, device=mask.device)
+        where = f"layer {self.layer_idx}"
+        real, claims = read_chunk(where, mask, self.call.mask_true_hides, T, layer.get_seq_length(), counted)
+        return real if settle(where, claims, ~real.all()) else None
 
     def _angles(self, turn: Any) -> tuple[Tensor, Tensor, bool, int] | None:
         """What `turn` does, for operators that rotate keys themselves; None where it is nothing or more than that."""
@@ -165,35 +175,36 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         return cos, sin, rotary.interleaved, rotary.start
 
     def _retain(
-        self,
-        k_BTKH: Tensor,
-        v_BTKV: Tensor,
-        logits_BKT: Tensor,
-        weight_BKT: Tensor | None,
-        order_BT: Tensor,
-        seen_B1TT: Tensor | None,
+        self, k_BTKH: Tensor, v_BTKV: Tensor, logits_BKT: Tensor, weight_BKT: Tensor | None, inputs: Inputs
     ) -> tuple[Tensor, Tensor, Tensor]:
         """K and V as slots hold them after each token, and who sees them: bool, or in training a bias, [B, K, T, T]."""
-        if self.training and self.merge.is_trained:
-            protected = self.merge.protected
-            kept = log_keep(logits_BKT, order_BT, protected, self.temperature, logistic_noise(logits_BKT))
-            p, seen = -torch.expm1(kept), soft_bias(kept, order_BT, self.merge, seen_B1TT, k_BTKH.dtype)
+        B, T = k_BTKH.shape[:2]
+        merge, allowed, holes = self.merge, None, None
+        order = decides = torch.arange(T, device=k_BTKH.device)[None]
+        if inputs.mask is not None:
+            where = f"layer {self.layer_idx}"
+            mask = inputs.mask if inputs.cache is None else inputs.mask[..., :T]  # a static one has room behind
+            read = read_whole(where, mask, self.call.mask_true_hides, B, T)
+            # Compiled, padding is taken to stand between tokens: right in any case, and more work.
+            holes = read.real_BT if settle(where, read.claims, read.has_holes) else None
+            order, allowed = read.order_BT, read.visible_B1TT
+            decides = torch.where(read.real_BT, order, -1)
+        if self.training and merge.is_trained:
+            kept = log_keep(logits_BKT, decides, merge.protected, self.temperature, logistic_noise(logits_BKT))
+            p, seen = -torch.expm1(kept), soft_bias(kept, order, merge, allowed, k_BTKH.dtype, holes)
         else:
-            hard = hard_decisions(logits_BKT, order_BT, self.merge.protected)
-            p, seen = hard.float(), visible(hard, order_BT, self.merge)
-            seen = seen if seen_B1TT is None else seen & seen_B1TT
+            hard = hard_decisions(logits_BKT, decides, merge.protected)
+            p, seen = hard.float(), visible(hard, order, merge, allowed, holes)
         if weight_BKT is not None:
-            k_BTKH = pooled(k_BTKH.transpose(1, 2), weight_BKT, p, self.merge.window).transpose(1, 2)
-            v_BTKV = pooled(v_BTKV.transpose(1, 2), weight_BKT, p, self.merge.window).transpose(1, 2)
+            k_BTKH, v_BTKV = (self._pooled(x.transpose(1, 2), weight_BKT, p, holes) for x in (k_BTKH, v_BTKV))
         return k_BTKH, v_BTKV, seen
 
-    def _seen(self, mask: Tensor | None) -> Tensor | None:
-        """The parent's mask as bool [B or 1, 1, T, T], True is visible; None where it is causality alone."""
-        if mask is None:
-            return None
-        if mask.dtype == torch.bool:
-            return ~mask if self.call.mask_true_hides else mask
-        return mask > torch.finfo(mask.dtype).min / 2
+    def _pooled(self, x_BKTH: Tensor, weight_BKT: Tensor, p_BKT: Tensor, real_BT: Tensor | None) -> Tensor:
+        """[B, T, K, H]; `real_BT` where runs go on behind padding."""
+        if real_BT is None:
+            return pooled(x_BKTH, weight_BKT, p_BKT, self.merge.window).transpose(1, 2)
+        x, weight, p = (at_end(t, real_BT) for t in (x_BKTH, weight_BKT, p_BKT))
+        return from_end(pooled(x, weight, p, self.merge.window), real_BT).transpose(1, 2)
 
 
 def merge_refusal(site: AttentionSite) -> str | None:
@@ -202,18 +213,10 @@ def merge_refusal(site: AttentionSite) -> str | None:
         return (
             f"it sees the newest {site.window} tokens only, and its cache is bounded already. Select the other layers."
         )
+    if site.sees_ahead:
+        return "its tokens of an image see later ones, and slots are filled in the order of the text."
     if site.alibi_slopes is not None:
         return "ALiBi asks for the position of every slot at every step, which a merged cache does not keep."
     if site.rotary is not None and site.rotary.length_dependent:
         return "its rotation changes with the length, and slots are rotated once."
     return None
-
-
-def _order(seen_B1TT: Tensor | None, hidden_BTD: Tensor) -> Tensor:
-    """Place of each token in its own sequence, [B or 1, T]: the first key that it sees is that sequence's first."""
-    places = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
-    if seen_B1TT is None:
-        return places[None]
-    seen = seen_B1TT[:, 0]
-    start = torch.where(seen.any(-1), seen.int().argmax(-1), len(places))  # padding sees nothing, and has no place
-    return places - start

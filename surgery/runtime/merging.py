@@ -1,7 +1,7 @@
 """Pure functions on the decisions of `Merge`: who sees what, and what merged slots hold. No modules, no state.
 
-`order_BT` says where each token stands in its own sequence: 0 at its first token, negative at padding before it. It
-counts through a cache, and starts again at every document of a packed sequence. Places in a tensor (T) never do.
+`order_BT` says where each token stands in its own sequence: 0 at its first token, negative at padding. It counts
+through a cache, and starts again at every document of a packed sequence. Places in a tensor (T) never do.
 
 Shape suffixes as in `layout.py`. Decisions are True (or near 1) where a token is dropped (`dms`) or merged (`dmc`).
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .layout import Merge
+from .slots import pick
 
 _STRETCH = 2**19
 """Numbers that are pooled at once: 2 MB in float32."""
@@ -29,6 +30,24 @@ def order_of_packed(position_ids_BT: Tensor) -> Tensor:
     follows[:, 1:] = position_ids_BT[:, 1:] == position_ids_BT[:, :-1] + 1
     start = torch.where(follows, 0, places).cummax(-1).values
     return places - start
+
+
+def at_end(x: Tensor, real_BT: Tensor) -> Tensor:
+    """[B, T] or [B, K, T, ...] with the real tokens of each row at its end, in order."""
+    return _pick_tokens(x, torch.argsort(real_BT.byte(), dim=-1, stable=True))
+
+
+def from_end(x: Tensor, real_BT: Tensor) -> Tensor:
+    """What `at_end` was given."""
+    order = torch.argsort(real_BT.byte(), dim=-1, stable=True)
+    return _pick_tokens(x, torch.argsort(order, dim=-1))
+
+
+def _pick_tokens(x: Tensor, index_BT: Tensor) -> Tensor:
+    if x.ndim == 2:
+        return x.gather(1, index_BT)
+    index = index_BT[:, None].expand(*x.shape[:2], -1)
+    return x.gather(2, index) if x.ndim == 3 else pick(x, index)
 
 
 def hard_decisions(logits_BKT: Tensor, order_BT: Tensor, protected: int) -> Tensor:
@@ -53,18 +72,34 @@ def same_sequence(order_BT: Tensor) -> Tensor:
     return (places[:, None] >= places) & (start_BT[:, :, None] == start_BT[:, None, :])
 
 
-def visible(decisions_BKT: Tensor, order_BT: Tensor, merge: Merge) -> Tensor:
+def visible(
+    decisions_BKT: Tensor,
+    order_BT: Tensor,
+    merge: Merge,
+    allowed_B1TT: Tensor | None = None,
+    real_BT: Tensor | None = None,
+) -> Tensor:
     """[B, K, T, T] bool: query i sees key j under hard decisions, causality and borders of documents included.
 
     `dms`: i - j < window, or j's own decision is 0 (delta 0 of arXiv:2506.05345: a token decides for itself).
     `dmc`: j is i, or the newest token of its run: the decision of j + 1 is 0. Keys are then those of `pooled`.
+
+    Args:
+        allowed_B1TT: the model's own mask, True is visible, in the place of `same_sequence`.
+        real_BT: False at padding, where that stands between tokens.
     """
-    near_TT, of_key_BKT = _near_and_key(decisions_BKT, merge)
-    return (near_TT | ~of_key_BKT[:, :, None, :]) & same_sequence(order_BT)[:, None]
+    near_B1TT, of_key_BKT = _near_and_key(decisions_BKT, order_BT, merge, real_BT)
+    allowed = same_sequence(order_BT)[:, None] if allowed_B1TT is None else allowed_B1TT
+    return (near_B1TT | ~of_key_BKT[:, :, None, :]) & allowed
 
 
 def soft_bias(
-    log_keep_BKT: Tensor, order_BT: Tensor, merge: Merge, allowed_B1TT: Tensor | None = None, dtype: Any = None
+    log_keep_BKT: Tensor,
+    order_BT: Tensor,
+    merge: Merge,
+    allowed_B1TT: Tensor | None = None,
+    dtype: Any = None,
+    real_BT: Tensor | None = None,
 ) -> Tensor:
     """[B, K, T, T] float: `visible` of relaxed decisions, to be added to the scores.
 
@@ -74,25 +109,27 @@ def soft_bias(
     Args:
         allowed_B1TT: the model's own mask, True is visible, in the place of those two.
         dtype: of the scores; float32 where None.
+        real_BT: as in `visible`.
     """
-    near_TT, of_key_BKT = _near_and_key(log_keep_BKT, merge)
+    near_B1TT, of_key_BKT = _near_and_key(log_keep_BKT, order_BT, merge, real_BT)
     allowed = same_sequence(order_BT)[:, None] if allowed_B1TT is None else allowed_B1TT
     low = torch.finfo(dtype or torch.float32).min
     rows = of_key_BKT.clamp_min(low).to(dtype or torch.float32)[:, :, None, :]
     # One pass over [B, K, T, T], here and backward: the pairs that no decision concerns are a constant.
     fixed = torch.where(allowed, 0.0, low).to(rows.dtype)
-    return torch.where(allowed & ~near_TT, rows, fixed)
+    return torch.where(allowed & ~near_B1TT, rows, fixed)
 
 
-def _near_and_key(x_BKT: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
-    """Which pairs [T, T] no decision hides, and for each key the entry of `x_BKT` that may hide it from the others."""
-    places = torch.arange(x_BKT.shape[-1], device=x_BKT.device)
-    distance = places[:, None] - places
+def _near_and_key(x_BKT: Tensor, order_BT: Tensor, merge: Merge, real_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Pairs [B, 1, T, T] that no decision hides, and for each key the entry of `x_BKT` that may hide it from others."""
+    distance = (order_BT[:, :, None] - order_BT[:, None, :])[:, None]
     if merge.method == "dms":
         assert merge.window is not None
         return distance < merge.window, x_BKT
     # The next token decides whether j stays visible; behind the last one there is none yet.
-    return distance == 0, torch.nn.functional.pad(x_BKT[..., 1:], (0, 1))
+    if real_BT is None:
+        return distance == 0, torch.nn.functional.pad(x_BKT[..., 1:], (0, 1))
+    return distance == 0, from_end(torch.nn.functional.pad(at_end(x_BKT, real_BT)[..., 1:], (0, 1)), real_BT)
 
 
 def pooled(x_BKTH: Tensor, weight_BKT: Tensor, merge_BKT: Tensor, window: int | None) -> Tensor:

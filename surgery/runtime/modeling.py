@@ -11,31 +11,39 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.generation import GenerationMode
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm, canonical_weights
-from .calling import CallingConvention, record_calls
+from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm, canonical_weights, origin_of
+from .calling import CallingConvention, cache_of, record_calls
 from .configuration import config_class, converted_config
 from .gates import gate_shapes
+from .generation import SurgeryGeneration, check_given_cache
 from .heads import SurgeryHeadsAttention
 from .latent import SurgeryLatentAttention, latent_shapes
 from .layout import AttentionSite, Latent, LayerPlan
 from .merged import SurgeryMergedAttention
-from .ragged_cache import make_ragged
+from .parallel import drop_plans
+from .recording import prepare_recording, records_of, running_model
 
 _MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
-class SurgeryMixin:
+class SurgeryMixin(SurgeryGeneration):
     """Before a `PreTrainedModel` in the bases: builds it, then swaps attention as `config.surgery` says."""
 
     shares_caches = False
     """Whether layers read the caches of others."""
-    plans: tuple[LayerPlan, ...] = ()
-    retains = False
-    """Whether tokens merge or leave in some layer."""
+    decoder_class: type[PreTrainedModel] | None = None
+    """What `AutoModel` makes of the config: classes with the head of a task get their decoder from it."""
     _skip_keys_device_placement: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -44,6 +52,9 @@ class SurgeryMixin:
         cls._skip_keys_device_placement = _with_shared_key(cls._skip_keys_device_placement)
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if self.decoder_class is not None:
+            # Not once for the class: code that travels is loaded once for the config, and once more for the model.
+            AutoModel.register(type(config), self.decoder_class, exist_ok=True)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         layers = config.surgery["layers"]
         swap_attention(
@@ -53,11 +64,33 @@ class SurgeryMixin:
             [CallingConvention.from_dict(layer["call"]) for layer in layers],
             [layer["shapes"] for layer in layers],
         )
+        # The parent initialised what is gone now. This reaches new modules alone, and none on the meta device.
+        self.init_weights()  # type: ignore[attr-defined]
         self.plans = tuple(LayerPlan.from_dict(layer["plan"]) for layer in layers)
         self.retains = any(plan.retain is not None for plan in self.plans)
         self.shares_caches = any(plan.lenders for plan in self.plans)
+        drop_plans(self, [layer["site"]["module"] for layer in layers], self.shares_caches)  # type: ignore[arg-type]
+        found = [(n, m) for n, m in self.named_modules() if isinstance(m, SurgeryAttention)]  # type: ignore[attr-defined]
+        base: Any = running_model(self, found[0][0])  # type: ignore[arg-type]
+        base.surgery_attentions = [attention for _, attention in found]
+        base.register_forward_pre_hook(check_given_cache, with_kwargs=True)
+        keys = {"attentions", *(key for _, attention in found for key, _ in attention.records)}
+        base.register_forward_pre_hook(functools.partial(prepare_recording, keys=keys), with_kwargs=True)
+        base.register_forward_pre_hook(_forget_calls)
+        base.register_forward_hook(_check_caches)
         if self.shares_caches:
-            self.base_model.register_forward_pre_hook(_hand_down_states, with_kwargs=True)  # type: ignore[attr-defined]
+            base.register_forward_pre_hook(_hand_down_states, with_kwargs=True)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """transformers reads that from the source of the class; attention here is all ours, and follows the config."""
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the parent: experts are its own, and must run as they run there."""
+        parent: Any = next(base for base in cls.__mro__ if not issubclass(base, SurgeryGeneration))
+        return bool(parent._can_set_experts_implementation())
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         """As the parent's, behind every public switch.
@@ -74,38 +107,6 @@ class SurgeryMixin:
             )
         super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
 
-    def static_cache(self, max_cache_len: int, *, ratio: float | None = None) -> StaticCache:
-        """An empty cache that is allocated at once; pass it as `past_key_values`.
-
-        Args:
-            max_cache_len: tokens at most, the prompt included.
-            ratio: tokens per slot to have room for where tokens merge or leave; None: what the plan aims at.
-        """
-        cache = StaticCache(config=self.config, max_cache_len=max_cache_len)  # type: ignore[attr-defined]
-        if self.retains:
-            make_ragged(cache, self.plans, ratio)
-        return cache
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As the parent's; caches of merged attention become what they will be before anybody asks what they can do.
-
-        Raises:
-            ValueError: assisted decoding of merged attention, or a form of cache that it cannot have.
-        """
-        if self.retains and generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                f"{type(self).__name__} merges or drops tokens, which cannot be undone when candidates are rejected. "
-                "Generate without an assistant: leave out assistant_model and prompt_lookup_num_tokens."
-            )
-        done = super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, *args, **kwargs
-        )
-        if self.retains and model_kwargs.get("past_key_values") is not None:
-            make_ragged(model_kwargs["past_key_values"], self.plans)
-        return done
-
     def initialize_weights(self) -> None:
         """Initialise as the parent does, then our own modules, which the parent's sub-models know nothing of."""
         super().initialize_weights()  # type: ignore[misc]
@@ -113,9 +114,16 @@ class SurgeryMixin:
             if isinstance(module, (SurgeryAttention, SurgeryHeadNorm)):
                 module.reset()
 
-    def _get_static_cache_init_shape(self) -> None:
-        """Shapes of a static cache come from its first keys and values, not from the parent's head count."""
-        return None
+
+def __getattr__(name: str) -> Any:
+    """`Surgery<Parent>` by name: pickles name the class, and are read by processes that have made no such class yet."""
+    made = next((cls for cls in _MADE.values() if cls.__name__ == name), None)
+    parent = getattr(transformers, name.removeprefix("Surgery"), None) if name.startswith("Surgery") else None
+    if made is None and isinstance(parent, type) and issubclass(parent, PreTrainedModel):
+        made = surgery_class(parent)
+    if made is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return made
 
 
 def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -126,6 +134,7 @@ def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if parent_config is None:
         raise ValueError(f"{parent.__name__} names no config class")
     config = config_class(parent_config)
+    base = MODEL_MAPPING.get(parent_config, None)
     cls = type(
         f"Surgery{parent.__name__}",
         (SurgeryMixin, parent),
@@ -133,13 +142,25 @@ def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "__module__": __name__,
             "__doc__": f"{parent.__name__} with rewritten attention.",
             "config_class": config,
+            "decoder_class": surgery_class(base) if isinstance(base, type) and base is not parent else None,
         },
     )
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    auto = AutoModelForCausalLM if parent.can_generate() else AutoModel
-    auto.register(config, cls, exist_ok=True)
+    for auto in auto_classes(parent):
+        auto.register(config, cls, exist_ok=True)
     _MADE[parent] = cls
     return cls
+
+
+def auto_classes(kind: type[PreTrainedModel]) -> list[Any]:
+    """The Auto classes of transformers that make a `kind` of its config."""
+    found = []
+    for name, auto in vars(modeling_auto).items():
+        if name.startswith("AutoModel") and name != "AutoModelForPreTraining" and auto._model_mapping is not None:
+            made = auto._model_mapping.get(kind.config_class, None)
+            if kind in (made if isinstance(made, (tuple, list)) else (made,)):
+                found.append(auto)
+    return found or [AutoModelForCausalLM if kind.can_generate() else AutoModel]
 
 
 def _hand_down_states(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -149,6 +170,32 @@ def _hand_down_states(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     copy empty.
     """
     return args, {SHARED_STATES: collections.UserDict(), **kwargs}
+
+
+def _forget_calls(base_model: nn.Module, _: tuple[Any, ...]) -> None:
+    """Layers need not all run: a draft by early exit runs the first ones, a stage of a pipeline its own."""
+    if not torch.compiler.is_compiling():
+        for attention in base_model.surgery_attentions:  # type: ignore[union-attr]
+            attention.received_cache = None
+
+
+def _check_caches(base_model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+    """Refuse a forward pass that gave back a cache which converted attentions were not handed.
+
+    Raises:
+        RuntimeError: the cache would stay empty, and the model would go on as if there were no earlier tokens. Training
+            is left alone: activation checkpointing takes the cache from the layers on purpose.
+    """
+    if base_model.training or torch.compiler.is_compiling() or cache_of(output) is None:
+        return
+    for attention in base_model.surgery_attentions:  # type: ignore[union-attr]
+        if attention.received_cache is False:
+            raise RuntimeError(
+                f"layer {attention.layer_idx}: the model was asked to use a cache, and its attention received none. "
+                f"transformers {transformers.__version__} calls it with {', '.join(attention.received)}; none of these "
+                "is a cache. This release is newer than the code of the converted attention: use an older one, or "
+                "convert the model again with a newer version of surgery."
+            )
 
 
 def _with_shared_key(names: Any) -> list[str]:
@@ -167,11 +214,13 @@ def swap_attention(
     lenders = {lender for plan in plans for lender in plan.lenders}
     for site, plan, call, sizes in zip(sites, plans, calls, shapes, strict=True):
         name = site.module
-        if not hasattr(model, model.base_model_prefix):  # a base model: names there lack the prefix
-            name = name.removeprefix(model.base_model_prefix + ".")
+        if not hasattr(model, name.partition(".")[0]):  # a base model: names there lack the prefix
+            name = name.partition(".")[2]
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         replaced = getattr(owner, attribute)
+        if isinstance(replaced, SurgeryAttention):
+            continue  # a decoder of ours inside a model with a head
         config = getattr(replaced, "config", None)
         if not isinstance(config, PreTrainedConfig):
             config = model.config.get_text_config(decoder=True)
@@ -180,8 +229,9 @@ def swap_attention(
         )
         if plan.retain is not None:
             form = SurgeryMergedAttention
-        attention = form(config, site, plan, call, {k: tuple(v) for k, v in sizes.items()})
+        attention = form(config, site, plan, call.of_installed(replaced), {k: tuple(v) for k, v in sizes.items()})
         attention.has_readers = site.layer in lenders
+        attention.records = records_of(model, name, replaced)
         if isinstance(attention, SurgeryMergedAttention):
             attention.all_plans = tuple(plans)
         parameter = next(replaced.parameters())
@@ -215,6 +265,7 @@ def from_parent(
     tensors = dict(model.state_dict())
     calls = record_calls(model, sites)
     replacing: dict[str, Tensor] = {}
+    origins: dict[str, str | None] = {}
     layers = []
     for site, plan, call in zip(sites, plans, calls, strict=True):
         canonical = (weights or {}).get(site.layer)
@@ -227,31 +278,61 @@ def from_parent(
         shapes = {name: list(tensor.shape) for name, tensor in canonical.items()}
         layers.append({"site": site.to_dict(), "plan": plan.to_dict(), "call": call.to_dict(), "shapes": shapes})
         replacing |= {f"{site.module}.{name}": tensor for name, tensor in canonical.items()}
+        origins |= {f"{site.module}.{name}": origin_of(site, name) for name in canonical}
     surgery = {
         "parent": {"model_type": model.config.model_type, "architecture": type(model).__name__},
         "layers": layers,
         "provenance": provenance or {},
     }
     config = converted_config(model.config, _as_json(surgery))
-    with torch.device("meta"):
-        converted = surgery_class(type(model))(config)
     swapped = tuple(site.module + "." for site in sites)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(swapped)}
-    converted.load_state_dict(kept | replacing, assign=True)
-    converted.tie_weights()
-    _copy_buffers(model, converted)
-    for module in converted.modules():
+    return rebuild(model, surgery_class(type(model)), config, kept | replacing, origins)
+
+
+def rebuild(
+    model: PreTrainedModel,
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    tensors: dict[str, Tensor],
+    origins: dict[str, str | None] | None = None,
+) -> PreTrainedModel:
+    """A model of class `cls` with these tensors, and for the rest as `model` is: nothing is cast, moved or retied.
+
+    What no state dict holds comes from `model`: buffers that are not saved, which parameters are one, which are
+    trained, the training mode of each module, the generation config.
+
+    Args:
+        model: the parent; it is not changed.
+        tensors: the state dict of the result; they are taken as they are, not copied.
+        origins: parameters that `model` has under another name, or not at all (None); those train.
+
+    Raises:
+        ValueError: a parameter or buffer of the result would be without values.
+    """
+    with torch.device("meta"):
+        made = cls(config)
+    made.load_state_dict(tensors, assign=True)
+    _copy_tensors(model, made)
+    for module in made.modules():
         if isinstance(module, SurgeryAttention):
             module.build_tables(module.q_proj.weight.device)
-    left = [name for name, t in [*converted.named_parameters(), *converted.named_buffers()] if t.is_meta]
+    _share_parameters(model, made)
+    left = [name for name, t in [*made.named_parameters(), *made.named_buffers()] if t.is_meta]
     if left:
-        raise ValueError(f"{type(converted).__name__}: nothing fills {', '.join(left)}")
-    flags = dict(model.named_parameters())
-    for name, parameter in converted.named_parameters():
-        parameter.requires_grad_(flags[name].requires_grad if name in flags else True)
+        raise ValueError(f"{cls.__name__}: nothing fills {', '.join(left)}")
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, parameter in made.named_parameters():
+        origin = (origins or {}).get(name, name)
+        parameter.requires_grad_(parameter.is_floating_point() and (origin is None or flags.get(origin, True)))
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in made.named_modules():
+        while name not in modes:  # inside a module that took the place of another
+            name = name.rpartition(".")[0]
+        module.training = modes[name]
     if model.can_generate():
-        converted.generation_config = copy.deepcopy(model.generation_config)
-    return converted.train(model.training)
+        made.generation_config = copy.deepcopy(model.generation_config)
+    return made
 
 
 def load_converted(path: str, **kwargs: Any) -> PreTrainedModel:
@@ -320,16 +401,35 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
 _LATENT = ("kv_down", "k_up", "k_mean", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "v_norm")
 
 
-def _copy_buffers(parent: nn.Module, converted: nn.Module) -> None:
-    """Non-persistent buffers (rotary tables, embedding scales) are in no state dict."""
+def _copy_tensors(parent: nn.Module, made: nn.Module) -> None:
+    """What modules hold beside their state dict: rotary tables, embedding scales."""
     modules = dict(parent.named_modules())
-    for name, module in converted.named_modules():
+    for name, module in made.named_modules():
         if name not in modules or isinstance(module, SurgeryAttention):
             continue
         # Two names may share one tensor: Phi-3's frequencies and their originals.
         for key, buffer in modules[name].named_buffers(recurse=False, remove_duplicate=False):
             if key in module._buffers and key in module._non_persistent_buffers_set:
                 module._buffers[key] = buffer.clone()
+        for key, value in vars(modules[name]).items():
+            if isinstance(value, Tensor) and isinstance(vars(module).get(key), Tensor):
+                vars(module)[key] = value.clone()
+
+
+def _share_parameters(parent: PreTrainedModel, made: PreTrainedModel) -> None:
+    """Make those parameters one that are one in the parent. Its config does not decide: files may say otherwise."""
+    first: dict[int, str] = {}
+    known = {name for name, _ in made.named_parameters(remove_duplicate=False)}
+    for name, parameter in parent.named_parameters(remove_duplicate=False):
+        source = first.setdefault(id(parameter), name)
+        if source == name or not {source, name} <= known:
+            continue
+        shared = made.get_parameter(source)
+        other = made.get_parameter(name)
+        if shared.data_ptr() == other.data_ptr() or (shared.shape == other.shape and shared.equal(other)):
+            owner, _, attribute = name.rpartition(".")
+            setattr(made.get_submodule(owner), attribute, shared)
+    made.all_tied_weights_keys = dict(parent.all_tied_weights_keys)
 
 
 def _as_json(value: Any) -> Any:

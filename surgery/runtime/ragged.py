@@ -8,7 +8,6 @@ Row (b, k), a sequence's KV head, has `lengths[b, k]` slots; slot s lies at plac
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .layout import AHEAD, TABLE_STEP, Merge
-from .merging import hard_decisions
+from .merging import at_end, hard_decisions
 from .pages import PagePool
-from .slots import NEVER, Chunk, New, Slots, at_end
+from .slots import NEVER, Chunk, New, Slots
 
 _SPARE = 1 / 64
 """Slots that a row gets at once when its pool grows, as a part of those it has: little slack, and few copies."""
@@ -51,6 +50,8 @@ class RaggedLayer(CacheLayerMixin):
         self.seen: int | Tensor = 0
         self._room = 0
         self.state: dict[str, Tensor] = {}
+        self.has_padding = False
+        """Whether some of the tokens seen were padding, as far as steps that are not compiled know."""
         self.is_initialized = False
 
     # What `state` holds, [B, ...]: `tables` [B, K, M] int32, `held` [B, K] int32 (pages that are there), `lengths`
@@ -109,8 +110,8 @@ class RaggedLayer(CacheLayerMixin):
                 "max_cache_len, or use a dynamic cache.",
                 lambda: f" These make {int(self.seen) + T}.",
             )
-        if new.real_BT is not None and not torch.compiler.is_compiling() and bool(new.real_BT.all()):
-            new = replace(new, real_BT=None)
+        if new.real_BT is not None and not torch.compiler.is_compiling():
+            self.has_padding = True
         if T == 1:
             self._add_step(new)
             seen: RaggedLayer | Chunk = self
@@ -301,6 +302,32 @@ class RaggedLayer(CacheLayerMixin):
         """All that the layer keeps on the device; layers of a static cache name the same pool."""
         return [*self.pool.tensors(), *self.state.values()]
 
+    # What rebuilds a cache from its tensors, as `DynamicCache(list(cache))` does, would begin an empty one unnoticed.
+
+    @property
+    def keys(self) -> Tensor:
+        raise ValueError(self._no_tensors("keys"))
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise ValueError(self._no_tensors("keys"))
+
+    @property
+    def values(self) -> Tensor:
+        raise ValueError(self._no_tensors("values"))
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise ValueError(self._no_tensors("values"))
+
+    def _no_tensors(self, what: str) -> str:
+        return (
+            f"layer {self.layer}: a cache whose tokens merge or leave ({self.merge.method}) has no {what} by token, "
+            "and cannot be taken apart into tensors or built from them. Copy it whole: copy.deepcopy(cache)."
+        )
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("the cache of a merged attention is written by that attention alone")
 
@@ -311,8 +338,8 @@ class RaggedLayer(CacheLayerMixin):
         return self.max_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.seen  # type: ignore[return-value]  # a tensor as in layers of a StaticCache
+        """Tokens seen, padding included; where steps may be compiled a tensor, which later ones leave as it is."""
+        return self.seen.clone() if isinstance(self.seen, Tensor) else self.seen  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         return -1 if self.max_length is None else self.max_length
@@ -321,8 +348,8 @@ class RaggedLayer(CacheLayerMixin):
         if tokens_to_remove:
             raise ValueError(
                 f"layer {self.layer}: tokens cannot be taken back from a cache that merges or drops them "
-                f"({self.merge.method}). Decode without an assistant, and keep a copy of the cache where turns are "
-                "tried out."
+                f"({self.merge.method}). Decode without what takes them back (assistants, prompt lookup, contrastive "
+                "search that saves memory), and keep copy.deepcopy(cache) where turns are tried out."
             )
 
     def reset(self) -> None:

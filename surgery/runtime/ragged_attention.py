@@ -54,8 +54,8 @@ def _attend_chunk(
         visible[..., len(slots) :] &= causal
         slots = slots.and_(here)
         if seen.real_BT is not None:
-            # What padding sees is of no use, but it has to see something.
-            visible[..., 0] |= ~seen.real_BT[:, None, begin:end]
+            # Padding before all tokens sees none of them, but it has to see something.
+            visible[..., 0] |= ~visible.any(-1)
         key, value = slots.key_BKSH, slots.value_BKSV
         parts.append(_blend(attention, query_BNTH[:, :, begin:end], key, value, visible, heads, scale, plain))
         if end < T:

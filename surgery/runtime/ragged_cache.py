@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
+from typing import Any
 
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -45,11 +46,7 @@ def make_ragged(cache: Cache, plans: Sequence[LayerPlan], ratio: float | None = 
     pools: dict[tuple[int, ...], PagePool] = {}
     for plan in merged:
         old = cache.layers[plan.layer]
-        if type(old) not in (DynamicLayer, StaticLayer) or getattr(old, "is_initialized", False):
-            raise ValueError(
-                f"layer {plan.layer}: its tokens merge or leave, so it needs an empty dynamic or static cache, not "
-                f"{'one written to as ' if type(old) in (DynamicLayer, StaticLayer) else ''}{type(old).__name__}"
-            )
+        check_replaceable(old, plan)
         assert plan.retain is not None
         if isinstance(old, StaticLayer):
             shape = pool_shape(plan)
@@ -59,6 +56,22 @@ def make_ragged(cache: Cache, plans: Sequence[LayerPlan], ratio: float | None = 
         else:
             new = _FORMS[plan.retain.method](plan.retain, plan.layer)
         cache.layers[plan.layer] = new
+
+
+def check_replaceable(layer: Any, plan: LayerPlan) -> None:
+    """Refuse a layer of a cache that is neither ragged nor one whose place pages can take.
+
+    Raises:
+        ValueError: it has been written to, or has a form that pages cannot replace.
+    """
+    plain = type(layer) in (DynamicLayer, StaticLayer)
+    if isinstance(layer, RaggedLayer) or (plain and not layer.is_initialized):
+        return
+    raise ValueError(
+        f"layer {plan.layer}: its tokens merge or leave, so it needs an empty dynamic or static cache, not "
+        f"{'one written to as ' if plain else ''}{type(layer).__name__}. Caches that another model has filled, and "
+        "prefixes (prefix tuning), say nothing of what its gates decide; tune prompts or low-rank adapters instead."
+    )
 
 
 def is_ragged(cache: Cache, layer: int) -> bool:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .merging import pooled
+from .merging import at_end, from_end, pooled
 from .ops import AVAILABLE, merge_append_forward
 from .ragged import RaggedLayer
-from .slots import NEVER, New, Slots, at_end, pick
+from .slots import NEVER, New, Slots, pick
 
 
 def _has_operator(device: torch.device) -> bool:
@@ -98,8 +98,7 @@ class MergingLayer(RaggedLayer):
         prefixes = [pooled(t, weight, merges, self.merge.window) for t in x]
         self._keep_open_run(x, weight, merges, order_BT)
         if there is not None:
-            back = torch.argsort(torch.argsort(there.byte(), dim=-1, stable=True), dim=-1)
-            prefixes = [pick(t, back[:, None].expand(merges.shape)) for t in prefixes]
+            prefixes = [from_end(t, there) for t in prefixes]
         key, value = (t[:, :, before:].to(new.key_BKTH.dtype) for t in prefixes)
         return new.turn(key), value
 

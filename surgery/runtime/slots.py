@@ -88,15 +88,6 @@ class Chunk:
     """Slot t is that of query t. Otherwise (padding behind tokens) slots stand later than queries."""
 
 
-def at_end(x: Tensor, real_BT: Tensor) -> Tensor:
-    """[B, T] or [B, K, T, ...] with the real tokens of each row at its end, in order."""
-    index = torch.argsort(real_BT.byte(), dim=-1, stable=True)
-    if x.ndim == 2:
-        return x.gather(1, index)
-    index = index[:, None].expand(*x.shape[:2], -1)
-    return x.gather(2, index) if x.ndim == 3 else pick(x, index)
-
-
 def pick(x_BKSH: Tensor, index_BKT: Tensor) -> Tensor:
     """[B, K, T, H]: the slots of each row that `index_BKT` names."""
     B, K, S, H = x_BKSH.shape
