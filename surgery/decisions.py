@@ -139,6 +139,8 @@ class GateReport:
     tokens: int
     length: int
     digest: str
+    start: tuple[str, ...] | None
+    """Tokens that every window starts with because the tokenizer starts a text so; None where token ids were given."""
     example: tuple[tuple[str, float], ...]
     """Tokens of the first window, and the part of all KV heads that let each go."""
 
@@ -152,6 +154,7 @@ class GateReport:
             "tokens": self.tokens,
             "length": self.length,
             "text": self.digest,
+            "window_start": None if self.start is None else list(self.start),
             "example": [[token, part] for token, part in self.example],
         }
 
@@ -218,6 +221,7 @@ def read_gates(model: Any, windows: Windows, tokenizer: Any = None) -> GateRepor
         tokens=windows.tokens,
         length=windows.ids_BT.shape[1],
         digest=windows.digest,
+        start=windows.start,
         example=tuple(zip(texts[:EXAMPLE], gone.float().mean(0)[:EXAMPLE].tolist(), strict=False)),
     )
 

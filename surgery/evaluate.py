@@ -8,17 +8,19 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .anatomy.positions import max_positions
 from .decisions import gated, read_gates
 from .errors import CheckpointError, RecipeError
-from .harness import check_known, run_tasks
+from .harness import check_known, check_prompts, run_tasks
 from .measure.memory import cache_size, max_batch, parse_bytes
-from .measure.recall import TASKS, check_tasks, recall
+from .measure.recall import TASKS, answer_questions, check_tasks, compose_questions
 from .measure.scoring import Path, score_windows
 from .measure.speed import measure_speed
 from .measure.statistics import difference, quality
+from .outputs import check_speaks
 from .provenance import versions
 from .report import GateRatios, Measured, Report
-from .text import Windows, load_windows, tokenizer_of
+from .text import Windows, read_windows, tokenizer_of
 
 PATHS: dict[str, tuple[Path, ...]] = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
 
@@ -48,7 +50,8 @@ def evaluate(
         text: what `load_windows` takes: a file, strings, or token ids.
         tokenizer: defaults to the one beside the model; not needed for token ids without recall.
         path: `prefill` scores in one forward pass, which never reads the cache; `decode` token by token through it.
-        length: tokens per window; the model's context, at most 512, by default.
+        length: tokens per window; the model's positions, at most 512, by default. Token ids are windows as they are
+            where it is not given.
         samples: at most so many windows.
         recall_tasks: of `surgery.measure.recall.TASKS`; `("all",)` for each of them.
         recall_lengths: tokens of context of the questions; default: a quarter, half and all of the model's.
@@ -65,7 +68,7 @@ def evaluate(
 
     Raises:
         CheckpointError: text or tokenizer unusable, or the baseline reads other tokens. RecipeError: unknown path,
-        task or size. UnsupportedModel: no cache to decode through.
+        task or size. UnsupportedModel: no cache to decode through, or a model that predicts no tokens.
     """
     if path not in PATHS:
         raise RecipeError(f"path: {path!r} is not known. Use one of {', '.join(PATHS)}.")
@@ -74,17 +77,24 @@ def evaluate(
     limit = parse_bytes(memory)
     if lm_eval_tasks:
         check_known(lm_eval_tasks)
+    for m in (model, baseline):
+        if m is not None:
+            check_speaks(m, "evaluate")
     config = model.config
     if tokenizer is None and (tasks or lm_eval_tasks or not isinstance(text, (Tensor, Windows))):
         tokenizer = tokenizer_of(config)
     if (tasks or lm_eval_tasks) and tokenizer is None:
         raise CheckpointError("tasks: need a tokenizer. None lies beside the model; pass tokenizer=...")
+    if lm_eval_tasks:
+        check_prompts(tokenizer)
     if baseline is not None:
         _check_same_tokens(config, baseline.config)
-    length = length or min(getattr(config, "max_position_embeddings", None) or 512, 512)
-    windows = load_windows(
-        text, tokenizer, vocab_size=config.vocab_size, length=length, samples=samples, where="evaluation text"
-    )
+    windows = read_windows(config, text, tokenizer, length=length, samples=samples, where="evaluation text")
+    asked = None
+    if tasks:
+        asked = compose_questions(
+            config, tokenizer, tasks=tasks, lengths=recall_lengths, questions=questions, seed=seed
+        )
     models = [model] if baseline is None else [model, baseline]
     training = [m.training for m in models]
     for m in models:
@@ -97,7 +107,7 @@ def evaluate(
     def measured(i: int, m: PreTrainedModel) -> Measured:
         size = cache_size(m, first)
         held = sum(p.numel() * p.element_size() for p in m.parameters())
-        tokens = context or getattr(m.config, "max_position_embeddings", None) or length
+        tokens = context or max_positions(m.config) or windows.ids_BT.shape[1]
         return Measured(
             name=names[i],
             parameters=sum(p.numel() for p in m.parameters()),
@@ -105,9 +115,7 @@ def evaluate(
             cache=size,
             max_batch=max_batch(limit, held, size.bytes_per_token * tokens),
             context=tokens,
-            recall=recall(m, tokenizer, tasks=tasks, lengths=recall_lengths, questions=questions, seed=seed)
-            if tasks
-            else (),
+            recall=() if asked is None else answer_questions(m, asked),
             speed=rates[i],
             gates=_gates(m, windows),
         )
@@ -125,6 +133,7 @@ def evaluate(
         problems=tuple(s.problem for s in sums.values() if s.problem),
         versions=versions(),
         device=str(model.device),
+        window_start=windows.start,
         tasks={n: run_tasks(m, tokenizer, lm_eval_tasks, seed=seed) for n, m in zip(names, models, strict=False)}
         if lm_eval_tasks
         else {},
@@ -144,11 +153,13 @@ def _gates(model: PreTrainedModel, windows: Windows) -> GateRatios | None:
 
 def _check_same_tokens(config: Any, other: Any) -> None:
     """Loss per token compares only where both models read the same tokens."""
-    if config.vocab_size != other.vocab_size:
-        raise CheckpointError(
-            f"baseline knows {other.vocab_size} tokens, the model {config.vocab_size}: not parent and child."
-        )
-    mine, theirs = tokenizer_of(config), tokenizer_of(other)
+    size, theirs_size = (c.get_text_config(decoder=True).vocab_size for c in (config, other))
+    if size != theirs_size:
+        raise CheckpointError(f"baseline knows {theirs_size} tokens, the model {size}: not parent and child.")
+    try:
+        mine, theirs = tokenizer_of(config), tokenizer_of(other)
+    except CheckpointError:
+        return  # what cannot be loaded reads nothing; where text is to be read, that is an error of its own
     if mine is not None and theirs is not None and (a := mine.get_vocab()) != (b := theirs.get_vocab()):
         token = min(set(a.items()) ^ set(b.items()))[0]
         raise CheckpointError(

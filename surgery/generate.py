@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError
+from .outputs import check_speaks
 from .storage import load
-from .text import tokenizer_of
+from .text import check_known_ids, encode, special_tokens, tokenizer_of
 
 
 def generate(
@@ -23,17 +24,26 @@ def generate(
         temperature: 0 takes the likeliest token each time.
 
     Raises:
-        CheckpointError: the model or its tokenizer cannot be loaded, or the prompt is empty.
+        CheckpointError: the model or its tokenizer cannot be loaded, or the prompt is empty or has tokens that the
+        model does not know.
+        UnsupportedModel: the model predicts no tokens.
     """
     model = model if isinstance(model, nn.Module) else load(model)
+    check_speaks(model, "generate")
     tokenizer = tokenizer or tokenizer_of(model.config)
     if tokenizer is None:
         raise CheckpointError(f"{model.config.name_or_path}: no tokenizer beside the model; pass tokenizer=...")
-    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if encoded["input_ids"].shape[1] == 0:
+    start, _ = special_tokens(tokenizer, [prompt])
+    plain = encode(tokenizer, prompt, special=False)
+    # What a tokenizer puts behind a text would end it here.
+    tokens_of_prompt = [*start, *plain] if plain else encode(tokenizer, prompt)
+    ids = torch.tensor([tokens_of_prompt], dtype=torch.long, device=model.device)
+    if ids.shape[1] == 0:
         raise CheckpointError("prompt: holds no token. Give some text to continue.")
+    check_known_ids(ids, model.config.get_text_config(decoder=True).vocab_size, "prompt", tokenizer)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = model.generate(**encoded.to(model.device), max_new_tokens=tokens, pad_token_id=pad, **sampling)
+    mask = torch.ones_like(ids)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

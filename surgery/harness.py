@@ -16,10 +16,13 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from .anatomy.positions import max_positions
 from .errors import CheckpointError, RecipeError
-from .measure.recall import TASKS, Reader, compose
+from .measure.recall import FILLER, TASKS, Reader, compose
+from .text import check_known_ids, special_tokens
 
 OURS = {f"surgery_{name}": name for name in TASKS}
 """Name among lm-eval's tasks -> name in `measure.recall.TASKS`."""
@@ -47,6 +50,20 @@ def check_known(tasks: Sequence[str]) -> None:
             )
 
 
+def check_prompts(tokenizer: Any) -> None:
+    """Refuse a tokenizer that ends what is to be continued: lm-eval takes a prompt as it tokenises it.
+
+    Raises:
+        CheckpointError: names the tokens.
+    """
+    _, end = special_tokens(tokenizer, FILLER)
+    if end:
+        raise CheckpointError(
+            f"tasks: the tokenizer puts {' '.join(tokenizer.convert_ids_to_tokens(end))} behind every text, so every "
+            "question would end before its answer. Load it with add_eos_token=False."
+        )
+
+
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -70,11 +87,12 @@ def run_tasks(
 
     Raises:
         RecipeError: as `check_known`; the package that a task wants is missing.
-        CheckpointError: a task's data cannot be had, or our questions do not fit into the model's context.
+        CheckpointError: a task's data cannot be had, our questions do not fit into the model's context, a text has
+        tokens that the model does not know, or the tokenizer ends every text.
     """
     check_known(tasks)
+    check_prompts(tokenizer)
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     training = model.training
     log = logging.getLogger("lm_eval")
@@ -82,10 +100,8 @@ def run_tasks(
     log.setLevel(logging.ERROR)  # it warns of what is meant here: a model in memory, a data set made by a function
     try:
         loaded = [item for name in dict.fromkeys(tasks) for item in _load(name, model, tokenizer, seed)]
-        # A copy: HFLM gives a tokenizer without padding token one.
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         results = simple_evaluate(
-            model=lm,
+            model=_language_model(model, tokenizer, batch_size),
             tasks=loaded,
             # Without lm-eval's own: building the index of them reads thousands of files, and ours are loaded.
             task_manager=_manager(defaults=False),
@@ -103,6 +119,33 @@ def run_tasks(
     if results is None:  # lm-eval gives results to the first process only
         return {}
     return _flat(results["results"], tasks)
+
+
+def _language_model(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's door to a model, which refuses token ids that the model does not know."""
+    from lm_eval.models.huggingface import HFLM
+
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+
+    class Checked(HFLM):
+        def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(*args, **kwargs)
+            check_known_ids(ids, vocab_size, "tasks", self.tokenizer)
+            return ids
+
+        def tok_batch_encode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            ids, mask = super().tok_batch_encode(*args, **kwargs)
+            check_known_ids(ids[mask.bool()], vocab_size, "tasks", self.tokenizer)
+            return ids, mask
+
+    # A copy: HFLM gives a tokenizer without padding token one.
+    lm = Checked(
+        pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
+        max_length=max_positions(model.config),
+    )  # fmt: skip
+    if lm.tokenizer.pad_token_id >= vocab_size:  # masked, but looked up
+        lm.tokenizer.pad_token = lm.tokenizer.convert_ids_to_tokens(0)
+    return lm
 
 
 @lru_cache(maxsize=2)
@@ -164,7 +207,7 @@ def _questions(task: str, model: PreTrainedModel, tokenizer: Any, seed: int) -> 
     """Documents with `text` and `answer`, and how many tokens an answer may take."""
     reader = Reader(tokenizer)
     spell = str.lower if reader.lower else str
-    context = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
+    context = min(max_positions(model.config) or 2048, 2048)
     rng = random.Random(f"{seed} {task}")
     # One token more than the longest: the stop behind the word.
     room = 1 + max(reader.length(TASKS[task](rng).answer) for _ in range(100))

@@ -107,6 +107,8 @@ class Report:
     device: str
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scores of lm-eval by model and task, where asked for."""
+    window_start: tuple[str, ...] | None = None
+    """Tokens that every window starts with because the tokenizer starts a text so; None where token ids were given."""
 
     @property
     def difference(self) -> Difference | None:
@@ -177,6 +179,8 @@ class Report:
             f"{self.tokens:,} predicted tokens in {self.windows} windows of {self.length}, {where}; "
             f"text {self.text_digest}, seed {self.seed}"
         ]
+        if self.window_start is not None:
+            notes.append(f"every window starts with {' '.join(self.window_start) or 'no special token'}")
         notes.append("perplexity: " + ", ".join(f"{m.perplexity:,.4g} ({m.name})" for m in self.measured))
         if self.model.cache_gap is not None:
             costs = (f"{m.cache_gap:+.5f} ({m.name})" for m in self.measured)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from surgery.errors import CheckpointError
+from surgery.show import progress
+from surgery.text import check_known_ids, encode, special_tokens
 
 from .documents import Documents
 from .losses import IGNORE
@@ -42,7 +44,8 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 
     Args:
         documents: the corpus.
-        tokenizer: callable of transformers. Each document ends with its EOS, where it has one.
+        tokenizer: callable of transformers. Each document ends with its EOS, where it has one. What it starts a text
+            with (BOS) stands in front of every sequence, also of one that goes on within a document.
         batch: sequences per optimizer step over all devices: the number of lanes.
         length: tokens per sequence.
         rank, world: this device among all.
@@ -50,13 +53,15 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         repeat: every epoch has the same sequences, in the same order. The rest of a lane's last sequence is filled
             from the next epoch's documents.
         separate: positions start again at each document, which transformers reads as "no attention across".
+        vocab_size: rows of the model's embedding; documents with larger ids are refused.
 
     Yields:
         `input_ids`, `labels`, and `position_ids` where `separate`; all [micro_batch, length] int64. Labels stand at
-        their own position and are `IGNORE` at the first token of each document and sequence.
+        their own position and are `IGNORE` at the first token of each document and of each piece of one.
 
     Raises:
-        CheckpointError: `batch` is no multiple of devices times micro-batch, or the tokenizer knows no such text.
+        CheckpointError: `batch` is no multiple of devices times micro-batch, the tokenizer knows no such text, or a
+        document has ids that the model does not know.
     """
 
     def __init__(
@@ -72,8 +77,12 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         micro_batch: int | None = None,
         separate: bool = True,
         repeat: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
-        self.documents, self.tokenizer = documents, tokenizer
+        self.documents, self.tokenizer, self.vocab_size = documents, tokenizer, vocab_size
+        self.start, _ = special_tokens(tokenizer, (documents[i] for i in range(len(documents))))
+        if len(self.start) >= length:
+            raise CheckpointError(f"sequences of {length} tokens hold no more than what a text starts with.")
         self.batch, self.length, self.seed, self.separate, self.repeat = batch, length, seed, separate, repeat
         self.micro_batch, self.accumulation = split_batch(batch, world, micro_batch)
         share = batch // world
@@ -92,6 +101,20 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
                     self.step += 1
                     self._remember()
                 yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def check(self, steps: int) -> None:
+        """Read what `steps` steps read, or all documents where those are fewer, as it would be read.
+
+        Raises:
+            CheckpointError: as iterating.
+        """
+        batches = iter(self)
+        with progress("looking for ids that the model does not know", steps * self.accumulation) as advance:
+            for _ in range(steps * self.accumulation):
+                if all(lane.place >= len(self.documents) for lane in self._lanes.values()):
+                    break
+                next(batches)
+                advance(1)
 
     def state_at(self, step: int) -> State:
         """Where this device's lanes stood after `step` steps, one of the last few."""
@@ -130,17 +153,23 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         empty = 0
         if self.repeat and lane.place >= len(self.documents):
             lane.place, lane.used, lane.tokens = number, 0, None
+        front: list[int] = []
+        if 0 < lane.used <= len(self.start):
+            lane.used = 0  # the last sequence has no more of it than what it starts with
+        elif lane.used:
+            front = self.start
         while len(ids) < self.length:
             if lane.tokens is None:
                 lane.tokens = self._tokens(lane.place)
-            taken = lane.tokens[lane.used : lane.used + self.length - len(ids)]
+            taken = lane.tokens[lane.used : lane.used + self.length - len(ids) - len(front)]
             empty = 0 if taken else empty + 1
             if empty > len(self.documents):
                 raise CheckpointError(f"data lane {number}: {empty} documents in a row have no tokens.")
             first = not ids or (self.separate and lane.used == 0)
-            labels += [IGNORE, *taken[1:]] if first and taken else taken
-            positions += range(len(taken))
-            ids += taken
+            labels += [IGNORE] * len(front) + ([IGNORE, *taken[1:]] if first and taken else taken)
+            positions += range(len(front) + len(taken))
+            ids += front + taken
+            front = []
             lane.used += len(taken)
             if lane.used >= len(lane.tokens):
                 lane.place, lane.used, lane.tokens = lane.place + self.batch, 0, None
@@ -149,12 +178,16 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 
     def _tokens(self, place: int) -> list[int]:
         epoch, index = divmod(place, len(self.documents))
-        text = self.documents[int(permutation(len(self.documents), self.seed, epoch)[index])]
+        number = int(permutation(len(self.documents), self.seed, epoch)[index])
+        text = self.documents[number]
         if not text.strip():
             return []
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = encode(self.tokenizer, text)
         end = self.tokenizer.eos_token_id
-        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+        ids = ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+        if self.vocab_size is not None:
+            check_known_ids(ids, self.vocab_size, f"training text, document {number + 1}", self.tokenizer)
+        return ids
 
 
 @lru_cache(maxsize=4)

@@ -114,7 +114,7 @@ class _File:
         raw = bytes(self._bytes[self._starts[index] : self._ends[index]])
         try:
             if self.kind == ".txt":
-                return raw.decode("utf-8")
+                return raw.decode("utf-8-sig")
             text = json.loads(raw)["text"]
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.path}: not UTF-8 text, near byte {self._starts[index]}.") from None
@@ -206,13 +206,13 @@ class _Joined:
         return self.parts[part][index - (int(self._ends[part - 1]) if part else 0)]
 
 
-def training_tokenizer(folder: str, vocab_size: int) -> Any:
+def training_tokenizer(folder: str) -> Any:
     """The tokenizer beside a model.
 
     Raises:
-        CheckpointError: there is none, or it belongs to another model.
+        CheckpointError: there is none, or it cannot be loaded.
     """
-    tokenizer = load_tokenizer(folder, vocab_size)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise CheckpointError(f"{folder}: no tokenizer lies beside the model. Copy its files there.")
     return tokenizer

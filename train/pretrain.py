@@ -105,6 +105,7 @@ def main(
         save_total_limit=1,
         seed=seed,
         report_to="none",
+        use_cache=True,  # Trainer writes it into the config
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=train, eval_dataset={"valid": valid, "recall": recall})
     trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")))

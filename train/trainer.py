@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from surgery.checkpoint import copy_companions
+from surgery.companions import copy_companions
 from surgery.decisions import Counted, collapsed, count, gate_logits, gated
 from surgery.errors import CheckpointError, SurgeryError
 from surgery.recipe import Uptrain
@@ -86,7 +86,8 @@ class Uptrainer(Trainer):
         kept: KeptLogits | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=text, callbacks=callbacks)
+        with _same_use_cache(core(model).config):
+            super().__init__(model=model, args=args, train_dataset=text, callbacks=callbacks)
         self.model_accepts_loss_kwargs = True  # makes Trainer count the predicted tokens of all devices
         self.text, self.schedule, self.uptrain, self.parent, self.local = text, schedule, uptrain, parent, local
         self.companions, self.nonfinite_limit, self.keep, self.head = companions, nonfinite_limit, keep, head
@@ -461,6 +462,15 @@ def _remove(root: Path, folders: list[Path]) -> None:
 def clean(root: Path) -> None:
     """Remove what a killed run was writing or deleting."""
     shutil.rmtree(root / _SAVING, ignore_errors=True)
+
+
+@contextmanager
+def _same_use_cache(config: Any) -> Iterator[None]:
+    """Undo what making a Trainer writes into the config, and checkpoints would then say: its own `use_cache`, False."""
+    before = {name: value for name, value in vars(config).items() if name == "use_cache"}
+    yield
+    vars(config).pop("use_cache", None)
+    vars(config).update(before)
 
 
 @contextmanager

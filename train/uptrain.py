@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from surgery.checkpoint import check_output, copy_companions, local_folder, new_folder, read_json
+from surgery.adapters import adapter_in
+from surgery.checkpoint import check_output, local_folder, new_folder, read_json
+from surgery.companions import copy_companions
 from surgery.decisions import gated
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.plan import Plan, plan
@@ -32,7 +34,7 @@ from surgery.provenance import provenance_of, versions, write_provenance
 from surgery.recipe import Recipe, Uptrain
 from surgery.runtime.attention import SurgeryAttention, canonical_weights
 from surgery.storage import load
-from surgery.text import Windows, load_windows
+from surgery.text import Windows, has_surplus_ids, read_windows, window_length
 
 from .data import PackedText, split_batch
 from .documents import Documents, open_documents, training_tokenizer
@@ -169,10 +171,7 @@ def prepare(run: Run) -> Setup:
         _peft()
     if run.keep_logits is not None and (section.hidden or not section.kl):
         raise RecipeError("--keep-logits: serves the KL alone. Set kl above 0 and hidden=0, or leave it out.")
-    parent_name = run.parent or origin.get("parent")
-    if not parent_name:
-        raise CheckpointError(f"{folder}: does not say what it was converted from. Pass --parent.")
-    parent = load(parent_name, dtype=torch.float32)
+    parent_name, parent = _load_parent(run, origin, folder)
     check_parent(model, parent, parent_name)
     made = plan(parent, origin["recipe"])
     check_sites(model, made.anatomy.sites, parent_name)
@@ -180,16 +179,15 @@ def prepare(run: Run) -> Setup:
     if not converted:
         raise RecipeError(f"{origin['recipe'].get('name')}: changes no layer, so there is nothing to train.")
     config = model.config.get_text_config(decoder=True)
-    length = section.length or min(getattr(config, "max_position_embeddings", None) or 4096, 4096)
+    length = window_length(model.config, section.length, 4096, "uptrain.length")
     micro_batch, accumulation = split_batch(section.batch, world, run.micro_batch)
     documents = open_documents(run.data)
-    tokenizer = training_tokenizer(str(folder), config.vocab_size)
+    tokenizer = training_tokenizer(str(folder))
     held_out = None
     if run.held_out is not None:
-        held_out = load_windows(
-            run.held_out, tokenizer, vocab_size=config.vocab_size, length=length, samples=run.held_out_windows,
-            where="held-out text",
-        )  # fmt: skip
+        held_out = read_windows(
+            model.config, run.held_out, tokenizer, length=length, samples=run.held_out_windows, where="held-out text"
+        )
     attention = tuple(dict.fromkeys(site.module for site in made.anatomy.sites))
     student = parent if run.control else model
     trained = tuple(converted if section.train in ("converted", "lora") else attention)
@@ -202,7 +200,7 @@ def prepare(run: Run) -> Setup:
     torch.manual_seed(run.seed)  # of adapters
     check_length(student, length, section.gate_budget_per == "head")
     wrapped = select(student, section, trained, str(folder))
-    return Setup(
+    setup = Setup(
         run=run,
         uptrain=section,
         length=length,
@@ -222,6 +220,48 @@ def prepare(run: Run) -> Setup:
         head=head,
         dtype=_disk_dtype(folder),
     )
+    if has_surplus_ids(tokenizer, config.vocab_size):
+        _text(setup).check(setup.schedule.steps + 1)  # Trainer fetches one batch ahead
+    return setup
+
+
+def _text(setup: Setup) -> PackedText:
+    """What this device reads."""
+    world, rank = _world()
+    return PackedText(
+        setup.documents,
+        setup.tokenizer,
+        batch=setup.uptrain.batch,
+        length=setup.length,
+        seed=setup.run.seed,
+        rank=rank,
+        world=world,
+        micro_batch=setup.micro_batch,
+        separate=setup.uptrain.separate_documents,
+        repeat=setup.run.keep_logits is not None,
+        vocab_size=core(setup.model).config.get_text_config(decoder=True).vocab_size,
+    )
+
+
+def _load_parent(run: Run, origin: Mapping[str, Any], folder: Path) -> tuple[str, PreTrainedModel]:
+    """Name of the parent, and the parent in float32: the one given, else what the model says it was converted from.
+
+    Raises:
+        CheckpointError: the model does not say it, or had an adapter merged that lies nowhere.
+    """
+    adapter = origin.get("adapter") or {}
+    name = run.parent or (adapter.get("folder") if adapter else origin.get("parent"))
+    if not name:
+        raise CheckpointError(
+            f"{folder}: its parent was {origin.get('parent')} with an adapter ({adapter['kinds']}) merged in memory. "
+            "Save that merged model, and pass --parent."
+            if adapter
+            else f"{folder}: does not say what it was converted from. Pass --parent."
+        )
+    if not adapter or adapter_in(local_folder(name)) is None:
+        return name, load(name, dtype=torch.float32)
+    # In its own dtype, as the conversion merged it: rounded before, it would be another parent.
+    return name, load(name, merge_adapter=True).float()
 
 
 def resolve_uptrain(run: Run, origin: Mapping[str, Any]) -> Uptrain:
@@ -377,6 +417,7 @@ def local_scales(setup: Setup) -> dict[str, float]:
     text = PackedText(
         setup.documents, setup.tokenizer, batch=min(_PROBE, setup.uptrain.batch), length=setup.length,
         seed=setup.run.seed, separate=setup.uptrain.separate_documents,
+        vocab_size=core(setup.model).config.get_text_config(decoder=True).vocab_size,
     )  # fmt: skip
     inputs = next(iter(text))
     inputs.pop("labels")
@@ -403,7 +444,7 @@ def local_scales(setup: Setup) -> dict[str, float]:
 def train(setup: Setup) -> dict[str, Any]:
     """Carry out a prepared run."""
     run = setup.run
-    world, rank = _world()
+    _, rank = _world()
     out = run.out
     resume = _resume_from(setup)
     if rank == 0:
@@ -436,18 +477,7 @@ def train(setup: Setup) -> dict[str, Any]:
         report_to=run.report_to,
         disable_tqdm=rank != 0 or not sys.stderr.isatty(),
     )
-    text = PackedText(
-        setup.documents,
-        setup.tokenizer,
-        batch=setup.uptrain.batch,
-        length=setup.length,
-        seed=run.seed,
-        rank=rank,
-        world=world,
-        micro_batch=setup.micro_batch,
-        separate=setup.uptrain.separate_documents,
-        repeat=run.keep_logits is not None,
-    )
+    text = _text(setup)
     kept = None
     if run.keep_logits is not None:
         k = min(run.keep_logits, core(setup.model).config.get_text_config(decoder=True).vocab_size)
@@ -558,6 +588,7 @@ def _summary(setup: Setup, trainer: Uptrainer, groups: dict[str, dict[str, int]]
             "source": Path(setup.run.data).name,
             "documents": len(setup.documents),
             "digest": setup.documents.digest,
+            "start": setup.tokenizer.convert_ids_to_tokens(trainer.text.start),
         },
         "seed": setup.run.seed,
         "devices": setup.world,

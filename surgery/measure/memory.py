@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import RecipeError, SurgeryError
+from ..runtime.calling import cache_of
 from ..runtime.layout import LayerPlan
 from ..runtime.ragged import RaggedLayer
 
@@ -55,7 +56,7 @@ def cache_bytes(model: PreTrainedModel, ids_BT: Tensor) -> int:
 
 def _filled(model: PreTrainedModel, ids_BT: Tensor) -> Any:
     with torch.inference_mode():
-        return model(input_ids=ids_BT.to(model.device), use_cache=True).past_key_values
+        return cache_of(model(input_ids=ids_BT.to(model.device), use_cache=True))
 
 
 def tensor_bytes(cache: Any) -> int:

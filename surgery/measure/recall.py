@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..anatomy.positions import max_positions
 from ..errors import CheckpointError, RecipeError
 from ..show import progress
+from ..text import check_known_ids, encode, special_tokens
 from .scoring import DECODE_BATCH, decode
 
 NAMES = "Tom Mary John Anna Peter Jane Paul Alice Henry Kate George Emma Robert Lucy James Rose"
@@ -180,42 +182,81 @@ def recall(
         questions: per cell.
 
     Raises:
-        RecipeError: unknown task. CheckpointError: the tokenizer does not cover plain English, or no question fits.
+        RecipeError: unknown task, or a length above the model's positions. CheckpointError: the tokenizer does not
+        cover plain English, gives ids that the model does not know, or no question fits.
     """
+    found = compose_questions(
+        model.config, tokenizer, tasks=tasks, lengths=lengths, depths=depths, questions=questions, seed=seed
+    )
+    return answer_questions(model, found)
+
+
+Questions = dict[int, dict[tuple[str, float], list["Asked"]]]
+"""Questions by length, then by task and depth; as many of each."""
+
+
+def compose_questions(
+    config: Any,
+    tokenizer: Any,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    lengths: Sequence[int] | None = None,
+    depths: Sequence[float] = (0.0, 0.5, 1.0),
+    questions: int = 8,
+    seed: int = 0,
+) -> Questions:
+    """The questions that `recall` asks a model of this config; arguments and errors as there."""
     check_tasks(tasks)
-    context = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
+    limit = max_positions(config)
+    context = min(limit or 2048, 2048)
     lengths = lengths or (context // 4, context // 2, context - 8)
     reader = Reader(tokenizer)
-    cells: list[RecallCell] = []
-    with progress("recall", len(lengths)) as advance:
-        for length in lengths:
-            asked: dict[tuple[str, float], list[_Asked]] = {}
-            for task, depth in product(tasks, depths):
-                rng = random.Random(f"{seed} {task} {length} {depth}")
-                tried = [reader.ask(TASKS[task](rng), depth, length, rng) for _ in range(questions)]
-                if None not in tried:  # else the facts alone are longer than that
-                    asked[task, depth] = [a for a in tried if a is not None]
-            if asked:
-                right, nats = _answer(model, [a for some in asked.values() for a in some])
-                for i, (task, depth) in enumerate(asked):
-                    here = slice(i * questions, (i + 1) * questions)
-                    cells.append(
-                        RecallCell(
-                            task=task,
-                            length=length,
-                            depth=depth,
-                            questions=questions,
-                            exact=float(right[here].mean()),
-                            nats=float(nats[here].mean()),
-                        )
-                    )
-            advance(1)
-    if not cells:
+    vocab_size = config.get_text_config(decoder=True).vocab_size
+    found: Questions = {}
+    for length in lengths:
+        for task, depth in product(tasks, depths):
+            rng = random.Random(f"{seed} {task} {length} {depth}")
+            tried = [reader.ask(TASKS[task](rng), depth, length, rng) for _ in range(questions)]
+            if None not in tried:  # else the facts alone are longer than that
+                found.setdefault(length, {})[task, depth] = [a for a in tried if a is not None]
+    if not found:
         raise CheckpointError(f"recall: no question fits into {max(lengths)} tokens of this tokenizer. Ask for longer.")
+    for asked in (a for group in found.values() for some in group.values() for a in some):
+        check_known_ids(asked.ids, vocab_size, "recall", tokenizer)
+        if limit is not None and len(asked.ids) - 1 > limit:
+            raise RecipeError(
+                f"recall: questions of {len(asked.ids) - asked.answer} tokens and their answers need "
+                f"{len(asked.ids) - 1} positions, the model has {limit}. Ask for shorter ones."
+            )
+    return found
+
+
+def answer_questions(model: PreTrainedModel, questions: Questions) -> tuple[RecallCell, ...]:
+    """Ask a model what `compose_questions` made."""
+    cells: list[RecallCell] = []
+    with progress("recall", len(questions)) as advance:
+        for length, group in questions.items():
+            right, nats = _answer(model, [a for some in group.values() for a in some])
+            begin = 0
+            for (task, depth), some in group.items():
+                here = slice(begin, begin := begin + len(some))
+                cells.append(
+                    RecallCell(
+                        task=task,
+                        length=length,
+                        depth=depth,
+                        questions=len(some),
+                        exact=float(right[here].mean()),
+                        nats=float(nats[here].mean()),
+                    )
+                )
+            advance(1)
     return tuple(cells)
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
+    """A question in tokens."""
+
     ids: list[int]
     """Context and question, then the answer."""
     ask: int
@@ -233,20 +274,19 @@ class Reader:
         self.lower = not self._covers(plain)
         if self.lower and not self._covers(plain.lower()):
             raise CheckpointError("recall: the tokenizer does not cover plain English words, so nothing can be asked.")
-        empty = tokenizer("")["input_ids"]
-        self.start = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
+        self.start, _ = special_tokens(tokenizer, [plain.lower() if self.lower else plain])
         self.length = lru_cache(maxsize=None)(lambda line: len(self._ids(" " + line)))
 
     def _covers(self, text: str) -> bool:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode(self.tokenizer, text, special=False)
         unknown = self.tokenizer.unk_token_id
         return (unknown is None or unknown not in ids) and self.tokenizer.decode(ids).strip() == text
 
     def _ids(self, text: str) -> list[int]:
         text = text.lower() if self.lower else text
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode(self.tokenizer, text, special=False)
 
-    def ask(self, question: Question, depth: float, length: int, rng: random.Random) -> _Asked | None:
+    def ask(self, question: Question, depth: float, length: int, rng: random.Random) -> Asked | None:
         """Exactly `length` tokens before the answer, or None where the facts alone are longer."""
         slack = 2 * (len(question.facts) + len(question.others)) + len(self.start)  # tokens where sentences meet
         if sum(map(self.length, (*question.facts, *question.others, question.ask))) + slack > length:
@@ -260,10 +300,10 @@ class Reader:
         filler = self._ids(" ".join(FILLER))
         padding = (filler * (missing // len(filler) + 1))[len(filler) * (missing // len(filler) + 1) - missing :]
         ask = same - len(self._ids(text[: len(text) - len(question.ask) - 1]))
-        return _Asked([*self.start, *padding, *whole], max(1, min(ask, same - 1)), len(whole) - same)
+        return Asked([*self.start, *padding, *whole], max(1, min(ask, same - 1)), len(whole) - same)
 
 
-def _answer(model: PreTrainedModel, asked: Sequence[_Asked]) -> tuple[Tensor, Tensor]:
+def _answer(model: PreTrainedModel, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
     """Whether each answer is right (1 or 0, NaN where the model says NaN), and its nats; float64 [questions]."""
     length = len(asked[0].ids) - asked[0].answer  # the same for all
     prefill = length - max(a.ask for a in asked)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModel
+from ..runtime.calling import cache_argument, cache_of
 from ..show import progress
 from ..text import Windows
 
@@ -48,7 +49,8 @@ def score_windows(model: PreTrainedModel, baseline: PreTrainedModel | None, wind
         UnsupportedModel: the path is `decode` and a model returns no cache.
     """
     W, T = windows.ids_BT.shape
-    size = DECODE_BATCH if path == "decode" else max(1, PREFILL_LOGITS // (T * model.config.vocab_size))
+    vocabulary = model.config.get_text_config().vocab_size
+    size = DECODE_BATCH if path == "decode" else max(1, PREFILL_LOGITS // (T * vocabulary))
     sums = torch.zeros(W, len(BUCKETS), 5, dtype=torch.float64)
     problem = None
     with progress(f"evaluating ({path})", W * T) as advance, torch.inference_mode():
@@ -85,15 +87,15 @@ def log_probabilities(model: PreTrainedModel, ids_BT: Tensor, path: Path) -> Ite
 def decode(model: PreTrainedModel, ids_BT: Tensor, prefill: int) -> Iterator[tuple[int, Tensor]]:
     """Log-probabilities at positions `prefill` - 1 onwards: the first `prefill` tokens at once, then one by one."""
     out = model(input_ids=ids_BT[:, :prefill], use_cache=True)
-    cache = getattr(out, "past_key_values", None)
+    cache = cache_of(out)
     if cache is None:
         raise UnsupportedModel(
             f"{type(model).__name__} returns no cache, so it cannot be decoded through one. Use path='prefill'."
         )
     yield prefill - 1, _logp(out.logits[:, -1:])
     for t in range(prefill, ids_BT.shape[1]):
-        out = model(input_ids=ids_BT[:, t : t + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=ids_BT[:, t : t + 1], use_cache=True, **{cache_argument(model): cache})
+        cache = cache_of(out)
         yield t, _logp(out.logits)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..anatomy.positions import max_positions
+from ..runtime.calling import cache_argument, cache_of
 from ..show import progress
 
 
@@ -45,16 +47,21 @@ def measure_speed(
     """Time all models in turn within every repeat, so that a slow moment of the machine strikes all of them.
 
     Args:
-        batch, prompt, new: sequences, tokens of the random prompt, tokens decoded one by one.
+        batch, prompt, new: sequences, tokens of the random prompt, tokens decoded one by one; the last two shrink
+            where a model has fewer positions.
         repeats: timed runs of each model, after one that warms up.
     """
+    limit = min((n for model in models if (n := max_positions(model.config)) is not None), default=prompt + new)
+    new = min(new, max(1, limit // 4))
+    prompt = min(prompt, max(1, limit - new))
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     peaks = [0] * len(models)
     generator = torch.Generator().manual_seed(0)
     with progress("timing", (repeats + 1) * len(models)) as advance:
         for repeat in range(repeats + 1):
             for i, model in enumerate(models):
-                ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(model.device)
+                vocabulary = model.config.get_text_config().vocab_size
+                ids = torch.randint(vocabulary, (batch, prompt), generator=generator).to(model.device)
                 if model.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(model.device)
                 measured = _run(model, ids, new)
@@ -88,7 +95,7 @@ def _run(model: PreTrainedModel, ids_BT: Tensor, new: int) -> tuple[float, float
         filled = time.perf_counter()
         for _ in range(new):
             token = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(out)})
         wait()
     return filled - begun, time.perf_counter() - filled
 
