@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+import transformers as _transformers
+
 from .anatomy import Anatomy, examine
 from .convert import convert, convert_checkpoint
 from .errors import CheckpointError, PlanError, RecipeError, SurgeryError, UnsupportedModel
@@ -12,6 +14,9 @@ from .plan import Plan, plan
 from .recipe import Recipe
 from .report import Report
 from .storage import load, save
+from .versions import warn_of_untested_transformers
+
+warn_of_untested_transformers(_transformers.__version__)
 
 __all__ = [
     "Anatomy",

@@ -26,6 +26,7 @@ from .errors import RecipeError
 from .kernels.decode_gqa import decode_gqa
 from .kernels.decode_latent import decode_latent
 from .kernels.rope_append import rope_append_
+from .runtime.calling import cache_argument
 from .runtime.layout import Latent, LayerPlan
 
 
@@ -493,11 +494,12 @@ def _transformers(
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(context)
+    name = cache_argument(model)
     place = torch.full((batch, 1), context, device=device)
     torch._dynamo.mark_static_address(place)  # without it, a mutated input keeps CUDA graphs away
 
     def forward(tokens_B: Tensor) -> Tensor:
-        logits = model(tokens_B[:, None], past_key_values=cache, position_ids=place, use_cache=True).logits
+        logits = model(tokens_B[:, None], position_ids=place, use_cache=True, **{name: cache}).logits
         place.add_(1)
         return logits[:, -1].argmax(-1)
 

@@ -6,6 +6,7 @@ L/2 forward passes over the calibration text, and memory does not grow with the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +33,41 @@ class Activations(NamedTuple):
     """True at real tokens; padding on the right."""
 
 
+class Variety:
+    """Whether what a layer was seen to read differs in more than its size; if not, moments are singular."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.direction_D: Tensor | None = None
+        self.is_varied = False
+
+    @torch.no_grad()
+    def see(self, x_BTD: Tensor, mask_BT: Tensor) -> None:
+        """Take in one batch; `mask_BT` is True at real tokens."""
+        if self.is_varied:
+            return
+        x_PD = x_BTD[mask_BT.to(x_BTD.device)].float()
+        sizes = x_PD.norm(dim=-1)
+        if self.direction_D is None and sizes.any():
+            self.direction_D = x_PD[sizes.argmax()] / sizes.max()
+        if self.direction_D is not None:
+            rest = x_PD - (x_PD @ self.direction_D)[:, None] * self.direction_D
+            self.is_varied = bool((rest.norm(dim=-1) > 1e-4 * sizes.max()).any())
+
+    def warn(self) -> None:
+        """Say what is wrong with all that was seen."""
+        if self.is_varied:
+            return
+        if self.direction_D is None:
+            text = "its projections read zeros only (a norm whose gains are zero?); it is converted as without text."
+        else:
+            text = (
+                "what its projections read is multiples of one vector (the same token throughout?); its moments are "
+                "singular and damped. Give varied text."
+            )
+        warnings.warn(f"layer {self.layer}: {text}", stacklevel=2)
+
+
 def input_moments(model: nn.Module, site: AttentionSite, windows: Windows, with_bias: bool = False) -> Tensor:
     """E[x xᵀ] of what the projections of `site` read; E[x~ x~ᵀ] with x~ = [x; 1] where `with_bias`. float64."""
     total: Tensor | None = None
@@ -46,22 +82,28 @@ def input_moments(model: nn.Module, site: AttentionSite, windows: Windows, with_
 
 def projection_inputs(model: nn.Module, site: AttentionSite, windows: Windows) -> Iterator[Tensor]:
     """[tokens, D] per batch: what q, k and v of `site` are projected from, padding excluded."""
+    variety = Variety(site.layer)
     with progress(f"layer {site.layer}: reading inputs", len(windows)) as advance:
         for ids, mask in windows.batches(BATCH):
             x, _ = run_to(model, module_of(site.q), ids)
+            variety.see(x, mask)
             yield x[mask.to(x.device)].cpu()
             advance(len(ids))
+    variety.warn()
 
 
 def layer_activations(copy: WorkingCopy, site: AttentionSite, windows: Windows) -> Iterator[Activations]:
     """Both models' inputs of one attention, batch by batch, and how far their residual streams are apart before it."""
     factor = residual_factor(copy.teacher, site, windows)
+    variety = Variety(site.layer)
     with progress(f"layer {site.layer}: refitting", len(windows)) as advance:
         for ids, mask in windows.batches(BATCH):
             (x, h), (x_s, h_s) = (_stream_at(model, site, ids) for model in (copy.teacher, copy.model))
             gap = torch.zeros_like(h) if factor is None else (h - h_s) / factor
+            variety.see(x_s, mask)
             yield Activations(x, x_s, gap, mask)
             advance(len(ids))
+    variety.warn()
 
 
 def residual_factor(model: nn.Module, site: AttentionSite, windows: Windows) -> float | None:

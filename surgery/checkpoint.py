@@ -9,8 +9,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from .companions import BULK, WEIGHTS
 from .errors import CheckpointError
+from .tracing import Trace, is_whole, origins_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _AGAIN = " Fetch the checkpoint again."
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WEIGHT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def local_folder(model: str | Path, weights: bool = True) -> Path:
@@ -48,11 +50,11 @@ def local_folder(model: str | Path, weights: bool = True) -> Path:
     if path.is_file() and path.suffix == ".json" and not weights:
         return path.parent
     if path.exists():
-        raise CheckpointError(f"{path}: is a file. Give the folder that holds config.json.")
+        raise CheckpointError(f"{path}: is a file. {gguf_advice(path) or 'Give the folder that holds config.json.'}")
     name, _, revision = str(model).partition("@")
-    patterns = list(_COMPANIONS) + (["*.safetensors"] if weights else [])
+    left = [*BULK, *(pattern for pattern in WEIGHTS if pattern != "*.safetensors" or not weights)]
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=left))
     except HFValidationError:
         raise CheckpointError(f"{model}: no such folder.") from None
     except LocalEntryNotFoundError:
@@ -60,6 +62,17 @@ def local_folder(model: str | Path, weights: bool = True) -> Path:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{model}: no such folder, and the Hub says: {reason}") from None
+
+
+def gguf_advice(path: Path) -> str:
+    """What to do about a GGUF: a file, or one in a folder; empty where there is none."""
+    file = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))), None)
+    if file is None:
+        return ""
+    return (
+        f"{file.name} is a GGUF: load it with AutoModelForCausalLM.from_pretrained({str(file.parent)!r}, "
+        f"gguf_file={file.name!r}), and give that model to surgery.convert."
+    )
 
 
 class Checkpoint:
@@ -75,7 +88,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder}: has no config.json. Give the folder of a transformers checkpoint.")
+            advice = gguf_advice(folder) or "Give the folder of a transformers checkpoint."
+            raise CheckpointError(f"{folder}: has no config.json. {advice}")
         expected = self._index()
         self._file_of: dict[str, str] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
@@ -102,7 +116,7 @@ class Checkpoint:
             advice = (
                 f" {others[0]} is a pickle, which runs code when it is read: convert it to safetensors first."
                 if others
-                else ""
+                else f" {gguf_advice(self.folder)}".rstrip()
             )
             raise CheckpointError(f"{self.folder}: has neither {SINGLE} nor {INDEX}.{advice}")
         try:
@@ -134,6 +148,10 @@ class Checkpoint:
         """Type of one tensor as safetensors spells it (`BF16`, `I8`), without reading it."""
         return self._dtype_of[name]
 
+    def weight_dtype(self, name: str) -> torch.dtype | None:
+        """Type of one tensor, without reading it; None where that is none of a weight."""
+        return _WEIGHT_DTYPES.get(self._dtype_of[name])
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
@@ -154,7 +172,7 @@ class Checkpoint:
 def check_weight(name: str, tensor: Tensor, where: Path | str) -> None:
     """Raise CheckpointError where `tensor` is no usable weight."""
     if tensor.is_floating_point():
-        if tensor.dtype not in _WEIGHT_DTYPES:
+        if tensor.dtype not in _WEIGHT_DTYPES.values():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{where}: {name} is {kind}, needs float32, bfloat16 or float16. Dequantise the checkpoint first."
@@ -164,23 +182,40 @@ def check_weight(name: str, tensor: Tensor, where: Path | str) -> None:
             raise CheckpointError(f"{where}: {name} has {bad} values that are NaN or inf. The checkpoint is damaged.")
 
 
-def check_fits(checkpoint: Checkpoint, architecture: type[PreTrainedModel], config: PreTrainedConfig) -> None:
-    """Raise CheckpointError where the tensors of `checkpoint` do not make a whole model. Reads none of them.
+@dataclass(frozen=True)
+class Fit:
+    """Which tensors of a checkpoint make which of its model."""
+
+    origins: dict[str, tuple[str, ...]]
+    """By name in the model: the tensors in the files that it is made of. Those that no file has are left out."""
+    same: frozenset[str]
+    """Names under which files and model have the same tensor."""
+    unused: frozenset[str]
+    """Tensors that the model's class has no place for, such as layers that predict further tokens."""
+    left_out: tuple[str, ...]
+    """`unused` in short, for people: what is wholly unused is named once."""
+
+
+def check_fits(checkpoint: Checkpoint, architecture: type[PreTrainedModel], config: PreTrainedConfig) -> Fit:
+    """How the tensors of `checkpoint` make a model. Reads none of them.
 
     transformers itself matches the names, so that files which name or split tensors otherwise than the model does
     (experts one by one, no prefix, tied heads left out) are judged as they will be loaded. It fills what is missing at
     random, and casts integers to weights: neither may pass.
+
+    Raises:
+        CheckpointError: they do not make a whole model.
     """
     names = checkpoint.names()
     floating = {name for name in names if "F" in checkpoint.dtype(name)}
-    tensors = {name: torch.empty(checkpoint.shape(name), device="meta") for name in floating}
+    trace = Trace({name: checkpoint.shape(name) for name in sorted(floating)})
     report: list[str] = []
     try:
         with _kept_back(report):
             loader: Any = architecture
             model, info = loader.from_pretrained(
-                None, config=copy.deepcopy(config), state_dict=tensors, device_map="meta", output_loading_info=True,
-                ignore_mismatched_sizes=True,
+                None, config=copy.deepcopy(config), state_dict=trace.tensors, device_map="meta",
+                output_loading_info=True, ignore_mismatched_sizes=True, attn_implementation="eager",
             )  # fmt: skip
     except RuntimeError as error:
         parts = [line.partition("|")[0].strip() for line in "\n".join(report).splitlines() if "CONVERSION" in line]
@@ -189,6 +224,7 @@ def check_fits(checkpoint: Checkpoint, architecture: type[PreTrainedModel], conf
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = sorted(name for name in info["missing_keys"] if name in parameters)
     integers = [name for name in names if name not in floating]
+    _check_unpacked(checkpoint, missing, model, info)
     if missing and missing[0] in integers:
         raise CheckpointError(
             f"{checkpoint.folder}: {missing[0]} is {checkpoint.dtype(missing[0])}, needs float32, bfloat16 or float16. "
@@ -204,6 +240,80 @@ def check_fits(checkpoint: Checkpoint, architecture: type[PreTrainedModel], conf
         raise CheckpointError(
             f"{checkpoint.folder}: {name} has shape {list(found)}, its config asks for {list(wanted)}.{_AGAIN}"
         )
+    for name in names:
+        if checkpoint.dtype(name) not in _WEIGHT_DTYPES and name in floating - info["unexpected_keys"]:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is {checkpoint.dtype(name)}, needs float32, bfloat16 or float16. "
+                "Dequantise the checkpoint first."
+            )
+    left = sorted(info["unexpected_keys"])
+    named = config.architectures or ()
+    if left and named and architecture.__name__ not in named:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is a {', '.join(named)}, which transformers does not have; as a "
+            f"{architecture.__name__} it would lose {left[0]}. Load it with the code that it needs, and pass the model "
+            "to surgery.convert."
+        )
+    origins: dict[str, tuple[str, ...]] = {}
+    same = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # Integers were not traced, and keep their names but for the prefix.
+        made_of = origins_of(tensor) or {name, name.removeprefix(f"{model.base_model_prefix}.")}
+        if made_of := {n for n in made_of if n in checkpoint}:
+            origins[name] = tuple(sorted(made_of))
+            if made_of == {name} and (is_whole(tensor) or name not in floating):
+                same.add(name)
+    used = trace.used.union(*origins.values())
+    unused = [name for name in names if name not in used]
+    return Fit(origins, frozenset(same), frozenset(unused), _in_short(unused, used))
+
+
+def _in_short(unused: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:
+    """The modules of which nothing is used, each once, with the number of their tensors."""
+    places = {tuple(name.split(".")[:i]) for name in used for i in range(1, name.count(".") + 2)}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in unused:
+        parts = tuple(name.split("."))
+        place = next((parts[:i] for i in range(1, len(parts)) if parts[:i] not in places), parts)
+        found.setdefault(place, []).append(name)
+    return tuple(f"{'.'.join(p)} ({len(n)} tensors)" if len(n) > 1 else n[0] for p, n in found.items())
+
+
+def exact_dtype(checkpoint: Checkpoint, fit: Fit, config: PreTrainedConfig) -> str | torch.dtype:
+    """What `from_pretrained` is to be told, so that no tensor loses digits: `auto`, or float32 where that rounds."""
+    stored = {checkpoint.weight_dtype(name) for names in fit.origins.values() for name in names} - {None}
+    own = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+    is_exact = own is torch.float32 or stored <= {own} or (own is None and len(stored) == 1)
+    return "auto" if is_exact else torch.float32
+
+
+def _check_unpacked(checkpoint: Checkpoint, missing: Sequence[str], model: PreTrainedModel, info: Any) -> None:
+    """Raise CheckpointError where a checkpoint whose config names a quantisation is not plain weights after all."""
+    method = quantised_by(read_json(checkpoint.folder / "config.json").get("quantization_config"))
+    if method is None:
+        return
+    tensors = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    modules = {name.rpartition(".")[0] for name in tensors}
+    packed = [name for name in checkpoint.names() if checkpoint.dtype(name) not in _WEIGHT_DTYPES]
+    strange = [name for name in packed if name not in tensors or checkpoint.dtype(name).startswith("F")]
+    # Scales and offsets lie beside the weight that they are of.
+    strange += sorted(name for name in info["unexpected_keys"] if name.rpartition(".")[0] in modules)
+    strange += sorted(name for name, *_ in info["mismatched_keys"]) + list(missing)
+    if strange:
+        name = strange[0]
+        held = f"it holds {name} of {checkpoint.dtype(name)}" if name in checkpoint else f"it has no plain {name}"
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are quantised ({method}): {held}. Give the checkpoint that it was made "
+            "from, or unpack it: load it with transformers, model.dequantize(), model.save_pretrained(...)."
+        )
+
+
+def quantised_by(section: Any) -> str | None:
+    """The method that a `quantization_config` names, as it is in JSON or in memory; None where there is none."""
+    if not section:
+        return None
+    method = section.get("quant_method") if isinstance(section, dict) else getattr(section, "quant_method", None)
+    return str(getattr(method, "value", method))
 
 
 @contextmanager
@@ -314,7 +424,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
         bytes_here = tensor.numel() * tensor.element_size()
         if shard and size + bytes_here > shard_bytes:
             close()
-        shard[name] = tensor.contiguous()
+        shard[name] = plain(tensor)
         size += bytes_here
         written += bytes_here
     close()
@@ -330,6 +440,12 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
             "weight_map": {name: names[file] for name, file in weight_map.items()},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same numbers laid out one after another: safetensors writes memory as it lies, and a lazily conjugated or
+    negated tensor lies there as it was before."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def copy_weights(source: Path, target: Path, link: bool = False) -> None:
@@ -353,17 +469,6 @@ def copy_weights(source: Path, target: Path, link: bool = False) -> None:
             os.link(file.resolve(), target / file.name)  # a file of the Hub's cache is a symbolic link itself
         else:
             shutil.copyfile(file, target / file.name)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config, chat template and licence beside the new weights; never weights or config."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if (
-                file.name not in ("config.json", INDEX, "surgery.json", "export.json")
-                and not (target / file.name).exists()
-            ):
-                shutil.copyfile(file, target / file.name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -35,6 +35,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override an option of the recipe; may be given several times."),
 ]
+MergeAdapter = Annotated[
+    bool, typer.Option("--merge-adapter", help="Merge the adapter (LoRA and the like) that lies in the folder.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 
 
@@ -122,19 +125,12 @@ def _inspect_gates(
     from .decisions import read_gates
     from .plots import gate_map, save_figure
     from .storage import load
-    from .text import load_windows, tokenizer_of
+    from .text import read_windows, tokenizer_of
 
     model = load(folder)
-    config = model.config.get_text_config(decoder=True)
     tokenizer = tokenizer_of(model.config)
-    windows = load_windows(
-        text,
-        tokenizer,
-        vocab_size=config.vocab_size,
-        length=length or min(getattr(config, "max_position_embeddings", None) or 512, 512),
-        samples=samples,
-        every_window=True,
-        where=str(text),
+    windows = read_windows(
+        model.config, text, tokenizer, length=length, samples=samples, every_window=True, where=str(text)
     )
     found = read_gates(model, windows, tokenizer)
     _out(*found.tables())
@@ -170,6 +166,7 @@ def convert(
     length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    merge_adapter: MergeAdapter = False,
 ) -> None:
     """Convert a checkpoint: a new folder that loads like its parent and caches less."""
     from .convert import convert_checkpoint
@@ -184,6 +181,7 @@ def convert(
         length=length,
         seed=seed,
         overwrite=overwrite,
+        merge_adapter=merge_adapter,
     )
     _out(*made.tables(), f"[bold]written to {out}[/bold]")
 
@@ -217,16 +215,22 @@ def evaluate(
         str | None, typer.Option(help="Tasks of lm-eval, with commas between; needs kv-surgery[eval].")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of questions and intervals.")] = 0,
+    merge_adapter: MergeAdapter = False,
     json_file: Json = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
 ) -> None:
     """Measure loss, KL, recall, cache bytes and speed, beside the baseline, through the cache."""
+    from .adapters import adapter_in
+    from .checkpoint import local_folder
     from .evaluate import evaluate as score
     from .storage import load
 
+    def opened(name: str) -> Any:
+        return load(name, merge_adapter=merge_adapter and adapter_in(local_folder(name)) is not None)
+
     report = score(
-        load(model),
-        baseline=None if baseline is None else load(baseline),
+        opened(model),
+        baseline=None if baseline is None else opened(baseline),
         text=text,
         path=path,  # type: ignore[arg-type]  # checked there, with a sentence
         length=length,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +14,33 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapters import base_folder, check_adapter
 from .anatomy import examine
-from .checkpoint import Checkpoint, check_model, check_output, check_space, local_folder
+from .checkpoint import Checkpoint, Fit, check_model, check_output, check_space, exact_dtype, local_folder
 from .errors import PlanError
-from .native import native_config
+from .native import meta_model, native_config, without_unbuilt_layers
+from .parents import plain_parent, without_loader
 from .plan import Plan
 from .plan import plan as make_plan
 from .provenance import provenance
 from .recipe import LatentStep, Recipe, ShareStep
 from .rewriters import rewriter_for
-from .rewriters.attention_weights import parameter_names, write_attention
+from .rewriters.attention_weights import like, parameter_names, write_changed
 from .rewriters.latent_steps import LatentStepCopy
 from .rewriters.share_copy import SharedCopy
-from .runtime.modeling import from_parent
-from .storage import check_whole, load, save
+from .runtime.attention import origin_of
+from .runtime.layout import AttentionSite
+from .runtime.modeling import SurgeryMixin, from_parent, rebuild
+from .storage import check_whole, load_parent, save_like
 from .streaming import can_stream, stream
-from .text import Windows, load_tokenizer, load_windows, tokenizer_of
+from .text import Windows, load_tokenizer, read_windows, tokenizer_of
+from .torch_state import plain_torch
 from .working_copy import WorkingCopy
 
+_log = logging.getLogger(__name__)
 
+
+@plain_torch()
 def convert(
     model_or_path: Any,
     recipe: Any,
@@ -38,17 +50,21 @@ def convert(
     samples: int = 256,
     length: int | None = None,
     seed: int = 0,
+    merge_adapter: bool = False,
 ) -> PreTrainedModel:
     """Convert a pretrained model; the parent stays as it is.
 
     Args:
-        model_or_path: model, folder or Hub id.
+        model_or_path: model, folder or Hub id. A model under torch.compile or DataParallel is taken out of it; one with
+            weights offloaded by accelerate is brought together on the CPU.
         recipe: shipped name, path, dict or Recipe.
         calibration: text that the statistics are streamed from: a file, a list of strings, or token ids
             [windows, tokens]. None uses the data-free form of the recipe.
         tokenizer: defaults to the one beside the model's `name_or_path`.
-        samples, length: at most `samples` windows of `length` tokens (default: the context, at most 512).
+        samples, length: at most `samples` windows of `length` tokens (default: the model's positions, at most 512;
+            token ids: as they are).
         seed: of everything random.
+        merge_adapter: merge the adapter (of the library peft) of the model, or of the folder, into its weights first.
 
     Returns:
         A model in the parent's dtype. Where the result can be said in the parent's own class (see `Plan.native`) it
@@ -58,19 +74,43 @@ def convert(
         RecipeError, PlanError, UnsupportedModel, CheckpointError: before any work is done.
     """
     recipe = Recipe.load(recipe)
-    parent = model_or_path if isinstance(model_or_path, PreTrainedModel) else load(model_or_path)
+    parent, told = _parent(model_or_path, merge_adapter)
     check_model(parent)
     plan = make_plan(parent, recipe)
     _check_calibration(plan, calibration)
+    for name, layers in plan.left_out.items():
+        _log.warning("%s loads none of the layers that %s counts (%d).", plan.anatomy.architecture, name, layers)
+    if calibration is not None and tokenizer is None and told:
+        tokenizer = tokenizer_of(parent.config, told)
     windows = _windows(calibration, parent.config, tokenizer, length, samples)
-    torch.manual_seed(seed)
-    copy_ = _copy_for(recipe)(parent, plan.anatomy)
-    for step in recipe.steps:
+    return _carry_out(without_loader(parent), plan, windows, seed, told)
+
+
+def _carry_out(
+    parent: PreTrainedModel,
+    plan: Plan,
+    windows: Windows | None,
+    seed: int,
+    told: dict[str, Any],
+    left_out: Sequence[str] = (),
+) -> PreTrainedModel:
+    """The result of a plan, and in its provenance what of the parent's files is not in it."""
+    copy_ = _copy_for(plan.recipe)(parent, plan.anatomy)
+    for step in plan.recipe.steps:
         rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
     if not plan.native:
         plan = plan.settled(map(copy_.settle, plan.after))
-    origin = provenance(plan, parent.config, windows, seed)
+    origin = provenance(plan, parent.config, windows, seed, left_out, told)
     return (_native if plan.native else _own)(parent, plan, copy_, origin)
+
+
+def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The plain parent, and what there is to tell of the way to it."""
+    if not isinstance(model_or_path, (str, Path)):
+        return plain_parent(model_or_path, merge_adapter)
+    loaded, told = load_parent(model_or_path, merge_adapter)
+    parent, more = plain_parent(loaded)
+    return parent, told | more
 
 
 def _copy_for(recipe: Recipe) -> type[WorkingCopy]:
@@ -89,50 +129,51 @@ def _check_calibration(plan: Plan, calibration: Any) -> None:
 def _windows(calibration: Any, config: Any, tokenizer: Any, length: int | None, samples: int) -> Windows | None:
     if calibration is None:
         return None
-    if not isinstance(calibration, (Tensor, Windows)) and tokenizer is None:
-        tokenizer = tokenizer_of(config)
-    length = length or min(getattr(config, "max_position_embeddings", None) or 512, 512)
-    return load_windows(calibration, tokenizer, vocab_size=config.vocab_size, length=length, samples=samples)
+    return read_windows(config, calibration, tokenizer, length=length, samples=samples)
 
 
 def _native(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin: dict[str, Any]) -> PreTrainedModel:
     """The result in the parent's own class: fewer KV heads in the config, smaller parameters, nothing else."""
-    config = native_config(plan.anatomy.config, plan.anatomy.sites, plan.after[0].project.kv_heads)
+    config = native_config(parent.config, plan.anatomy.sites, plan.after[0].project.kv_heads, type(parent))
     if config is None:
         raise PlanError(f"{type(parent).__name__} cannot say {plan.after[0].project.kv_heads} KV heads.")
-    rewritten = {name for site, _ in plan.changed() for name in parameter_names(site)}
-    kept = {name: tensor for name, tensor in parent.state_dict().items() if name not in rewritten}
-    tensors = {name: tensor.detach().clone() for name, tensor in kept.items()}
-    for site in examine(config).sites:
+    old = parent.state_dict()
+    tensors: dict[str, Tensor] = {}
+    new_sites = {site.layer: site for site in examine(meta_model(config, type(parent))).sites}
+    for site in plan.anatomy.sites:
         if site.layer in copy_.converted:
-            tensors |= write_attention(copy_.read(site.layer), site, copy_.tensor)
-    tensors = {
-        name: tensor.to(parent.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
-    }
+            tensors |= write_changed(copy_.read(site.layer), new_sites[site.layer], site, old.__getitem__)
+    # A norm with a parameter per head (StableLM) loses those of heads that are gone.
+    rewritten = {name for site in plan.anatomy.sites for name in parameter_names(site) if site.layer in copy_.converted}
+    # Clones: a parent that goes on training must not change what was made of it.
+    tensors |= {name: tensor.clone() for name, tensor in old.items() if name not in rewritten}
     config.surgery = origin
-    child = type(parent).from_pretrained(None, config=config, state_dict=tensors, dtype=parent.dtype)
-    return _finish(child, parent)
+    child = rebuild(parent, type(parent), config, tensors)
+    if hasattr(parent, "_weight_conversions"):  # how files name what the class names otherwise (experts one by one)
+        child._weight_conversions = parent._weight_conversions
+    child.config.name_or_path = ""  # it lies nowhere yet
+    return child
 
 
 def _own(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin: dict[str, Any]) -> PreTrainedModel:
     """The result as `Surgery<Parent>`, for layers that differ from each other or that the class cannot say."""
-    weights = {layer: copy_.canonical(layer) for layer in copy_.converted}
+    old = parent.state_dict()
     weights = {
-        layer: {name: t.to(parent.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        for layer, tensors in weights.items()
+        site.layer: {
+            name: like(tensor, old[origin_of(site, name) or site.k.weight])
+            for name, tensor in copy_.canonical(site.layer).items()
+        }
+        for site in plan.anatomy.sites
+        if site.layer in copy_.converted
     }
-    child = from_parent(copy.deepcopy(parent), plan.anatomy.sites, plan.after, origin, weights)
-    return _finish(child, parent)
+    parent = copy.deepcopy(parent)
+    parent.config = without_unbuilt_layers(parent.config, type(parent))
+    child = from_parent(parent, plan.anatomy.sites, plan.after, origin, weights)
+    child.config.name_or_path = ""
+    return child
 
 
-def _finish(child: PreTrainedModel, parent: PreTrainedModel) -> PreTrainedModel:
-    child.config.name_or_path = ""  # it lies nowhere yet
-    if parent.can_generate():
-        child.generation_config = copy.deepcopy(parent.generation_config)
-    torch.nn.Module.to(child, parent.device)  # transformers wraps its own `to` without its type
-    return child.train(parent.training)
-
-
+@plain_torch()
 def convert_checkpoint(
     source: str | Path,
     recipe: Any,
@@ -144,11 +185,14 @@ def convert_checkpoint(
     length: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    merge_adapter: bool = False,
 ) -> Plan:
     """Convert a checkpoint on disk into another.
 
     Without calibration, and where the result is of the parent's own class, tensors are read, rewritten and written
     layer by layer: the model is never in memory as a whole. Otherwise as `convert`, then `save`.
+
+    The adapter that lies in the folder, beside weights or alone, is merged into them where `merge_adapter` says so.
 
     Returns:
         The plan that was carried out.
@@ -159,18 +203,48 @@ def convert_checkpoint(
     recipe = Recipe.load(recipe)
     check_output(out, overwrite)
     folder = local_folder(source)
-    checkpoint = Checkpoint(folder)
-    plan = make_plan(folder, recipe)
+    check_adapter(folder, merge_adapter)
+    base = base_folder(folder)
+    checkpoint = Checkpoint(base)
+    plan = make_plan(base, recipe)
     _check_calibration(plan, calibration)
-    check_whole(checkpoint)
-    load_tokenizer(folder, plan.anatomy.vocab_size)  # refuses one that does not belong to the model
-    check_space(out, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
-    if calibration is None and can_stream(plan, checkpoint):
-        stream(checkpoint, plan, out, seed=seed, overwrite=overwrite)
+    fit = check_whole(checkpoint)
+    left_out = fit.left_out
+    if left_out:
+        _log.warning(
+            "%s: %s does not load %s; the result is without.", base, plan.anatomy.architecture, ", ".join(left_out)
+        )
+    check_space(out, sum(f.stat().st_size for f in base.glob("*.safetensors")))
+    if calibration is None and not merge_adapter and can_stream(plan, fit):
+        stream(checkpoint, plan, fit, out, tokenizer=tokenizer, seed=seed, overwrite=overwrite)
         return plan
+    windows = None
     if calibration is not None:
-        reader = tokenizer or load_tokenizer(folder, plan.anatomy.vocab_size)
-        calibration = _windows(calibration, plan.anatomy.config, reader, length, samples)
-    model = convert(load(folder), recipe, calibration=calibration, seed=seed)
-    save(model, out, tokenizer=tokenizer, overwrite=overwrite)
+        reader = tokenizer
+        if tokenizer is None and not isinstance(calibration, (Tensor, Windows)):
+            reader = load_tokenizer(folder) or load_tokenizer(base)
+        windows = _windows(calibration, plan.anatomy.config, reader, length, samples)
+    parent, told = load_parent(folder, merge_adapter, dtype=exact_dtype(checkpoint, fit, plan.anatomy.config))
+    # Caches are in the dtype that the class computes in, whatever the files hold.
+    anatomy = replace(examine(parent), dtype=plan.anatomy.dtype)
+    model = _carry_out(parent, make_plan(anatomy, recipe), windows, seed, told, left_out)
+    dtypes = _stored(model, anatomy.sites, checkpoint, fit)
+    save_like(model, checkpoint, dtypes, out, tokenizer=tokenizer, overwrite=overwrite)
     return plan
+
+
+def _stored(
+    model: PreTrainedModel, sites: Sequence[AttentionSite], checkpoint: Checkpoint, fit: Fit
+) -> dict[str, torch.dtype]:
+    """By name in the state dict of a result: the dtype in which the files hold what it comes from, if they do."""
+    dtypes = {}
+    for name in model.state_dict():
+        origin = name
+        if isinstance(model, SurgeryMixin) and (
+            site := next((s for s in sites if name.startswith(f"{s.module}.")), None)
+        ):
+            origin = origin_of(site, name.removeprefix(f"{site.module}.")) or site.k.weight
+        found = [dtype for n in fit.origins.get(origin, ()) if (dtype := checkpoint.weight_dtype(n)) is not None]
+        if found:
+            dtypes[name] = reduce(torch.promote_types, found)
+    return dtypes

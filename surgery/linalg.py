@@ -61,8 +61,20 @@ def damp(x: Tensor, ridge: float) -> Tensor:
 
 
 def damped_cholesky(x: Tensor, ridge: float = 1e-6) -> Tensor:
-    """Lower triangular S with S S^H = x + ridge · mean(diag x) · I, for positive semidefinite `x`."""
-    return torch.linalg.cholesky(damp(x, ridge))
+    """Lower triangular S with S S^H = x + ridge · mean(diag x) · I, for positive semidefinite `x`.
+
+    Moments of few tokens are singular, and rounding makes them indefinite: the ridge then grows until there is a root.
+
+    Raises:
+        ValueError: `x` has values that are not finite, or is far from positive semidefinite.
+    """
+    while True:
+        root, failed = torch.linalg.cholesky_ex(damp(x, ridge))
+        if not failed.any() and root.isfinite().all():
+            return root
+        if ridge >= 1 or not x.isfinite().all():
+            raise ValueError("a metric that is not positive semidefinite, even when it is damped by its own mean")
+        ridge = max(100 * ridge, 1e-9)
 
 
 def ridge_regression(cov_YX: Tensor, cov_XX: Tensor, ridge: float, prior_YX: Tensor | None = None) -> Tensor:

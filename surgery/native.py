@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .anatomy import Anatomy
+from .classes import model_class, plain_config
 from .runtime.attention import SHARED_STATES
 from .runtime.layout import AttentionSite
 
 
-def native_config(config: Any, sites: tuple[AttentionSite, ...], kv_heads: int) -> Any | None:
-    """A copy of `config` whose model has `kv_heads` KV heads in every attention; None where the class has no such form.
+def native_config(
+    config: Any, sites: tuple[AttentionSite, ...], kv_heads: int, kind: type[PreTrainedModel]
+) -> Any | None:
+    """A copy of `config` whose model has `kv_heads` KV heads in every attention; None where `kind` has no such form.
 
     No table of families: every integer setting whose name speaks of KV heads and whose value is the parent's count is
     tried, and the parameter shapes of the model that it builds decide.
@@ -23,13 +27,16 @@ def native_config(config: Any, sites: tuple[AttentionSite, ...], kv_heads: int) 
     old = sites[0].kv_heads
     if any(site.kv_heads != old for site in sites):
         return None
-    for name in _kv_settings(config, old):
+    config = without_unbuilt_layers(plain_config(config), kind)
+    for name in _kv_settings(config.get_text_config(), old):
         candidate = copy.deepcopy(config)
-        setattr(candidate, name, kv_heads)
-        if getattr(candidate, "head_dim", None) is None and "head_dim" in dir(candidate):
-            candidate.head_dim = sites[0].head_dim  # engines that derive it from other fields must not have to guess
+        candidate.architectures = [kind.__name__]
+        text = candidate.get_text_config()
+        setattr(text, name, kv_heads)
+        if "head_dim" in dir(text) and "head_dim" not in _by_layer(text) and text.head_dim is None:
+            text.head_dim = sites[0].head_dim  # engines that derive it from other fields must not have to guess
         try:
-            twin = meta_model(candidate)
+            twin = meta_model(candidate, kind)
         except (ValueError, TypeError, RuntimeError, AttributeError, KeyError):
             continue
         if _has_shapes(twin, sites, kv_heads):
@@ -37,15 +44,52 @@ def native_config(config: Any, sites: tuple[AttentionSite, ...], kv_heads: int) 
     return None
 
 
-def meta_model(config: Any) -> PreTrainedModel:
-    """The causal LM of `config` without memory for its weights."""
+def without_unbuilt_layers(config: Any, kind: type[PreTrainedModel]) -> Any:
+    """A copy of `config` that speaks of no layers but those that its model builds; see `unbuilt_layers`."""
+    config = copy.deepcopy(config)
+    for part, name, _ in _unbuilt(config, kind):
+        setattr(part, name, 0)
+    return config
+
+
+def unbuilt_layers(config: Any, kind: type[PreTrainedModel]) -> dict[str, int]:
+    """Settings that promise layers which lie in files at most, and how many: those that predict further tokens (MTP).
+
+    The model's class does not load them, so that no result has them.
+    """
+    return {name: count for _, name, count in _unbuilt(config, kind)}
+
+
+def _unbuilt(config: Any, kind: type[PreTrainedModel]) -> list[tuple[Any, str, int]]:
+    text = config.get_text_config(decoder=True)
+    found = []
+    for part in (config,) if text is config else (config, text):
+        for name, value in part.to_dict().items():
+            counts = ("mtp" in name or "nextn" in name) and ("num" in name or name.startswith("n_"))
+            if counts and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                found.append((part, name, value))
+    if not found:
+        return []
+    without = copy.deepcopy(config)
+    for part, name, _ in found:
+        setattr(without if part is config else without.get_text_config(decoder=True), name, 0)
+    shapes = [{n: p.shape for n, p in meta_model(c, kind).named_parameters()} for c in (config, without)]
+    return found if shapes[0] == shapes[1] else []
+
+
+def meta_model(config: Any, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The model of `config` without memory for its weights; the attention that it names need not be installed.
+
+    Args:
+        kind: its class, where that is known.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        return (kind or model_class(config))._from_config(copy.deepcopy(config), attn_implementation="eager")
 
 
 def hands_down_keywords(anatomy: Anatomy) -> bool:
     """Whether an unknown keyword argument of the model reaches its first attention, through all layers between."""
-    model = meta_model(anatomy.config)
+    model = meta_model(anatomy.config, anatomy.kind)
     found: list[bool] = []
 
     class Reached(Exception):
@@ -66,7 +110,13 @@ def hands_down_keywords(anatomy: Anatomy) -> bool:
 
 def _kv_settings(config: Any, value: int) -> list[str]:
     names = [name for name in config.to_dict() if "kv" in name or "key_value" in name]
-    return [name for name in names if "head" in name and getattr(config, name, None) == value]
+    names = [name for name in names if "head" in name and name not in _by_layer(config)]
+    return [name for name in names if getattr(config, name, None) == value]
+
+
+def _by_layer(config: Any) -> Collection[str]:
+    """Settings that differ between layers, so that the config refuses to be asked for one value."""
+    return getattr(config, "per_layer_attributes", None) or ()
 
 
 def _has_shapes(twin: PreTrainedModel, sites: tuple[AttentionSite, ...], kv_heads: int) -> bool:

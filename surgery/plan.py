@@ -17,7 +17,7 @@ from .anatomy import Anatomy, examine
 from .budget import aligned_rank, full_rank, input_columns, kept_numbers, latent_budget, turning_numbers
 from .engines import sentence
 from .errors import PlanError
-from .native import hands_down_keywords, meta_model, native_config
+from .native import hands_down_keywords, meta_model, native_config, unbuilt_layers
 from .recipe import GqaStep, LatentStep, LowrankStep, MergeStep, MlaStep, Recipe, ShareStep, Step, parse_layers
 from .runtime.gates import gate_shapes
 from .runtime.latent import latent_refusal
@@ -26,6 +26,7 @@ from .runtime.merged import merge_refusal
 from .runtime.ragged_cache import static_bytes
 from .sharing import SEARCHED, SVFORMER, check_map, owners_of, sharable
 from .show import count, human_bytes, render, spans
+from .torch_state import plain_torch
 
 CONTEXTS = {"4k": 4096, "32k": 32768, "128k": 131072}
 
@@ -93,6 +94,11 @@ class Plan:
             for s in self.recipe.steps
         )
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Layers that the parent's config counts and its class does not load, by the setting that counts them."""
+        return unbuilt_layers(self.anatomy.config, self.anatomy.kind)
+
     def settled(self, layers: Iterable[LayerPlan]) -> Plan:
         """The plan with what the calibration text has decided: all its `layers`."""
         after = tuple(layers)
@@ -106,6 +112,7 @@ class Plan:
             "parameters": self.parameters,
             "parent_parameters": self.anatomy.parameters,
             "native": self.native,
+            "left_out": self.left_out,
             "layers": [layer.to_dict() for layer in self.after],
         }
 
@@ -117,6 +124,7 @@ class Plan:
         return [_headline(self), _layers(self), _totals(self), *_notes(self)]
 
 
+@plain_torch()
 def plan(model_or_path: Any, recipe: Any) -> Plan:
     """Decide what `recipe` does to a model, without touching or loading a weight.
 
@@ -142,10 +150,11 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         and not any(layer.lenders or layer.retain for layer in after)
         and len(kv_heads) == 1
     ):
-        config = native_config(anatomy.config, anatomy.sites, min(kv_heads))
+        config = native_config(anatomy.config, anatomy.sites, min(kv_heads), anatomy.kind)
     if config is not None:
-        parameters = sum(p.numel() for p in meta_model(config).parameters())
+        parameters = sum(p.numel() for p in meta_model(config, anatomy.kind).parameters())
     else:
+        _check_replaceable(recipe, anatomy)
         parameters = _parameters(anatomy, before, after)
     return Plan(
         recipe=recipe,
@@ -155,6 +164,16 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         native=config is not None,
         parameters=parameters,
     )
+
+
+def _check_replaceable(recipe: Recipe, anatomy: Anatomy) -> None:
+    """Refuse results that the model's own class cannot say where its attentions cannot be replaced."""
+    for layer, reason in anatomy.irreplaceable.items():
+        raise PlanError(
+            f"layer {layer}: {recipe.name} would put an attention of this library in the place of "
+            f"{anatomy.architecture}'s, which is not possible here: {reason}. Results of the model's own class (gqa "
+            "with one number of KV heads, where the class can say it) leave it in its place."
+        )
 
 
 def _check_order(recipe: Recipe) -> None:
@@ -216,7 +235,8 @@ def _parameters(anatomy: Anatomy, before: tuple[LayerPlan, ...], after: tuple[La
     ]
     names = {name for norm in norms for part in (norm.weight, norm.bias) for name in _names(part)}
     if names:
-        kept -= sum(p.numel() for name, p in meta_model(anatomy.config).named_parameters() if name in names)
+        twin = meta_model(anatomy.config, anatomy.kind)
+        kept -= sum(p.numel() for name, p in twin.named_parameters() if name in names)
     return kept
 
 
@@ -392,7 +412,7 @@ def _retain(step: MergeStep, where: str, anatomy: Anatomy, layers: tuple[LayerPl
         method="dms" if step.rewriter == "dms" else "dmc", ratio=step.ratio, window=getattr(step, "window", None),
         gate=step.gate, sinks=step.sinks, page=step.page,
     )  # fmt: skip
-    context = getattr(anatomy.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = anatomy.max_positions
     if step.gate == "score:window":
         merge = replace(merge, ratio=max(1.0, (context or 0) / merge.always_kept))
     elif context is not None and merge.drop_rate(context, step.ratio) > 1:
@@ -505,9 +525,11 @@ def _lowrank(step: LowrankStep, at: str, site: AttentionSite) -> Latent:
 
 
 def _latent_of(site: AttentionSite, rank: int, rope_dims: int, **more: Any) -> Latent:
+    keeps_positions = site.rotary is not None and bool(more.get("rotate_on_read"))
     return Latent(
-        rank=rank, rope_dims=rope_dims, kv_heads=site.kv_heads, head_dim=site.head_dim, value_dim=site.value_dim, **more
-    )
+        rank=rank, rope_dims=rope_dims, kv_heads=site.kv_heads, head_dim=site.head_dim, value_dim=site.value_dim,
+        keeps_positions=keeps_positions, **more,
+    )  # fmt: skip
 
 
 def _headline(plan: Plan) -> str:
@@ -593,6 +615,10 @@ def _notes(plan: Plan) -> list[str]:
             notes.append(
                 f"{step.rewriter}: nothing goes before the gates are trained; bytes above are for {step.ratio:g}x"
             )
+    for name, layers in plan.left_out.items():
+        notes.append(
+            f"left out: {layers} layer{'s' * (layers > 1)} that {name} counts; {plan.anatomy.architecture} loads none"
+        )
     if plan.recipe.uptrain:
         notes.append(f"uptraining afterwards: {count(plan.recipe.uptrain.tokens)} tokens suggested")
     return notes

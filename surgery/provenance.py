@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from .checkpoint import local_folder
 from .errors import CheckpointError
 from .plan import Plan
 from .recipe import Recipe
@@ -20,19 +23,38 @@ FILE = "surgery.json"
 RECIPE_FILE = "recipe.yaml"
 
 
-def provenance(plan: Plan, config: Any, windows: Windows | None, seed: int) -> dict[str, Any]:
-    """Parent and revision, recipe, seed, calibration digest, versions, plan with predicted bytes."""
+def provenance(
+    plan: Plan,
+    config: Any,
+    windows: Windows | None,
+    seed: int,
+    left_out: Sequence[str] = (),
+    told: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Parent and revision, recipe, seed, calibration digest, versions, plan with predicted bytes.
+
+    Args:
+        left_out: tensors of the parent's files that its class does not load; the result has none of them.
+        told: what there is to say of the parent beside its name: the adapter that was merged, the GGUF it came from.
+    """
     return {
         # Read from a file, a config names that file.
         "parent": config.name_or_path.removesuffix("config.json").rstrip("/") or None,
         "parent_revision": getattr(config, "_commit_hash", None),
+        **(told or {}),
         "recipe": plan.recipe.to_dict(),
         "seed": seed,
         "calibration": None
         if windows is None
-        else {"windows": len(windows), "tokens": windows.tokens, "digest": windows.digest},
+        else {
+            "windows": len(windows),
+            "tokens": windows.tokens,
+            "digest": windows.digest,
+            "start": None if windows.start is None else list(windows.start),
+        },
         "versions": versions(),
         "plan": plan.to_dict(),
+        "left_out": list(left_out),
     }
 
 
@@ -46,6 +68,23 @@ def provenance_of(model: PreTrainedModel) -> dict[str, Any]:
     if not surgery:
         raise CheckpointError(f"{type(model).__name__}: not converted by surgery. Use model.save_pretrained(...).")
     return dict(surgery.get("provenance", surgery))
+
+
+def parent_folder(data: dict[str, Any]) -> Path | None:
+    """Where the files of the parent lie that `data`, a provenance, names; fetched where they lie on the Hub.
+
+    None for a parent that was made in memory or is gone, and, with a warning, where the Hub cannot be reached.
+    """
+    parent, revision = data.get("parent"), data.get("parent_revision")
+    if not parent or Path(parent).is_dir():
+        return Path(parent) if parent else None
+    if not revision:
+        return None
+    try:
+        return local_folder(f"{parent}@{revision}", weights=False)
+    except CheckpointError as error:
+        warnings.warn(f"{error} Written without the tokenizer and other files of {parent}.", stacklevel=2)
+        return None
 
 
 def write_provenance(folder: Path, data: dict[str, Any]) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .anatomy import Anatomy
 from .errors import PlanError
-from .rewriters.attention_weights import AttentionWeights, read_attention, write_attention
+from .outputs import answers, distance
+from .rewriters.attention_weights import AttentionWeights, parameter_names, read_attention, write_changed
 from .runtime.attention import canonical_weights
 from .runtime.layout import Heads, LayerPlan, Project
 from .text import Windows
@@ -35,6 +35,7 @@ class WorkingCopy:
         self.sites = {site.layer: site for site in anatomy.sites}
         self.teacher = parent if _is_float32(parent) else copy.deepcopy(parent).float()
         self.model = copy.deepcopy(self.teacher).eval()
+        _untie(self.model, [name for site in anatomy.sites for name in parameter_names(site)])
         self.gates: dict[int, dict[str, Tensor]] = {}
         """Tensors of the gates that layers got, by name."""
         self.window_of: dict[int, int] = {}
@@ -48,11 +49,16 @@ class WorkingCopy:
 
     def write(self, layer: int, weights: AttentionWeights) -> None:
         """Replace the layer's weights."""
-        site = self.sites[layer]
-        with torch.no_grad():
-            for name, value in write_attention(expand(weights, site.kv_heads, layer), site, self.tensor).items():
-                self.model.get_parameter(name).copy_(value)
+        self._put(layer, expand(weights, self.sites[layer].kv_heads, layer))
         self._groups[layer] = weights.groups
+
+    def _put(self, layer: int, weights: AttentionWeights) -> None:
+        """Replace the layer's parameters by weights that have the parent's heads."""
+        site = self.sites[layer]
+        changed = write_changed(weights, site, site, self.teacher.get_parameter)
+        with torch.no_grad():
+            for name, value in changed.items():
+                self.model.get_parameter(name).copy_(value)
 
     def _collapsed(self, layer: int, weights: AttentionWeights) -> AttentionWeights:
         """Weights as they stand in the copy, without the repetitions of KV heads."""
@@ -94,7 +100,10 @@ class WorkingCopy:
         return replace(plan, project=self.project(plan.layer)) if plan.layer in self.converted else plan
 
     def divergence(self, windows: Windows) -> float:
-        """KL(parent || copy) in nats per token; the parent's answers to these windows are kept for the next call."""
+        """KL(parent || copy) in nats per token, or what `outputs.distance` takes in its place.
+
+        The parent's answers to these windows are kept for the next call.
+        """
         return self.divergence_of(self.model, windows)
 
     @torch.no_grad()
@@ -102,22 +111,18 @@ class WorkingCopy:
         """`divergence` of another model."""
         total = 0.0
         for (ids, mask), wanted in zip(windows.batches(), self.wanted(windows), strict=True):
-            device = model.device
-            found = model(input_ids=ids.to(device), use_cache=False).logits[mask.to(device)].log_softmax(-1)
-            total += float(F.kl_div(found, wanted, reduction="sum", log_target=True))
+            total += float(distance(model, answers(model, ids, mask), wanted))
         return total / windows.tokens
 
     @torch.no_grad()
     def wanted(self, windows: Windows) -> Iterator[Tensor]:
-        """The parent's log-probabilities of real tokens, batch by batch; kept where they are few enough."""
+        """The parent's answers at real tokens, batch by batch; kept where they are few enough."""
         known = self._wanted.setdefault(windows.digest, [])
         for i, (ids, mask) in enumerate(windows.batches()):
             if i < len(known):
                 yield known[i]
                 continue
-            device = self.teacher.device
-            logits = self.teacher(input_ids=ids.to(device), use_cache=False).logits
-            found = logits[mask.to(device)].log_softmax(-1)
+            found = answers(self.teacher, ids, mask)
             if i == len(known) and found.shape[-1] * windows.tokens <= HELD_NUMBERS:
                 known.append(found)
             yield found
@@ -132,6 +137,18 @@ class WorkingCopy:
     def converted(self) -> list[int]:
         """Layers written so far."""
         return sorted({*self._groups, *self.gates})
+
+
+def _untie(model: PreTrainedModel, names: list[str]) -> None:
+    """Give each of these parameters a tensor of its own: layers that share one are rewritten apart."""
+    seen: set[int] = set()
+    for name in names:
+        parameter = model.get_parameter(name)
+        if id(parameter) in seen:
+            owner, _, attribute = name.rpartition(".")
+            parameter = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(model.get_submodule(owner), attribute, parameter)
+        seen.add(id(parameter))
 
 
 def _is_float32(model: PreTrainedModel) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def answers(model: Any, prompts_BT: Tensor, start: int, new_tokens: int, caches: list[str]) -> dict[str, Tensor]:
-    """Logits of whole prompts, and greedy continuations through caches.
+    """Logits of whole prompts, and greedy continuations through caches where the model can generate.
 
     Args:
         prompts_BT: token ids without padding.
@@ -26,11 +26,17 @@ def answers(model: Any, prompts_BT: Tensor, start: int, new_tokens: int, caches:
         caches: `dynamic`, `static`: what `cache_implementation` of `generate` takes.
 
     Returns:
-        `logits` [B, T, vocabulary] float32, and [B, new_tokens] under each cache's name; on the CPU.
+        `logits` [B, T, vocabulary] float32 (what another model puts out, in one row per prompt), and [B, new_tokens]
+        under each cache's name; on the CPU.
     """
     model.eval()
     if model.device.type != "meta":  # where layers come from disk as they run, they run on the CPU
         prompts_BT = prompts_BT.to(model.device)
+    if not model.can_generate():
+        # One by one: some heads take several texts with a padding token only.
+        rows = [model(input_ids=prompt[None], return_dict=True).values() for prompt in prompts_BT]
+        flat = [torch.cat([x.flatten() for x in row if isinstance(x, Tensor)]) for row in rows]
+        return {"logits": torch.stack(flat).float().cpu().contiguous()}
     given = prompts_BT[:, :start]
     found = {"logits": model(input_ids=prompts_BT, use_cache=False).logits.float().cpu().contiguous()}
     for cache in caches:
@@ -42,17 +48,17 @@ def answers(model: Any, prompts_BT: Tensor, start: int, new_tokens: int, caches:
     return found
 
 
-def load(folder: str, **kwargs: Any) -> Any:
-    """The causal model in `folder`, in the dtype that its files have."""
-    from transformers import AutoModelForCausalLM
+def load(folder: str, auto: str, **kwargs: Any) -> Any:
+    """The model in `folder`, by the Auto class called `auto`, in the dtype that its files have."""
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs)
+    return getattr(transformers, auto).from_pretrained(folder, dtype="auto", **kwargs)
 
 
 def main() -> None:
-    """argv: a JSON file with `folder`, `kwargs` of the loading, `ask` of `answers`; the file to write."""
+    """argv: a JSON file with `folder`, `auto`, `kwargs` of the loading, `ask` of `answers`; the file to write."""
     request = json.loads(Path(sys.argv[1]).read_text())
-    model = load(request["folder"], **request["kwargs"])
+    model = load(request["folder"], request["auto"], **request["kwargs"])
     ask = request["ask"]
     found = answers(model, torch.tensor(ask.pop("prompts")), **ask)
     import transformers

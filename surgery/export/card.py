@@ -30,6 +30,13 @@ END = "<!-- surgery: generated up to here -->"
 CARD = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the parent's card that hold for the export as well."""
+_TASKS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +151,11 @@ def _done(source: Source) -> list[str]:
     text = origin.get("calibration")
     said = []
     if "recipe" in origin:
-        fitted = (
-            f"{text['tokens']:,} tokens in {text['windows']:,} windows, digest `{text['digest']}`" if text else "none"
-        )
+        fitted = "none"
+        if text:
+            start = "".join(text.get("start") or ())
+            each = f", each starting with `{start}`" if start else ""
+            fitted = f"{text['tokens']:,} tokens in {text['windows']:,} windows{each}, digest `{text['digest']}`"
         said.append(f"Calibration text: {fitted}. Seed {origin.get('seed')}.")
     for run in origin.get("uptrained") or ():
         said.append(f"Trained afterwards on {run['tokens']:,} tokens of `{run['data']['source']}`.")
@@ -191,7 +200,10 @@ def _limits(source: Source) -> str:
 
 
 def _metadata(source: Source, options: CardOptions, has_code: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": _TASKS.get(source.auto, "text-generation"),
+    }
     fields |= {k: v for k, v in _parents_metadata(source, options.base_model).items() if k in INHERITED}
     if options.license:
         for name in ("license_name", "license_link"):

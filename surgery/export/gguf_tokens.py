@@ -26,13 +26,16 @@ class Tokens:
     tokens: list[bytes] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     types: list[int] = field(default_factory=list)
+    left_out: int = 0
+    """Added tokens beyond the embeddings: llama.cpp wants a row for each."""
 
     @property
     def says(self) -> str:
         """For the terminal."""
         if self.kind == "none":
             return "none beside the model; llama.cpp takes token ids only"
-        return f"{len(self.tokens)} tokens, {self.kind}" + (f" ({self.pre})" if self.pre else "")
+        without = f", {self.left_out} without an embedding left out" if self.left_out else ""
+        return f"{len(self.tokens)} tokens, {self.kind}" + (f" ({self.pre})" if self.pre else "") + without
 
     def write(self, writer: Any, config: Any) -> None:
         """Add it to a `GGUFWriter`."""
@@ -51,10 +54,10 @@ class Tokens:
 
 
 def tokens_of(folder: Path, vocab_size: int) -> Tokens:
-    """The tokenizer beside a model, filled up to its embeddings.
+    """The tokenizer beside a model, filled up to its embeddings, or without the added tokens that have none.
 
     Raises:
-        PlanError: llama.cpp has no such tokenizer; says which part.
+        PlanError: llama.cpp has no such tokenizer, or other tokens have no embedding; says which part.
     """
     if (folder / "tokenizer.model").is_file():
         return _sentencepiece(folder, vocab_size)
@@ -67,14 +70,18 @@ def _sentencepiece(folder: Path, vocab_size: int) -> Tokens:
     import gguf
 
     try:
-        rows = list(gguf.SentencePieceVocab(folder).all_tokens())
+        vocabulary = gguf.SentencePieceVocab(folder)
+        rows = list(vocabulary.all_tokens())
     except RuntimeError as error:
         raise PlanError(f"GGUF: {folder / 'tokenizer.model'}: {error} (pip install sentencepiece).") from None
+    _check_rows(folder / "tokenizer.model", vocabulary.vocab_size_base, vocab_size)
+    left_out = max(0, len(rows) - vocab_size)
+    rows = rows[:vocab_size]
     while len(rows) < vocab_size:
         rows.append((f"[PAD{len(rows)}]".encode(), -10000.0, gguf.TokenType.UNUSED))
     return Tokens(
         kind="llama", folder=folder, tokens=[text for text, _, _ in rows], scores=[score for _, score, _ in rows],
-        types=[int(kind) for _, _, kind in rows],
+        types=[int(kind) for _, _, kind in rows], left_out=left_out,
     )  # fmt: skip
 
 
@@ -92,6 +99,8 @@ def _bpe(folder: Path, vocab_size: int) -> Tokens:
         )
     pre = _pre_tokenizer(data, folder)
     added = {token["id"]: token for token in data.get("added_tokens") or ()}
+    plain = [number for number in model["vocab"].values() if number not in added]
+    _check_rows(folder / "tokenizer.json", max(plain, default=-1) + 1, vocab_size)
     words = {number: word for word, number in model["vocab"].items()} | {n: t["content"] for n, t in added.items()}
     tokens, types = [], []
     for number in range(vocab_size):
@@ -100,7 +109,16 @@ def _bpe(folder: Path, vocab_size: int) -> Tokens:
             types.append(int(gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED))
         else:
             types.append(int(gguf.TokenType.NORMAL if number in words else gguf.TokenType.UNUSED))
-    return Tokens(kind="gpt2", folder=folder, pre=pre, tokens=tokens, types=types)
+    left_out = sum(number >= vocab_size for number in added)
+    return Tokens(kind="gpt2", folder=folder, pre=pre, tokens=tokens, types=types, left_out=left_out)
+
+
+def _check_rows(file: Path, tokens: int, vocab_size: int) -> None:
+    if tokens > vocab_size:
+        raise PlanError(
+            f"GGUF: {file} has {tokens} tokens beside the added ones, the model {vocab_size} embeddings; llama.cpp "
+            "wants one for each. This tokenizer belongs to another model."
+        )
 
 
 def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import transformers
 
+from ..anatomy.positions import max_positions
 from ..checkpoint import Checkpoint, check_model, copy_weights, read_json
 from ..errors import CheckpointError, PlanError
+from ..outputs import speaks
 from ..runtime.modeling import load_converted
 from ..show import human_bytes
 from ..storage import check_whole
@@ -62,14 +64,16 @@ class Hub:
         source.write_companions(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         config = read_json(folder / "config.json")
-        config.pop("auto_map", None)
+        named = config.pop("auto_map", {})  # code of the parent's tokenizer or processor
         architecture = source.architecture
         if source.is_own_class:
             code = RemoteCode.of(source.config.surgery)
             code.write(folder)
             architecture = code.architecture
-            config |= {"auto_map": code.auto_map, "architectures": [architecture]}
+            named |= code.auto_map
+            config["architectures"] = [architecture]
             config["surgery"]["min_transformers"] = MIN_TRANSFORMERS
+        config |= {"auto_map": named} if named else {}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         found = digests(folder)
         says = f"{len(found)} code files, digests in export.json" if found else "no code: stock class"
@@ -84,13 +88,14 @@ class Hub:
         """Ask the export in a process that cannot import surgery; the logits must be the same."""
         large = source.folder is not None and _weight_bytes(source.folder) > LARGE
         config = source.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
-        ask = Ask.of_vocabulary(config.vocab_size, context, **({"new_tokens": _FEW_TOKENS} if large else {}))
+        ask = Ask.of_vocabulary(
+            config.vocab_size, max_positions(config), **({"new_tokens": _FEW_TOKENS} if large else {})
+        )
         kwargs: dict[str, Any] = {"device_map": {"": "disk"}} if large else {}
         if large and source.is_own_class:
             model = load_converted(str(source.folder), dtype="auto", **kwargs)
         elif large:
-            model = transformers.AutoModelForCausalLM.from_pretrained(str(source.folder), dtype="auto", **kwargs)
+            model = source.kind.from_pretrained(str(source.folder), dtype="auto", **kwargs)
         else:
             model = source.model
         attention = model.config._attn_implementation
@@ -101,7 +106,7 @@ class Hub:
         ask, want = _with_static(ask, model)
         dtype = model.dtype
         del model
-        got, said = answers_alone(folder, ask, trust_remote_code=source.is_own_class, **kwargs)
+        got, said = answers_alone(folder, ask, auto=source.auto, trust_remote_code=source.is_own_class, **kwargs)
         if said["class"] != source.architecture:
             raise CheckpointError(f"the export loads as {said['class']}, not as {source.architecture}.")
         return compare(want, got, f"transformers {said['transformers']} without surgery").require(SAME[dtype])
@@ -122,12 +127,15 @@ def _weight_bytes(folder: Path) -> int:
 
 def _loading(source: Source, architecture: str) -> tuple[tuple[str, str], ...]:
     trust = ", trust_remote_code=True" if source.is_own_class else ""
+    use = (
+        "tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0])" if speaks(source.kind) else "model(**inputs)"
+    )
     remote = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_ID", dtype="auto"{trust})\n'
+        f"from transformers import {source.auto}, AutoTokenizer\n\n"
+        f'model = {source.auto}.from_pretrained("FOLDER_OR_ID", dtype="auto"{trust})\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")\n'
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"
+        f"print({use})"
     )
     needs = (
         f"torch and transformers {MIN_TRANSFORMERS} or later" if source.is_own_class else "any version with its class"

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
+from ..anatomy.positions import max_positions
 from ..errors import PlanError
 from ..runtime.layout import AttentionSite, Latent, LayerPlan
-from ..text import Windows, load_windows
+from ..text import Windows, load_windows, read_windows
 from .padded import check_padded, is_heads, write_padded
 from .parity import TOLERANCE, Ask, Parity, answers_alone, answers_of, compare
 from .target import Source, Written
@@ -96,7 +97,7 @@ class Native:
         if is_heads(source):
             return write_padded(source, folder)
         model = source.model
-        layers, windows = _layers(model), _windows(model, self.text, source.tokenizer)
+        layers, windows = _layers(model), _windows(source, self.text)
         frequencies, layers = _frequencies(layers, self.pad)
         rank = max(layer.plan.rank for layer in layers) + (self.norm == "neutral")
         if self.pad:
@@ -132,9 +133,9 @@ class Native:
     def parity(self, source: Source, folder: Path) -> Parity:
         """Reload the folder in a process that does not know this library. `calibrated` may differ, and says how far."""
         model = source.model
-        ask = Ask.of_vocabulary(model.config.get_text_config().vocab_size, model.config.max_position_embeddings)
+        ask = Ask.of_vocabulary(model.config.get_text_config().vocab_size, max_positions(model.config))
         want = answers_of(model, ask)
-        got, said = answers_alone(folder, ask)
+        got, said = answers_alone(folder, ask, auto=source.auto)
         parity = compare(want, got, f"transformers {said['transformers']} ({said['class']})")
         exact = is_heads(source) or self.norm == "neutral"
         return parity.require(TOLERANCE[model.dtype], same_tokens=False) if exact else parity
@@ -383,13 +384,13 @@ def _build(config: DeepseekV3Config, tensors: dict[str, Tensor], dtype: torch.dt
     return child.eval()
 
 
-def _windows(model: PreTrainedModel, text: Any, tokenizer: Any) -> Windows:
-    vocab = model.config.get_text_config().vocab_size
+def _windows(source: Source, text: Any) -> Windows:
     if text is None:
+        vocab = source.config.get_text_config().vocab_size
         ids = torch.randint(vocab, (2, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
         return load_windows(ids, vocab_size=vocab, length=CHECKED_TOKENS)
-    length = min(getattr(model.config, "max_position_embeddings", 256), 256)
-    return load_windows(text, tokenizer, vocab_size=vocab, length=length, samples=64)
+    tokenizer = None if isinstance(text, (Tensor, Windows)) else source.tokenizer
+    return read_windows(source.config, text, tokenizer, most=256, samples=64)
 
 
 def _rope_type(config: DeepseekV3Config) -> str:

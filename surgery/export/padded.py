@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import examine
 from ..errors import PlanError
-from ..native import native_config
+from ..native import meta_model, native_config
 from ..rewriters.attention_weights import read_attention, write_attention
 from ..runtime.layout import AttentionSite, HeadNorm, Heads, LayerPlan, Projection
 from ..uniform import repeated_heads
@@ -61,14 +61,15 @@ def write_padded(source: Source, folder: Path) -> Written:
     kv_heads, copies = repeated_heads([plan.project for plan in plans if isinstance(plan.project, Heads)])
     inside = tuple(f"{site.module}." for site in sites)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
-    for old, new, copied in zip(sites, examine(config).sites, copies, strict=True):
+    for old, new, copied in zip(sites, examine(meta_model(config, parent)).sites, copies, strict=True):
         weights = {name: t.detach() for name, t in model.get_submodule(old.module).state_dict().items()}
         weights = _repeat(weights, copied, old)
         plain = _canonical_site(old, kv_heads, weights)
         tensors |= write_attention(read_attention(plain, weights.__getitem__), new)
     config.surgery = source.provenance
     child = parent.from_pretrained(None, config=config, state_dict=tensors, dtype=model.dtype)
-    child.generation_config = model.generation_config
+    if model.can_generate():
+        child.generation_config = model.generation_config
     child.save_pretrained(folder)
     source.write_companions(folder)
     own = [plan.project.kv_heads for plan in plans]
@@ -105,7 +106,7 @@ def _config(source: Source) -> Any:
     kv_heads = repeated_heads([plan.project for plan in _plans(source) if isinstance(plan.project, Heads)])[0]
     if kv_heads == sites[0].kv_heads:
         return config
-    found = native_config(config, tuple(sites), kv_heads)
+    found = native_config(config, tuple(sites), kv_heads, parent)
     if found is None:
         raise PlanError(f"{parent.__name__} cannot say {kv_heads} KV heads. Use --to hub.")
     return found

@@ -75,6 +75,8 @@ class Parity:
             if self.logit_difference is None
             else f"logits differ by {self.logit_difference:.2e} ({self.relative_difference:.1e} of the largest)"
         )
+        if not self.greedy_tokens and self.logit_difference is not None:
+            return f"parity in {self.engine}: {logits}"
         return (
             f"parity in {self.engine}: {logits}, {self.equal_greedy_tokens} of {self.greedy_tokens} greedy tokens "
             f"agree ({' and '.join(self.caches)} cache)"
@@ -109,10 +111,13 @@ def answers_of(model: Any, ask: Ask) -> dict[str, Tensor]:
         model.train(was)
 
 
-def answers_alone(folder: Path, ask: Ask, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def answers_alone(
+    folder: Path, ask: Ask, auto: str = "AutoModelForCausalLM", **kwargs: Any
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What the model in `folder` answers in a process of its own, where `surgery` cannot be imported.
 
     Args:
+        auto: the Auto class of transformers that loads it there.
         kwargs: for `from_pretrained`; JSON.
 
     Returns:
@@ -124,7 +129,7 @@ def answers_alone(folder: Path, ask: Ask, **kwargs: Any) -> tuple[dict[str, Tens
     with tempfile.TemporaryDirectory(prefix="surgery-parity-") as scratch:
         request, result = Path(scratch, "request.json"), Path(scratch, "answers.safetensors")
         questions = {"prompts": ask.prompts_BT.tolist(), **ask.arguments()}
-        request.write_text(json.dumps({"folder": str(folder), "kwargs": kwargs, "ask": questions}))
+        request.write_text(json.dumps({"folder": str(folder), "auto": auto, "kwargs": kwargs, "ask": questions}))
         # Code of the export is copied into a cache of modules before it runs: into one that goes afterwards.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(

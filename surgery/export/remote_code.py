@@ -21,6 +21,7 @@ from .. import runtime
 from ..checkpoint import read_json
 from ..errors import CheckpointError, PlanError
 from ..runtime.configuration import PREFIX
+from ..runtime.modeling import auto_classes
 
 MIN_TRANSFORMERS = "5.16"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -43,28 +44,24 @@ class {config}(config_class({parent_config})):  # type: ignore[misc]
 {config}.register_for_auto_class()
 '''
 
-_MODELING = '''"""{parent_lm} with rewritten attention: the parent's code around attention modules of surgery."""
+_MODELING = '''"""{parent} with rewritten attention: the parent's code around attention modules of surgery."""
 
-from transformers import {parent_lm}, {parent_base}
+from transformers import {imported}
 
 from .configuration_{name} import {config}
 from .modeling import SurgeryMixin
+{classes}
 
+{registrations}
+'''
 
-class {base}(SurgeryMixin, {parent_base}):
-    """{parent_base} with the attentions that its config names."""
+_CLASS = '''
+
+class Surgery{parent}(SurgeryMixin, {parent}):
+    """{parent} with the attentions that its config names."""
 
     config_class = {config}
-
-
-class {lm}(SurgeryMixin, {parent_lm}):
-    """{parent_lm} with the attentions that its config names."""
-
-    config_class = {config}
-
-
-{base}.register_for_auto_class("AutoModel")
-{lm}.register_for_auto_class("AutoModelForCausalLM")
+    decoder_class = {decoder}
 '''
 
 
@@ -76,7 +73,10 @@ class RemoteCode:
     """Of the parent."""
     parent_config: str
     parent_base: str
-    parent_lm: str
+    parent: str
+    """The class with the head: of a language model, or of another task; the base itself where there is none."""
+    autos: tuple[str, ...]
+    """Names of the Auto classes that make `parent`."""
 
     @classmethod
     def of(cls, surgery: Mapping[str, Any]) -> RemoteCode:
@@ -86,14 +86,15 @@ class RemoteCode:
             PlanError: this transformers has no such parent.
         """
         parent = surgery["parent"]
-        lm = getattr(transformers, parent["architecture"], None)
-        base = None if lm is None else MODEL_MAPPING.get(lm.config_class, None)
-        if lm is None or not isinstance(base, type):
+        kind = getattr(transformers, parent["architecture"], None)
+        base = None if kind is None else MODEL_MAPPING.get(kind.config_class, None)
+        if kind is None or not isinstance(base, type):
             raise PlanError(
                 f"transformers {transformers.__version__} has no {parent['architecture']} with a base model, which "
                 "the exported code is to build on."
             )
-        return cls(parent["model_type"], lm.config_class.__name__, base.__name__, lm.__name__)
+        autos = tuple(auto.__name__ for auto in auto_classes(kind))
+        return cls(parent["model_type"], kind.config_class.__name__, base.__name__, kind.__name__, autos)
 
     @property
     def name(self) -> str:
@@ -104,8 +105,8 @@ class RemoteCode:
 
     @property
     def architecture(self) -> str:
-        """Name of the causal model's class."""
-        return f"Surgery{self.parent_lm}"
+        """Name of the model's class."""
+        return f"Surgery{self.parent}"
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -113,20 +114,37 @@ class RemoteCode:
         return {
             "AutoConfig": f"configuration_{self.name}.Surgery{self.parent_config}",
             "AutoModel": f"modeling_{self.name}.Surgery{self.parent_base}",
-            "AutoModelForCausalLM": f"modeling_{self.name}.{self.architecture}",
+            **{auto: f"modeling_{self.name}.{self.architecture}" for auto in self.autos},
         }
 
     def write(self, folder: Path) -> None:
-        """Write the runtime and the two modules into `folder`."""
+        """Write the runtime and the two modules into `folder`.
+
+        Raises:
+            PlanError: code that lay beside the parent's weights has the name of a module of the runtime.
+        """
         for file in runtime_files():
+            if (folder / file.name).exists():
+                raise PlanError(
+                    f"{file.name}: code of the parent's tokenizer or processor has the name of a module that runs the "
+                    "export. Rename it, in auto_map too."
+                )
             shutil.copyfile(file, folder / file.name)
+        config, parents = f"Surgery{self.parent_config}", list(dict.fromkeys((self.parent_base, self.parent)))
+        base = f"Surgery{self.parent_base}"
+        autos = {"AutoModel": self.parent_base, **dict.fromkeys(self.autos, self.parent)}
         fields = {
             "parent_config": self.parent_config,
-            "parent_base": self.parent_base,
-            "parent_lm": self.parent_lm,
-            "config": f"Surgery{self.parent_config}",
-            "base": f"Surgery{self.parent_base}",
-            "lm": self.architecture,
+            "parent": self.parent,
+            "imported": ", ".join(parents),
+            "config": config,
+            "classes": "".join(
+                _CLASS.format(parent=parent, config=config, decoder=None if parent == self.parent_base else base)
+                for parent in parents
+            ),
+            "registrations": "\n".join(
+                f'Surgery{parent}.register_for_auto_class("{auto}")' for auto, parent in autos.items()
+            ),
             "name": self.name,
             "minimum": MIN_TRANSFORMERS,
         }

@@ -9,13 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import transformers
 from transformers import PreTrainedModel
 
+from ..adapters import check_adapter
 from ..anatomy.reader import load_config
-from ..checkpoint import copy_companions, local_folder, read_json
+from ..checkpoint import local_folder, read_json
+from ..classes import model_class
+from ..companions import copy_companions
+from ..parents import plain_form
 from ..provenance import FILE, write_provenance
-from ..runtime.modeling import converted_class
-from ..storage import load
+from ..runtime.modeling import auto_classes, converted_class
+from ..storage import copy_parents_companions, load
 from ..text import load_tokenizer
 from .parity import Parity
 
@@ -32,10 +37,11 @@ class Source:
         self.folder: Path | None = None
         """Where its files lie; None for a model in memory."""
         self._model: PreTrainedModel | None = None
-        if isinstance(model_or_path, PreTrainedModel):
-            self._model = model_or_path
+        if not isinstance(model_or_path, (str, Path)):
+            self._model = plain_form(model_or_path)
         else:
             self.folder = local_folder(model_or_path)
+            check_adapter(self.folder, merge_adapter=False)
         self._tokenizer = tokenizer
 
     @functools.cached_property
@@ -55,6 +61,19 @@ class Source:
             return "layers" in (getattr(self._model.config, "surgery", None) or {})
         assert self.folder is not None
         return "layers" in (read_json(self.folder / "config.json").get("surgery") or {})
+
+    @functools.cached_property
+    def kind(self) -> type[PreTrainedModel]:
+        """The class of transformers that it is of, or was converted from; reads no weights."""
+        if self.is_own_class:
+            kind: type[PreTrainedModel] = getattr(transformers, self.config.surgery["parent"]["architecture"])
+            return kind
+        return model_class(self.config) if self._model is None else type(self._model)
+
+    @property
+    def auto(self) -> str:
+        """Name of the Auto class of transformers that loads it."""
+        return str(auto_classes(self.kind)[0].__name__)
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -97,17 +116,15 @@ class Source:
     def tokenizer(self) -> Any:
         """The one given, or that beside the folder; None where there is none."""
         if self._tokenizer is None and self.folder is not None:
-            return load_tokenizer(self.folder, self.config.get_text_config().vocab_size)
+            return load_tokenizer(self.folder)
         return self._tokenizer
 
     def write_companions(self, folder: Path) -> None:
         """Write tokenizer, chat template, licence, recipe and provenance beside the weights."""
         if self.folder is not None:
             copy_companions(self.folder, folder)
-        elif self._tokenizer is not None:
-            self._tokenizer.save_pretrained(folder)
-        elif self.provenance.get("parent") and Path(self.provenance["parent"]).is_dir():
-            copy_companions(Path(self.provenance["parent"]), folder)
+        else:
+            copy_parents_companions(self.provenance, folder, self._tokenizer)
         if "recipe" in self.provenance:
             write_provenance(folder, self.provenance)
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..anatomy.positions import max_positions
 from ..checkpoint import copy_weights
 from ..errors import CheckpointError, PlanError
+from ..outputs import speaks
 from ..runtime.layout import LayerPlan
 from ..serve.engine import Engine
 from ..serve.support import check_served, copies_of
@@ -33,6 +35,11 @@ class Vllm:
 
     def check(self, source: Source) -> None:
         """Refuse what vLLM does not run, and an environment without it."""
+        if not speaks(source.kind):
+            raise PlanError(
+                f"vLLM: {source.kind.__name__} predicts no tokens, so that its answers cannot be checked there. Use "
+                "--to hub: vLLM loads that folder as it loads the parent's."
+            )
         if source.is_own_class:
             check_served(source.config)
         else:
@@ -70,7 +77,7 @@ class Vllm:
         """Ask vLLM the same prompts, and how much it caches for one token."""
         engine, model = Engine.find(self.python), source.model
         config = source.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
+        context = max_positions(config)
         ask = Ask.of_vocabulary(config.vocab_size, context and context - 1)
         [got] = engine.ask([case_of(folder, ask, model)])
         if "error" in got:

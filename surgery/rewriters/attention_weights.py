@@ -281,6 +281,33 @@ def write_attention(
     return {name: (w.T if name in transposed else w).contiguous() for name, w in out.items()}
 
 
+def write_changed(
+    weights: AttentionWeights, target: AttentionSite, site: AttentionSite, get_tensor: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """`write_attention`, with the parent's dtypes and devices, and its own bits where a parameter did not change.
+
+    Args:
+        weights: of the result, in any dtype.
+        target: the attention of the new model; its parameters have the parent's names.
+        site: the attention of the parent.
+        get_tensor: the parent's parameters.
+    """
+    old = {name: get_tensor(name).detach() for name in parameter_names(site)}
+    wide = {name: tensor.float() for name, tensor in old.items()}
+    written = write_attention(weights, target, wide.__getitem__)
+    # An offset that is added on read and taken off on write costs digits: what both ways give alike is as it was.
+    same = write_attention(read_attention(site, wide.__getitem__), site, wide.__getitem__)
+    return {
+        name: old[name].clone() if name in same and same[name].equal(tensor.to(same[name])) else like(tensor, old[name])
+        for name, tensor in written.items()
+    }
+
+
+def like(tensor: Tensor, original: Tensor) -> Tensor:
+    """`tensor` in the dtype, and on the device, of what it replaces; integers stay what they are."""
+    return tensor.to(original.device, original.dtype if tensor.is_floating_point() else None)
+
+
 def _check_fits(weights: AttentionWeights, site: AttentionSite, where: str) -> None:
     found = (weights.heads, weights.kv_heads, weights.head_dim, weights.value_dim)
     needed = (site.heads, site.kv_heads, site.head_dim, site.value_dim)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ..outputs import compared, compared_module, distance
 from ..runtime.layout import AttentionSite
 from ..text import Windows
 from ..working_copy import WorkingCopy
@@ -35,8 +36,8 @@ def tune_gains(copy: WorkingCopy, layers: Iterable[int], windows: Windows, steps
 
 @torch.enable_grad()
 def fit_gains(
-    student: torch.nn.Module,
-    parent: torch.nn.Module,
+    student: PreTrainedModel,
+    parent: PreTrainedModel,
     batches: Sequence[Mapping[str, Tensor]],
     sites: Sequence[AttentionSite],
     *,
@@ -44,6 +45,8 @@ def fit_gains(
     lr: float = 0.02,
 ) -> list[float]:
     """Learn one factor on W_q and one on W_o per query head by KL(parent ‖ student), and fold them. In place.
+
+    Where the models give no probabilities, by what `outputs.distance` takes in place of the KL.
 
     2N numbers per layer, Adam, all weights frozen: the remedy for logits that least squares shrank.
 
@@ -53,7 +56,7 @@ def fit_gains(
             would undo the other.
 
     Returns:
-        The loss of each step, in nats per token.
+        The loss of each step, per token.
     """
     parameters = {name: p.detach() for name, p in student.named_parameters()}
     device = next(iter(parameters.values())).device
@@ -74,20 +77,21 @@ def fit_gains(
             out[site.o.weight] = _scale_heads(out[site.o.weight], site.o.head_rows, site.value_dim, o, axis)
         return out
 
-    def logits(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Tensor:
-        found = model(**batch, use_cache=False).logits.float().log_softmax(-1)
-        mask = batch.get("attention_mask")
-        return found.flatten(0, 1) if mask is None else found[mask.bool()]
+    module = compared_module(student)
+    prefix = next(f"{name}." if name else "" for name, part in student.named_modules() if part is module)
+    inside = {name.removeprefix(prefix): name for name in parameters if name.startswith(prefix)}
 
     optimizer = torch.optim.Adam(learned, lr=lr, betas=(0.9, 0.95))
     losses: list[float] = []
     for step in range(steps):
         batch = batches[step % len(batches)]
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         with torch.no_grad():
-            target = logits(parent, batch)
+            target = compared(parent, compared_module(parent)(**batch, use_cache=False), mask)
         weights = scaled()
-        found = logits(lambda _w=weights, **kw: torch.func.functional_call(student, _w, (), kw), batch)
-        loss = (target.exp() * (target - found)).sum(-1).mean()
+        own = {short: weights[name] for short, name in inside.items()}
+        output = torch.func.functional_call(module, own, (), {**batch, "use_cache": False})
+        loss = distance(student, compared(student, output, mask), target) / len(target)
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
@@ -95,10 +99,10 @@ def fit_gains(
         optimizer.step()
         losses.append(loss.item())
     with torch.no_grad():
-        own = dict(student.named_parameters())
+        named = dict(student.named_parameters())
         for name, w in scaled().items():
             if w is not parameters[name]:
-                own[name].copy_(w)
+                named[name].copy_(w)
     return losses
 
 

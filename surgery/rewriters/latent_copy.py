@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
+from ..outputs import answers, distance
 from ..text import Windows
 from ..working_copy import HELD_NUMBERS
-from .attention_weights import AttentionWeights, read_attention, write_attention
+from .attention_weights import AttentionWeights, read_attention
 from .exchanging_copy import ExchangingCopy
 from .latent import LatentWeights, check_latent, latent_outputs
 from .latent_streams import Streams, streams_of
@@ -51,9 +51,7 @@ class LatentCopy(ExchangingCopy):
         self._streams = {d: s for d, s in self._streams.items() if s is None or s.layer <= layer}
         self.latents[layer] = latent.to(torch.float32)
         if weights is not None:
-            with torch.no_grad():
-                for name, value in write_attention(weights, self.sites[layer], self.tensor).items():
-                    self.model.get_parameter(name).copy_(value)
+            self._put(layer, weights)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.forget_streams()
@@ -74,20 +72,16 @@ class LatentCopy(ExchangingCopy):
 
     @torch.no_grad()
     def divergence(self, windows: Windows, layer: int | None = None, batches: int | None = None) -> float:
-        """KL(parent || copy) in nats per token; the parent's answers to these windows are kept for the next call.
+        """As `WorkingCopy.divergence`.
 
         Args:
             layer: the only layer that changes between calls: the layers before it are then not run again.
             batches: only so many batches of windows.
         """
         streams = None if layer is None else self.streams(windows, layer)
-        found = self._logits(windows) if streams is None else streams.logits()
+        found = (answers(self.model, *batch) for batch in windows.batches()) if streams is None else streams.answers()
         total, tokens = 0.0, 0
-        for target, logits in itertools.islice(zip(self.wanted(windows), found, strict=True), batches):
-            total += float(F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True))
-            tokens += len(logits)
+        for target, answer in itertools.islice(zip(self.wanted(windows), found, strict=True), batches):
+            total += float(distance(self.model, answer, target))
+            tokens += len(answer)
         return total / tokens
-
-    def _logits(self, windows: Windows) -> Iterator[Tensor]:
-        for ids, mask in windows.batches():
-            yield self.model(input_ids=ids, use_cache=False).logits[mask]

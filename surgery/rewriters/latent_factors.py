@@ -78,7 +78,7 @@ def alternate(
         if step == steps:
             break
         g_k, g_v = k_up.mT @ k_metric_PP @ k_up, v_up.mT @ v_metric_QQ @ v_up
-        wide_k, wide_v = damp(g_k, ridge), damp(g_v, ridge)
+        wide_k, wide_v = _definite(g_k, g_v, ridge)
         basis, share = _simultaneous(wide_k, wide_v)
         # What damping adds is added on both sides: a step shrinks towards where it stood, and exact factors stay.
         stay = (wide_k - g_k) @ down @ key + (wide_v - g_v) @ down @ value

@@ -140,7 +140,9 @@ class MomentSums:
         return torch.stack(read)
 
     def finish(self) -> LatentMoments:
-        """The moments of all that was added."""
+        """The moments of all that was added; where all inputs were zero, those of a layer without text."""
+        if not self.sums["input"].any():
+            return LatentMoments.of_weights(self.parent)
         mean = {name: s / (self.read_tokens if name == "read" else self.tokens) for name, s in self.sums.items()}
         return LatentMoments(
             input_DD=hermitian(mean["input"]),

@@ -184,6 +184,7 @@ def latent_of(latent: LatentWeights, site: AttentionSite) -> Latent:
         rotate_on_read=latent.rotate_on_read,
         k_rank=_key_rank(latent),
         means=latent.v_mean_KV is not None,
+        keeps_positions=latent.rotate_on_read and site.rotary is not None,
     )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import BATCH, Activations, module_of, residual_factor
+from ..calibrate import BATCH, Activations, Variety, module_of, residual_factor
+from ..outputs import answers
 from ..runtime.layout import AttentionSite
 from ..text import Windows
 from ..working_copy import WorkingCopy
@@ -56,17 +57,20 @@ class Streams:
     def activations(self, site: AttentionSite) -> Iterator[Activations]:
         """What `layer_activations` gives, of the layer that the streams stand before."""
         factor = residual_factor(self.copy.teacher, site, self.windows)
+        variety = Variety(site.layer)
         for b, (_, mask) in enumerate(self.batches):
             h, h_s, call = self.parent[b], self.student[b], self.calls[b][self.layer]
             x = _projected(self.copy.teacher, self.parent_layers[self.layer], site, h, call)
             x_s = _projected(self.copy.model, self.student_layers[self.layer], site, h_s, call)
+            variety.see(x_s, mask)
             yield Activations(x, x_s, torch.zeros_like(h) if factor is None else (h - h_s) / factor, mask)
+        variety.warn()
 
-    def logits(self) -> Iterator[Tensor]:
-        """The student's logits at real tokens, batch by batch, computed from the stored stream on."""
+    def answers(self) -> Iterator[Tensor]:
+        """The student's answers at real tokens, batch by batch, computed from the stored stream on."""
         for b, (ids, mask) in enumerate(self.batches):
             with _from_layer(self.student_layers, self.layer, self.student[b]):
-                yield self.copy.model(input_ids=ids, use_cache=False).logits[mask]
+                yield answers(self.copy.model, ids, mask)
 
     def _chains(self, seen: Sequence[tuple[Tensor, Call]]) -> bool:
         """Whether layers called alone, and the model resumed at its last one, compute what the whole model does."""
@@ -74,14 +78,14 @@ class Streams:
             out = _run(self.parent_layers[i], h, call)
             if not isinstance(out, Tensor) or not torch.allclose(out, seen[i + 1][0], rtol=1e-4, atol=1e-4):
                 return False
-        ids = self.batches[0][0]
+        ids, mask = self.batches[0]
         last = len(self.student_layers) - 1
         whole = _record(self.copy.model, self.student_layers, ids)
         if whole is None:
             return False
-        want = self.copy.model(input_ids=ids, use_cache=False).logits
+        want = answers(self.copy.model, ids, mask)
         with _from_layer(self.student_layers, last, whole[last][0]):
-            got = self.copy.model(input_ids=ids, use_cache=False).logits
+            got = answers(self.copy.model, ids, mask)
         return torch.allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

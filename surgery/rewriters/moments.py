@@ -68,10 +68,14 @@ class Moments:
 
 
 def stream_moments(copy: WorkingCopy, layer: int, weights: AttentionWeights, windows: Windows) -> Moments:
-    """Moments of q, k, v over the calibration text as the score reads them: behind q/k norms, before rotation."""
+    """Moments of q, k, v over the calibration text as the score reads them: behind q/k norms, before rotation.
+
+    Where the layer reads nothing but zeros, those of a layer without text.
+    """
     site = copy.sites[layer]
     if weights.q_norm is None and weights.k_norm is None:
-        return Moments.of_weights(weights, input_moments(copy.model, site, windows, weights.has_bias))
+        cov = input_moments(copy.model, site, windows, weights.has_bias)
+        return Moments.of_weights(weights, cov if cov.any() else None)
     sums: list[Tensor] = []
     for x_PD in projection_inputs(copy.model, site, windows):
         q, k, v = normed_heads(weights, x_PD)
@@ -81,6 +85,8 @@ def stream_moments(copy: WorkingCopy, layer: int, weights: AttentionWeights, win
             torch.einsum("pah,pbj->ahbj", v, v),
         ]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    if not any(s.any() for s in sums):
+        return Moments.of_weights(weights)
     k_KHKH, q_NHH, v_KVKV = (s / windows.tokens for s in sums)
     return Moments(k_KHKH=k_KHKH, q_NHH=q_NHH, v_KVKV=v_KVKV)
 

@@ -60,7 +60,8 @@ def pool_pairs(gram_Fmm: Tensor, weight_mF: Tensor, fold: Fold = "complex", roun
     if fold in ("complex", "real"):
         energy, target = _energy(mix, gram), gram.diagonal(dim1=1, dim2=2).real.mean(-1)
         known = (energy > 0) & (target > 0)
-        t = torch.where(known, (target / energy.clamp_min(1e-300)).sqrt(), torch.ones_like(target))
+        # Without energy any scale will do, and one that numbers of 32 bits can hold is wanted.
+        t = torch.where(known, (target / energy.clamp_min(1e-300)).sqrt(), read.abs().amax(-1).clamp_min(1e-150))
         mix, read = mix * t[:, None], read / t[:, None]
     return PooledPairs(mix, read)
 

@@ -1,0 +1,35 @@
+"""Releases that the tests were run on, and a warning where an installed one is newer."""
+
+from __future__ import annotations
+
+import warnings
+
+NEWEST_TRANSFORMERS = "5.24"
+"""Newest minor release of transformers that the whole suite passed on; the pairs that are tested stand in `.ci/`."""
+
+
+def warn_of_untested_transformers(installed: str) -> None:
+    """Warn once where the installed transformers is newer than any that was tested.
+
+    Releases rename arguments between modules; a converted model then raises rather than ignore its cache, but nobody
+    has looked at the rest.
+
+    Args:
+        installed: version of transformers, such as `5.24.0` or `6.0.0.dev0`.
+    """
+    if _minor(installed) > _minor(NEWEST_TRANSFORMERS):
+        warnings.warn(
+            f"transformers {installed} is newer than {NEWEST_TRANSFORMERS}, the newest that this version of surgery "
+            f"was tested with. Compare converted models with their parents (surgery eval --baseline), or install "
+            f"'transformers<{_next(NEWEST_TRANSFORMERS)}'.",
+            stacklevel=3,
+        )
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _next(version: str) -> str:
+    major, minor = _minor(version)
+    return f"{major}.{minor + 1}"
