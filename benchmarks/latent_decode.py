@@ -24,6 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import surgery
 from surgery.anatomy import examine
 from surgery.runtime.attention import as_bits, canonical_weights
+from surgery.runtime.calling import cache_argument
 from surgery.runtime.latent import SurgeryLatentAttention, latent_shapes
 from surgery.runtime.layout import Latent
 from surgery.runtime.modeling import from_parent
@@ -83,7 +84,7 @@ def measure() -> dict[str, Any]:
     attention = child.model.layers[0].self_attn
     cache = DynamicCache(config=child.config)
     with torch.no_grad():
-        child(torch.randint(64, (1, CONTEXT)), past_key_values=cache)
+        child(torch.randint(64, (1, CONTEXT)), **{cache_argument(child): cache})
     x = torch.randn(1, 1, 2048)
     outs = [step(attention, cache, x, absorbed) for absorbed in (True, False)]
     difference = float((outs[0] - outs[1]).abs().max() / outs[1].abs().max())

@@ -117,7 +117,7 @@ class Bench:
             self.parent = surgery.load(SMALL).float()
             parts = _corpus("train", 160), _corpus("valid", 64)
         vocab_size = self.parent.config.vocab_size
-        tokenizer = load_tokenizer(folder, vocab_size)
+        tokenizer = load_tokenizer(folder)
         self.calibration, self.held_out = (
             load_windows(part, tokenizer, vocab_size=vocab_size, length=256) for part in parts
         )

@@ -26,6 +26,7 @@ import surgery
 from surgery.decisions import gated
 from surgery.measure.memory import tensor_bytes
 from surgery.measure.speed import Speed, measure_speed
+from surgery.runtime.calling import cache_argument, cache_of
 from surgery.runtime.gates import SurgeryGate
 
 SEED, PROMPT, NEW, REPEATS, RATIO = 0, 4096, 64, 3, 4.0
@@ -89,10 +90,10 @@ def peak(call: Any) -> int:
 @torch.inference_mode()
 def memory(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, Any]:
     kept: list[Any] = []
-    prefill = peak(lambda: kept.append(model(ids_BT, use_cache=True, logits_to_keep=1).past_key_values))
+    prefill = peak(lambda: kept.append(cache_of(model(ids_BT, use_cache=True, logits_to_keep=1))))
     cache = kept[0]
     found: dict[str, Any] = {"cache_bytes": tensor_bytes(cache), "prefill_peak_bytes": prefill}
-    found["step_peak_bytes"] = peak(lambda: model(ids_BT[:, :1], past_key_values=cache, use_cache=True))
+    found["step_peak_bytes"] = peak(lambda: model(ids_BT[:, :1], use_cache=True, **{cache_argument(model): cache}))
     if hasattr(cache.layers[0], "lengths"):
         slots = torch.stack([layer.lengths.float() for layer in cache.layers])
         found["achieved_ratio"] = cache.get_seq_length() / float(slots.mean())
