@@ -87,7 +87,7 @@ def test_an_export_answers_the_same_under_another_release(method: str, tmp_path:
     want = alone.answers(model, ask.prompts_BT, **ask.arguments())
     (tmp_path / "out").mkdir()
     Hub().write(Source(model), tmp_path / "out")
-    request = {"folder": str(tmp_path / "out"), "kwargs": {"trust_remote_code": True}}
+    request = {"folder": str(tmp_path / "out"), "auto": "AutoModelForCausalLM", "kwargs": {"trust_remote_code": True}}
     request["ask"] = {"prompts": ask.prompts_BT.tolist(), **ask.arguments()}
     (tmp_path / "request.json").write_text(json.dumps(request))
     command = [OTHER_PYTHON, "-I", alone.__file__, tmp_path / "request.json", tmp_path / "answers.safetensors"]

@@ -23,7 +23,7 @@ from suite_adapter import (
 from transformers.models.auto import modeling_auto
 
 from surgery.runtime.configuration import config_class
-from surgery.runtime.layout import Latent, LayerPlan
+from surgery.runtime.layout import Latent, LayerPlan, position_numbers
 from surgery.runtime.modeling import surgery_class
 
 MODULE = "test_transformers_suite"
@@ -166,4 +166,7 @@ def _check_cache(_: Any, *args: Any, **kwargs: Any) -> None:
         if plan.owner != plan.layer or plan.value_owner not in (None, plan.layer):
             assert layer.values.numel() == 0
         else:
-            assert layer.values.shape == (*shape, 0 if isinstance(project, Latent) else project.value_dim)
+            width = project.value_dim
+            if isinstance(project, Latent):
+                width = position_numbers(layer.values.dtype.itemsize) if project.keeps_positions else 0
+            assert layer.values.shape == (*shape, width)
