@@ -97,6 +97,16 @@ def bert():
     )  # fmt: skip
 
 
+def zamba2():
+    return tiny(
+        hf.Zamba2Config(
+            vocab_size=128, hidden_size=32, num_hidden_layers=2, hybrid_layer_ids=[1], num_attention_heads=4,
+            intermediate_size=48, mamba_d_state=8, n_mamba_heads=4, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1,
+            max_position_embeddings=64, use_shared_attention_adapter=False, layers_block_type=["mamba", "hybrid"],
+        )
+    )  # fmt: skip
+
+
 class Reading(hf.models.llama.modeling_llama.LlamaDecoderLayer):
     """Runs a part of its attention itself."""
 
@@ -140,6 +150,7 @@ def changed(monkeypatch, **classes):
     [
         (lambda patch: japanese(), r"layer 1: .*dense_bias has no place in the description"),
         (lambda patch: bert(), r"does not apply bert.encoder.layer.0.attention.output.dense.bias itself"),
+        (lambda patch: zamba2(), r"its caller says which it writes"),
         (lambda patch: changed(patch, LlamaDecoderLayer=Reading), r"v_proj.*, a part of it, is used by model.layers.0"),
         (
             lambda patch: changed(patch, LlamaDecoderLayer=Asking, LlamaAttention=AskedAttention),
@@ -147,7 +158,7 @@ def changed(monkeypatch, **classes):
         ),
         (lambda patch: changed(patch, LlamaAttention=Gating), r"gated in a way that no description holds"),
     ],
-    ids=["parameter", "projection", "child", "attribute", "gate"],
+    ids=["parameter", "projection", "cache layer", "child", "attribute", "gate"],
 )
 def test_attention_that_cannot_be_taken_out_is_refused_in_the_plan(monkeypatch, make, reason):
     parent = make(monkeypatch)

@@ -36,6 +36,8 @@ def _reason(graph: Graph, site: AttentionSite, attribute: str | None) -> str | N
     own = {name for name, _ in graph.twin.named_parameters(remove_duplicate=False) if name.startswith(inside)}
     if site.gated_output and site.gate is None:
         return "its head outputs are gated in a way that no description holds"
+    if site.layer < 0:
+        return "it has no layer of the cache of its own: its caller says which it writes"
     if elsewhere := sorted(site.parameters - own):
         return f"it does not apply {elsewhere[0]} itself"
     if unknown := sorted(own - site.parameters):
