@@ -19,7 +19,7 @@ from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.export.card import _done
 from surgery.export.target import Source
 from surgery.measure.memory import max_batch, parse_bytes
-from surgery.measure.recall import TASKS, Reader, recall
+from surgery.measure.recall import TASKS, Reader, answer_questions, compose_questions
 from surgery.measure.scoring import score_windows
 from surgery.measure.statistics import bootstrap
 from surgery.provenance import provenance_of
@@ -119,10 +119,12 @@ def test_a_broken_cache_is_seen_by_the_decode_path_and_by_recall_but_not_by_pref
     report = evaluate(child, text=prose)
     assert abs(report.model.cache_gap) > 1e-4
     assert "reading the cache costs" in str(report)
-    tokenizer = load_tokenizer(SMALL)
+    asked = compose_questions(
+        small.config, load_tokenizer(SMALL), tasks=("associative", "multi_key"), lengths=(128,), questions=8
+    )
 
     def nats(model):
-        cells = recall(model, tokenizer, tasks=("associative", "multi_key"), lengths=(128,), questions=8)
+        cells = answer_questions(model, asked)
         return sum(cell.nats for cell in cells) / len(cells)
 
     assert nats(child) > nats(small) + 0.003  # equal to the last digit where the cache is sound
@@ -224,7 +226,7 @@ def test_bad_options_are_refused_before_any_work(options, error, message):
 
 def test_recall_needs_a_tokenizer_that_covers_plain_words():
     with pytest.raises(CheckpointError, match="does not cover plain English"):
-        recall(tiny_model("llama"), lambda_tokenizer())
+        compose_questions(tiny_model("llama").config, lambda_tokenizer())
 
 
 def lambda_tokenizer():

@@ -163,34 +163,6 @@ class RecallCell:
     """Mean negative log-likelihood of the right answer, whole words; shows damage where a model cannot answer."""
 
 
-def recall(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    *,
-    tasks: Sequence[str] = tuple(TASKS),
-    lengths: Sequence[int] | None = None,
-    depths: Sequence[float] = (0.0, 0.5, 1.0),
-    questions: int = 8,
-    seed: int = 0,
-) -> tuple[RecallCell, ...]:
-    """Ask every task at every length and depth.
-
-    The context is prefilled; the question and the answer go through the cache token by token.
-
-    Args:
-        lengths: tokens of context; default: a quarter, half and all of the model's context, at most 2048.
-        questions: per cell.
-
-    Raises:
-        RecipeError: unknown task, or a length above the model's positions. CheckpointError: the tokenizer does not
-        cover plain English, gives ids that the model does not know, or no question fits.
-    """
-    found = compose_questions(
-        model.config, tokenizer, tasks=tasks, lengths=lengths, depths=depths, questions=questions, seed=seed
-    )
-    return answer_questions(model, found)
-
-
 Questions = dict[int, dict[tuple[str, float], list["Asked"]]]
 """Questions by length, then by task and depth; as many of each."""
 
@@ -205,7 +177,16 @@ def compose_questions(
     questions: int = 8,
     seed: int = 0,
 ) -> Questions:
-    """The questions that `recall` asks a model of this config; arguments and errors as there."""
+    """Questions of every task at every length and depth, in tokens that a model of this config knows.
+
+    Args:
+        lengths: tokens of context; default: a quarter, half and all of the model's context, at most 2048.
+        questions: per length, task and depth.
+
+    Raises:
+        RecipeError: unknown task, or a length above the model's positions. CheckpointError: the tokenizer does not
+        cover plain English, gives ids that the model does not know, or no question fits.
+    """
     check_tasks(tasks)
     limit = max_positions(config)
     context = min(limit or 2048, 2048)
@@ -232,7 +213,10 @@ def compose_questions(
 
 
 def answer_questions(model: PreTrainedModel, questions: Questions) -> tuple[RecallCell, ...]:
-    """Ask a model what `compose_questions` made."""
+    """Ask a model what `compose_questions` made.
+
+    The context is prefilled; the question and the answer go through the cache token by token.
+    """
     cells: list[RecallCell] = []
     with progress("recall", len(questions)) as advance:
         for length, group in questions.items():
