@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from surgery.provenance import versions
+from surgery.checkpoints.provenance import versions
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("SURGERY_REFERENCE", ROOT.parent / "shared" / "reference"))

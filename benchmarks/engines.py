@@ -20,10 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import surgery
-from surgery.engines import ENGINES, NONE, ways
 from surgery.errors import PlanError
 from surgery.export import ExportReport, export
 from surgery.measure.memory import cache_bytes
+from surgery.planning.engines import ENGINES, NONE, ways
 
 SEED = 0
 BEGIN, END = "<!-- engines: written by benchmarks/engines.py --readme -->", "<!-- end of engines -->"

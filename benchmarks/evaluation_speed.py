@@ -11,7 +11,7 @@ import torch
 from common import environment, write
 
 import surgery
-from surgery.reference import SMALL
+from surgery.bundled import SMALL
 
 SEED = 0
 LENGTH = 512

@@ -19,7 +19,7 @@ import torch
 from common import ROOT, environment, write
 from rich.console import Console
 
-from surgery.bench import DecodeBench, Row, decode
+from surgery.measure.decode_loop import DecodeBench, Row, decode
 
 SEED = 0
 VARIANTS = (

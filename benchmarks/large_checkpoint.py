@@ -19,8 +19,8 @@ from common import environment, peak_gigabytes, write
 from transformers import LlamaConfig
 
 import surgery
-from surgery.checkpoint import write_shards
-from surgery.native import meta_model
+from surgery.checkpoints.files import write_shards
+from surgery.planning.parent_class import meta_model
 from surgery.recipe import Recipe
 
 

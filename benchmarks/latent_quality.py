@@ -14,8 +14,8 @@ the loss of a parent that is too sure of itself, but not the KL.
 
 Contenders at the same numbers per token: `default` searches each layer's split of them and refits q and o; `closed
 form` and the published forms take one split for all layers and fit nothing. The attentions run as the float64-checked
-reference forward of `surgery.rewriters.latent`, over whole sequences. No language-model loss is used. `fits` of each
-row says what was fitted around the latent: `prefix` moments and refits on the converted prefix, `queries` rows of W_q
+forward of `surgery.rewriters.latent.weights`, over whole sequences. No language-model loss is used. `fits` of each row
+says what was fitted around the latent: `prefix` moments and refits on the converted prefix, `queries` rows of W_q
 to the parent's scores, `output` W_o to the parent's output; `searched` what was chosen by KL on calibration text.
 """
 
@@ -37,13 +37,14 @@ from rich.table import Table
 
 import surgery
 from surgery.anatomy import examine
-from surgery.budget import rope_splits
-from surgery.calibrate import layer_activations
+from surgery.bundled import SMALL
+from surgery.calibration.latent_copy import LatentCopy
+from surgery.calibration.statistics import layer_activations
+from surgery.calibration.text import Windows, load_tokenizer, load_windows
 from surgery.measure.scoring import score_windows
-from surgery.reference import SMALL
+from surgery.planning.latent_size import rope_splits
 from surgery.rewriters import rewriter_for
-from surgery.rewriters.latent_copy import LatentCopy
-from surgery.rewriters.latent_fit import (
+from surgery.rewriters.latent.fit import (
     Candidate,
     FitOptions,
     fit_layer,
@@ -51,13 +52,12 @@ from surgery.rewriters.latent_fit import (
     lowrank_candidates,
     mla_candidates,
 )
-from surgery.rewriters.latent_moments import LatentMoments, MomentSums
-from surgery.rewriters.latent_steps import SHARES, LatentStepCopy
-from surgery.text import Windows, load_tokenizer, load_windows
+from surgery.rewriters.latent.moments import LatentMoments, MomentSums
+from surgery.rewriters.latent.steps import SHARES, LatentStepCopy
 
 SEED = 0
 PLAIN = FitOptions(compensate=False, queries=False, output=False)
-STORIES, BUNDLED = "stories940K-tok105-hf", "surgery.reference.SMALL"
+STORIES, BUNDLED = "stories940K-tok105-hf", "surgery.bundled.SMALL"
 KEPT = {0.5: 1 / 4, 0.375: 1 / 3, 0.25: 1 / 2, 0.125: 1 / 2}
 """Part of the parent's bytes, and the part of it that the published forms rotate."""
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import surgery
-from surgery.decisions import gated
+from surgery.measure.gates import gated
 from surgery.measure.memory import tensor_bytes
 from surgery.measure.speed import Speed, measure_speed
 from surgery.runtime.calling import cache_argument, cache_of

@@ -42,11 +42,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from uptrain import text_of
 
 import surgery
-from surgery.decisions import read_gates
+from surgery.bundled import SMALL
+from surgery.calibration.text import Windows, load_windows, tokenizer_of
+from surgery.measure.gates import read_gates
 from surgery.measure.memory import cache_size
 from surgery.measure.scoring import score_windows
-from surgery.reference import SMALL
-from surgery.text import Windows, load_windows, tokenizer_of
 from surgery.train.uptrain import Run, uptrain
 
 SEED = 0

@@ -43,12 +43,12 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import surgery
-from surgery.decisions import read_gates
+from surgery.calibration.text import Windows
+from surgery.console import progress
+from surgery.measure.gates import read_gates
 from surgery.measure.memory import cache_size
 from surgery.measure.recall import FILLER, NAMES, THINGS
 from surgery.measure.scoring import decode
-from surgery.show import progress
-from surgery.text import Windows
 from surgery.train.uptrain import Run, uptrain
 
 SEED, LENGTH, PREFILL, HELD = 0, 192, 96, 128

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import surgery
-from surgery.reference import SMALL
+from surgery.bundled import SMALL
 
 SEED = 0
 BARE = {"refit_queries": False, "refit_output": False, "gain_fit": False}

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import surgery
-from surgery.reference import SMALL
+from surgery.bundled import SMALL
 from surgery.train.losses import Head, distil
 from surgery.train.pretrain import read_corpus
 from surgery.train.trainer import checkpoints
@@ -399,7 +399,7 @@ def plot(only: str | None) -> dict[str, Any]:
     """results/uptrain.png."""
     from matplotlib.figure import Figure
 
-    from surgery.plots import COLOURS, DPI
+    from surgery.report.plots import COLOURS, DPI
 
     cases = section("recover")
     figure = Figure(figsize=(10, 3.6 * -(-len(cases) // 2)), dpi=DPI, layout="constrained")

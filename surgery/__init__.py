@@ -5,15 +5,15 @@ __version__ = "0.1.0"
 import transformers as _transformers
 
 from .anatomy import Anatomy, examine
+from .checkpoints.storage import load, save
 from .convert import convert, convert_checkpoint
 from .errors import CheckpointError, PlanError, RecipeError, SurgeryError, UnsupportedModel
-from .evaluate import evaluate
 from .export import export
 from .generate import generate
+from .measure.evaluate import evaluate
 from .plan import Plan, plan
 from .recipe import Recipe
-from .report import Report
-from .storage import load, save
+from .report.data import Report
 from .versions import warn_of_untested_transformers
 
 warn_of_untested_transformers(_transformers.__version__)

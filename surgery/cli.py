@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as hf_logging
 
+from .console import stdout
 from .errors import CheckpointError, SurgeryError
-from .show import stdout
 from .train import command as training
 
 app = typer.Typer(
@@ -122,10 +122,10 @@ def inspect(
 def _inspect_gates(
     folder: str, text: Path, samples: int, length: int | None, plot: Path | None, json_file: Path | None
 ) -> None:
-    from .decisions import read_gates
-    from .plots import gate_map, save_figure
-    from .storage import load
-    from .text import read_windows, tokenizer_of
+    from .calibration.text import read_windows, tokenizer_of
+    from .checkpoints.storage import load
+    from .measure.gates import read_gates
+    from .report.plots import gate_map, save_figure
 
     model = load(folder)
     tokenizer = tokenizer_of(model.config)
@@ -220,10 +220,10 @@ def evaluate(
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
 ) -> None:
     """Measure loss, KL, recall, cache bytes and speed, beside the baseline, through the cache."""
-    from .adapters import adapter_in
-    from .checkpoint import local_folder
-    from .evaluate import evaluate as score
-    from .storage import load
+    from .checkpoints.adapters import adapter_in
+    from .checkpoints.files import local_folder
+    from .checkpoints.storage import load
+    from .measure.evaluate import evaluate as score
 
     def opened(name: str) -> Any:
         return load(name, merge_adapter=merge_adapter and adapter_in(local_folder(name)) is not None)
@@ -351,7 +351,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
 ) -> None:
     """Put several evaluations on one page: one table, quality against bytes, recall, plots."""
-    from .report import Report, quality_table, told_apart, write_report
+    from .report.data import Report, quality_table, told_apart, write_report
 
     reports = [Report.load(file) for file in results]
     page = write_report(reports, out, title=title, overwrite=overwrite)
@@ -417,7 +417,7 @@ def bench_decode(
     json_file: Json = None,
 ) -> None:
     """Time compiled decode steps of cache layouts over random weights, beside transformers and the memory's speed."""
-    from .bench import decode
+    from .measure.decode_loop import decode
 
     result = decode(
         shape,
@@ -453,7 +453,7 @@ def bench_capacity(
     json_file: Json = None,
 ) -> None:
     """Count the sequences that fit into a memory, for the model and for what recipes make of it. Reads no weights."""
-    from .capacity import capacity
+    from .measure.capacity import capacity
     from .measure.memory import parse_bytes
     from .plan import CONTEXTS
 

@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapters import base_folder, check_adapter
 from .anatomy import examine
-from .checkpoint import Checkpoint, Fit, check_model, check_output, check_space, exact_dtype, local_folder
+from .attention.weights import like, parameter_names, write_changed
+from .calibration.shared_copy import SharedCopy
+from .calibration.text import Windows, load_tokenizer, read_windows, tokenizer_of
+from .calibration.working_copy import WorkingCopy
+from .checkpoints.adapters import base_folder, check_adapter
+from .checkpoints.files import Checkpoint, Fit, check_model, check_output, check_space, exact_dtype, local_folder
+from .checkpoints.parents import plain_parent, without_loader
+from .checkpoints.provenance import provenance
+from .checkpoints.storage import check_whole, load_parent, save_like
+from .checkpoints.streaming import can_stream, stream
 from .errors import PlanError
-from .native import meta_model, native_config, without_unbuilt_layers
-from .parents import plain_parent, without_loader
 from .plan import Plan
 from .plan import plan as make_plan
-from .provenance import provenance
+from .planning.parent_class import meta_model, native_config, without_unbuilt_layers
 from .recipe import LatentStep, Recipe, ShareStep
 from .rewriters import rewriter_for
-from .rewriters.attention_weights import like, parameter_names, write_changed
-from .rewriters.latent_steps import LatentStepCopy
-from .rewriters.share_copy import SharedCopy
+from .rewriters.latent.steps import LatentStepCopy
 from .runtime.attention import origin_of
 from .runtime.layout import AttentionSite
 from .runtime.modeling import SurgeryMixin, from_parent, rebuild
-from .storage import check_whole, load_parent, save_like
-from .streaming import can_stream, stream
-from .text import Windows, load_tokenizer, read_windows, tokenizer_of
 from .torch_state import plain_torch
-from .working_copy import WorkingCopy
 
 _log = logging.getLogger(__name__)
 

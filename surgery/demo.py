@@ -11,16 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from .anatomy import examine
+from .bundled import SMALL
+from .calibration.text import Windows, load_tokenizer, load_windows
+from .checkpoints.storage import load
+from .console import progress, stdout
 from .convert import convert
-from .evaluate import evaluate
 from .generate import generate
+from .measure.evaluate import evaluate
 from .plan import plan
 from .recipe import Recipe
-from .reference import SMALL
-from .report import Report, check_report_folder, quality_table, recall_table, serving_table, write_report
-from .show import progress, stdout
-from .storage import load
-from .text import Windows, load_tokenizer, load_windows
+from .report.data import Report, check_report_folder, quality_table, recall_table, serving_table, write_report
 
 OURS = {"gain_fit": False}  # half the time, and of little use behind the refits
 PLAIN = {"grouping": "neighbour", "refit_queries": False, "refit_output": False, "gain_fit": False}

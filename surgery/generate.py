@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calibration.outputs import check_speaks
+from .calibration.text import check_known_ids, encode, special_tokens, tokenizer_of
+from .checkpoints.storage import load
 from .errors import CheckpointError
-from .outputs import check_speaks
-from .storage import load
-from .text import check_known_ids, encode, special_tokens, tokenizer_of
 
 
 def generate(

@@ -14,18 +14,18 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .anatomy import Anatomy, examine
-from .budget import aligned_rank, full_rank, input_columns, kept_numbers, latent_budget, turning_numbers
-from .engines import sentence
+from .console import count, human_bytes, render, spans
 from .errors import PlanError
-from .native import hands_down_keywords, meta_model, native_config, unbuilt_layers
+from .planning.engines import sentence
+from .planning.latent_size import aligned_rank, full_rank, input_columns, kept_numbers, latent_budget, turning_numbers
+from .planning.parent_class import hands_down_keywords, meta_model, native_config, unbuilt_layers
+from .planning.share_layouts import SEARCHED, SVFORMER, check_map, owners_of, sharable
 from .recipe import GqaStep, LatentStep, LowrankStep, MergeStep, MlaStep, Recipe, ShareStep, Step, parse_layers
+from .runtime.caches import static_bytes
+from .runtime.gated import merge_refusal
 from .runtime.gates import gate_shapes
 from .runtime.latent import latent_refusal
 from .runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Merge, Project
-from .runtime.merged import merge_refusal
-from .runtime.ragged_cache import static_bytes
-from .sharing import SEARCHED, SVFORMER, check_map, owners_of, sharable
-from .show import count, human_bytes, render, spans
 from .torch_state import plain_torch
 
 CONTEXTS = {"4k": 4096, "32k": 32768, "128k": 131072}

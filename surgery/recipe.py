@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from .errors import RecipeError
-from .sharing import SEARCHED, SVFORMER, check_layout
+from .planning.share_layouts import SEARCHED, SVFORMER, check_layout
 
 Init = Literal[
     "rank1", "aligned", "mean", "sqrt_g", "first", "medoid", "random", "weighted", "key_norm", "asym", "qcqa", "dha"

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from surgery.anatomy import examine
-from surgery.rewriters.attention_weights import AttentionWeights, read_attention
-from surgery.rewriters.latent import LatentWeights
-from surgery.rewriters.latent_lowrank import lowrank
-from surgery.rewriters.latent_mla import mla, mla_freq
-from surgery.rewriters.latent_moments import LatentMoments
-from surgery.rewriters.latent_steps import canonical_latent, latent_of
-from surgery.rewriters.merge import new_gate
+from surgery.attention.weights import AttentionWeights, read_attention
+from surgery.rewriters.latent.low_rank import lowrank
+from surgery.rewriters.latent.moments import LatentMoments
+from surgery.rewriters.latent.rotary_split import mla, mla_freq
+from surgery.rewriters.latent.steps import canonical_latent, latent_of
+from surgery.rewriters.latent.weights import LatentWeights
+from surgery.rewriters.tokens.gates import new_gate
 from surgery.runtime.attention import canonical_weights
 from surgery.runtime.layout import AttentionSite, Heads, LayerPlan, Merge, Project
 from surgery.runtime.modeling import from_parent

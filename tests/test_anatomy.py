@@ -187,7 +187,7 @@ ALTERNATING = [
 @pytest.mark.parametrize("name", [*ALTERNATING, "llama", "phi3_longrope", "stablelm_qk_norm", "olmo2", "mixtral"])
 def test_leaving_out_equal_layers_changes_nothing(monkeypatch, name):
     _, full = examined(name)
-    monkeypatch.setattr("surgery.anatomy.alike.LEAST", 2)
+    monkeypatch.setattr("surgery.anatomy.equal_layers.LEAST", 2)
     short = examine(FAMILIES[name]())
     assert (short.sites, short.other_layers, short.num_layers) == (full.sites, full.other_layers, full.num_layers)
 

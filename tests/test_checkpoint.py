@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import CheckpointError
-from surgery.checkpoint import (
+from surgery.checkpoints.files import (
     INDEX,
     SINGLE,
     Checkpoint,
@@ -21,7 +21,7 @@ from surgery.checkpoint import (
     new_folder,
     write_shards,
 )
-from surgery.storage import check_whole
+from surgery.checkpoints.storage import check_whole
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import surgery
-from surgery import PlanError, checkpoint, provenance
-from surgery.companions import companions, copy_companions
+from surgery import PlanError
+from surgery.checkpoints import files as checkpoint
+from surgery.checkpoints import provenance
+from surgery.checkpoints.companions import companions, copy_companions
 from surgery.convert import convert_checkpoint
 from surgery.export import Source, target_for
 

@@ -12,7 +12,7 @@ from families import tiny_model
 from vllm_models import CLA2, GQA, MLA, decoder
 
 import surgery
-from surgery.engines import DEEPSEEK, ENGINES, NATIVE, NONE, PLUGIN, PLUGIN_PARENTS, REMOTE, REPEATED
+from surgery.planning.engines import DEEPSEEK, ENGINES, NATIVE, NONE, PLUGIN, PLUGIN_PARENTS, REMOTE, REPEATED
 from surgery.serve.engine import TESTED
 
 ROOT = Path(__file__).parent.parent

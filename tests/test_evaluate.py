@@ -14,17 +14,17 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import surgery
-from surgery import evaluate
+from surgery.bundled import SMALL
+from surgery.calibration.text import load_tokenizer, load_windows
+from surgery.checkpoints.provenance import provenance_of
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.export.card import _done
 from surgery.export.target import Source
+from surgery.measure import evaluate
 from surgery.measure.memory import max_batch, parse_bytes
 from surgery.measure.recall import TASKS, Reader, answer_questions, compose_questions
 from surgery.measure.scoring import score_windows
 from surgery.measure.statistics import bootstrap
-from surgery.provenance import provenance_of
-from surgery.reference import SMALL
-from surgery.text import load_tokenizer, load_windows
 
 IDS = torch.randint(0, 120, (6, 48), generator=torch.Generator().manual_seed(0))
 

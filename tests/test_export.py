@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import surgery
+from surgery.bundled import SMALL
 from surgery.cli import main
 from surgery.errors import CheckpointError, PlanError
 from surgery.export import export
-from surgery.reference import SMALL
 
 FAST = {"refit_queries": False, "refit_output": False}
 

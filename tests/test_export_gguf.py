@@ -16,11 +16,11 @@ from families import tiny_model
 from vllm_models import CLA2, GQA, MLA, converted, decoder, text
 
 import surgery
+from surgery.bundled import SMALL
 from surgery.errors import CheckpointError, PlanError
 from surgery.export import export, llama_cpp
 from surgery.export import gguf as gguf_target
 from surgery.export.llama_cpp import LlamaCpp, bytes_per_token
-from surgery.reference import SMALL
 
 
 def llama() -> str | None:
@@ -103,7 +103,7 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(tmp_path) -> None:
     )
     command = [str(llama()), "-P", "-c", code, str(tmp_path / "out" / "model.gguf"), sentence]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    tokenizer = surgery.text.load_tokenizer(SMALL)
+    tokenizer = surgery.calibration.text.load_tokenizer(SMALL)
     assert (
         json.loads(done.stdout.strip().splitlines()[-1]) == tokenizer(sentence, add_special_tokens=False)["input_ids"]
     )

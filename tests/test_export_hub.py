@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_imports
 
 import surgery
+from surgery.console import human_bytes
 from surgery.errors import CheckpointError, PlanError
 from surgery.export import hub, parity, remote_code
 from surgery.export.card import BEGIN, CardOptions, write_card
@@ -33,7 +34,6 @@ from surgery.export.parity import Parity
 from surgery.export.push import push
 from surgery.export.remote_code import RUNTIME, verify
 from surgery.export.target import Source, Written
-from surgery.show import human_bytes
 
 NEW_TOKENS = 64
 GREEDY = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}

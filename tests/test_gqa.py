@@ -7,14 +7,17 @@ from typing import get_args
 import pytest
 import torch
 
-from surgery.calibrate import Activations
+from surgery.attention.forward import attend
+from surgery.attention.weights import AttentionWeights, read_attention, write_attention
+from surgery.calibration.statistics import Activations
 from surgery.errors import PlanError, RecipeError
 from surgery.recipe import GqaStep, Init
-from surgery.rewriters.attention_weights import AttentionWeights, read_attention, write_attention
-from surgery.rewriters.folding import permute_queries
-from surgery.rewriters.gains import fit_gains
+from surgery.rewriters.common.gains import fit_gains
+from surgery.rewriters.common.moments import Moments, rotated_block, scalar_gram, value_block
+from surgery.rewriters.common.refit import QueryFit
 from surgery.rewriters.gqa import Gqa
-from surgery.rewriters.grouping import (
+from surgery.rewriters.heads.folding import permute_queries
+from surgery.rewriters.heads.grouping import (
     Groups,
     allocate_queries,
     cluster_heads,
@@ -24,12 +27,9 @@ from surgery.rewriters.grouping import (
     rank1_cost,
     search_groups,
 )
-from surgery.rewriters.head_weights import fit_head_weights, fuse_heads
-from surgery.rewriters.moments import Moments, rotated_block, scalar_gram, value_block
-from surgery.rewriters.pooling import pool_heads, source_queries
-from surgery.rewriters.reference import attend
-from surgery.rewriters.refit import QueryFit
-from surgery.rewriters.shared_head import block_error, pairs_error, pool_block, pool_pairs
+from surgery.rewriters.heads.head_weights import fit_head_weights, fuse_heads
+from surgery.rewriters.heads.pooling import pool_heads, source_queries
+from surgery.rewriters.heads.shared_head import block_error, pairs_error, pool_block, pool_pairs
 from surgery.runtime.layout import AttentionSite, HeadNorm, Projection, Rotary
 
 D, H = 24, 8

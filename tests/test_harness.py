@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM, PreTrainedTokenizerFast
 
 from surgery.errors import CheckpointError, RecipeError
-from surgery.harness import OURS, _language_model, check_known, recall_task, run_tasks
+from surgery.measure.lm_eval import OURS, _language_model, check_known, recall_task, run_tasks
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'kv-surgery[eval]'"

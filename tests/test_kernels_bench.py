@@ -11,9 +11,9 @@ import torch
 from methods import converted
 from typer.testing import CliRunner
 
-from surgery import bench
 from surgery.cli import app
 from surgery.errors import RecipeError
+from surgery.measure import decode_loop as bench
 from surgery.runtime.layout import LayerPlan
 
 TINY: dict[str, Any] = {

@@ -14,27 +14,22 @@ import torch
 
 import surgery
 from surgery.anatomy import examine
-from surgery.budget import aligned_rank, kept_numbers, latent_budget, rope_splits
-from surgery.calibrate import Activations, layer_activations
+from surgery.attention.forward import attend
+from surgery.attention.weights import AttentionWeights, read_attention
+from surgery.calibration.latent_copy import LatentCopy
+from surgery.calibration.statistics import Activations, layer_activations
+from surgery.calibration.text import Windows, load_tokenizer, load_windows
 from surgery.errors import PlanError, UnsupportedModel
-from surgery.rewriters.attention_weights import AttentionWeights, read_attention
-from surgery.rewriters.latent import (
-    LatentWeights,
-    attend_latent,
-    check_latent,
-    in_site_order,
-)
-from surgery.rewriters.latent_copy import LatentCopy
-from surgery.rewriters.latent_factors import alternate, joint_error, joint_latent
-from surgery.rewriters.latent_fit import FitOptions, finish, fit_layer, lowrank_candidates, mla_candidates
-from surgery.rewriters.latent_lowrank import LOWRANK_INITS, expanded_weights, lowrank
-from surgery.rewriters.latent_mla import MLA_INITS, mla, mla_freq
-from surgery.rewriters.latent_moments import LatentMoments, MomentSums
-from surgery.rewriters.latent_refit import refit_output, refit_queries
-from surgery.rewriters.reference import attend
-from surgery.rewriters.rotary_mixing import mean_phase, mix_components, rotated_part, select_components
+from surgery.planning.latent_size import aligned_rank, kept_numbers, latent_budget, rope_splits
+from surgery.rewriters.latent.factors import alternate, joint_error, joint_latent
+from surgery.rewriters.latent.fit import FitOptions, finish, fit_layer, lowrank_candidates, mla_candidates
+from surgery.rewriters.latent.low_rank import LOWRANK_INITS, expanded_weights, lowrank
+from surgery.rewriters.latent.moments import LatentMoments, MomentSums
+from surgery.rewriters.latent.refit import refit_output, refit_queries
+from surgery.rewriters.latent.rotary_mixing import mean_phase, mix_components, rotated_part, select_components
+from surgery.rewriters.latent.rotary_split import MLA_INITS, mla, mla_freq
+from surgery.rewriters.latent.weights import LatentWeights, attend_latent, check_latent, in_site_order
 from surgery.runtime.layout import HeadNorm, Rotary
-from surgery.text import Windows, load_tokenizer, load_windows
 
 D, H, V = 32, 8, 8
 REFERENCE = Path(os.environ.get("SURGERY_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))

@@ -12,8 +12,9 @@ import surgery
 from surgery import recipe
 from surgery.errors import PlanError, RecipeError
 from surgery.measure.memory import cache_size
-from surgery.rewriters import latent_lowrank, latent_mla
-from surgery.rewriters.allocation import convex, share_out
+from surgery.rewriters.common.allocation import convex, share_out
+from surgery.rewriters.latent import low_rank as latent_lowrank
+from surgery.rewriters.latent import rotary_split as latent_mla
 from surgery.runtime.layout import Heads, Latent, LayerPlan
 from surgery.runtime.modeling import from_parent
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from surgery.linalg import (
+from surgery.attention.linalg import (
     damped_cholesky,
     eigh_descending,
     factorise,

@@ -14,12 +14,12 @@ from methods import converted as convert
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-import surgery.runtime.merged
-from surgery.rewriters.attention_weights import AttentionWeights
-from surgery.rewriters.latent import LatentWeights
-from surgery.rewriters.latent_lowrank import lowrank
-from surgery.rewriters.latent_mla import mla
-from surgery.rewriters.latent_moments import LatentMoments
+import surgery.runtime.gated
+from surgery.attention.weights import AttentionWeights
+from surgery.rewriters.latent.low_rank import lowrank
+from surgery.rewriters.latent.moments import LatentMoments
+from surgery.rewriters.latent.rotary_split import mla
+from surgery.rewriters.latent.weights import LatentWeights
 from surgery.runtime.calling import CallingConvention, cache_argument
 from surgery.runtime.latent import numbers_as_positions, positions_as_numbers
 from surgery.runtime.layout import AttentionSite, Latent, LayerPlan
@@ -254,7 +254,7 @@ def test_padding_between_tokens_does_not_count(method: str, window: int | None, 
 def test_training_does_not_count_padding(
     method: str, window: int | None, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(surgery.runtime.merged, "logistic_noise", torch.zeros_like)
+    monkeypatch.setattr(surgery.runtime.gated, "logistic_noise", torch.zeros_like)
     model, ids = merged_model(merge(method, window), shared=shared).train(), tokens(LONG)
     got = whole(model, ids, attention_mask=BETWEEN, position_ids=positions_of(BETWEEN))[BETWEEN.bool()]
     assert_close(got, alone(model, ids, BETWEEN), 2e-5)

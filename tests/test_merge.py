@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 from uptraining import make_home, run
 
 import surgery
+from surgery.calibration.text import Windows
 from surgery.cli import app
-from surgery.decisions import Counted, collapsed, count_layer, gated, read_gates
 from surgery.errors import CheckpointError, PlanError, RecipeError
+from surgery.measure.gates import Counted, collapsed, count_layer, gated, read_gates
 from surgery.measure.memory import tensor_bytes
 from surgery.plan import plan
-from surgery.report import Report, write_report
-from surgery.runtime.layout import LayerPlan, Merge
-from surgery.runtime.merging import (
+from surgery.report.data import Report, write_report
+from surgery.runtime.decisions import (
     hard_decisions,
     log_keep,
     order_of_packed,
@@ -33,7 +33,7 @@ from surgery.runtime.merging import (
     soft_bias,
     visible,
 )
-from surgery.text import Windows
+from surgery.runtime.layout import LayerPlan, Merge
 from surgery.train.gates import Budget, budget_of, check_length, shortfall
 from surgery.train.uptrain import uptrain
 

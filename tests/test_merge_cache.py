@@ -13,14 +13,14 @@ from methods import parent
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-import surgery.runtime.ragged_attention
-import surgery.runtime.ragged_dmc
-from surgery.bench import of_model
+import surgery.runtime.paged_attention
+import surgery.runtime.pooling_cache
 from surgery.errors import RecipeError
-from surgery.evaluate import evaluate
+from surgery.measure.decode_loop import of_model
+from surgery.measure.evaluate import evaluate
 from surgery.measure.memory import cache_size, tensor_bytes
 from surgery.runtime.layout import Merge
-from surgery.runtime.ragged import RaggedLayer
+from surgery.runtime.paged_cache import RaggedLayer
 
 FORMS = [("dms", 1), ("dms", 12), ("dms", 256), ("dmc", 1), ("dmc", 12), ("dmc", 256), ("dmc", None)]
 every_form = pytest.mark.parametrize(("method", "window"), FORMS)
@@ -164,7 +164,7 @@ def test_decoding_without_the_kernels_is_the_same(monkeypatch: pytest.MonkeyPatc
         model = model_of(method, window)
         with_kernels, cache = run(model, ids, [20, *range(21, 41)])
         with monkeypatch.context() as patch:
-            patch.setattr(surgery.runtime.ragged_attention, "AVAILABLE", False)
+            patch.setattr(surgery.runtime.paged_attention, "AVAILABLE", False)
             without, other = run(model, ids, [20, *range(21, 41)])
         assert_close(without, with_kernels)
         assert_same_contents(cache, other)
@@ -174,7 +174,7 @@ def test_decoding_without_the_kernels_is_the_same(monkeypatch: pytest.MonkeyPatc
 def test_the_operator_that_merges_is_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = model_of("dmc", None, family=family), tokens()
     logits, cache = run(model, ids, [20, *range(21, 41)])
-    monkeypatch.setattr(surgery.runtime.ragged_dmc, "_has_operator", lambda device: True)
+    monkeypatch.setattr(surgery.runtime.pooling_cache, "_has_operator", lambda device: True)
     by_operator, other = run(model, ids, [20, *range(21, 41)])
     assert_close(by_operator, logits)
     assert_same_contents(cache, other)

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
 
-import surgery.runtime.ragged_dmc
+import surgery.runtime.pooling_cache
 from surgery import convert, plan
 from surgery.measure.memory import tensor_bytes
-from surgery.runtime.ragged import RaggedLayer
-from surgery.runtime.ragged_cache import static_bytes
+from surgery.runtime.caches import static_bytes
+from surgery.runtime.paged_cache import RaggedLayer
 
 three_forms = pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
@@ -97,7 +97,7 @@ def test_64_compiled_steps_are_one_graph(method: str, window: int | None, argume
 
 
 def test_64_compiled_steps_through_the_operator_that_merges_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgery.runtime.ragged_dmc, "_has_operator", lambda device: True)
+    monkeypatch.setattr(surgery.runtime.pooling_cache, "_has_operator", lambda device: True)
     assert "surgery.merge_append_.default" in operators_of_64_steps(model_of("dmc", None))
 
 

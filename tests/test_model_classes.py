@@ -13,11 +13,11 @@ from vision_models import IMAGE, VLMS, tiny_vlm, with_image
 import surgery
 from surgery import CheckpointError, PlanError, UnsupportedModel
 from surgery.anatomy import examine
-from surgery.checkpoint import Checkpoint
-from surgery.classes import model_class
+from surgery.calibration.outputs import answers, distance
+from surgery.checkpoints.classes import model_class
+from surgery.checkpoints.files import Checkpoint
 from surgery.convert import convert_checkpoint
 from surgery.export import Source, target_for
-from surgery.outputs import answers, distance
 from surgery.runtime.calling import once
 from surgery.runtime.layout import Rotary
 

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from vllm_models import decoder
 
 import surgery
-from surgery.adapters import CONFIG, WEIGHTS
-from surgery.checkpoint import Checkpoint
+from surgery.bundled import SMALL
+from surgery.checkpoints.adapters import CONFIG, WEIGHTS
+from surgery.checkpoints.files import Checkpoint
+from surgery.checkpoints.parents import plain_parent
+from surgery.checkpoints.storage import check_whole
 from surgery.errors import CheckpointError, UnsupportedModel
 from surgery.export import export
 from surgery.export.llama_cpp import LlamaCpp
-from surgery.parents import plain_parent
-from surgery.reference import SMALL
-from surgery.storage import check_whole
 
 IDS = torch.arange(24).reshape(2, 12)
 GQA = {"steps": [{"rewriter": "gqa", "kv_heads": 1, "init": "mean"}]}
@@ -237,7 +237,10 @@ def test_an_adapter_in_a_folder_is_merged_on_request_and_else_refused_by_name(fo
     assert code == 0
     assert not (root / "out" / CONFIG).exists()
     assert (root / "out" / "preprocessor_config.json").exists()
-    assert surgery.text.load_tokenizer(root / "out").get_vocab() == surgery.text.load_tokenizer(SMALL).get_vocab()
+    assert (
+        surgery.calibration.text.load_tokenizer(root / "out").get_vocab()
+        == surgery.calibration.text.load_tokenizer(SMALL).get_vocab()
+    )
     close(logits(surgery.load(root / "out")), wanted)
     native = surgery.convert(root / place, GQA, merge_adapter=True)
     surgery.save(native, root / "native")

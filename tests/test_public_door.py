@@ -20,7 +20,7 @@ from test_runtime import GREEDY, assert_close, left_padded, parent_or_skip, toke
 from transformers import PreTrainedModel, StaticCache
 
 import surgery
-from surgery.export import alone
+from surgery.export import answers
 from surgery.export.hub import Hub
 from surgery.export.parity import Ask
 from surgery.export.target import Source
@@ -84,13 +84,13 @@ def test_lengths_of_static_caches_are_read_and_not_kept(method: str) -> None:
 def test_an_export_answers_the_same_under_another_release(method: str, tmp_path: Path) -> None:
     model = converted(method, "llama")
     ask = Ask.of_vocabulary(128)
-    want = alone.answers(model, ask.prompts_BT, **ask.arguments())
+    want = answers.answers(model, ask.prompts_BT, **ask.arguments())
     (tmp_path / "out").mkdir()
     Hub().write(Source(model), tmp_path / "out")
     request = {"folder": str(tmp_path / "out"), "auto": "AutoModelForCausalLM", "kwargs": {"trust_remote_code": True}}
     request["ask"] = {"prompts": ask.prompts_BT.tolist(), **ask.arguments()}
     (tmp_path / "request.json").write_text(json.dumps(request))
-    command = [OTHER_PYTHON, "-I", alone.__file__, tmp_path / "request.json", tmp_path / "answers.safetensors"]
+    command = [OTHER_PYTHON, "-I", answers.__file__, tmp_path / "request.json", tmp_path / "answers.safetensors"]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,14 +12,14 @@ import sys
 import pytest
 from rich.console import Console
 
-from surgery import plots
+from surgery.console import render
 from surgery.errors import CheckpointError
 from surgery.measure.memory import CacheSize
 from surgery.measure.recall import RecallCell
 from surgery.measure.speed import Rate, Speed
 from surgery.measure.statistics import Difference, Estimate, Quality
-from surgery.report import Measured, Report, quality_table, recall_table, serving_table, write_report
-from surgery.show import render
+from surgery.report import plots
+from surgery.report.data import Measured, Report, quality_table, recall_table, serving_table, write_report
 
 
 def rate(median):
@@ -281,9 +281,9 @@ def test_names_of_neighbouring_points_do_not_cover_each_other(step):
 
 def test_plots_leave_pyplot_alone_and_import_surgery_does_not_load_matplotlib():
     code = (
-        "import sys, surgery, surgery.cli, surgery.report, surgery.plots\n"
+        "import sys, surgery, surgery.cli, surgery.report, surgery.report.plots\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "surgery.plots.sensitivity({0: 0.1})\n"
+        "surgery.report.plots.sensitivity({0: 0.1})\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,16 +22,16 @@ from families import tiny_model
 from vllm_models import CLA2, GQA, MLA, converted, decoder, text, vllm_engine
 
 import surgery
+from surgery.bundled import SMALL
 from surgery.errors import CheckpointError, PlanError
 from surgery.export import export
 from surgery.export.parity import Ask, answers_of
 from surgery.export.vllm import case_of, compare_scores, planned_and_served
-from surgery.reference import SMALL
+from surgery.planning.repeated_heads import repeated_heads
 from surgery.runtime.layout import Heads, LayerPlan
 from surgery.serve import engine as serve_engine
 from surgery.serve.engine import Engine
 from surgery.serve.support import check_parallel, copies_of
-from surgery.uniform import repeated_heads
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_the_http_server_continues_a_text_as_transformers_does(engine, tmp_path)
     parent = surgery.load(SMALL, dtype=torch.float32)
     model = converted(parent, CLA2)
     surgery.save(model, tmp_path / "model")
-    tokenizer = surgery.text.load_tokenizer(SMALL)
+    tokenizer = surgery.calibration.text.load_tokenizer(SMALL)
     prompt = "Once upon a time"
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[

@@ -14,15 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import surgery
 from surgery.anatomy import examine
-from surgery.capacity import capacity
+from surgery.calibration.shared_copy import SharedCopy
+from surgery.console import render
 from surgery.errors import PlanError, RecipeError
+from surgery.measure.capacity import capacity
 from surgery.measure.memory import cache_bytes
 from surgery.plan import plan
+from surgery.planning.share_layouts import owners_of
 from surgery.recipe import Recipe
-from surgery.rewriters.share_copy import SharedCopy
-from surgery.rewriters.share_maps import assign, input_gain, mean_weights
-from surgery.sharing import owners_of
-from surgery.show import render
+from surgery.rewriters.layers.maps import assign, input_gain, mean_weights
 
 BARE = {"refit_queries": False, "refit_output": False, "gain_fit": False}
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 import surgery
 from surgery import CheckpointError
+from surgery.calibration.text import encode, load_tokenizer, load_windows, read_texts, read_windows, special_tokens
 from surgery.generate import generate
-from surgery.text import encode, load_tokenizer, load_windows, read_texts, read_windows, special_tokens
 
 
 def letters(text):

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from uptraining import losses, make_home, run
 
 import surgery
+from surgery.checkpoints.provenance import provenance_of
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
-from surgery.provenance import provenance_of
 from surgery.runtime.attention import SHARED_STATES
 from surgery.train import trainer as training
 from surgery.train.kept import KeptLogits

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from surgery.console import stdout
 from surgery.errors import RecipeError
-from surgery.show import stdout
 
 if TYPE_CHECKING:
     from .uptrain import Run

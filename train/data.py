@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.calibration.text import check_known_ids, encode, special_tokens
+from surgery.console import progress
 from surgery.errors import CheckpointError
-from surgery.show import progress
-from surgery.text import check_known_ids, encode, special_tokens
 
 from .documents import Documents
 from .losses import IGNORE

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from surgery.calibration.text import load_tokenizer
 from surgery.errors import CheckpointError
-from surgery.text import load_tokenizer
 
 PIECE = 2**16
 """Bytes of the documents that a `.txt` file is cut into, at the next empty line."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from surgery.decisions import Counted, gated
 from surgery.errors import RecipeError
+from surgery.measure.gates import Counted, gated
 
 
 class Budget(NamedTuple):

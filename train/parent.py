@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from surgery.checkpoints.provenance import provenance_of
 from surgery.errors import CheckpointError, UnsupportedModel
-from surgery.provenance import provenance_of
 from surgery.runtime.attention import SHARED_STATES
 from surgery.runtime.layout import AttentionSite
 

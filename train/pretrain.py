@@ -23,9 +23,9 @@ import typer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from surgery.checkpoints.provenance import versions
+from surgery.console import count, progress
 from surgery.measure.recall import documents
-from surgery.provenance import versions
-from surgery.show import count, progress
 
 END = "<|end|>"
 

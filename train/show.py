@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from surgery.decisions import gated
-from surgery.show import count, human_bytes
+from surgery.console import count, human_bytes
+from surgery.measure.gates import gated
 
 from .losses import CHUNK_LOGITS
 from .trainer import core

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from surgery.companions import copy_companions
-from surgery.decisions import Counted, collapsed, count, gate_logits, gated
+from surgery.calibration.text import Windows
+from surgery.checkpoints.companions import copy_companions
 from surgery.errors import CheckpointError, SurgeryError
+from surgery.measure.gates import Counted, collapsed, count, gate_logits, gated
 from surgery.recipe import Uptrain
-from surgery.text import Windows
 
 from .data import PackedText
 from .gates import budget_of, shortfall, summed

@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from surgery.adapters import adapter_in
-from surgery.checkpoint import check_output, local_folder, new_folder, read_json
-from surgery.companions import copy_companions
-from surgery.decisions import gated
+from surgery.calibration.text import Windows, has_surplus_ids, read_windows, window_length
+from surgery.checkpoints.adapters import adapter_in
+from surgery.checkpoints.companions import copy_companions
+from surgery.checkpoints.files import check_output, local_folder, new_folder, read_json
+from surgery.checkpoints.provenance import provenance_of, versions, write_provenance
+from surgery.checkpoints.storage import load
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
+from surgery.measure.gates import gated
 from surgery.plan import Plan, plan
-from surgery.provenance import provenance_of, versions, write_provenance
 from surgery.recipe import Recipe, Uptrain
 from surgery.runtime.attention import SurgeryAttention, canonical_weights
-from surgery.storage import load
-from surgery.text import Windows, has_surplus_ids, read_windows, window_length
 
 from .data import PackedText, split_batch
 from .documents import Documents, open_documents, training_tokenizer

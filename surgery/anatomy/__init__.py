@@ -1,6 +1,6 @@
 """Read a decoder's attention from its graph: `examine` finds, probes and proves one AttentionSite per layer."""
 
-from .proof import attend, project_qkv
+from ..attention.reference import attend, project_qkv
 from .reader import Anatomy, OtherLayer, examine
 
 __all__ = ["Anatomy", "OtherLayer", "attend", "examine", "project_qkv"]

@@ -25,9 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..classes import model_class, plain_config
+from ..checkpoints.classes import model_class, plain_config
 from ..errors import UnsupportedModel
-from .alike import find_alike
+from .equal_layers import find_alike
 from .positions import max_positions
 
 _TOKENS, _MANY_TOKENS = 32, 512

@@ -12,30 +12,23 @@ import torch
 from torch import Tensor, fx
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..adapters import base_folder
-from ..checkpoint import gguf_advice, local_folder, read_json
-from ..classes import plain_config
+from ..attention.reference import attend_heads, finish_heads, heads_of, project_out, relative_error, turn
+from ..checkpoints.adapters import base_folder
+from ..checkpoints.classes import plain_config
+from ..checkpoints.files import gguf_advice, local_folder, read_json
+from ..checkpoints.parents import changed, check_modules, plain_form
+from ..console import render
 from ..errors import CheckpointError, UnsupportedModel
-from ..parents import changed, check_modules, plain_form
 from ..runtime.layout import AttentionSite, HeadNorm, Projection
-from ..show import render
 from ..torch_state import plain_torch
 from .cache_step import prove_cache_step
-from .gate import read_gate
 from .graph import Graph, capture, shape, subpaths
+from .output_gate import read_gate
 from .positions import max_positions
 from .probe import Reading, read_axes, read_out, read_path, read_scores
-from .proof import (
-    attend_heads,
-    finish_heads,
-    heads_of,
-    project_out,
-    relative_error,
-    turn,
-)
+from .replaceable import irreplaceable
 from .table import anatomy_tables
 from .walk import Found, OutPath, Path, find_attentions, gate_path, origin, path_from, path_to
-from .whole import irreplaceable
 
 _TOLERANCE = 1e-5
 _ROLES = {"q": "queries", "k": "keys", "v": "values"}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..console import count, spans
 from ..runtime.layout import AttentionSite, HeadNorm
-from ..show import count, spans
 
 if TYPE_CHECKING:
     from .reader import Anatomy

@@ -16,12 +16,12 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from ..console import count, spans
 from ..errors import CheckpointError
 from ..plan import cached_form, retained_form
 from ..recipe import Recipe
-from ..report import Report, check_comparable, markdown_page, told_apart
+from ..report.data import Report, check_comparable, markdown_page, told_apart
 from ..runtime.layout import LayerPlan
-from ..show import count, spans
 from .parity import Parity
 from .target import Source, Written, is_hub_id
 

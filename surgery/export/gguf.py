@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..checkpoints.files import Checkpoint
 from ..errors import CheckpointError, PlanError
 from .gguf_tokens import tokens_of
 from .llama_cpp import LlamaCpp

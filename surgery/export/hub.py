@@ -17,12 +17,12 @@ import torch
 import transformers
 
 from ..anatomy.positions import max_positions
-from ..checkpoint import Checkpoint, check_model, copy_weights, read_json
+from ..calibration.outputs import speaks
+from ..checkpoints.files import Checkpoint, check_model, copy_weights, read_json
+from ..checkpoints.storage import check_whole
+from ..console import human_bytes
 from ..errors import CheckpointError, PlanError
-from ..outputs import speaks
 from ..runtime.modeling import load_converted
-from ..show import human_bytes
-from ..storage import check_whole
 from .parity import Ask, Parity, answers_alone, answers_of, compare
 from .remote_code import MIN_TRANSFORMERS, RemoteCode, digests
 from .target import Source, Written

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import alone
+from . import answers
 
 PROMPTS = 2
 PROMPT_TOKENS = 64
@@ -47,7 +47,7 @@ class Ask:
         return cls(prompts_BT=torch.randint(size, (PROMPTS, tokens), generator=generator), **kwargs)
 
     def arguments(self) -> dict[str, Any]:
-        """Of `alone.answers`, but for the prompts."""
+        """Of `answers.answers`, but for the prompts."""
         return {"start": self.start, "new_tokens": self.new_tokens, "caches": list(self.caches)}
 
 
@@ -103,10 +103,10 @@ class Parity:
 
 
 def answers_of(model: Any, ask: Ask) -> dict[str, Tensor]:
-    """What a model in this process answers (see `alone.answers`); it stays in its mode."""
+    """What a model in this process answers (see `answers.answers`); it stays in its mode."""
     was = model.training
     try:
-        return alone.answers(model, ask.prompts_BT, **ask.arguments())
+        return answers.answers(model, ask.prompts_BT, **ask.arguments())
     finally:
         model.train(was)
 
@@ -133,7 +133,7 @@ def answers_alone(
         # Code of the export is copied into a cache of modules before it runs: into one that goes afterwards.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
-            [sys.executable, "-P", alone.__file__, str(request), str(result)],
+            [sys.executable, "-P", answers.__file__, str(request), str(result)],
             capture_output=True, text=True, check=False, env=environment,
         )  # fmt: skip
         if done.returncode:

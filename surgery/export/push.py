@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..console import human_bytes
 from ..errors import CheckpointError
-from ..show import human_bytes
 from .card import CARD
 from .remote_code import verify
 

@@ -18,7 +18,7 @@ import transformers
 from transformers import MODEL_MAPPING
 
 from .. import runtime
-from ..checkpoint import read_json
+from ..checkpoints.files import read_json
 from ..errors import CheckpointError, PlanError
 from ..runtime.configuration import PREFIX
 from ..runtime.modeling import auto_classes

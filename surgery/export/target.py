@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import transformers
 from transformers import PreTrainedModel
 
-from ..adapters import check_adapter
 from ..anatomy.reader import load_config
-from ..checkpoint import local_folder, read_json
-from ..classes import model_class
-from ..companions import copy_companions
-from ..parents import plain_form
-from ..provenance import FILE, write_provenance
+from ..calibration.text import load_tokenizer
+from ..checkpoints.adapters import check_adapter
+from ..checkpoints.classes import model_class
+from ..checkpoints.companions import copy_companions
+from ..checkpoints.files import local_folder, read_json
+from ..checkpoints.parents import plain_form
+from ..checkpoints.provenance import FILE, write_provenance
+from ..checkpoints.storage import copy_parents_companions, load
 from ..runtime.modeling import auto_classes, converted_class
-from ..storage import copy_parents_companions, load
-from ..text import load_tokenizer
 from .parity import Parity
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy.positions import max_positions
-from ..checkpoint import copy_weights
+from ..calibration.outputs import speaks
+from ..checkpoints.files import copy_weights
 from ..errors import CheckpointError, PlanError
-from ..outputs import speaks
 from ..runtime.layout import LayerPlan
 from ..serve.engine import Engine
 from ..serve.support import check_served, copies_of

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import RecipeError, SurgeryError
 from ..runtime.calling import cache_of
 from ..runtime.layout import LayerPlan
-from ..runtime.ragged import RaggedLayer
+from ..runtime.paged_cache import RaggedLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy.positions import max_positions
+from ..calibration.text import check_known_ids, encode, special_tokens
+from ..console import progress
 from ..errors import CheckpointError, RecipeError
-from ..show import progress
-from ..text import check_known_ids, encode, special_tokens
 from .scoring import DECODE_BATCH, decode
 
 NAMES = "Tom Mary John Anna Peter Jane Paul Alice Henry Kate George Emma Robert Lucy James Rose"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..calibration.text import Windows
+from ..console import progress
 from ..errors import UnsupportedModel
 from ..runtime.calling import cache_argument, cache_of
-from ..show import progress
-from ..text import Windows
 
 Path = Literal["prefill", "decode"]
 BUCKETS = ("early", "middle", "late")

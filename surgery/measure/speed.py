@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy.positions import max_positions
+from ..console import progress
 from ..runtime.calling import cache_argument, cache_of
-from ..show import progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import Any
 
 REWRITERS = {
-    "dmc": "surgery.rewriters.merge:Gates",
-    "dms": "surgery.rewriters.merge:Gates",
+    "dmc": "surgery.rewriters.tokens.gates:Gates",
+    "dms": "surgery.rewriters.tokens.gates:Gates",
     "gqa": "surgery.rewriters.gqa:Gqa",
     "identity": "surgery.rewriters.identity:Identity",
-    "lowrank": "surgery.rewriters.latent_steps:Lowrank",
-    "mla": "surgery.rewriters.latent_steps:Mla",
+    "lowrank": "surgery.rewriters.latent.steps:Lowrank",
+    "mla": "surgery.rewriters.latent.steps:Mla",
     "share": "surgery.rewriters.share:Share",
 }
 

@@ -11,14 +11,18 @@ from functools import partial
 
 import torch
 
-from ..calibrate import Activations, layer_activations
+from ..attention.forward import attend
+from ..attention.weights import AttentionWeights
+from ..calibration.statistics import Activations, layer_activations
+from ..calibration.text import Windows
+from ..calibration.working_copy import WorkingCopy
 from ..recipe import GqaStep
 from ..runtime.layout import AttentionSite, Heads
-from ..text import Windows
-from ..working_copy import WorkingCopy
-from .attention_weights import AttentionWeights
-from .gains import tune_gains
-from .grouping import (
+from .common.gains import tune_gains
+from .common.layerwise import Layerwise
+from .common.moments import Moments, stream_moments
+from .common.refit import OutputFit, QueryFit
+from .heads.grouping import (
     Groups,
     check_divides,
     cluster_heads,
@@ -28,11 +32,7 @@ from .grouping import (
     search_groups,
     share_queries,
 )
-from .layerwise import Layerwise
-from .moments import Moments, stream_moments
-from .pooling import pool_heads, source_queries
-from .reference import attend
-from .refit import OutputFit, QueryFit
+from .heads.pooling import pool_heads, source_queries
 
 QUERY_TOKENS = 10_000
 """Calibration tokens for the query refit: it keeps N·H·(H+1) numbers for each."""

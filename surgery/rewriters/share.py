@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ..calibrate import Activations
+from ..attention.forward import head_outputs
+from ..attention.weights import AttentionWeights
+from ..calibration.shared_copy import SharedCopy
+from ..calibration.statistics import Activations
+from ..calibration.text import Windows
+from ..planning.share_layouts import SEARCHED, kept_layers, sharable
 from ..recipe import ShareStep
 from ..runtime.layout import Latent, LayerPlan
-from ..sharing import SEARCHED, kept_layers, sharable
-from ..text import Windows
-from .attention_weights import AttentionWeights
-from .gains import tune_gains
-from .reference import head_outputs
-from .refit import OutputFit, QueryFit
-from .share_copy import SharedCopy
-from .share_latent import share_latents
-from .share_maps import least_squares, map_values, mean_weights, pair_moments
-from .share_search import kvsharer_pairs, search_pairs
+from .common.gains import tune_gains
+from .common.refit import OutputFit, QueryFit
+from .layers.latent import share_latents
+from .layers.maps import least_squares, map_values, mean_weights, pair_moments
+from .layers.search import kvsharer_pairs, search_pairs
 
 QUERY_TOKENS = 6_000
 SEARCH_WINDOWS = 12

@@ -15,10 +15,10 @@ from transformers import Cache, PreTrainedConfig, StaticCache
 from transformers.generation import GenerationMode
 
 from .attention import SurgeryAttention
+from .caches import check_replaceable, make_ragged
 from .calling import cache_argument, take_cache
 from .layout import Latent, LayerPlan
-from .ragged import RaggedLayer
-from .ragged_cache import check_replaceable, make_ragged
+from .paged_cache import RaggedLayer
 
 _PAGED = (
     "transformers' continuous batching keeps, for every layer, pages of the K and V heads that the parent's config "

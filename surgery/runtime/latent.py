@@ -9,15 +9,7 @@ import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 
-from .attention import (
-    Inputs,
-    Shapes,
-    SurgeryAttention,
-    SurgeryHeadNorm,
-    angles_of,
-    norm_heads,
-    turn_halves,
-)
+from .attention import Inputs, Shapes, SurgeryAttention, SurgeryHeadNorm, angles_of, norm_heads, turn_halves
 from .calling import CallingConvention
 from .layout import AttentionSite, Latent, LayerPlan, position_numbers
 

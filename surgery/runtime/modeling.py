@@ -25,12 +25,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm, canonical_weights, origin_of
 from .calling import CallingConvention, cache_of, record_calls
 from .configuration import config_class, converted_config
+from .gated import SurgeryMergedAttention
 from .gates import gate_shapes
 from .generation import SurgeryGeneration, check_given_cache
 from .heads import SurgeryHeadsAttention
 from .latent import SurgeryLatentAttention, latent_shapes
 from .layout import AttentionSite, Latent, LayerPlan
-from .merged import SurgeryMergedAttention
 from .parallel import drop_plans
 from .recording import prepare_recording, records_of, running_model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engines import PLUGIN_PARENTS
+from ..planning.engines import PLUGIN_PARENTS
 
 _CLASS = "surgery.serve.vllm:SurgeryForCausalLM"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engines import PLUGIN_PARENTS
 from ..errors import PlanError
+from ..planning.engines import PLUGIN_PARENTS
+from ..planning.repeated_heads import repeated_heads
 from ..runtime.layout import AttentionSite, HeadNorm, Heads, Latent, LayerPlan
-from ..uniform import repeated_heads
 
 
 def served_layers(surgery: Mapping[str, Any]) -> list[tuple[AttentionSite, LayerPlan, dict[str, tuple[int, ...]]]]:

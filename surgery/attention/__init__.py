@@ -1,0 +1,1 @@
+"""One attention as tensors, and the only place of its mathematics."""

@@ -1,0 +1,488 @@
+"""Checkpoints on disk: checked before use, read one tensor at a time, written complete or not at all."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from ..errors import CheckpointError
+from .companions import BULK, WEIGHTS
+from .tracing import Trace, is_whole, origins_of
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_AGAIN = " Fetch the checkpoint again."
+_WEIGHT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def local_folder(model: str | Path, weights: bool = True) -> Path:
+    """The folder of a checkpoint: `model` itself where it is one, else the Hub's copy of that id.
+
+    Args:
+        model: folder, or Hub id (`owner/name`, `owner/name@revision`).
+        weights: also fetch the safetensors files; False fetches the small files only.
+
+    Raises:
+        CheckpointError: neither a folder nor to be had from the Hub.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.suffix == ".json" and not weights:
+        return path.parent
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file. {gguf_advice(path) or 'Give the folder that holds config.json.'}")
+    name, _, revision = str(model).partition("@")
+    left = [*BULK, *(pattern for pattern in WEIGHTS if pattern != "*.safetensors" or not weights)]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=left))
+    except HFValidationError:
+        raise CheckpointError(f"{model}: no such folder.") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(f"{model}: no such folder, and the Hub cannot be reached to look for that id.") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{model}: no such folder, and the Hub says: {reason}") from None
+
+
+def gguf_advice(path: Path) -> str:
+    """What to do about a GGUF: a file, or one in a folder; empty where there is none."""
+    file = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))), None)
+    if file is None:
+        return ""
+    return (
+        f"{file.name} is a GGUF: load it with AutoModelForCausalLM.from_pretrained({str(file.parent)!r}, "
+        f"gguf_file={file.name!r}), and give that model to surgery.convert."
+    )
+
+
+class Checkpoint:
+    """The tensors of a safetensors checkpoint, read lazily by name.
+
+    Opening checks that the index is readable, that every shard is there, is not cut short, and holds what the index
+    says. Nothing is read into memory before `get`.
+
+    Raises:
+        CheckpointError: names the file or the tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            advice = gguf_advice(folder) or "Give the folder of a transformers checkpoint."
+            raise CheckpointError(f"{folder}: has no config.json. {advice}")
+        expected = self._index()
+        self._file_of: dict[str, str] = {}
+        self._shape_of: dict[str, tuple[int, ...]] = {}
+        self._dtype_of: dict[str, str] = {}
+        for file in sorted(set(expected.values())) if expected else [SINGLE]:
+            with self._open(file) as shard:
+                for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                    self._file_of[name] = file
+                    header = shard.get_slice(name)
+                    self._shape_of[name] = tuple(header.get_shape())
+                    self._dtype_of[name] = header.get_dtype()
+        for name, file in expected.items():
+            if self._file_of.get(name) != file:
+                raise CheckpointError(f"{folder / INDEX}: says that {name} is in {file}, which does not hold it.")
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        if not path.is_file():
+            if (self.folder / SINGLE).is_file():
+                return {}
+            others = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(
+                p.name for p in self.folder.glob("*.pt*")
+            )
+            advice = (
+                f" {others[0]} is a pickle, which runs code when it is read: convert it to safetensors first."
+                if others
+                else f" {gguf_advice(self.folder)}".rstrip()
+            )
+            raise CheckpointError(f"{self.folder}: has neither {SINGLE} nor {INDEX}.{advice}")
+        try:
+            index = json.loads(path.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+            raise CheckpointError(f"{path}: not a readable index. Fetch the checkpoint again.") from None
+        return dict(index)
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError(f"{path}: this shard is missing. Fetch the checkpoint again.")
+        try:
+            with safe_open(path, framework="pt") as shard:
+                yield shard
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged or cut short ({error}). Fetch the file again.") from None
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the files."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        return self._shape_of[name]
+
+    def dtype(self, name: str) -> str:
+        """Type of one tensor as safetensors spells it (`BF16`, `I8`), without reading it."""
+        return self._dtype_of[name]
+
+    def weight_dtype(self, name: str) -> torch.dtype | None:
+        """Type of one tensor, without reading it; None where that is none of a weight."""
+        return _WEIGHT_DTYPES.get(self._dtype_of[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: absent, not a floating-point weight of 16 or 32 bits, or with NaN or inf in it.
+        """
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder}: no tensor {name} in its safetensors files.")
+        with self._open(self._file_of[name]) as shard:
+            tensor = shard.get_tensor(name)
+        check_weight(name, tensor, self.folder / self._file_of[name])
+        return tensor
+
+
+def check_weight(name: str, tensor: Tensor, where: Path | str) -> None:
+    """Raise CheckpointError where `tensor` is no usable weight."""
+    if tensor.is_floating_point():
+        if tensor.dtype not in _WEIGHT_DTYPES.values():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{where}: {name} is {kind}, needs float32, bfloat16 or float16. Dequantise the checkpoint first."
+            )
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(f"{where}: {name} has {bad} values that are NaN or inf. The checkpoint is damaged.")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Which tensors of a checkpoint make which of its model."""
+
+    origins: dict[str, tuple[str, ...]]
+    """By name in the model: the tensors in the files that it is made of. Those that no file has are left out."""
+    same: frozenset[str]
+    """Names under which files and model have the same tensor."""
+    unused: frozenset[str]
+    """Tensors that the model's class has no place for, such as layers that predict further tokens."""
+    left_out: tuple[str, ...]
+    """`unused` in short, for people: what is wholly unused is named once."""
+
+
+def check_fits(checkpoint: Checkpoint, architecture: type[PreTrainedModel], config: PreTrainedConfig) -> Fit:
+    """How the tensors of `checkpoint` make a model. Reads none of them.
+
+    transformers itself matches the names, so that files which name or split tensors otherwise than the model does
+    (experts one by one, no prefix, tied heads left out) are judged as they will be loaded. It fills what is missing at
+    random, and casts integers to weights: neither may pass.
+
+    Raises:
+        CheckpointError: they do not make a whole model.
+    """
+    names = checkpoint.names()
+    floating = {name for name in names if "F" in checkpoint.dtype(name)}
+    trace = Trace({name: checkpoint.shape(name) for name in sorted(floating)})
+    report: list[str] = []
+    try:
+        with _kept_back(report):
+            loader: Any = architecture
+            model, info = loader.from_pretrained(
+                None, config=copy.deepcopy(config), state_dict=trace.tensors, device_map="meta",
+                output_loading_info=True, ignore_mismatched_sizes=True, attn_implementation="eager",
+            )  # fmt: skip
+    except RuntimeError as error:
+        parts = [line.partition("|")[0].strip() for line in "\n".join(report).splitlines() if "CONVERSION" in line]
+        reason = f"cannot put together {parts[0]} from its safetensors files.{_AGAIN}" if parts else str(error)
+        raise CheckpointError(f"{checkpoint.folder}: {reason}") from error
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = sorted(name for name in info["missing_keys"] if name in parameters)
+    integers = [name for name in names if name not in floating]
+    _check_unpacked(checkpoint, missing, model, info)
+    if missing and missing[0] in integers:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {missing[0]} is {checkpoint.dtype(missing[0])}, needs float32, bfloat16 or float16. "
+            "Dequantise the checkpoint first."
+        )
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        packed = f" It holds integers, such as {integers[0]}: dequantise it first." if integers else ""
+        raise CheckpointError(
+            f"{checkpoint.folder}: no tensor {missing[0]}{more} in its safetensors files.{packed or _AGAIN}"
+        )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} has shape {list(found)}, its config asks for {list(wanted)}.{_AGAIN}"
+        )
+    for name in names:
+        if checkpoint.dtype(name) not in _WEIGHT_DTYPES and name in floating - info["unexpected_keys"]:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} is {checkpoint.dtype(name)}, needs float32, bfloat16 or float16. "
+                "Dequantise the checkpoint first."
+            )
+    left = sorted(info["unexpected_keys"])
+    named = config.architectures or ()
+    if left and named and architecture.__name__ not in named:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is a {', '.join(named)}, which transformers does not have; as a "
+            f"{architecture.__name__} it would lose {left[0]}. Load it with the code that it needs, and pass the model "
+            "to surgery.convert."
+        )
+    origins: dict[str, tuple[str, ...]] = {}
+    same = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # Integers were not traced, and keep their names but for the prefix.
+        made_of = origins_of(tensor) or {name, name.removeprefix(f"{model.base_model_prefix}.")}
+        if made_of := {n for n in made_of if n in checkpoint}:
+            origins[name] = tuple(sorted(made_of))
+            if made_of == {name} and (is_whole(tensor) or name not in floating):
+                same.add(name)
+    used = trace.used.union(*origins.values())
+    unused = [name for name in names if name not in used]
+    return Fit(origins, frozenset(same), frozenset(unused), _in_short(unused, used))
+
+
+def _in_short(unused: Sequence[str], used: Iterable[str]) -> tuple[str, ...]:
+    """The modules of which nothing is used, each once, with the number of their tensors."""
+    places = {tuple(name.split(".")[:i]) for name in used for i in range(1, name.count(".") + 2)}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in unused:
+        parts = tuple(name.split("."))
+        place = next((parts[:i] for i in range(1, len(parts)) if parts[:i] not in places), parts)
+        found.setdefault(place, []).append(name)
+    return tuple(f"{'.'.join(p)} ({len(n)} tensors)" if len(n) > 1 else n[0] for p, n in found.items())
+
+
+def exact_dtype(checkpoint: Checkpoint, fit: Fit, config: PreTrainedConfig) -> str | torch.dtype:
+    """What `from_pretrained` is to be told, so that no tensor loses digits: `auto`, or float32 where that rounds."""
+    stored = {checkpoint.weight_dtype(name) for names in fit.origins.values() for name in names} - {None}
+    own = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+    is_exact = own is torch.float32 or stored <= {own} or (own is None and len(stored) == 1)
+    return "auto" if is_exact else torch.float32
+
+
+def _check_unpacked(checkpoint: Checkpoint, missing: Sequence[str], model: PreTrainedModel, info: Any) -> None:
+    """Raise CheckpointError where a checkpoint whose config names a quantisation is not plain weights after all."""
+    method = quantised_by(read_json(checkpoint.folder / "config.json").get("quantization_config"))
+    if method is None:
+        return
+    tensors = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    modules = {name.rpartition(".")[0] for name in tensors}
+    packed = [name for name in checkpoint.names() if checkpoint.dtype(name) not in _WEIGHT_DTYPES]
+    strange = [name for name in packed if name not in tensors or checkpoint.dtype(name).startswith("F")]
+    # Scales and offsets lie beside the weight that they are of.
+    strange += sorted(name for name in info["unexpected_keys"] if name.rpartition(".")[0] in modules)
+    strange += sorted(name for name, *_ in info["mismatched_keys"]) + list(missing)
+    if strange:
+        name = strange[0]
+        held = f"it holds {name} of {checkpoint.dtype(name)}" if name in checkpoint else f"it has no plain {name}"
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights are quantised ({method}): {held}. Give the checkpoint that it was made "
+            "from, or unpack it: load it with transformers, model.dequantize(), model.save_pretrained(...)."
+        )
+
+
+def quantised_by(section: Any) -> str | None:
+    """The method that a `quantization_config` names, as it is in JSON or in memory; None where there is none."""
+    if not section:
+        return None
+    method = section.get("quant_method") if isinstance(section, dict) else getattr(section, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+@contextmanager
+def _kept_back(report: list[str]) -> Iterator[None]:
+    """Put transformers' report of missing tensors into `report`, not on the screen, and show no progress bar."""
+    log, bar = logging.getLogger("transformers"), hf_logging.is_progress_bar_enabled()
+    before = log.handlers, log.level, log.propagate
+    handler = logging.Handler()
+    handler.emit = lambda record: report.append(record.getMessage())  # type: ignore[method-assign]
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.WARNING)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = before[0], before[2]
+        log.setLevel(before[1])
+        if bar:
+            hf_logging.enable_progress_bar()
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Raise CheckpointError where a parameter of `model` is no usable weight."""
+    for name, parameter in model.named_parameters():
+        check_weight(name, parameter.detach(), "model")
+
+
+@contextmanager
+def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that appears at `target` complete, or not at all.
+
+    Yields a temporary sibling to write into. On success it is renamed to `target`; on any error, Ctrl-C included, it
+    is removed and an older `target` stays as it was.
+
+    Raises:
+        CheckpointError: `target` exists and is not empty (without `overwrite`), cannot be written, or the disk fills.
+    """
+    target = Path(target).absolute()
+    check_output(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}).") from None
+    try:
+        yield sibling
+        sibling.chmod(0o755)
+        if target.exists():
+            # Two renames, not remove-then-rename: an interrupt between them leaves both versions on disk.
+            old = sibling.with_suffix(".old")
+            target.rename(old)
+            sibling.rename(target)
+            shutil.rmtree(old)
+        else:
+            sibling.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(sibling, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CheckpointError(f"{target}: the disk is full. Nothing was written.") from None
+        raise CheckpointError(f"{target}: cannot be written ({error}). Nothing was written.") from error
+    except BaseException:
+        shutil.rmtree(sibling, ignore_errors=True)
+        raise
+
+
+def check_output(target: str | Path, overwrite: bool = False) -> None:
+    """Raise CheckpointError where `new_folder` would refuse `target`: asked before long work is begun."""
+    target = Path(target).absolute()
+    if target.is_file():
+        raise CheckpointError(f"{target}: is a file. Name a folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"{target}: exists and is not empty. Choose another folder, or pass --overwrite.")
+    above = next(p for p in target.parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{target}: {above} cannot be written.")
+
+
+def check_space(target: str | Path, bytes_needed: int) -> None:
+    """Raise CheckpointError where the disk of `target` has less than `bytes_needed` free."""
+    above = next(p for p in Path(target).absolute().parents if p.exists())
+    free = shutil.disk_usage(above).free
+    if free < bytes_needed:
+        raise CheckpointError(
+            f"{target}: needs {bytes_needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Choose another disk."
+        )
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1_000_000_000) -> None:
+    """Write a stream of tensors as safetensors shards with an index, holding one shard at a time in memory.
+
+    Args:
+        tensors: (name, tensor) in the order of writing.
+        shard_bytes: size at which a shard is closed.
+    """
+    shard: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    size, written, count = 0, 0, 0
+
+    def close() -> None:
+        nonlocal shard, size, count
+        count += 1
+        name = f"shard-{count}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        bytes_here = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_here > shard_bytes:
+            close()
+        shard[name] = plain(tensor)
+        size += bytes_here
+        written += bytes_here
+    close()
+    # The number of shards is known only now; the names follow the convention of the Hub.
+    names = {f"shard-{i}.safetensors": f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)}
+    if count == 1:
+        names = {"shard-1.safetensors": SINGLE}
+    for old, new in names.items():
+        (folder / old).rename(folder / new)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": written},
+            "weight_map": {name: names[file] for name, file in weight_map.items()},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same numbers laid out one after another: safetensors writes memory as it lies, and a lazily conjugated or
+    negated tensor lies there as it was before."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+
+
+def copy_weights(source: Path, target: Path, link: bool = False) -> None:
+    """Copy the safetensors files of a checkpoint and their index, as they are.
+
+    Args:
+        link: hard links in the place of copies.
+
+    Raises:
+        CheckpointError: the disk has no room.
+    """
+    files = sorted(source.glob("*.safetensors"))
+    index = source / INDEX
+    if index.is_file():
+        files = sorted({source / name for name in read_json(index)["weight_map"].values()})
+        shutil.copyfile(index, target / INDEX)
+    if not link:
+        check_space(target, sum(file.stat().st_size for file in files))
+    for file in files:
+        if link:
+            os.link(file.resolve(), target / file.name)  # a file of the Hub's cache is a symbolic link itself
+        else:
+            shutil.copyfile(file, target / file.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`.
+
+    Raises:
+        CheckpointError: absent, not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds {type(data).__name__}, needs an object.")
+    return data

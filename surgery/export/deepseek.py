@@ -1,0 +1,408 @@
+"""Stock classes: heads as the parent's own (`padded.py`), MLA as DeepSeek-V3; no code of ours, checked without it.
+
+Of DeepSeek-V3 every layer is dense (`first_k_dense_replace` is the number of layers). What it asks for and how that is
+met:
+
+- Rotated rows are stored interleaved, pairs (2j, 2j+1).
+- Scores are divided by sqrt(nope + rope): q is multiplied by the parent's scale times that.
+- One rank and one set of frequencies for all layers: narrower layers are padded with zeros, which changes nothing but
+  the cache. Frequencies that are no plain ladder of powers are written as `longrope` factors; transformers takes any.
+- The RMSNorm on the latent is no identity. `neutral`: one more latent channel is a large constant M (a bias on
+  `kv_a_proj_with_mqa`), so that the norm divides by M / sqrt(R) up to |c|²/2M². `calibrated`: one gain per channel,
+  fitted to text; an approximation to be trained further in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
+
+from ..anatomy.positions import max_positions
+from ..calibration.text import Windows, load_windows, read_windows
+from ..errors import PlanError
+from ..runtime.layout import AttentionSite, Latent, LayerPlan
+from .parent_class import check_padded, is_heads, write_padded
+from .parity import TOLERANCE, Ask, Parity, answers_alone, answers_of, compare
+from .target import Source, Written
+
+Norm = Literal["neutral", "calibrated"]
+ROOM = 2.0**11
+"""The constant of a neutral norm over the largest latent: the norm then errs by 1e-7, less than float32 rounds."""
+RMS = 2.0**6
+"""Of latents under a calibrated norm: epsilons of 1e-5 and 1e-6 then differ by less than float32 rounds."""
+ENGINE_RANK, ENGINE_PAIRS = 512, 32
+CHECKED_TOKENS = 64
+LATENT_EPS = 1e-6
+"""Of `kv_a_layernorm`: the class leaves its default there, whatever `rms_norm_eps` says."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    site: AttentionSite
+    plan: Latent
+    weights: dict[str, Tensor]
+    """Of the layer's attention, under the runtime's names, float32."""
+    snapped: dict[float, float] = field(default_factory=dict)
+    """Frequencies as the export's ladder has them, where rounding told them apart."""
+
+    def up(self, name: str) -> Tensor:
+        """`k_up` [K, H, R] or `v_up` [K, V, R] over the whole latent."""
+        p, keys = self.plan, name == "k_up"
+        width = p.head_dim if keys else p.value_dim
+        whole = torch.zeros(p.kv_heads, width, p.rank)
+        if name in self.weights:
+            part = slice(0, p.key_rank) if keys else slice(p.rank - p.value_rank, p.rank)
+            whole[..., part] = self.weights[name]
+        return whole
+
+    def frequencies(self) -> list[float]:
+        if not self.plan.rope_dims:
+            return []
+        own = [float(f) for f in self.weights["rope_freq_bits"].view(torch.float32)]
+        return [self.snapped.get(f, f) for f in own]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """The target `native`: heads as the parent's class, `mla` as `DeepseekV3ForCausalLM`. Options are for `mla`."""
+
+    norm: Norm = "neutral"
+    """How the norm on the latent is met; see this module."""
+    text: Any = None
+    """What `calibrated` fits its gains to: token ids [windows, tokens], or what `convert` takes."""
+
+    pad: bool = False
+    """For engines: frequencies filled up to the parent's own ladder, so that rope is `default`, and the latent to 512 +
+    64 numbers where it is not larger, the size that most MLA kernels take."""
+
+    def check(self, source: Source) -> None:
+        """Refuse what the format cannot say."""
+        if is_heads(source):
+            return check_padded(source)
+        model = source.model
+        layers = _layers(model)
+        _check(model, layers, self.norm, self.text)
+        _frequencies(layers, self.pad)
+
+    def write(self, source: Source, folder: Path) -> Written:
+        """Write the stock class."""
+        if is_heads(source):
+            return write_padded(source, folder)
+        model = source.model
+        layers, windows = _layers(model), _windows(source, self.text)
+        frequencies, layers = _frequencies(layers, self.pad)
+        rank = max(layer.plan.rank for layer in layers) + (self.norm == "neutral")
+        if self.pad:
+            rank = max(rank, ENGINE_RANK)
+        config = _config(model, layers, rank, frequencies, self.norm)
+        tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
+        for i, layer in enumerate(layers):
+            if self.norm == "calibrated":
+                gain, size = _latent_gain(model, layer, windows, rank)
+            else:
+                gain, size = None, _largest_latent(model, layer, windows)
+            made = _attention(layer, rank, frequencies, config, gain, size)
+            tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
+        _build(config, tensors, model.dtype).save_pretrained(folder)
+        source.write_companions(folder)
+        facts = {
+            "norm": self.norm,
+            "rank": rank,  # of every layer, the constant channel included
+            "rope_dims": 2 * len(frequencies),
+            "rope_type": _rope_type(config),
+            # Of all layers; above what the conversion has where layers were padded.
+            "numbers_per_token": len(layers) * (rank + 2 * len(frequencies)),
+            "planned_numbers_per_token": sum(layer.plan.dims for layer in layers),
+        }
+        lines = (
+            f"norm {self.norm}, latent {rank} + {facts['rope_dims']} per layer, rope {facts['rope_type']}",
+            f"cache: {facts['numbers_per_token']} numbers per token (the conversion has "
+            f"{facts['planned_numbers_per_token']})",
+            *_notes(config, self.norm),
+        )
+        return Written(architecture="DeepseekV3ForCausalLM", facts=facts, lines=lines)
+
+    def parity(self, source: Source, folder: Path) -> Parity:
+        """Reload the folder in a process that does not know this library. `calibrated` may differ, and says how far."""
+        model = source.model
+        ask = Ask.of_vocabulary(model.config.get_text_config().vocab_size, max_positions(model.config))
+        want = answers_of(model, ask)
+        got, said = answers_alone(folder, ask, auto=source.auto)
+        parity = compare(want, got, f"transformers {said['transformers']} ({said['class']})")
+        exact = is_heads(source) or self.norm == "neutral"
+        return parity.require(TOLERANCE[model.dtype], same_tokens=False) if exact else parity
+
+
+def _layers(model: PreTrainedModel) -> list[_Layer]:
+    surgery = getattr(model.config, "surgery", None) or {}
+    if "layers" not in surgery:
+        raise PlanError(
+            f"{type(model).__name__} is a stock class: every library that knows it loads it as it is. The native "
+            "export is for models that `mla` converted."
+        )
+    found = []
+    for entry in surgery["layers"]:
+        site, plan = AttentionSite.from_dict(entry["site"]), LayerPlan.from_dict(entry["plan"])
+        where = f"layer {site.layer}"
+        if not isinstance(plan.project, Latent):
+            raise PlanError(f"{where} caches heads: DeepSeek-V3 has latents in all layers. Convert all of them by mla.")
+        if plan.project.rotate_on_read:
+            raise PlanError(f"{where} rotates keys at read (lowrank): no stock class does that. Convert by mla.")
+        if plan.owner != plan.layer:
+            raise PlanError(f"{where} reads the cache of layer {plan.owner}: no stock class shares latents.")
+        module = model.get_submodule(site.module)
+        weights = {name: t.detach().cpu() for name, t in module.state_dict().items()}
+        weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
+        found.append(_Layer(site, plan.project, weights))
+    return found
+
+
+def _check(model: PreTrainedModel, layers: Sequence[_Layer], norm: Norm, text: Any) -> None:
+    """Refuse what the format cannot say."""
+    if norm not in ("neutral", "calibrated"):
+        raise PlanError(f"norm {norm!r} is not known. Use neutral or calibrated.")
+    if norm == "calibrated" and text is None:
+        raise PlanError("norm calibrated fits its gains to text. Give a few hundred documents, or take norm neutral.")
+    config = model.config.get_text_config()
+    if len(layers) != config.num_hidden_layers:
+        raise PlanError(
+            f"{len(layers)} of {config.num_hidden_layers} layers have attention; DeepSeek-V3 has it in all."
+        )
+    for layer in layers:
+        site, where = layer.site, f"layer {layer.site.layer}"
+        for found, what in (
+            (site.softcap is not None, "caps its scores"),
+            (site.sinks is not None, "has attention sinks"),
+            (site.alibi_slopes is not None, "adds ALiBi slopes"),
+            (site.window is not None, f"sees a window of {site.window} tokens"),
+            (site.q_norm is not None, "norms its queries"),
+            (site.gated_output, "gates its head outputs"),
+            ("q_proj.bias" in layer.weights, "has a bias on q"),
+        ):
+            if found:
+                raise PlanError(f"{where} {what}: DeepSeek-V3 does not. Keep the model as it is; surgery loads it.")
+        biases = [name for name in ("kv_down.bias", "o_proj.bias") if name in layer.weights]
+        if biases and norm == "calibrated":
+            raise PlanError(f"{where} has {' and '.join(biases)}: the calibrated form carries none. Use norm neutral.")
+    wanted = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
+              "input_layernorm.weight", "post_attention_layernorm.weight")  # fmt: skip
+    known = {f"model.layers.{i}.{name}" for i in range(len(layers)) for name in wanted}
+    known |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    modules = {layer.site.module for layer in layers}
+    others = {n for n in model.state_dict() if not any(n.startswith(f"{module}.") for module in modules)}
+    if others - known or known - others - {"lm_head.weight"}:
+        odd = sorted((others - known) | (known - others))[0]
+        raise PlanError(
+            f"{type(model).__name__} is built otherwise than DeepSeek-V3 (`{odd}`): only Llama-like decoders fit."
+        )
+
+
+def _union(ladders: Sequence[Sequence[float]]) -> list[float]:
+    """Frequencies, each as often as the layer that has it most often; fastest first. One where no layer turns."""
+    most: Counter[float] = Counter()
+    for ladder in ladders:
+        most |= Counter(ladder)
+    return sorted(most.elements(), reverse=True) or [1.0]
+
+
+def _frequencies(layers: list[_Layer], pad: bool) -> tuple[list[float], list[_Layer]]:
+    """The frequencies of all layers in one, and the layers with theirs spelled as there.
+
+    Raises:
+        PlanError: `pad`, and they do not fit into the ladder of plain rope.
+    """
+    union = _union([layer.frequencies() for layer in layers])
+    rotary = layers[0].site.rotary
+    if not pad or not union:
+        return union, layers
+    theta = None if rotary is None else _ladder(rotary.inv_freq)
+    if rotary is None or theta is None or rotary.scaling != 1:
+        raise PlanError(
+            "pad: the parent's own rope is not a plain one (`default`). Leave out pad; transformers runs it."
+        )
+    pairs = len(rotary.inv_freq)
+    pairs = ENGINE_PAIRS if ENGINE_PAIRS % pairs == 0 else pairs
+    ladder = [theta ** (-i / pairs) for i in range(pairs)]
+    used = union if any(layer.frequencies() for layer in layers) else []
+    nearest = {f: min(ladder, key=lambda step: abs(math.log(step / f))) for f in set(used)}
+    if any(abs(step / f - 1) > 1e-5 for f, step in nearest.items()):
+        raise PlanError(
+            "pad: some rotated parts turn at frequencies that the parent has not (fold). Convert by fold: 1."
+        )
+    if len(used) > len(nearest):
+        raise PlanError(
+            f"pad: plain rope has each frequency once, and {len(used) - len(nearest)} rotated parts repeat one. "
+            f"Convert by mla with selector: top and rope_dims of at most {2 * len(rotary.inv_freq)}."
+        )
+    return ladder, [replace(layer, snapped=nearest) for layer in layers]
+
+
+def _ladder(frequencies: Sequence[float]) -> float | None:
+    """theta where frequency i is theta^(-i / n); None for any other set."""
+    n = len(frequencies)
+    if n == 1 and frequencies[0] == 1:
+        return 10000.0  # any: it names no second one
+    if n < 2 or abs(frequencies[0] - 1) > 1e-6:
+        return None
+    theta = frequencies[1] ** -n
+    return theta if all(abs(f * theta ** (i / n) - 1) < 1e-5 for i, f in enumerate(frequencies)) else None
+
+
+def _config(
+    model: PreTrainedModel, layers: Sequence[_Layer], rank: int, frequencies: Sequence[float], norm: Norm
+) -> DeepseekV3Config:
+    old, site = model.config.get_text_config(), layers[0].site
+    theta, context = _ladder(frequencies), old.max_position_embeddings
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if theta is None:
+        factors = [1 / f for f in frequencies]
+        rope = {
+            "rope_type": "longrope", "rope_theta": 1.0, "factor": 1.0, "attention_factor": 1.0,
+            "short_factor": factors, "long_factor": factors, "original_max_position_embeddings": context,
+        }  # fmt: skip
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps",
+            "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")  # fmt: skip
+    missing = [name for name in same if not hasattr(old, name)]
+    if missing:
+        raise PlanError(f"{type(model).__name__}: its config has no {missing[0]}; only Llama-like decoders fit.")
+    return DeepseekV3Config(
+        **{name: getattr(old, name) for name in same},
+        max_position_embeddings=context, num_attention_heads=site.heads, num_key_value_heads=site.heads,
+        q_lora_rank=None, kv_lora_rank=rank, qk_rope_head_dim=2 * len(frequencies), qk_nope_head_dim=site.head_dim,
+        v_head_dim=site.value_dim, first_k_dense_replace=old.num_hidden_layers, num_mtp_layers=0,
+        rope_parameters=rope, rope_interleave=True, attention_bias=norm == "neutral",
+        architectures=["DeepseekV3ForCausalLM"], dtype=model.dtype,
+    )  # fmt: skip
+
+
+def _attention(
+    layer: _Layer, rank: int, frequencies: Sequence[float], config: Any, gain_R: Tensor | None, size: float
+) -> dict[str, Tensor]:
+    """One attention under the names of `DeepseekV3Attention`, float32.
+
+    Args:
+        gain_R: of the calibrated norm; None for the neutral one.
+        size: for the calibrated norm what the latents are multiplied by, for the neutral one their largest length.
+    """
+    w, p, site = layer.weights, layer.plan, layer.site
+    D, N, R, F = site.hidden_size, site.heads, p.rank, len(frequencies)
+    kv_of = torch.arange(N) // (N // p.kv_heads)
+    place = _places(layer.frequencies(), frequencies)
+    scale = site.scale * (p.head_dim + 2 * F) ** 0.5
+    q_NHD = w["q_proj.weight"].reshape(N, p.head_dim, D) * scale
+    half = p.rope_dims // 2
+    rope = torch.zeros(N, F, 2, D)
+    k_rope, k_rope_bias = torch.zeros(F, 2, D), torch.zeros(F, 2)
+    if half:
+        q_rope = torch.einsum("nfh,nhd->nfd", w["q_rope"][kv_of], q_NHD).unflatten(1, (2, half))
+        rope[:, place] = q_rope.transpose(1, 2)
+        k_rope[place] = w["kv_down.weight"][R:].unflatten(0, (2, half)).transpose(0, 1)
+    down, bias = torch.zeros(rank, D), torch.zeros(rank)
+    down[:R] = w["kv_down.weight"][:R]
+    if "kv_down.bias" in w:
+        bias[:R] = w["kv_down.bias"][:R]
+        k_rope_bias[place] = w["kv_down.bias"][R:].unflatten(0, (2, half)).transpose(0, 1)
+    up = torch.cat([layer.up("k_up")[kv_of], layer.up("v_up")[kv_of]], 1)
+    up = torch.nn.functional.pad(up, (0, rank - R))
+    gain = torch.zeros(rank)
+    if gain_R is None:
+        large = 2.0 ** math.ceil(math.log2(size * ROOM))
+        bias[-1] = large  # the gain of this channel is 0: it steers the norm, and is cached as 0
+        wanted = math.sqrt(large**2 / rank + LATENT_EPS)
+        gain[:R] = 2.0 ** round(math.log2(wanted))  # as the constant, a power of two: bfloat16 rounds neither
+        up = up * (wanted / float(gain[0]))
+    else:
+        gain[:R] = gain_R
+        down = down * size
+    made = {
+        "q_proj.weight": torch.cat([q_NHD, rope.flatten(1, 2)], 1).flatten(0, 1),
+        "kv_a_proj_with_mqa.weight": torch.cat([down, k_rope.flatten(0, 1)]),
+        "kv_a_layernorm.weight": gain,
+        "kv_b_proj.weight": up.flatten(0, 1),
+        "o_proj.weight": w["o_proj.weight"],
+    }
+    if config.attention_bias:
+        made["kv_a_proj_with_mqa.bias"] = torch.cat([bias, k_rope_bias.flatten()])
+        made["o_proj.bias"] = w.get("o_proj.bias", torch.zeros(D))
+    return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def _places(own: Sequence[float], all_: Sequence[float]) -> list[int]:
+    """For each of a layer's frequencies an index into all of them, none twice."""
+    free: dict[float, list[int]] = {}
+    for i, f in enumerate(all_):
+        free.setdefault(f, []).append(i)
+    return [free[f].pop(0) for f in own]
+
+
+@torch.no_grad()
+def _latents(model: PreTrainedModel, layer: _Layer, windows: Windows) -> Tensor:
+    """[tokens, R]: the latents of one layer."""
+    found: list[Tensor] = []
+    module = model.get_submodule(f"{layer.site.module}.kv_down")
+    handle = module.register_forward_hook(lambda _, __, out: found.append(out))
+    kept = []
+    try:
+        for ids, mask in windows.batches():
+            model(input_ids=ids.to(model.device), use_cache=False)
+            kept.append(found.pop()[mask.to(model.device)].float().cpu())
+    finally:
+        handle.remove()
+    return torch.cat(kept)[:, : layer.plan.rank]
+
+
+def _largest_latent(model: PreTrainedModel, layer: _Layer, windows: Windows) -> float:
+    return max(1e-3, float(_latents(model, layer, windows).norm(dim=-1).max()))
+
+
+def _latent_gain(model: PreTrainedModel, layer: _Layer, windows: Windows, rank: int) -> tuple[Tensor, float]:
+    """[R] gains with which the normed latents come nearest to the latents: E[c n] / E[n²], n = c / rms(c).
+
+    And a power of two that the latents may be multiplied by: the norm undoes it, and what an engine takes for its
+    epsilon then does not count.
+    """
+    c = _latents(model, layer, windows).double()
+    rms = (c.square().sum(-1, keepdim=True) / rank).sqrt()
+    n = c / rms.clamp_min(1e-30)
+    size = 2.0 ** round(math.log2(RMS / max(float(rms.median()), 1e-30)))
+    return ((c * n).mean(0) / n.square().mean(0).clamp_min(1e-30)).float(), size
+
+
+def _build(config: DeepseekV3Config, tensors: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    tensors = {name: t.to(dtype) for name, t in tensors.items()}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    child: PreTrainedModel = DeepseekV3ForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    return child.eval()
+
+
+def _windows(source: Source, text: Any) -> Windows:
+    if text is None:
+        vocab = source.config.get_text_config().vocab_size
+        ids = torch.randint(vocab, (2, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
+        return load_windows(ids, vocab_size=vocab, length=CHECKED_TOKENS)
+    tokenizer = None if isinstance(text, (Tensor, Windows)) else source.tokenizer
+    return read_windows(source.config, text, tokenizer, most=256, samples=64)
+
+
+def _rope_type(config: DeepseekV3Config) -> str:
+    return str(dict(config.rope_parameters or {})["rope_type"])
+
+
+def _notes(config: DeepseekV3Config, norm: Norm) -> tuple[str, ...]:
+    notes = []
+    if _rope_type(config) != "default":
+        notes.append("engines that rewrite rope types other than `default` (vLLM) compute something else")
+    if norm == "neutral":
+        notes.append("engines that leave out attention biases (vLLM) compute something else")
+    else:
+        notes.append("the norm on the latent is an approximation: train the exported model further")
+    return tuple(notes)

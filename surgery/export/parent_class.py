@@ -1,0 +1,155 @@
+"""Per-layer or unequal KV heads in the parent's own class: heads are repeated until all layers have the same number.
+
+Repetition is lossless and gives back a part of the saving; the report says how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..anatomy import examine
+from ..attention.weights import read_attention, write_attention
+from ..errors import PlanError
+from ..planning.parent_class import meta_model, native_config
+from ..planning.repeated_heads import repeated_heads
+from ..runtime.layout import AttentionSite, HeadNorm, Heads, LayerPlan, Projection
+from .target import Source, Written
+
+
+def is_heads(source: Source) -> bool:
+    """Whether every layer keeps a cache of heads of its own, and all its tokens: what padding can make native."""
+    plans = [LayerPlan.from_dict(layer["plan"]) for layer in source.layers]
+    return bool(plans) and all(
+        isinstance(plan.project, Heads) and not plan.lenders and plan.retain is None for plan in plans
+    )
+
+
+def check_padded(source: Source) -> None:
+    """Refuse where the parent's class has no such form.
+
+    Raises:
+        PlanError: names the part.
+    """
+    for layer in source.layers:
+        if "post_norm_scale" in layer["shapes"]:
+            raise PlanError(
+                f"layer {layer['site']['layer']} scales its queries after their norm; {_parent(source).__name__} does "
+                "not. Use --to hub."
+            )
+    _config(source)
+    copies = repeated_heads([plan.project for plan in _plans(source) if isinstance(plan.project, Heads)])[1]
+    for site, copied in zip(_sites(source), copies, strict=True):
+        often = {copied.count(head) for head in copied}
+        if site.k_norm is not None and site.k_norm.span == "all" and len(often) > 1:
+            raise PlanError(
+                f"layer {site.layer} norms all keys together, and its heads would be repeated {min(often)} to "
+                f"{max(often)} times, which changes the norm. Use equal groups, or --to hub."
+            )
+
+
+def write_padded(source: Source, folder: Path) -> Written:
+    """Write the parent's own class."""
+    model, parent, config = source.model, _parent(source), _config(source)
+    sites, plans = _sites(source), _plans(source)
+    kv_heads, copies = repeated_heads([plan.project for plan in plans if isinstance(plan.project, Heads)])
+    inside = tuple(f"{site.module}." for site in sites)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
+    for old, new, copied in zip(sites, examine(meta_model(config, parent)).sites, copies, strict=True):
+        weights = {name: t.detach() for name, t in model.get_submodule(old.module).state_dict().items()}
+        weights = _repeat(weights, copied, old)
+        plain = _canonical_site(old, kv_heads, weights)
+        tensors |= write_attention(read_attention(plain, weights.__getitem__), new)
+    config.surgery = source.provenance
+    child = parent.from_pretrained(None, config=config, state_dict=tensors, dtype=model.dtype)
+    if model.can_generate():
+        child.generation_config = model.generation_config
+    child.save_pretrained(folder)
+    source.write_companions(folder)
+    own = [plan.project.kv_heads for plan in plans]
+    planned = sum(plan.project.dims for plan in plans)
+    written = len(plans) * kv_heads * (sites[0].head_dim + sites[0].value_dim)
+    facts = {"kv_heads": kv_heads, "numbers_per_token": written, "planned_numbers_per_token": planned}
+    lines = (
+        f"{min(own)} to {max(own)} KV heads by layer, repeated to {kv_heads} in each (lossless)",
+        f"cache: {written} numbers per token (the conversion has {planned})",
+    )
+    return Written(architecture=parent.__name__, facts=facts, lines=lines)
+
+
+def _parent(source: Source) -> type[PreTrainedModel]:
+    parent: type[PreTrainedModel] = getattr(transformers, source.config.surgery["parent"]["architecture"])
+    return parent
+
+
+def _sites(source: Source) -> list[AttentionSite]:
+    return [AttentionSite.from_dict(layer["site"]) for layer in source.layers]
+
+
+def _plans(source: Source) -> list[LayerPlan]:
+    return [LayerPlan.from_dict(layer["plan"]) for layer in source.layers]
+
+
+def _config(source: Source) -> Any:
+    parent, sites = _parent(source), _sites(source)
+    fields = source.config.to_diff_dict()
+    for name in ("model_type", "surgery", "architectures"):
+        fields.pop(name, None)
+    kind: Any = parent.config_class
+    config = kind(**fields)
+    kv_heads = repeated_heads([plan.project for plan in _plans(source) if isinstance(plan.project, Heads)])[0]
+    if kv_heads == sites[0].kv_heads:
+        return config
+    found = native_config(config, tuple(sites), kv_heads, parent)
+    if found is None:
+        raise PlanError(f"{parent.__name__} cannot say {kv_heads} KV heads. Use --to hub.")
+    return found
+
+
+def _repeat(weights: Mapping[str, Tensor], copies: Sequence[int], site: AttentionSite) -> dict[str, Tensor]:
+    """K and V heads, and gains of each, as often as `copies` says."""
+    kept = weights["k_proj.weight"].shape[0] // site.head_dim
+    found = dict(weights)
+    for name, tensor in weights.items():
+        part = name.partition(".")[0]
+        if part in ("k_proj", "v_proj"):
+            found[name] = tensor.unflatten(0, (kept, -1))[list(copies)].flatten(0, 1)
+        elif part == "k_norm" and site.k_norm is not None and (site.k_norm.span == "all" or tensor.ndim > 1):
+            found[name] = tensor.reshape(kept, site.head_dim)[list(copies)]
+    return found
+
+
+def _canonical_site(site: AttentionSite, kv_heads: int, weights: Mapping[str, Tensor]) -> AttentionSite:
+    """`site` with the names and the layout of `SurgeryHeadsAttention`."""
+
+    def projection(name: str, heads: int, width: int) -> Projection:
+        bias = f"{name}.bias"
+        return Projection(
+            weight=f"{name}.weight",
+            head_rows=tuple(range(0, heads * width, width)),
+            bias=bias if bias in weights else None,
+        )
+
+    def norm(name: str, found: HeadNorm | None) -> HeadNorm | None:
+        if found is None:
+            return None
+        names = {part: f"{name}.{part}" if f"{name}.{part}" in weights else None for part in ("weight", "bias")}
+        return replace(found, weight=names["weight"], bias=names["bias"])
+
+    return replace(
+        site,
+        kv_heads=kv_heads,
+        q=projection("q_proj", site.heads, site.head_dim),
+        k=projection("k_proj", kv_heads, site.head_dim),
+        v=projection("v_proj", kv_heads, site.value_dim),
+        o=projection("o_proj", site.heads, site.value_dim),
+        q_norm=norm("q_norm", site.q_norm),
+        k_norm=norm("k_norm", site.k_norm),
+        sinks="sinks" if "sinks" in weights else None,
+    )

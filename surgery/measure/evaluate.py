@@ -1,0 +1,168 @@
+"""What a conversion cost and saved: quality, recall, memory and speed of a model beside its parent's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..anatomy.positions import max_positions
+from ..calibration.outputs import check_speaks
+from ..calibration.text import Windows, read_windows, tokenizer_of
+from ..checkpoints.provenance import versions
+from ..errors import CheckpointError, RecipeError
+from ..report.data import GateRatios, Measured, Report
+from .gates import gated, read_gates
+from .lm_eval import check_known, check_prompts, run_tasks
+from .memory import cache_size, max_batch, parse_bytes
+from .recall import TASKS, answer_questions, check_tasks, compose_questions
+from .scoring import Path, score_windows
+from .speed import measure_speed
+from .statistics import difference, quality
+
+PATHS: dict[str, tuple[Path, ...]] = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    *,
+    text: Any,
+    baseline: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    path: Literal["prefill", "decode", "both"] = "both",
+    length: int | None = None,
+    samples: int | None = None,
+    recall_tasks: Sequence[str] = (),
+    recall_lengths: Sequence[int] | None = None,
+    questions: int = 8,
+    speed: bool = False,
+    lm_eval_tasks: Sequence[str] = (),
+    memory: int | str = "80GiB",
+    context: int | None = None,
+    seed: int = 0,
+    names: tuple[str, str] | None = None,
+) -> Report:
+    """Measure `model`, and `baseline` beside it, on held-out text.
+
+    Args:
+        text: what `load_windows` takes: a file, strings, or token ids.
+        tokenizer: defaults to the one beside the model; not needed for token ids without recall.
+        path: `prefill` scores in one forward pass, which never reads the cache; `decode` token by token through it.
+        length: tokens per window; the model's positions, at most 512, by default. Token ids are windows as they are
+            where it is not given.
+        samples: at most so many windows.
+        recall_tasks: of `surgery.measure.recall.TASKS`; `("all",)` for each of them.
+        recall_lengths: tokens of context of the questions; default: a quarter, half and all of the model's.
+        questions: per task, length and depth.
+        speed: also time prefill and decoding, both models in turn.
+        lm_eval_tasks: names that lm-eval knows, run on the models in memory; needs the extra `eval`.
+        memory, context: for the largest batch of sequences of `context` tokens (default: the model's) in `memory`.
+        seed: of questions and bootstrap.
+        names: of model and baseline, for the tables.
+
+    Returns:
+        Numbers that are equal for equal seeds, but for `speed`. Where a model says NaN the numbers are NaN, with the
+        place in `problems`.
+
+    Raises:
+        CheckpointError: text or tokenizer unusable, or the baseline reads other tokens. RecipeError: unknown path,
+        task or size. UnsupportedModel: no cache to decode through, or a model that predicts no tokens.
+    """
+    if path not in PATHS:
+        raise RecipeError(f"path: {path!r} is not known. Use one of {', '.join(PATHS)}.")
+    tasks = tuple(TASKS) if "all" in recall_tasks else tuple(recall_tasks)
+    check_tasks(tasks)
+    limit = parse_bytes(memory)
+    if lm_eval_tasks:
+        check_known(lm_eval_tasks)
+    for m in (model, baseline):
+        if m is not None:
+            check_speaks(m, "evaluate")
+    config = model.config
+    if tokenizer is None and (tasks or lm_eval_tasks or not isinstance(text, (Tensor, Windows))):
+        tokenizer = tokenizer_of(config)
+    if (tasks or lm_eval_tasks) and tokenizer is None:
+        raise CheckpointError("tasks: need a tokenizer. None lies beside the model; pass tokenizer=...")
+    if lm_eval_tasks:
+        check_prompts(tokenizer)
+    if baseline is not None:
+        _check_same_tokens(config, baseline.config)
+    windows = read_windows(config, text, tokenizer, length=length, samples=samples, where="evaluation text")
+    asked = None
+    if tasks:
+        asked = compose_questions(
+            config, tokenizer, tasks=tasks, lengths=recall_lengths, questions=questions, seed=seed
+        )
+    models = [model] if baseline is None else [model, baseline]
+    training = [m.training for m in models]
+    for m in models:
+        m.eval()  # dropout would be noise
+    sums = {p: score_windows(model, baseline, windows, p) for p in PATHS[path]}
+    rates = measure_speed(models) if speed else [None, None]
+    names = names or (("model", "") if baseline is None else ("converted", "baseline"))
+    first = windows.ids_BT[:1, : int(windows.mask_BT[0].sum())]
+
+    def measured(i: int, m: PreTrainedModel) -> Measured:
+        size = cache_size(m, first)
+        held = sum(p.numel() * p.element_size() for p in m.parameters())
+        tokens = context or max_positions(m.config) or windows.ids_BT.shape[1]
+        return Measured(
+            name=names[i],
+            parameters=sum(p.numel() for p in m.parameters()),
+            quality={p: quality(s, i, seed) for p, s in sums.items()},
+            cache=size,
+            max_batch=max_batch(limit, held, size.bytes_per_token * tokens),
+            context=tokens,
+            recall=() if asked is None else answer_questions(m, asked),
+            speed=rates[i],
+            gates=_gates(m, windows),
+        )
+
+    report = Report(
+        model=measured(0, model),
+        baseline=None if baseline is None else measured(1, baseline),
+        differences={} if baseline is None else {p: difference(s, seed) for p, s in sums.items()},
+        tokens=int(windows.mask_BT[:, 1:].sum()),
+        windows=len(windows),
+        length=windows.ids_BT.shape[1],
+        text_digest=windows.digest,
+        memory_bytes=limit,
+        seed=seed,
+        problems=tuple(s.problem for s in sums.values() if s.problem),
+        versions=versions(),
+        device=str(model.device),
+        window_start=windows.start,
+        tasks={n: run_tasks(m, tokenizer, lm_eval_tasks, seed=seed) for n, m in zip(names, models, strict=False)}
+        if lm_eval_tasks
+        else {},
+    )
+    for m, was in zip(models, training, strict=True):
+        m.train(was)
+    return report
+
+
+def _gates(model: PreTrainedModel, windows: Windows) -> GateRatios | None:
+    """What the gates keep, where there are any."""
+    if not gated(model):
+        return None
+    found = read_gates(model, windows)
+    return GateRatios(total=found.total, layers=tuple(found.ratio), by_head=tuple(found.ratio.values()))
+
+
+def _check_same_tokens(config: Any, other: Any) -> None:
+    """Loss per token compares only where both models read the same tokens."""
+    size, theirs_size = (c.get_text_config(decoder=True).vocab_size for c in (config, other))
+    if size != theirs_size:
+        raise CheckpointError(f"baseline knows {theirs_size} tokens, the model {size}: not parent and child.")
+    try:
+        mine, theirs = tokenizer_of(config), tokenizer_of(other)
+    except CheckpointError:
+        return  # what cannot be loaded reads nothing; where text is to be read, that is an error of its own
+    if mine is not None and theirs is not None and (a := mine.get_vocab()) != (b := theirs.get_vocab()):
+        token = min(set(a.items()) ^ set(b.items()))[0]
+        raise CheckpointError(
+            f"baseline reads text with another tokenizer: {token!r} is token {b.get(token)} there, {a.get(token)} "
+            "here. Compare a model with its own parent."
+        )

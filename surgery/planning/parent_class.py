@@ -1,0 +1,142 @@
+"""Which config of the parent's own class has fewer KV heads, if any: then stock libraries load the result."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..checkpoints.classes import model_class, plain_config
+from ..runtime.attention import SHARED_STATES
+from ..runtime.layout import AttentionSite
+
+
+def native_config(
+    config: Any, sites: tuple[AttentionSite, ...], kv_heads: int, kind: type[PreTrainedModel]
+) -> Any | None:
+    """A copy of `config` whose model has `kv_heads` KV heads in every attention; None where `kind` has no such form.
+
+    No table of families: every integer setting whose name speaks of KV heads and whose value is the parent's count is
+    tried, and the parameter shapes of the model that it builds decide.
+    """
+    old = sites[0].kv_heads
+    if any(site.kv_heads != old for site in sites):
+        return None
+    config = without_unbuilt_layers(plain_config(config), kind)
+    for name in _kv_settings(config.get_text_config(), old):
+        candidate = copy.deepcopy(config)
+        candidate.architectures = [kind.__name__]
+        text = candidate.get_text_config()
+        setattr(text, name, kv_heads)
+        if "head_dim" in dir(text) and "head_dim" not in _by_layer(text) and text.head_dim is None:
+            text.head_dim = sites[0].head_dim  # engines that derive it from other fields must not have to guess
+        try:
+            twin = meta_model(candidate, kind)
+        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError):
+            continue
+        if _has_shapes(twin, sites, kv_heads):
+            return candidate
+    return None
+
+
+def without_unbuilt_layers(config: Any, kind: type[PreTrainedModel]) -> Any:
+    """A copy of `config` that speaks of no layers but those that its model builds; see `unbuilt_layers`."""
+    config = copy.deepcopy(config)
+    for part, name, _ in _unbuilt(config, kind):
+        setattr(part, name, 0)
+    return config
+
+
+def unbuilt_layers(config: Any, kind: type[PreTrainedModel]) -> dict[str, int]:
+    """Settings that promise layers which lie in files at most, and how many: those that predict further tokens (MTP).
+
+    The model's class does not load them, so that no result has them.
+    """
+    return {name: count for _, name, count in _unbuilt(config, kind)}
+
+
+def _unbuilt(config: Any, kind: type[PreTrainedModel]) -> list[tuple[Any, str, int]]:
+    text = config.get_text_config(decoder=True)
+    found = []
+    for part in (config,) if text is config else (config, text):
+        for name, value in part.to_dict().items():
+            counts = ("mtp" in name or "nextn" in name) and ("num" in name or name.startswith("n_"))
+            if counts and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                found.append((part, name, value))
+    if not found:
+        return []
+    without = copy.deepcopy(config)
+    for part, name, _ in found:
+        setattr(without if part is config else without.get_text_config(decoder=True), name, 0)
+    shapes = [{n: p.shape for n, p in meta_model(c, kind).named_parameters()} for c in (config, without)]
+    return found if shapes[0] == shapes[1] else []
+
+
+def meta_model(config: Any, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The model of `config` without memory for its weights; the attention that it names need not be installed.
+
+    Args:
+        kind: its class, where that is known.
+    """
+    with torch.device("meta"):
+        return (kind or model_class(config))._from_config(copy.deepcopy(config), attn_implementation="eager")
+
+
+def hands_down_keywords(anatomy: Anatomy) -> bool:
+    """Whether an unknown keyword argument of the model reaches its first attention, through all layers between."""
+    model = meta_model(anatomy.config, anatomy.kind)
+    found: list[bool] = []
+
+    class Reached(Exception):
+        pass
+
+    def look(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(SHARED_STATES in kwargs)
+        raise Reached
+
+    model.get_submodule(anatomy.sites[0].module).register_forward_pre_hook(look, with_kwargs=True)
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 2, 2, device="meta")  # a finished mask: making one would read values, and there are none
+    # TypeError: an argument that nobody takes. The others: models that want values before their first attention.
+    with torch.no_grad(), contextlib.suppress(Reached, TypeError, ValueError, RuntimeError):
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **{SHARED_STATES: {}})
+    return found == [True]
+
+
+def _kv_settings(config: Any, value: int) -> list[str]:
+    names = [name for name in config.to_dict() if "kv" in name or "key_value" in name]
+    names = [name for name in names if "head" in name and name not in _by_layer(config)]
+    return [name for name in names if getattr(config, name, None) == value]
+
+
+def _by_layer(config: Any) -> Collection[str]:
+    """Settings that differ between layers, so that the config refuses to be asked for one value."""
+    return getattr(config, "per_layer_attributes", None) or ()
+
+
+def _has_shapes(twin: PreTrainedModel, sites: tuple[AttentionSite, ...], kv_heads: int) -> bool:
+    """Whether each k and v parameter of `twin` lost exactly the rows of the dropped heads, and q and o none."""
+    shapes = {name: tuple(p.shape) for name, p in twin.state_dict().items()}
+    for site in sites:
+        rows: dict[str, int] = {}
+        for projection, dim, count in (
+            (site.q, site.head_dim, site.heads),
+            (site.k, site.head_dim, kv_heads),
+            (site.v, site.value_dim, kv_heads),
+        ):
+            if projection.weight not in shapes:
+                return False
+            rows[projection.weight] = rows.get(projection.weight, 0) + dim * count
+        for projection in (site.q, site.k, site.v):
+            shape = shapes[projection.weight]
+            # An output gate may ride on the parameter of q (Qwen3-Next): then it has more rows than q, k and v.
+            if shape[1 if projection.transposed else 0] != rows[projection.weight] and not site.gated_output:
+                return False
+        if site.heads * site.value_dim not in shapes.get(site.o.weight, ()):
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""What several methods share: refits, gains, moments, and the division of a budget among layers."""

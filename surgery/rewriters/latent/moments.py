@@ -1,0 +1,155 @@
+"""What a latent's rewriter must know of the text: moments of the input as keys and as values see it, and distances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...attention.forward import project, rotation
+from ...attention.linalg import hermitian, to_double
+from ...attention.reference import attention_probs, rotate_pairs
+from ...attention.weights import AttentionWeights
+from ..common.moments import Moments
+
+READ_TOKENS = 6_000
+"""Calibration tokens for `q_read_NHH`, which has H² numbers per head and costs H² products per pair of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentMoments:
+    """Second moments of one layer, float64; D stands for D+1 where the projections have a bias (x~ = [x; 1]).
+
+    With attention weights p_mn of the parent and x̄_m = Σ_n p_mn x_n: an error of K changes the output by its part that
+    varies over n under p_m, one of V by its mean. So keys weigh x by E Σ_n p_mn (x_n - x̄_m)(x_n - x̄_m)ᵀ and values by
+    E x̄_m x̄_mᵀ; the uniform moment, which published methods use for both, is their sum where attention is uniform.
+    """
+
+    input_DD: Tensor
+    """E[x~ x~ᵀ], every token alike."""
+    key_DD: Tensor
+    """Of the keys' input, weighted by attention and centred under it; heads averaged."""
+    value_DD: Tensor
+    """Of the attention-averaged input; heads averaged."""
+    mean_D: Tensor
+    """E x̄_m, heads averaged."""
+    q_NHH: Tensor
+    """E[q qᵀ], after the q norm, before rotation."""
+    q_read_NHH: Tensor
+    """E Σ_n p_mn q'q'ᵀ with q' the query turned to the key's position: the metric of K before its rotation."""
+    rho_NF: Tensor
+    """Mean phase E Σ_n p_mn e^{iθ_j(n-m)} of each query head and frequency; |rho| near 1: rotation hardly matters."""
+
+    @classmethod
+    def of_weights(cls, weights: AttentionWeights, cov_DD: Tensor | None = None) -> LatentMoments:
+        """Without attention: the input's moment for keys and values alike, distances spread evenly over 0..255."""
+        q, D = weights.with_bias("q"), weights.with_bias("q").shape[-1]
+        cov = torch.eye(D, dtype=torch.float64) if cov_DD is None else hermitian(to_double(cov_DD))
+        q_NHH = Moments.of_weights(weights, cov).q_NHH
+        inv = torch.tensor(() if weights.rotary is None else weights.rotary.inv_freq, dtype=torch.float64)
+        angle = -torch.arange(256, dtype=torch.float64)[:, None] * inv
+        rho = torch.polar(torch.ones_like(angle), angle).mean(0).expand(len(q), -1)
+        first, second = weights.rotated()
+        read = q_NHH.clone()
+        if first:
+            # Over all phases only the energy of a pair is left.
+            turning = [*first, *second]
+            energy = (q_NHH.diagonal(0, 1, 2)[:, first] + q_NHH.diagonal(0, 1, 2)[:, second]) / 2
+            read[:, turning] = 0
+            read[:, :, turning] = 0
+            read[:, turning, turning] = torch.cat([energy, energy], -1)
+        mean = cov.new_zeros(D)
+        return cls(input_DD=cov, key_DD=cov, value_DD=cov, mean_D=mean, q_NHH=q_NHH, q_read_NHH=read, rho_NF=rho)
+
+    def uniform(self) -> LatentMoments:
+        """The same with every token alike for keys and values (the moments of published methods)."""
+        return replace(self, key_DD=self.input_DD, value_DD=self.input_DD)
+
+    def centred(self) -> LatentMoments:
+        """The same for values whose mean is kept apart: no number of a latent is spent on it."""
+        return replace(self, value_DD=hermitian(self.value_DD - torch.outer(self.mean_D, self.mean_D)))
+
+
+class MomentSums:
+    """Streams `LatentMoments`: add batches, then `finish`. Batches are summed in float64."""
+
+    def __init__(self, parent: AttentionWeights) -> None:
+        self.parent = parent
+        self.tokens = 0
+        self.read_tokens = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor) -> None:
+        """Inputs of the projections: the parent's decide where it looks, the student's are what will be projected."""
+        w, x = self.parent, x_student_BTD
+        q, k, _ = project(replace(w, rotary=None), x_parent_BTD)  # before their rotation
+        cos, sin = rotation(w, x.shape[1], x)
+        q_turned, k = rotate_pairs(w.rotary, q, cos, sin), rotate_pairs(w.rotary, k, cos, sin)
+        _, p = attention_probs(
+            q_turned,
+            k[:, w.kv_of()],
+            scale=w.scale,
+            softcap=w.softcap,
+            window=w.window,
+            alibi_slopes=w.alibi_slopes,
+            sinks_N=w.sinks_N,
+        )
+        if w.sinks_N is not None:
+            p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
+        if not bool(mask_BT.all()):
+            p = p * mask_BT[:, None, :, None]
+        if w.has_bias:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        flat, q = x[mask_BT], q.transpose(0, 1)[:, mask_BT]
+        value = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
+        mean = torch.zeros(x.shape[-1], dtype=torch.float64)
+        for n in range(w.heads):
+            rows = (p[:, n] @ x)[mask_BT]
+            value += rows.mT @ rows
+            mean += rows.sum(0)
+        seen = (x * p.sum((1, 2))[..., None]).flatten(0, 1).mT @ x.flatten(0, 1)
+        self._sum("input", flat.mT @ flat)
+        self._sum("seen", seen / w.heads)
+        self._sum("value", value / w.heads)
+        self._sum("mean", mean / w.heads)
+        self._sum("q", q.mT @ q)
+        self._sum("rho", self._phases(p, cos, sin))
+        self.tokens += len(flat)
+        if self.read_tokens < READ_TOKENS:
+            self._sum("read", self._read(p, q_turned, cos, sin))
+            self.read_tokens += len(flat)
+
+    def _sum(self, name: str, part: Tensor) -> None:
+        self.sums[name] = self.sums[name] + to_double(part) if name in self.sums else to_double(part)
+
+    def _phases(self, p_BNTT: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+        """Σ_mn p_mn e^{iθ(n-m)} [N, F], in real products: the weights are real and by far the largest factor."""
+        scaling = 1.0 if self.parent.rotary is None else self.parent.rotary.scaling
+        c, s = cos_TF / scaling, sin_TF / scaling
+        at_c, at_s = p_BNTT @ c, p_BNTT @ s
+        return torch.complex((at_c * c + at_s * s).sum((0, 2)), (at_s * c - at_c * s).sum((0, 2)))
+
+    def _read(self, p_BNTT: Tensor, q_BNTH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+        rotary, read = self.parent.rotary, []
+        for n in range(self.parent.heads):
+            outer = torch.einsum("bti,btj->btij", q_BNTH[:, n], q_BNTH[:, n])
+            at_key = (p_BNTT[:, n].mT @ outer.flatten(2)).unflatten(-1, outer.shape[-2:])
+            turned = rotate_pairs(rotary, at_key, cos_TF[:, None], -sin_TF[:, None])
+            read.append(rotate_pairs(rotary, turned.mT, cos_TF[:, None], -sin_TF[:, None]).sum((0, 1)))
+        return torch.stack(read)
+
+    def finish(self) -> LatentMoments:
+        """The moments of all that was added; where all inputs were zero, those of a layer without text."""
+        if not self.sums["input"].any():
+            return LatentMoments.of_weights(self.parent)
+        mean = {name: s / (self.read_tokens if name == "read" else self.tokens) for name, s in self.sums.items()}
+        return LatentMoments(
+            input_DD=hermitian(mean["input"]),
+            key_DD=hermitian(mean["seen"] - mean["value"]),
+            value_DD=hermitian(mean["value"]),
+            mean_D=mean["mean"],
+            q_NHH=hermitian(mean["q"]),
+            q_read_NHH=hermitian(mean["read"]),
+            rho_NF=mean["rho"],
+        )

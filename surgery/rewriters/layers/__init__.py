@@ -1,0 +1,1 @@
+"""The mathematics of caches that several layers read."""

@@ -1,0 +1,68 @@
+"""How long the window of each layer is, decided on calibration text by what short ones cost the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ...calibration.text import Windows
+from ...calibration.working_copy import WorkingCopy
+from ...console import progress
+from ...runtime.gated import SurgeryMergedAttention
+from ...runtime.layout import LayerPlan
+from ...runtime.modeling import from_parent
+from ..common.allocation import PARTS, share_out
+
+MEASURED = 16
+"""Windows of text on which the cost of a layer's window is measured."""
+
+
+def windows_by_layer(copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows) -> dict[int, int]:
+    """The window of each layer: together as many tokens as the plans', more of them in layers that miss them most.
+
+    Layers trade with those whose tokens are as large as their own.
+    """
+    text = windows.take(MEASURED)
+    alike: dict[int, dict[int, int]] = defaultdict(dict)
+    for plan in plans:
+        assert plan.retain is not None and plan.retain.window is not None
+        alike[plan.project.dims][plan.layer] = plan.retain.window
+    given: dict[int, int] = {}
+    with progress("measuring windows", len(plans) * len(PARTS)) as advance:
+        cost = window_costs(copy, plans, text, advance)
+        for uniform in alike.values():
+            given |= share_out(cost, uniform, dict.fromkeys(uniform, text.ids_BT.shape[1]))
+    return given
+
+
+def window_costs(
+    copy: WorkingCopy, plans: Sequence[LayerPlan], text: Windows, advance: Callable[[int], None]
+) -> Callable[[int, int], float]:
+    """KL to the parent in nats per token where one layer drops all tokens behind a window, all others none.
+
+    Args:
+        advance: called with 1 whenever a cost is measured.
+    """
+    tokens = text.ids_BT.shape[1]
+    kept = []
+    for plan in map(copy.settle, plans):
+        assert plan.retain is not None
+        kept.append(replace(plan, retain=replace(plan.retain, gate="score:window", window=tokens)))
+    model = from_parent(
+        copy.model,
+        [copy.sites[plan.layer] for plan in plans],
+        kept,
+        weights={plan.layer: copy.canonical(plan.layer) for plan in plans},
+    ).eval()
+    gates = {gate.layer_idx: gate for gate in model.modules() if isinstance(gate, SurgeryMergedAttention)}
+
+    def cost(layer: int, window: int) -> float:
+        whole = gates[layer].merge
+        gates[layer].merge = replace(whole, window=window)
+        found = copy.divergence_of(model, text)
+        gates[layer].merge = whole
+        advance(1)
+        return found
+
+    return cost

@@ -1,0 +1,222 @@
+"""Attention of a converted layer whose tokens merge or leave by the decisions of a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import LIKE_SDPA, Inputs, Shapes, norm_heads
+from .caches import is_ragged, make_ragged
+from .calling import CallingConvention
+from .decisions import at_end, from_end, hard_decisions, log_keep, pooled, soft_bias, visible
+from .gates import SurgeryGate, logistic_noise
+from .heads import SurgeryHeadsAttention
+from .layout import AttentionSite, LayerPlan
+from .masks import read_chunk, read_whole, settle
+from .paged_attention import attend
+from .paged_cache import RaggedLayer
+from .slots import New
+
+ZERO_OUT = 0.1
+"""Part of the ramp in which borrowed channels fade; 0.8 of it fades, the rest is trained without them."""
+
+
+class SurgeryMergedAttention(SurgeryHeadsAttention):
+    """`SurgeryHeadsAttention` under a `Merge`; parameters of the gate are named `gate.*`.
+
+    In training, without a cache, decisions are relaxed: p = sigmoid((logit + logistic noise) / `temperature`), runs are
+    pooled and scores lowered by them. In evaluation, and where a score takes them, they are hard, and a whole sequence
+    without a cache gives what decoding through the cache gives. A reader has no gate: it attends to its owner's slots
+    as the owner does.
+    """
+
+    gate: SurgeryGate
+    all_plans: tuple[LayerPlan, ...]
+    """Of the whole model: its cache is made for all layers at once. `swap_attention` sets it."""
+
+    def __init__(
+        self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
+    ) -> None:
+        super().__init__(config, site, plan, call, shapes)
+        assert plan.retain is not None
+        self.merge = plan.retain
+        reason = merge_refusal(site)
+        if reason is not None:
+            raise ValueError(f"{site.module} (layer {site.layer}): {reason}")
+        self.temperature = 0.3
+        self.target_ratio = self.merge.ratio
+        """What the budget asks for now; training raises it from 1."""
+        if self.owns_cache:
+            self.gate = SurgeryGate(self.merge, self.heads, shapes["q_proj.weight"][1])
+
+    def reset(self) -> None:
+        super().reset()
+        if "gate" in self._modules:  # not while the base class is built
+            self.gate.reset()
+
+    def set_ramp(self, progress: float) -> None:
+        """Raise the ratio from 1 to the plan's; before that, fade channels that the gate borrows."""
+        if self.owns_cache and self.merge.gate == "borrowed":
+            self._fade(progress / ZERO_OUT)
+            progress = max(0.0, progress - ZERO_OUT) / (1 - ZERO_OUT)
+        self.target_ratio = 1 + progress * (self.merge.ratio - 1)
+
+    @torch.no_grad()
+    def _fade(self, progress: float) -> None:
+        """Zero-out stage of arXiv:2403.09636, appendix; once over, the rows start from zero and belong to the gate."""
+        if self.gate.channel == 0:
+            return
+        if progress < 1:
+            # Just above 0 at the end of the fading: only 0 says that the rows were set to zero.
+            self.gate.set_channel(max(1e-6, 1 - progress / 0.8))
+            return
+        width = self.site.head_dim
+        for projection in (self.q_proj, self.k_proj):
+            projection.weight[width - 1 :: width] = 0
+            if projection.bias is not None:
+                projection.bias[width - 1 :: width] = 0
+        self.gate.set_channel(0.0)
+
+    def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        hidden_states, cache = inputs.hidden_BTD, inputs.cache
+        implementation = self.config._attn_implementation
+        if implementation not in (*LIKE_SDPA, "eager"):
+            raise ValueError(
+                f"layer {self.layer_idx}: merged tokens are hidden by a mask per head, which runs with "
+                f"attn_implementation 'sdpa' or 'eager', not {implementation!r}"
+            )
+        if inputs.rest.pop("is_causal", None) is False:
+            raise ValueError(
+                f"layer {self.layer_idx}: tokens merge or leave by what came before them, so attention with "
+                "is_causal=False has no meaning here. Leave it out."
+            )
+        if cache is not None and self.training and cache.get_seq_length(self.layer_idx):
+            raise ValueError(
+                f"layer {self.layer_idx}: decisions are relaxed in training, and no cache keeps what they leave. Call "
+                "model.eval(), or pass use_cache=False."
+            )
+        if cache is not None and not self.training:
+            return self._attend_cached(inputs), None
+        q = self._queries(hidden_states)
+        turn = self._rotation(inputs, q.dtype)
+        if self.owns_cache:
+            k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
+            logits, weight = self.gate(hidden_states, q, k)
+            q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
+            k, v, keep = self._retain(k, v, logits, weight, inputs)
+            key, value = norm_heads(self.k_norm, turn(k), True).transpose(1, 2), v.transpose(1, 2)
+            if self.has_readers:
+                assert inputs.shared is not None
+                inputs.shared[self.layer_idx] = key, value, keep  # type: ignore[assignment]
+        else:
+            key, value, keep = self._lent(self.plan.owner, inputs.shared)  # type: ignore[misc]
+        query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
+        if not self.heads.is_uniform:
+            key, value, keep = (x.index_select(1, self.kv_of_query) for x in (key, value, keep))
+        elif self.num_key_value_groups > 1:
+            keep = keep.repeat_interleave(self.num_key_value_groups, dim=1)
+        return self._call_attention(self._attention_function(inputs.rest), query, key, value, keep, inputs.rest)
+
+    def _attend_cached(self, inputs: Inputs) -> Tensor:
+        """Head outputs [B, T, N, V]; the cache keeps what the decisions leave."""
+        hidden_states, cache = inputs.hidden_BTD, inputs.cache
+        q = self._queries(hidden_states)
+        turn = self._rotation(inputs, q.dtype)
+        if self.owns_cache:
+            if not is_ragged(cache, self.layer_idx):
+                make_ragged(cache, self.all_plans)
+            layer = cache.layers[self.layer_idx]
+            k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
+            logits, weight = self.gate(hidden_states, q, k)
+            q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
+            seen = layer.add(
+                New(
+                    key_BKTH=k.transpose(1, 2),
+                    value_BKTV=v.transpose(1, 2),
+                    logits_BKT=logits,
+                    weight_BKT=weight,
+                    real_BT=self._real(inputs, layer),
+                    turn=lambda x: norm_heads(self.k_norm, turn(x.transpose(1, 2)), True).transpose(1, 2),
+                    angles=self._angles(turn),
+                )
+            )
+            if self.has_readers:
+                assert inputs.shared is not None
+                inputs.shared[self.layer_idx] = seen
+        else:
+            seen = self._lent(self.plan.owner, inputs.shared)
+        query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
+        plain = self.site.softcap is None and self.sinks is None
+        return attend(self, query, seen, self.heads, self.scaling, plain)
+
+    def _real(self, inputs: Inputs, layer: RaggedLayer) -> Tensor | None:
+        """[B, T] bool: False at padding among the new tokens; None where there is none."""
+        (B, T, _), mask = inputs.hidden_BTD.shape, inputs.mask
+        if mask is None:
+            if layer.has_padding:
+                raise ValueError(
+                    f"layer {self.layer_idx}: no attention mask came, but the cache was given padding before, which it "
+                    "did not keep. Pass the attention mask of all tokens so far."
+                )
+            return None
+        counted = layer.tokens if layer.is_initialized else torch.zeros(B, dtype=torch.int32, device=mask.device)
+        where = f"layer {self.layer_idx}"
+        real, claims = read_chunk(where, mask, self.call.mask_true_hides, T, layer.get_seq_length(), counted)
+        return real if settle(where, claims, ~real.all()) else None
+
+    def _angles(self, turn: Any) -> tuple[Tensor, Tensor, bool, int] | None:
+        """What `turn` does, for operators that rotate keys themselves; None where it is nothing or more than that."""
+        rotary = self.site.rotary
+        if rotary is None or (self.k_norm is not None and self.k_norm.norm.after_rotary):
+            return None
+        cos, sin = (turn.keywords[name][:, :, 0] for name in ("cos", "sin"))
+        return cos, sin, rotary.interleaved, rotary.start
+
+    def _retain(
+        self, k_BTKH: Tensor, v_BTKV: Tensor, logits_BKT: Tensor, weight_BKT: Tensor | None, inputs: Inputs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """K and V as slots hold them after each token, and who sees them: bool, or in training a bias, [B, K, T, T]."""
+        B, T = k_BTKH.shape[:2]
+        merge, allowed, holes = self.merge, None, None
+        order = decides = torch.arange(T, device=k_BTKH.device)[None]
+        if inputs.mask is not None:
+            where = f"layer {self.layer_idx}"
+            mask = inputs.mask if inputs.cache is None else inputs.mask[..., :T]  # a static one has room behind
+            read = read_whole(where, mask, self.call.mask_true_hides, B, T)
+            # Compiled, padding is taken to stand between tokens: right in any case, and more work.
+            holes = read.real_BT if settle(where, read.claims, read.has_holes) else None
+            order, allowed = read.order_BT, read.visible_B1TT
+            decides = torch.where(read.real_BT, order, -1)
+        if self.training and merge.is_trained:
+            kept = log_keep(logits_BKT, decides, merge.protected, self.temperature, logistic_noise(logits_BKT))
+            p, seen = -torch.expm1(kept), soft_bias(kept, order, merge, allowed, k_BTKH.dtype, holes)
+        else:
+            hard = hard_decisions(logits_BKT, decides, merge.protected)
+            p, seen = hard.float(), visible(hard, order, merge, allowed, holes)
+        if weight_BKT is not None:
+            k_BTKH, v_BTKV = (self._pooled(x.transpose(1, 2), weight_BKT, p, holes) for x in (k_BTKH, v_BTKV))
+        return k_BTKH, v_BTKV, seen
+
+    def _pooled(self, x_BKTH: Tensor, weight_BKT: Tensor, p_BKT: Tensor, real_BT: Tensor | None) -> Tensor:
+        """[B, T, K, H]; `real_BT` where runs go on behind padding."""
+        if real_BT is None:
+            return pooled(x_BKTH, weight_BKT, p_BKT, self.merge.window).transpose(1, 2)
+        x, weight, p = (at_end(t, real_BT) for t in (x_BKTH, weight_BKT, p_BKT))
+        return from_end(pooled(x, weight, p, self.merge.window), real_BT).transpose(1, 2)
+
+
+def merge_refusal(site: AttentionSite) -> str | None:
+    """Why tokens of this attention cannot be merged or dropped by a gate; None where they can."""
+    if site.window is not None:
+        return (
+            f"it sees the newest {site.window} tokens only, and its cache is bounded already. Select the other layers."
+        )
+    if site.sees_ahead:
+        return "its tokens of an image see later ones, and slots are filled in the order of the text."
+    if site.alibi_slopes is not None:
+        return "ALiBi asks for the position of every slot at every step, which a merged cache does not keep."
+    if site.rotary is not None and site.rotary.length_dependent:
+        return "its rotation changes with the length, and slots are rotated once."
+    return None
