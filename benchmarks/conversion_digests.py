@@ -35,11 +35,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import surgery
+from surgery.bundled import SMALL
+from surgery.checkpoints.provenance import provenance_of
+from surgery.console import spans
 from surgery.errors import SurgeryError
-from surgery.provenance import provenance_of
 from surgery.recipe import shipped_recipes
-from surgery.reference import SMALL
-from surgery.show import spans
 
 NAME = "conversion_digests"
 SEED = 0

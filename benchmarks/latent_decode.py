@@ -25,7 +25,7 @@ import surgery
 from surgery.anatomy import examine
 from surgery.runtime.attention import as_bits, canonical_weights
 from surgery.runtime.calling import cache_argument
-from surgery.runtime.latent import SurgeryLatentAttention, latent_shapes
+from surgery.runtime.latent import SurgeryLatentAttention
 from surgery.runtime.layout import Latent
 from surgery.runtime.modeling import from_parent
 
@@ -44,7 +44,7 @@ def model() -> Any:
     plan = surgery.plan(parent, {"steps": [{"rewriter": "mla", "rank": RANK, "rope_dims": ROPE}]})
     site, latent = examine(parent).sites[0], plan.after[0].project
     assert isinstance(latent, Latent)
-    made = {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in latent_shapes(site, latent).items()}
+    made = {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in latent.shapes(site).items()}
     made["rope_freq_bits"] = as_bits([10000.0 ** (-2 * i / ROPE) for i in range(ROPE // 2)])
     state = parent.state_dict()
     kept = {n: t for n, t in canonical_weights(site, state.__getitem__).items() if n.split("_")[0] not in ("k", "v")}

@@ -56,12 +56,12 @@ def child(model: PreTrainedModel, step: dict[str, Any], ids_BT: Tensor) -> PreTr
 
     def settle(gate: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(gate, SurgeryGate)
-        gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator) / gate.merge.gain)
-        gate.bias.copy_(torch.randn(gate.bias.shape, generator=generator) / gate.merge.gain)
+        gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator) / gate.retain.gain)
+        gate.bias.copy_(torch.randn(gate.bias.shape, generator=generator) / gate.retain.gain)
         logits, _ = gate.forward(*inputs)  # called, it would call this hook again
-        free = logits[..., gate.merge.protected :].flatten()
-        rate = gate.merge.drop_rate(ids_BT.shape[1], RATIO)
-        gate.bias -= free.kthvalue(int((1 - rate) * len(free))).values / gate.merge.gain
+        free = logits[..., gate.retain.protected :].flatten()
+        rate = gate.retain.drop_rate(ids_BT.shape[1], RATIO)
+        gate.bias -= free.kthvalue(int((1 - rate) * len(free))).values / gate.retain.gain
 
     handles = [module.gate.register_forward_pre_hook(settle) for module in gated(converted).values()]
     converted(ids_BT, use_cache=True, logits_to_keep=1)

@@ -204,12 +204,12 @@ def rows() -> tuple[list[dict[str, Any]], str]:
             continue
         slots = round(LENGTH / row["tokens_per_slot"])
         scored = {
-            "window and sinks": {"gate": "score:window", "window": slots - 4, "ratio": 1},
-            "windows by layer": {"gate": "score:window", "window": slots - 4, "ratio": 1, "windows": "sensitivity"},
-            "key norm": {"gate": "score:key_norm", "window": step["window"], "ratio": row["tokens_per_slot"]},
+            "window and sinks": {"window": slots - 4},
+            "windows by layer": {"window": slots - 4, "windows": "sensitivity"},
+            "key norm": {"scorer": "key_norm", "window": step["window"], "ratio": row["tokens_per_slot"]},
         }
         for other_name, more in scored.items():
-            recipe = {"steps": [{"rewriter": "dms", **more}]}
+            recipe = {"steps": [{"rewriter": "evict", **more}]}
             add(f"{other_name}, as {name}", surgery.convert(whole, recipe, calibration=calibration, seed=SEED))
         AttentionInterface.register(f"h2o-{slots}", Attended(slots))
         AttentionMaskInterface.register(f"h2o-{slots}", sdpa_mask)

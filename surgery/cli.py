@@ -455,7 +455,7 @@ def bench_capacity(
     """Count the sequences that fit into a memory, for the model and for what recipes make of it. Reads no weights."""
     from .measure.capacity import capacity
     from .measure.memory import parse_bytes
-    from .plan import CONTEXTS
+    from .planning.table import CONTEXTS
 
     result = capacity(
         model,

@@ -29,7 +29,7 @@ from .errors import PlanError
 from .plan import Plan
 from .plan import plan as make_plan
 from .planning.parent_class import meta_model, native_config, without_unbuilt_layers
-from .recipe import LatentStep, Recipe, ShareStep
+from .recipe import Recipe
 from .rewriters import rewriter_for
 from .rewriters.latent.steps import LatentStepCopy
 from .runtime.attention import origin_of
@@ -83,7 +83,7 @@ def convert(
     if calibration is not None and tokenizer is None and told:
         tokenizer = tokenizer_of(parent.config, told)
     windows = _windows(calibration, parent.config, tokenizer, length, samples)
-    return _carry_out(without_loader(parent), plan, windows, seed, told)
+    return _carry_out(without_loader(parent), plan, windows, seed, told)[0]
 
 
 def _carry_out(
@@ -93,15 +93,19 @@ def _carry_out(
     seed: int,
     told: dict[str, Any],
     left_out: Sequence[str] = (),
-) -> PreTrainedModel:
-    """The result of a plan, and in its provenance what of the parent's files is not in it."""
-    copy_ = _copy_for(plan.recipe)(parent, plan.anatomy)
+) -> tuple[PreTrainedModel, Plan]:
+    """The result of a plan, and the plan with what the text has decided.
+
+    Args:
+        left_out: tensors of the parent's files that are not in the result; its provenance names them.
+    """
+    copy_ = _copy_for(plan)(parent, plan.anatomy)
     for step in plan.recipe.steps:
         rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
     if not plan.native:
         plan = plan.settled(map(copy_.settle, plan.after))
     origin = provenance(plan, parent.config, windows, seed, left_out, told)
-    return (_native if plan.native else _own)(parent, plan, copy_, origin)
+    return (_native if plan.native else _own)(parent, plan, copy_, origin), plan
 
 
 def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -113,16 +117,16 @@ def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, d
     return parent, told | more
 
 
-def _copy_for(recipe: Recipe) -> type[WorkingCopy]:
+def _copy_for(plan: Plan) -> type[WorkingCopy]:
     """The working copy that the steps need: one runs latents, one lets layers read the caches of others."""
-    if any(isinstance(step, ShareStep) for step in recipe.steps):
+    if any(method.axis == "share" for method in plan.methods()):
         return SharedCopy
-    return LatentStepCopy if any(isinstance(step, LatentStep) for step in recipe.steps) else WorkingCopy
+    return LatentStepCopy if any(layer.project.kind == "latent" for layer in plan.after) else WorkingCopy
 
 
 def _check_calibration(plan: Plan, calibration: Any) -> None:
     if calibration is None and plan.needs_calibration:
-        step = next(step.rewriter for step in plan.recipe.steps if step.needs_text)
+        step = next(step.rewriter for step in plan.recipe.steps if step.text == "needed")
         raise PlanError(f"{plan.recipe.name}: {step} asks for calibration text. Give a few hundred documents of it.")
 
 
@@ -195,7 +199,7 @@ def convert_checkpoint(
     The adapter that lies in the folder, beside weights or alone, is merged into them where `merge_adapter` says so.
 
     Returns:
-        The plan that was carried out.
+        The plan that was carried out, with what the text has decided: what the checkpoint's own config says.
 
     Raises:
         RecipeError, PlanError, UnsupportedModel, CheckpointError: `out` then does not exist, or is as it was.
@@ -227,7 +231,9 @@ def convert_checkpoint(
     parent, told = load_parent(folder, merge_adapter, dtype=exact_dtype(checkpoint, fit, plan.anatomy.config))
     # Caches are in the dtype that the class computes in, whatever the files hold.
     anatomy = replace(examine(parent), dtype=plan.anatomy.dtype)
-    model = _carry_out(parent, make_plan(anatomy, recipe), windows, seed, told, left_out)
+    if anatomy.sites != plan.anatomy.sites:  # buffers in the files say otherwise than the config
+        plan = make_plan(anatomy, recipe)
+    model, plan = _carry_out(parent, plan, windows, seed, told, left_out)
     dtypes = _stored(model, anatomy.sites, checkpoint, fit)
     save_like(model, checkpoint, dtypes, out, tokenizer=tokenizer, overwrite=overwrite)
     return plan

@@ -14,18 +14,20 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from surgery.runtime.attention import canonical_weights
 from surgery.runtime.gates import gate_shapes
-from surgery.runtime.layout import Heads, LayerPlan, Merge
+from surgery.runtime.layout import Dense, Heads, LayerPlan, Retain
 from surgery.runtime.modeling import from_parent
+from surgery.runtime.retain import RETAINS
 
+DENSE = Dense(dtype="float32")
 GROUPS = {"own": own_groups, "fewer": fewer_in_odd_layers, "unequal": unequal}
 
 
-def merge(method: str, window: int | None, ratio: float = 2.0, **more: Any) -> Merge:
-    return Merge(method=method, window=window, ratio=ratio, **more)  # type: ignore[arg-type]
+def merge(method: str, window: int | None, ratio: float = 2.0, **more: Any) -> Retain:
+    return RETAINS[method](window=window, ratio=ratio, **more)
 
 
 def merged_model(
-    retain: Merge, family: str = "llama", *, drops: float = 0.7, groups: str = "own", shared: bool = False
+    retain: Retain, family: str = "llama", *, drops: float = 0.7, groups: str = "own", shared: bool = False
 ) -> PreTrainedModel:
     """Layers with a window of their own stay as they are.
 
@@ -41,7 +43,12 @@ def merged_model(
         owner = 0 if shared and site.layer else site.layer
         kept = retain if site.window is None else None
         plan = LayerPlan(
-            layer=site.layer, project=project, owner=owner, retain=kept, window=site.window, dtype="float32"
+            layer=site.layer,
+            project=project,
+            owner=owner,
+            retain=kept,
+            window=site.window,
+            store=DENSE,
         )
         tensors = select_heads(site, canonical_weights(site, model.state_dict().__getitem__), found)
         if kept is not None and owner == site.layer:
@@ -53,7 +60,7 @@ def merged_model(
             middle = torch.special.ndtri(share) * (1.0 if 0 < drops < 1 else 1e3)
             gate["weight"] *= (0.0 if drops in (0, 1) else 1.0) / (retain.gain * site.hidden_size**0.5)
             gate["bias"] = ((middle - retain.offset) / retain.gain).expand(shapes["bias"]).clone()
-            if retain.method == "dmc":
+            if retain.averages:
                 # Weights from 0.02 to 1: their offset is 5.
                 gate["mix_weight"] *= 3 / site.hidden_size**0.5
                 gate["mix_bias"] -= 4

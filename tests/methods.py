@@ -21,8 +21,9 @@ from surgery.rewriters.latent.steps import canonical_latent, latent_of
 from surgery.rewriters.latent.weights import LatentWeights
 from surgery.rewriters.tokens.gates import new_gate
 from surgery.runtime.attention import canonical_weights
-from surgery.runtime.layout import AttentionSite, Heads, LayerPlan, Merge, Project
+from surgery.runtime.layout import AttentionSite, Dense, Heads, LayerPlan, Project, Retain
 from surgery.runtime.modeling import from_parent
+from surgery.runtime.retain import RETAINS
 
 Groups = tuple[tuple[int, ...], ...]
 Weights = dict[str, Tensor]
@@ -39,7 +40,7 @@ class Method:
     families: Sequence[str] = tuple(REPRESENTATIVE)
     shares: Literal["", "owner", "value_owner"] = ""
     """Layer 0 owns the cache of all, or its V alone."""
-    retain: Merge | None = None
+    retain: Retain | None = None
 
     def plan(self, site: AttentionSite, model: PreTrainedModel) -> LayerPlan:
         return self._layer(site, self.plan_and_weights(site, model)[0])
@@ -47,7 +48,13 @@ class Method:
     def _layer(self, site: AttentionSite, project: Project) -> LayerPlan:
         lent = {self.shares: 0} if self.shares and site.layer else {}
         return LayerPlan(
-            **{"layer": site.layer, "project": project, "owner": site.layer, "window": site.window, "dtype": "float32"}
+            **{
+                "layer": site.layer,
+                "project": project,
+                "owner": site.layer,
+                "window": site.window,
+                "store": Dense(dtype="float32"),
+            }
             | {"retain": self.retain}
             | lent
         )
@@ -111,9 +118,9 @@ def shared(method: Method, families: Sequence[str], what: Literal["owner", "valu
     return replace(result, plan_and_weights=made)
 
 
-def merged(base: Method, families: Sequence[str], **options: Any) -> Method:
+def merged(base: Method, families: Sequence[str], kind: str, **options: Any) -> Method:
     """`base` with gates that decide one way and the other, about as often."""
-    retain = Merge(**{"ratio": 2.0, "sinks": 2} | options)
+    retain = RETAINS[kind](**{"ratio": 2.0, "sinks": 2} | options)
 
     def made(site: AttentionSite, model: PreTrainedModel) -> tuple[Project, Weights]:
         project, weights = base.plan_and_weights(site, model)
@@ -171,11 +178,11 @@ METHODS |= {
 GATED = ["llama", "qwen3", "gpt_neox", "gpt2", "olmo2"]
 """Families without windows or ALiBi: q/k norms, fused partial rotary, Conv1D, norm over all heads together."""
 METHODS |= {
-    "dms": merged(METHODS["identity"], GATED, method="dms", window=3),
-    "dms_unequal_groups": merged(METHODS["unequal_groups"], ["llama"], method="dms", window=3),
-    "dms_borrowed": merged(METHODS["identity"], ["llama"], method="dms", window=3, gate="borrowed"),
-    "dmc": merged(METHODS["identity"], GATED, method="dmc", window=3),
-    "dmc_unlimited": merged(METHODS["per_layer_heads"], ["llama", "gpt_neox"], method="dmc", window=None),
+    "dms": merged(METHODS["identity"], GATED, "dms", window=3),
+    "dms_unequal_groups": merged(METHODS["unequal_groups"], ["llama"], "dms", window=3),
+    "dms_borrowed": merged(METHODS["identity"], ["llama"], "dms", window=3, gate="borrowed"),
+    "dmc": merged(METHODS["identity"], GATED, "dmc", window=3),
+    "dmc_unlimited": merged(METHODS["per_layer_heads"], ["llama", "gpt_neox"], "dmc", window=None),
 }
 METHODS |= {
     "shared_dms": shared(METHODS["dms"], ["llama"]),

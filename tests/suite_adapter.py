@@ -36,7 +36,7 @@ PARENT = "parent"
 """In the place of a method's name: the model as it was."""
 HEADS = ("identity", "per_layer_heads", "unequal_groups")
 ALL: dict[str, Method] = METHODS | {
-    "windows": merged(METHODS["identity"], ["llama"], method="dms", window=3, gate="score:window"),
+    "windows": merged(METHODS["identity"], ["llama"], "evict", window=3, scorer="window"),
 }
 METHODS_OF: dict[str, tuple[str, ...]] = {
     "llama": tuple(name for name, method in ALL.items() if "llama" in method.families),

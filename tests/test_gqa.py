@@ -11,11 +11,11 @@ from surgery.attention.forward import attend
 from surgery.attention.weights import AttentionWeights, read_attention, write_attention
 from surgery.calibration.statistics import Activations
 from surgery.errors import PlanError, RecipeError
-from surgery.recipe import GqaStep, Init
 from surgery.rewriters.common.gains import fit_gains
 from surgery.rewriters.common.moments import Moments, rotated_block, scalar_gram, value_block
 from surgery.rewriters.common.refit import QueryFit
-from surgery.rewriters.gqa import Gqa
+from surgery.rewriters.gqa import Gqa, GqaStep
+from surgery.rewriters.heads import Init
 from surgery.rewriters.heads.folding import permute_queries
 from surgery.rewriters.heads.grouping import (
     Groups,

@@ -9,13 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig
 
 import surgery
-from surgery import recipe
 from surgery.errors import PlanError, RecipeError
 from surgery.measure.memory import cache_size
+from surgery.rewriters import latent
 from surgery.rewriters.common.allocation import convex, share_out
 from surgery.rewriters.latent import low_rank as latent_lowrank
-from surgery.rewriters.latent import rotary_split as latent_mla
-from surgery.runtime.layout import Heads, Latent, LayerPlan
+from surgery.runtime.layout import Dense, Heads, Latent, LayerPlan
 from surgery.runtime.modeling import from_parent
 
 FAST = {"refit_queries": False, "refit_output": False, "gain_fit": False}
@@ -35,20 +34,24 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def test_both_kinds_of_project_survive_json_and_old_plans_are_heads() -> None:
     heads = Heads(kv_heads=2, head_dim=4, value_dim=4, groups=((0, 1), (2, 3)))
-    latent = Latent(rank=6, rope_dims=2, kv_heads=2, head_dim=4, value_dim=4, k_rank=0)
-    for project in (heads, latent):
+    a_latent = Latent(rank=6, rope_dims=2, kv_heads=2, head_dim=4, value_dim=4, k_rank=0)
+    for project in (heads, a_latent):
         plan = LayerPlan(layer=0, project=project, owner=0)
         assert LayerPlan.from_dict(plan.to_dict()) == plan
         assert plan.bytes_per_token == 2 * project.dims
     old = LayerPlan(layer=0, project=heads, owner=0).to_dict()
-    del old["project"]["kind"]
-    assert LayerPlan.from_dict(old).project == heads
+    del old["project"]["kind"], old["version"], old["store"]
+    assert LayerPlan.from_dict(old | {"dtype": "float16"}) == LayerPlan(
+        layer=0, project=heads, owner=0, store=Dense(dtype="float16")
+    )
+    with pytest.raises(ValueError, match="of version 9, and this surgery reads up to"):
+        LayerPlan.from_dict(old | {"version": 9})
+    with pytest.raises(ValueError, match="project is of kind 'rings', which is not known here. Known: heads, latent"):
+        LayerPlan.from_dict(old | {"project": {"kind": "rings"}})
 
 
-def test_inits_are_named_once_for_recipes_and_rewriters() -> None:
-    assert typing.get_args(recipe.MlaInit) == typing.get_args(latent_mla.MlaInit)
-    assert typing.get_args(recipe.LowrankInit) == typing.get_args(latent_lowrank.LowrankInit)
-    assert set(typing.get_args(recipe.Layout)) == {*typing.get_args(latent_lowrank.Layout), "freq"}
+def test_layouts_of_recipes_are_those_of_the_fit_and_freq() -> None:
+    assert set(typing.get_args(latent.Layout)) == {*typing.get_args(latent_lowrank.Layout), "freq"}
 
 
 @pytest.mark.parametrize(
@@ -217,10 +220,12 @@ def test_the_plan_says_where_it_rounds() -> None:
     assert "→ 304" not in str(surgery.plan(config, one("lowrank", rank=304)))
 
 
-def test_gqa_and_a_latent_in_one_recipe_are_refused() -> None:
-    steps = [{"rewriter": "gqa", "kv_heads": 1, "layers": "0"}, {"rewriter": "mla", "keep": 0.5, "layers": "1"}]
-    with pytest.raises(PlanError, match="one recipe cannot do both yet"):
-        surgery.plan(families.tiny_model("llama"), {"steps": steps})
+def test_gqa_and_a_latent_of_the_same_layer_are_refused_and_of_others_are_not() -> None:
+    gqa, mla = {"rewriter": "gqa", "kv_heads": 1, "layers": "0"}, {"rewriter": "mla", "keep": 0.5, "layers": "0-1"}
+    with pytest.raises(PlanError, match=r"layer 0: .*\(mla\) decides how K and V are made, and .*\(gqa\) did already"):
+        surgery.plan(families.tiny_model("llama"), {"steps": [gqa, mla]})
+    both = surgery.plan(families.tiny_model("llama"), {"steps": [gqa, mla | {"layers": "1"}]})
+    assert [layer.project.kind for layer in both.after] == ["heads", "latent"]
 
 
 def test_the_runtime_refuses_weights_of_other_shapes() -> None:

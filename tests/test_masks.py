@@ -366,7 +366,7 @@ def test_implementations_agree_on_padded_batches_when_switched_after_loading(met
 
 
 def test_a_window_that_drops_all_behind_it_counts_tokens_alone() -> None:
-    window = merged(METHODS["identity"], ["llama"], method="dms", window=4, gate="score:window", sinks=2)
+    window = merged(METHODS["identity"], ["llama"], "evict", window=4, scorer="window", sinks=2)
     model, ids = window.convert(parent("llama"), sites("llama")).eval(), tokens(LONG)
     got = whole(model, ids, attention_mask=BETWEEN, position_ids=positions_of(BETWEEN))[BETWEEN.bool()]
     assert_close(got, alone(model, ids, BETWEEN), 2e-5)

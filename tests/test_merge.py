@@ -33,11 +33,13 @@ from surgery.runtime.decisions import (
     soft_bias,
     visible,
 )
-from surgery.runtime.layout import LayerPlan, Merge
+from surgery.runtime.layout import LayerPlan, Pool, Retain
+from surgery.runtime.retain import RETAINS
 from surgery.train.gates import Budget, budget_of, check_length, shortfall
 from surgery.train.uptrain import uptrain
 
 DMS = {"rewriter": "dms", "ratio": 2, "window": 4, "sinks": 2}
+EVICT = {"rewriter": "evict", "ratio": 2, "window": 4, "sinks": 2}
 DMC = {"rewriter": "dmc", "ratio": 2, "window": 3, "sinks": 0}
 
 
@@ -55,8 +57,8 @@ def logits(model: PreTrainedModel, ids: Tensor, **more: Tensor) -> Tensor:
     return found
 
 
-def dms(**options: object) -> Merge:
-    return Merge(**{"method": "dms", "ratio": 2.0, "window": 3, "sinks": 1} | options)
+def retained(kind: str = "dms", **options: object) -> Retain:
+    return RETAINS[kind](**{"ratio": 2.0, "window": 3, "sinks": 1} | options)  # type: ignore[arg-type]
 
 
 # Decisions
@@ -96,21 +98,21 @@ def test_a_run_of_one_token_is_that_token_to_the_last_bit() -> None:
 
 def test_dms_hides_a_token_behind_the_window_if_its_own_decision_says_so() -> None:
     decisions = torch.tensor([[[0, 1, 0, 1, 0, 0]]], dtype=torch.bool)
-    seen = visible(decisions, torch.arange(6)[None], dms(window=2))[0, 0]
+    seen = visible(decisions, torch.arange(6)[None], retained(window=2))[0, 0]
     assert seen[5].tolist() == [True, False, True, False, True, True]
     assert seen[2].tolist() == [True, True, True, False, False, False]  # 1 is still in the window of 2
 
 
 def test_dmc_leaves_the_newest_token_of_each_run_visible() -> None:
     decisions = torch.tensor([[[0, 1, 1, 0, 1, 0]]], dtype=torch.bool)
-    seen = visible(decisions, torch.arange(6)[None], Merge(method="dmc", ratio=2.0, window=None))[0, 0]
+    seen = visible(decisions, torch.arange(6)[None], Pool(ratio=2.0, window=None))[0, 0]
     assert seen[5].tolist() == [False, False, True, False, True, True]
     assert seen[1].tolist() == [False, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("method", ["dms", "dmc"])
 def test_certain_relaxed_decisions_hide_what_hard_ones_hide(method: str) -> None:
-    merge = dms(method=method)
+    merge = retained(method)
     order = order_of_packed(torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]))
     a = torch.where(torch.rand(1, 2, 9) > 0.5, 1e4, -1e4)
     hard = hard_decisions(a, order, merge.protected)
@@ -121,11 +123,11 @@ def test_certain_relaxed_decisions_hide_what_hard_ones_hide(method: str) -> None
 def test_padding_sinks_and_the_starts_of_documents_never_go() -> None:
     everything = torch.ones(1, 1, 8)
     padded = torch.arange(8)[None] - 2
-    assert hard_decisions(everything, padded, dms(sinks=2).protected)[0, 0].tolist() == [False] * 4 + [True] * 4
+    assert hard_decisions(everything, padded, retained(sinks=2).protected)[0, 0].tolist() == [False] * 4 + [True] * 4
     packed = order_of_packed(torch.tensor([[5, 6, 7, 0, 1, 2, 3, 4]]))
     assert hard_decisions(everything, packed, 1)[0, 0].tolist() == [False, True, True, False, True, True, True, True]
     # The token behind the sinks would merge into the last of them.
-    assert Merge(method="dmc", ratio=2.0, window=None, sinks=2).protected == 3
+    assert Pool(ratio=2.0, window=None, sinks=2).protected == 3
     assert not same_sequence(packed)[0, 3, 2]
 
 
@@ -189,7 +191,7 @@ def test_a_checkpoint_without_its_gates_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_written_before_there_were_gates_still_loads() -> None:
     data = json.loads(json.dumps(plan(tiny_model("llama"), recipe(DMS)).after[0].to_dict()))
-    assert LayerPlan.from_dict(data).retain == dms(window=4, sinks=2)
+    assert LayerPlan.from_dict(data).retain == retained(window=4, sinks=2)
     del data["retain"]
     assert LayerPlan.from_dict(data).retain is None
 
@@ -220,7 +222,7 @@ def test_borrowed_channels_fade_once_and_then_learn() -> None:
         (DMS | {"ratio": 0.5}, "at least 1"),
         (DMS | {"window": 0}, "window: 0"),
         (DMS | {"gate": "adaptor"}, "Did you mean 'adapter'"),
-        (DMC | {"gate": "score:key_norm"}, "Use rewriter: dms"),
+        (DMC | {"gate": "score:key_norm"}, "not allowed"),
         (DMS | {"sinks": -1}, "sinks"),
         (DMS | {"page": 1000}, "page"),
     ],
@@ -237,8 +239,8 @@ GQA = {"rewriter": "gqa", "kv_heads": 1, "init": "mean"}
     ("steps", "family", "sentence"),
     [
         ([DMS | {"ratio": 60}], "llama", "out of reach: 4 newest tokens and the first 2"),
-        ([DMS, GQA], "llama", "Put dms last"),
-        ([DMS, DMC], "llama", "an earlier step did already"),
+        ([DMS, GQA], "llama", "put gqa before dms"),
+        ([DMS, DMC], "llama", "did already. A layer has one value per axis"),
         ([{"rewriter": "lowrank", "rank": 16}, DMS], "llama", "on a latent"),
         ([{"rewriter": "share", "layout": "svformer"}, DMS], "llama", "reads its V|other layers read"),
         ([DMS], "gpt_oss", "cache is bounded already"),
@@ -271,7 +273,7 @@ def test_gates_compose_with_merged_heads() -> None:
 
 def test_key_norm_reaches_its_ratio_on_the_text_it_was_calibrated_on() -> None:
     ids = tokens(12, 48)
-    step = DMS | {"gate": "score:key_norm"}
+    step = EVICT | {"scorer": "key_norm"}
     with pytest.raises(PlanError, match="calibration text"):
         surgery.convert(tiny_model("llama"), recipe(step))
     model = surgery.convert(tiny_model("llama"), recipe(step), calibration=ids)
@@ -281,7 +283,7 @@ def test_key_norm_reaches_its_ratio_on_the_text_it_was_calibrated_on() -> None:
 
 def test_the_window_score_keeps_sinks_and_window() -> None:
     ids = tokens(2, 48)
-    model = surgery.convert(tiny_model("llama"), recipe(DMS | {"gate": "score:window"}))
+    model = surgery.convert(tiny_model("llama"), recipe(EVICT))
     found = read_gates(model, Windows(ids, torch.ones_like(ids, dtype=torch.bool), "test"))
     assert found.total == pytest.approx(48 / (2 + 4))
     assert len(found.warnings) == 2
@@ -291,7 +293,7 @@ def test_the_window_score_keeps_sinks_and_window() -> None:
 
 
 def test_the_share_of_decisions_that_a_ratio_asks_for_gives_that_ratio() -> None:
-    merge = dms(window=8, sinks=4)
+    merge = retained(window=8, sinks=4)
     length = 64
     wanted = merge.drop_rate(length, 2.5)
     free = length - merge.always_kept
@@ -303,7 +305,7 @@ def test_the_share_of_decisions_that_a_ratio_asks_for_gives_that_ratio() -> None
 
 def test_the_budget_pushes_only_while_too_few_tokens_go() -> None:
     a = torch.tensor([[[-1.0] * 6, [-1.0] * 3 + [1.0] * 3]], requires_grad=True)
-    counted = count_layer(a, torch.arange(6)[None] + 8, dms(sinks=0))
+    counted = count_layer(a, torch.arange(6)[None] + 8, retained(sinks=0))
     for target, missing in ((0.5, 0.25), (0.25, 0.0), (0.1, 0.0)):
         found = shortfall(counted, Budget(torch.full((2,), target), torch.ones(2)), False, lambda x: x)
         assert float(found.detach()) == pytest.approx(missing)
@@ -325,10 +327,10 @@ def test_a_budget_over_layers_with_unequal_windows_is_met_at_the_ratio_over_all_
         parts = []
         for rate, module in zip((narrow, wide), gated(model).values(), strict=True):
             goes = torch.rand(64, module.heads.kv_heads, length, generator=generator) < rate
-            parts.append(count_layer(goes.float() - 0.5, torch.arange(length).expand(64, -1), module.merge))
+            parts.append(count_layer(goes.float() - 0.5, torch.arange(length).expand(64, -1), module.retain))
         counted = Counted(*(torch.cat(column) for column in zip(*parts, strict=True)))
         missing = float(shortfall(counted, budget_of(model, length), False, lambda x: x))
-        at_risk = sum(length - m.merge.always_kept for m in gated(model).values()) / len(gated(model))
+        at_risk = sum(length - m.retain.always_kept for m in gated(model).values()) / len(gated(model))
         slots = float(counted.slots.sum() / counted.tokens.sum()) * length
         assert missing == pytest.approx(max(0.0, (slots - length / 3) / at_risk), abs=0.02)
 
@@ -339,7 +341,7 @@ def test_windows_by_layer_are_longer_where_old_tokens_matter_and_cost_as_much_to
         parent.get_submodule("model.layers.1.self_attn.o_proj").weight.zero_()  # nobody misses its old tokens
     step = {**DMS, "window": 8, "windows": "sensitivity"}
     child = surgery.convert(parent, recipe(step), calibration=tokens(8, 32), seed=0)
-    windows = {module.layer_idx: module.merge.window for module in gated(child).values()}
+    windows = {module.layer_idx: module.retain.window for module in gated(child).values()}
     assert windows[0] > 8 > windows[1] and sum(windows.values()) <= 16
     assert [layer["plan"]["retain"]["window"] for layer in child.config.surgery["layers"]] == list(windows.values())
     ids = tokens(2, 24)
@@ -356,7 +358,7 @@ def test_windows_by_layer_need_text_and_layers_with_caches_of_their_own(home: Pa
 
 
 def test_a_window_asks_nothing_of_training_and_is_hard_there_too(home: Path) -> None:
-    step = {"rewriter": "dms", "gate": "score:window", "window": 4}
+    step = {"rewriter": "evict", "window": 4}
     assert plan(home / "parent", recipe(step)).after[0].retain.ratio == 256 / 8  # of the context, four sinks kept
     model = surgery.convert(surgery.load(home / "parent"), recipe(step))
     ids = tokens(2, 24)
@@ -466,7 +468,7 @@ def test_inspect_shows_what_gates_decide(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_shows_what_gates_keep_and_draws_it(tmp_path: Path) -> None:
-    ids, model = tokens(3, 24), surgery.convert(tiny_model("llama"), recipe(DMS | {"gate": "score:window"}))
+    ids, model = tokens(3, 24), surgery.convert(tiny_model("llama"), recipe(EVICT))
     report = surgery.evaluate(model, text=ids, path="prefill")
     assert report.model.gates is not None
     assert report.model.gates.total == pytest.approx(24 / 6)
@@ -477,7 +479,7 @@ def test_a_report_shows_what_gates_keep_and_draws_it(tmp_path: Path) -> None:
 
 
 def test_padding_is_not_counted_among_tokens_or_slots() -> None:
-    ids, model = tokens(2, 24), surgery.convert(tiny_model("llama"), recipe(DMS | {"gate": "score:window"}))
+    ids, model = tokens(2, 24), surgery.convert(tiny_model("llama"), recipe(EVICT))
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, 12:] = False
     found = read_gates(model, Windows(ids, mask, "test"))
@@ -495,4 +497,4 @@ def test_models_without_gates_have_none_to_inspect() -> None:
 def test_plans_of_readers_and_owners_are_json() -> None:
     layer = LayerPlan.from_dict(plan(tiny_model("llama"), recipe(DMC)).after[0].to_dict())
     assert layer == replace(layer)
-    assert layer.retain == Merge(method="dmc", ratio=2.0, window=3, sinks=0)
+    assert layer.retain == Pool(ratio=2.0, window=3, sinks=0)

@@ -19,8 +19,9 @@ from surgery.errors import RecipeError
 from surgery.measure.decode_loop import of_model
 from surgery.measure.evaluate import evaluate
 from surgery.measure.memory import cache_size, tensor_bytes
-from surgery.runtime.layout import Merge
+from surgery.runtime.layout import AHEAD, LayerPlan
 from surgery.runtime.paged_cache import RaggedLayer
+from surgery.runtime.retain import table_width
 
 FORMS = [("dms", 1), ("dms", 12), ("dms", 256), ("dmc", 1), ("dmc", 12), ("dmc", 256), ("dmc", None)]
 every_form = pytest.mark.parametrize(("method", "window"), FORMS)
@@ -180,6 +181,13 @@ def test_the_operator_that_merges_is_the_same(family: str, monkeypatch: pytest.M
     assert_same_contents(cache, other)
 
 
+def bytes_of_slots(plan: LayerPlan, slots: list[int]) -> int:
+    """Of a dynamic cache just filled with one sequence, whose KV heads hold so many slots."""
+    assert plan.retain is not None
+    pages = [-(-(count + AHEAD) // plan.retain.page) for count in slots]
+    return plan.bytes_of_pages(sum(pages), table_width(max(pages)))
+
+
 @every_form
 def test_bytes_are_what_the_slots_predict_and_fall_with_the_ratio(method: str, window: int | None) -> None:
     ids, measured = tokens(batch=1, length=512), []
@@ -188,7 +196,7 @@ def test_bytes_are_what_the_slots_predict_and_fall_with_the_ratio(method: str, w
         _, cache = run(model, ids, [512])
         slots = [layer.lengths[0].tolist() for layer in cache.layers]
         measured.append(tensor_bytes(cache))
-        assert measured[-1] == sum(p.bytes_of_slots(s) for p, s in zip(model.plans, slots, strict=True))
+        assert measured[-1] == sum(bytes_of_slots(p, s) for p, s in zip(model.plans, slots, strict=True))
         size = cache_size(model, ids)
         kept = sum(map(sum, slots)) / sum(map(len, slots))
         assert size.bytes == measured[-1] and size.achieved_ratio == pytest.approx(512 / kept)
@@ -206,7 +214,7 @@ def test_pages_are_full_to_6_percent_at_2k_tokens_and_the_plan_says_their_bytes(
         slots = int(layer.lengths.sum())
         pool = layer.pool.keys.numel() + layer.pool.values.numel()
         assert pool <= 1.06 * slots * form.project.dims / form.project.kv_heads
-        retain = Merge(method=method, window=window, ratio=2048 * 2 / slots)  # type: ignore[arg-type]
+        retain = merge(method, window, ratio=2048 * 2 / slots)
         predicted = replace(form, retain=retain).bytes_at(2048)
         assert tensor_bytes_of_layer(cache, form.layer) == pytest.approx(predicted, rel=0.02)
 
@@ -224,7 +232,7 @@ def test_rows_grow_in_whole_stretches_and_forget_pages_that_are_gone() -> None:
     assert_close(logits[:1, -1], model(ids[:1, :910], use_cache=False).logits[:, -1])
     for layer in cache.layers:
         for table, count in zip(layer.tables.flatten(0, 1), layer.lengths.flatten().tolist(), strict=True):
-            pages = table[: -(-count // layer.merge.page)]
+            pages = table[: -(-count // layer.retain.page)]
             assert torch.equal(pages, pages[0] + torch.arange(len(pages), dtype=torch.int32))
     cache.reorder_cache(torch.tensor([1, 0]))  # the spare pages are given back
     step = {"attention_mask": mask.flip(0)[:, :912], "position_ids": positions.flip(0)[:, 910:912]}

@@ -15,7 +15,6 @@ from transformers.generation import CompileConfig
 import surgery.runtime.pooling_cache
 from surgery import convert, plan
 from surgery.measure.memory import tensor_bytes
-from surgery.runtime.caches import static_bytes
 from surgery.runtime.paged_cache import RaggedLayer
 
 three_forms = pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
@@ -27,11 +26,11 @@ def test_a_static_cache_holds_what_the_plan_says_from_the_start() -> None:
         model = model_of(method, window)
         cache = model.static_cache(64)
         run(model, tokens(length=4), [4], cache)
-        assert tensor_bytes(cache) == 2 * static_bytes(model.plans, 64)
+        assert tensor_bytes(cache) == 2 * sum(plan.static_bytes(64) for plan in model.plans)
         pools = [layer.pool.keys.data_ptr() for layer in cache.layers]
         assert len(set(pools)) == 1
         run(model, tokens(length=36), [18, *range(19, 37)], cache)
-        assert tensor_bytes(cache) == 2 * static_bytes(model.plans, 64)
+        assert tensor_bytes(cache) == 2 * sum(plan.static_bytes(64) for plan in model.plans)
 
 
 def test_a_full_pool_says_how_to_size_it() -> None:

@@ -17,7 +17,7 @@ from surgery.runtime.layout import LayerPlan
 SAVED = Path(__file__).parent / "saved"
 NAMES = sorted(folder.parent.name for folder in SAVED.glob("*/config.json"))
 EXPORTS = sorted(file.name.removesuffix("-hub.tar.gz") for file in SAVED.glob("*-hub.tar.gz"))
-METHODS = {"identity", "gqa", "mla", "lowrank", "share", "dms", "dmc"}
+METHODS = {"identity", "gqa", "mla", "lowrank", "share", "dms", "dmc", "evict"}
 every = pytest.mark.parametrize("name", NAMES)
 
 

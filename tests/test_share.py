@@ -135,11 +135,16 @@ def test_layers_of_different_heads_cannot_share() -> None:
 
 def test_steps_in_an_order_that_cannot_work_are_refused() -> None:
     share = {"rewriter": "share", "layout": "cla2"}
-    with pytest.raises(PlanError, match="Put share last"):
+    with pytest.raises(PlanError, match="put gqa before share"):
         plan(deep(), {"steps": [share, {"rewriter": "gqa", "kv_heads": 1}]})
-    for first, init in (({"rewriter": "gqa", "kv_heads": 1}, "latent"), ({"rewriter": "mla", "keep": 0.5}, "best")):
-        with pytest.raises(PlanError, match="one cache has one form"):
-            plan(deep(), {"steps": [first, {**share, "init": init}]})
+    with pytest.raises(
+        PlanError, match=r"layer 0: .*\(share\) decides how K and V are made, and .*\(gqa\) did already"
+    ):
+        plan(deep(), {"steps": [{"rewriter": "gqa", "kv_heads": 1}, {**share, "init": "latent"}]})
+    with pytest.raises(PlanError, match="an earlier step has given this one a latent of its own"):
+        plan(deep(), {"steps": [{"rewriter": "mla", "keep": 0.5}, share]})
+    with pytest.raises(PlanError, match="who reads whose cache is one map"):
+        plan(deep(), {"steps": [share, share]})
 
 
 def test_inits_that_need_text_ask_for_it() -> None:

@@ -17,7 +17,7 @@ SMALL = {
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 IDS = torch.randint(3, 120, (2, 20), generator=torch.Generator().manual_seed(0))
 IDENTITY = "identity"
-WINDOW = {"steps": [{"rewriter": "dms", "gate": "score:window", "window": 64, "ratio": 1.0}]}
+WINDOW = {"steps": [{"rewriter": "evict", "window": 64}]}
 
 
 def laguna(gating):

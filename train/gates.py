@@ -26,22 +26,22 @@ def budget_of(model: nn.Module, length: int) -> Budget:
     """The budget by now, of sequences of `length` tokens; nothing is asked of scores."""
     rates, weights = [], []
     for module in gated(model).values():
-        merge, heads = module.merge, (module.heads.kv_heads,)
-        at_risk = max(length - merge.always_kept, 1e-9) / (length - merge.protected)
-        rates.append(torch.full(heads, merge.drop_rate(length, module.target_ratio) * merge.is_trained))
-        weights.append(torch.full(heads, at_risk * merge.is_trained))
+        retain, heads = module.retain, (module.heads.kv_heads,)
+        at_risk = max(length - retain.always_kept, 1e-9) / (length - retain.protected)
+        rates.append(torch.full(heads, retain.drop_rate(length, module.target_ratio) * retain.is_trained))
+        weights.append(torch.full(heads, at_risk * retain.is_trained))
     return Budget(torch.cat(rates), torch.cat(weights))
 
 
 def check_length(model: nn.Module, length: int, per_head: bool) -> None:
     """Raise RecipeError where sequences of `length` tokens cannot reach the ratio that the model's gates are for."""
-    gates = [gate for gate in gated(model).values() if gate.merge.is_trained]
+    gates = [gate for gate in gated(model).values() if gate.retain.is_trained]
     if not gates:
         return
     for group in [[gate] for gate in gates] if per_head else [gates]:
         heads = sum(gate.heads.kv_heads for gate in group)
-        kept = sum(min(gate.merge.always_kept, length) * gate.heads.kv_heads for gate in group) / heads
-        wanted = sum(length / gate.merge.ratio * gate.heads.kv_heads for gate in group) / heads
+        kept = sum(min(gate.retain.always_kept, length) * gate.heads.kv_heads for gate in group) / heads
+        wanted = sum(length / gate.retain.ratio * gate.heads.kv_heads for gate in group) / heads
         if kept > wanted:
             raise RecipeError(
                 f"uptrain.length: {f'layer {group[0].layer_idx}' if per_head else 'the model'} is to keep one of "

@@ -249,7 +249,7 @@ class Uptrainer(Trainer):
 
     def _warn_of_collapse(self, counted: Counted) -> None:
         """Say once which gates let all tokens go, or none although they are asked to."""
-        early = all(gate.target_ratio < 0.5 * (1 + gate.merge.ratio) for gate in self.gates.values())
+        early = all(gate.target_ratio < 0.5 * (1 + gate.retain.ratio) for gate in self.gates.values())
         if early or self.state.global_step == 0:
             return
         heads = [gate.heads.kv_heads for gate in self.gates.values()]

@@ -18,7 +18,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from ..console import count, spans
 from ..errors import CheckpointError
-from ..plan import cached_form, retained_form
 from ..recipe import Recipe
 from ..report.data import Report, check_comparable, markdown_page, told_apart
 from ..runtime.layout import LayerPlan
@@ -138,8 +137,8 @@ def _done(source: Source) -> list[str]:
     rows: dict[tuple[str, str], list[int]] = {}
     for layer in layers:
         reads = f", {'V ' if layer.owner == layer.layer else ''}of layer {layer.lenders[0]}" if layer.lenders else ""
-        keeps = f", {retained_form(layer.retain)}" if layer.retain else ""
-        cells = cached_form(layer.project) + reads + keeps, f"{layer.bytes_per_token:,.0f}"
+        keeps = f", {layer.retain.label()}" if layer.retain else ""
+        cells = layer.project.label() + reads + keeps, f"{layer.bytes_per_token:,.0f}"
         rows.setdefault(cells, []).append(layer.layer)
     table = ["| layers | KV heads or latent | KV bytes/token |", "|---|---|---:|"]
     table += [f"| {spans(numbers)} | {form} | {size} |" for (form, size), numbers in rows.items()]

@@ -141,7 +141,7 @@ def of_model(model: str) -> tuple[Shape, Variant]:
         cache = plan.project
         if plan.retain is not None:
             raise RecipeError(
-                f"{model}: layer {plan.layer} merges or drops tokens ({plan.retain.method}); the loop has no cache for "
+                f"{model}: layer {plan.layer} merges or drops tokens ({plan.retain.kind}); the loop has no cache for "
                 "that. Time generation instead: surgery eval --speed."
             )
         if isinstance(cache, Latent):

@@ -22,7 +22,7 @@ from ..calibration.text import Windows
 from ..errors import CheckpointError
 from ..runtime.decisions import hard_decisions, order_of_packed
 from ..runtime.gated import SurgeryMergedAttention
-from ..runtime.layout import Merge
+from ..runtime.layout import Retain
 
 EXAMPLE = 160
 """Tokens of the first window that are shown."""
@@ -80,31 +80,31 @@ def count(
         positions = torch.where(mask_BT, positions, 0)  # each a sequence of its own, of one token, which it keeps
     padding = 0 if mask_BT is None else int((~mask_BT).sum())
     order_BT = order_of_packed(positions).expand(*inputs["input_ids"].shape)
-    parts = [count_layer(logits[name], order_BT, module.merge) for name, module in gated(model).items()]
+    parts = [count_layer(logits[name], order_BT, module.retain) for name, module in gated(model).items()]
     found = Counted(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return found._replace(slots=found.slots - padding, tokens=found.tokens - padding)
 
 
-def count_layer(logits_BKT: Tensor, order_BT: Tensor, merge: Merge) -> Counted:
+def count_layer(logits_BKT: Tensor, order_BT: Tensor, retain: Retain) -> Counted:
     """`Counted` of one layer, [K] each."""
-    hard = hard_decisions(logits_BKT, order_BT, merge.protected)
-    free_BT = order_BT >= merge.protected
+    hard = hard_decisions(logits_BKT, order_BT, retain.protected)
+    free_BT = order_BT >= retain.protected
     p = torch.sigmoid(logits_BKT.float())
     straight = torch.where(free_BT[:, None], hard + (p - p.detach()), 0.0)
     tokens = torch.full_like(p[0, :, 0], order_BT.numel())
     return Counted(
         gone=straight.sum((0, 2)),
         free=torch.full_like(tokens, float(free_BT.sum())),
-        slots=tokens - left_out(hard, order_BT, merge).sum((0, 2)),
+        slots=tokens - left_out(hard, order_BT, retain).sum((0, 2)),
         tokens=tokens,
     )
 
 
-def left_out(hard_BKT: Tensor, order_BT: Tensor, merge: Merge) -> Tensor:
+def left_out(hard_BKT: Tensor, order_BT: Tensor, retain: Retain) -> Tensor:
     """[B, K, T] bool: tokens without a slot of their own once each sequence is at its end."""
-    if merge.method == "dmc":
+    if retain.averages:
         return hard_BKT
-    return hard_BKT & (_following(order_BT) >= (merge.window or 0))[:, None]
+    return hard_BKT & (_following(order_BT) >= (retain.window or 0))[:, None]
 
 
 def _following(order_BT: Tensor) -> Tensor:
@@ -210,8 +210,8 @@ def read_gates(model: Any, windows: Windows, tokenizer: Any = None) -> GateRepor
     parts = zip(sums.gone.split(heads), sums.free.split(heads), strict=True)
     rates = [float(gone.sum() / free.sum().clamp_min(1)) for gone, free in parts]
     order = torch.arange(len(shown), device=model.device)[None]
-    hard = {name: hard_decisions(first[name], order, module.merge.protected) for name, module in modules.items()}
-    gone = torch.cat([left_out(hard[name], order, module.merge)[0] for name, module in modules.items()])
+    hard = {name: hard_decisions(first[name], order, module.retain.protected) for name, module in modules.items()}
+    gone = torch.cat([left_out(hard[name], order, module.retain)[0] for name, module in modules.items()])
     texts = [f"{i} " for i in shown] if tokenizer is None else _pieces(tokenizer, shown)
     return GateReport(
         ratio={layer: tuple(r.tolist()) for layer, r in zip(layers, ratio, strict=True)},

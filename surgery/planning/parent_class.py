@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
+from ..anatomy.graph import hold_frequencies_still
 from ..checkpoints.classes import model_class, plain_config
 from ..runtime.attention import SHARED_STATES
-from ..runtime.layout import AttentionSite
+from ..runtime.layout import AttentionSite, Dense, Heads, LayerPlan
 
 
 def native_config(
@@ -87,9 +87,24 @@ def meta_model(config: Any, kind: type[PreTrainedModel] | None = None) -> PreTra
         return (kind or model_class(config))._from_config(copy.deepcopy(config), attn_implementation="eager")
 
 
-def hands_down_keywords(anatomy: Anatomy) -> bool:
-    """Whether an unknown keyword argument of the model reaches its first attention, through all layers between."""
+def stated_heads(layers: Sequence[LayerPlan]) -> int | None:
+    """The number of KV heads with which a config says all of `layers`; None where it takes more than that number."""
+    counts = set()
+    for layer in layers:
+        plain = layer.retain is None and not layer.lenders and isinstance(layer.store, Dense)
+        if not plain or not isinstance(layer.project, Heads) or not layer.project.is_uniform:
+            return None
+        counts.add(layer.project.kv_heads)
+    return counts.pop() if len(counts) == 1 else None
+
+
+def why_not_handed_down(anatomy: Anatomy) -> str | None:
+    """Why an unknown keyword argument of the model does not reach its first attention; None where it does.
+
+    The model runs without weights, up to that attention.
+    """
     model = meta_model(anatomy.config, anatomy.kind)
+    hold_frequencies_still(model)  # else those that vary with the length read positions, which have no values here
     found: list[bool] = []
 
     class Reached(Exception):
@@ -102,10 +117,16 @@ def hands_down_keywords(anatomy: Anatomy) -> bool:
     model.get_submodule(anatomy.sites[0].module).register_forward_pre_hook(look, with_kwargs=True)
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.zeros(1, 1, 2, 2, device="meta")  # a finished mask: making one would read values, and there are none
-    # TypeError: an argument that nobody takes. The others: models that want values before their first attention.
-    with torch.no_grad(), contextlib.suppress(Reached, TypeError, ValueError, RuntimeError):
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **{SHARED_STATES: {}})
-    return found == [True]
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **{SHARED_STATES: {}})
+    except Reached:
+        pass
+    except TypeError:
+        return f"{anatomy.architecture} takes no keyword arguments that it does not know"
+    except (ValueError, RuntimeError) as error:
+        return f"{anatomy.architecture} cannot be run without weights as far as its first attention ({error})"
+    return None if found == [True] else f"{anatomy.architecture} hands its attentions no keyword arguments"
 
 
 def _kv_settings(config: Any, value: int) -> list[str]:

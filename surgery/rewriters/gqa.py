@@ -7,21 +7,28 @@ on: least squares on scores can win there and still lose behind the softmax.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
+from typing import Literal
 
 import torch
 
+from ..anatomy import Anatomy
 from ..attention.forward import attend
 from ..attention.weights import AttentionWeights
 from ..calibration.statistics import Activations, layer_activations
 from ..calibration.text import Windows
 from ..calibration.working_copy import WorkingCopy
-from ..recipe import GqaStep
-from ..runtime.layout import AttentionSite, Heads
+from ..errors import PlanError, RecipeError
+from ..recipe import Step, Text
+from ..runtime.layout import AttentionSite, Heads, LayerPlan
+from . import Method
 from .common.gains import tune_gains
 from .common.layerwise import Layerwise
 from .common.moments import Moments, stream_moments
 from .common.refit import OutputFit, QueryFit
+from .heads import Init
 from .heads.grouping import (
     Groups,
     check_divides,
@@ -38,11 +45,101 @@ QUERY_TOKENS = 10_000
 """Calibration tokens for the query refit: it keeps N·H·(H+1) numbers for each."""
 
 
-class Gqa(Layerwise):
-    """Merges KV heads, each layer on statistics of the already converted prefix (error compensation)."""
+@dataclass(frozen=True, kw_only=True)
+class GqaStep(Step):
+    """Pool KV heads into fewer, each shared by a group of query heads."""
 
-    def __init__(self, step: GqaStep, seed: int = 0) -> None:
-        self.step, self.seed = step, seed
+    rewriter: Literal["gqa"] = "gqa"
+    kv_heads: int | str | None = None
+    """KV heads to keep: a number, or a fraction of the parent's such as `1/2`. Not needed beside `groups`."""
+    init: Init = "rank1"
+    """How the merged heads are made. `rank1` minimises the error of scores and outputs under the calibration text."""
+    grouping: Literal["search", "neighbour"] = "search"
+    """Which heads merge: chosen per layer by the error that merging them costs, or simply neighbours."""
+    groups: tuple[tuple[int, ...], ...] | None = None
+    """Explicit groups of the parent's KV heads, sizes may differ: `[[0, 3], [1], [2]]`."""
+    renorm: bool = True
+    """`aligned` only: restore the norm that averaging takes from the keys."""
+    equal_groups: bool = True
+    """False lets `asym`, `qcqa` and `key_norm` make groups of unequal size, which only our own runtime can run."""
+    refit_queries: bool = True
+    """Refit `q_proj` by least squares to the parent's attention scores. Needs calibration text."""
+    refit_output: bool = True
+    """Refit `o_proj` by ridge regression to the parent's attention output. Needs calibration text."""
+    gain_fit: bool = True
+    """Fit one gain per query head on q and on o by KL to the parent, then fold. Needs calibration text."""
+
+    @property
+    def text(self) -> Text:
+        return "none" if self.init in ("mean", "sqrt_g", "first", "random") else "better"
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether groups of unequal size are decided by the text, or by the weights."""
+        return not self.equal_groups and self.init in ("asym", "qcqa", "key_norm")
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if self.groups is not None:
+            heads = [head for group in self.groups for head in group]
+            if not heads or not all(self.groups) or sorted(heads) != list(range(len(heads))):
+                raise RecipeError(
+                    f"{where}.groups: {[list(g) for g in self.groups]} must hold every KV head of the parent exactly "
+                    "once and no empty group, for example [[0, 3], [1], [2]]."
+                )
+            if self.kv_heads is not None and self.kv_heads != len(self.groups):
+                raise RecipeError(f"{where}: kv_heads {self.kv_heads} beside {len(self.groups)} groups. Leave one out.")
+        elif self.kv_heads is None:
+            raise RecipeError(f"{where}: needs `kv_heads` (a number, or a fraction such as 1/2) or `groups`.")
+        else:
+            self._fraction(where)
+
+    def _fraction(self, where: str) -> Fraction | int:
+        message = (
+            f"{where}.kv_heads: {self.kv_heads!r} must be a whole number >= 1 or a fraction of the parent's heads "
+            "between 0 and 1, such as 1/2."
+        )
+        if isinstance(self.kv_heads, int):
+            if self.kv_heads < 1:
+                raise RecipeError(message)
+            return self.kv_heads
+        try:
+            fraction = Fraction(str(self.kv_heads))
+        except (ValueError, ZeroDivisionError):
+            raise RecipeError(message) from None
+        if not 0 < fraction <= 1:
+            raise RecipeError(message)
+        return fraction
+
+    def kv_heads_of(self, parent_kv_heads: int) -> int | None:
+        """KV heads to keep of `parent_kv_heads`; None where the fraction does not give a whole number."""
+        if self.groups is not None:
+            return len(self.groups)
+        wanted = self._fraction("kv_heads")
+        if isinstance(wanted, int):
+            return wanted
+        kept = wanted * parent_kv_heads
+        return int(kept) if kept.denominator == 1 else None
+
+
+class Gqa(Layerwise, Method):
+    """Pools KV heads, each layer on statistics of the already converted prefix (error compensation)."""
+
+    Options = GqaStep
+    axis = "project"
+    step: GqaStep
+
+    @property
+    def needs_own_class(self) -> bool:
+        """Whether groups may come out unequal, which no stock class says."""
+        return self.step.is_uneven
+
+    def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
+        """Fewer heads in each selected layer."""
+        return tuple(
+            replace(layer, project=planned_heads(self.step, where, site)) if self.step.selects(site.layer) else layer
+            for site, layer in zip(anatomy.sites, layers, strict=True)
+        )
 
     def convert_layer(self, copy: WorkingCopy, layer: int, heads: Heads, windows: Windows | None) -> None:
         """Merge the heads of one layer, and refit its queries and output to the parent's."""
@@ -130,3 +227,41 @@ class Gqa(Layerwise):
         """Whether the recipe asks for refits and `attend` computes what the site does."""
         plain = site.clip_qkv is None and not site.gated_output and site.v_norm is None
         return plain and (self.step.refit_queries or self.step.refit_output)
+
+
+def planned_heads(step: GqaStep, where: str, site: AttentionSite) -> Heads:
+    """The heads that a layer keeps.
+
+    Raises:
+        PlanError: names the layer and the numbers that would do.
+    """
+    old = site.kv_heads
+    divisors = ", ".join(str(d) for d in range(1, old + 1) if old % d == 0)
+    kv_heads = step.kv_heads_of(old)
+    if kv_heads is None:
+        raise PlanError(
+            f"layer {site.layer}: {step.kv_heads} of {old} KV heads is no whole number. Use one of {divisors}."
+        )
+    if kv_heads > old:
+        raise PlanError(
+            f"layer {site.layer}: the recipe asks for {kv_heads} KV heads, the parent has {old}. Use one of {divisors}."
+        )
+    if step.groups is not None:
+        members = sum(len(group) for group in step.groups)
+        if members != old:
+            raise PlanError(f"layer {site.layer}: {where}.groups place {members} KV heads, the parent has {old}.")
+        sizes = [len(group) * site.heads // old for group in step.groups]
+        return Heads.of(site, kv_heads, tuple(sizes))
+    if step.is_uneven:
+        if step.init == "key_norm" and site.heads != old:
+            raise PlanError(
+                f"layer {site.layer}: {where}: `key_norm` shares queries out one by one, and the KV heads here have "
+                f"{site.heads // old} each already. Set equal_groups: true."
+            )
+        return Heads.of(site, kv_heads)
+    if old % kv_heads:
+        raise PlanError(
+            f"layer {site.layer}: cannot group {old} KV heads into {kv_heads} ({old} % {kv_heads} != 0). "
+            f"Use one of {divisors}, or write the groups out: groups: [[0, 1], [2], ...]."
+        )
+    return Heads.of(site, kv_heads)

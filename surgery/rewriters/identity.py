@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..recipe import Step
+from . import Method
 
 
-class Identity:
-    """The rewriter of `IdentityStep`: no layer changes its plan, so no layer is handed to it."""
+@dataclass(frozen=True, kw_only=True)
+class IdentityStep(Step):
+    """Replace every attention by ours and change nothing: the proof of the anatomy, and a debugging tool."""
 
-    def __init__(self, step: Any, seed: int = 0) -> None:
-        del step, seed
+    rewriter: Literal["identity"] = "identity"
+
+
+class Identity(Method):
+    """The method of `IdentityStep`: no layer changes its plan, so no layer is handed to it."""
+
+    Options = IdentityStep
+    axis = "project"
+
+    @property
+    def needs_own_class(self) -> bool:
+        """Yes, although the parent's class could say the plan: that is the purpose."""
+        return True
+
+    def plan(self, anatomy: Any, layers: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+        """`layers` as they are."""
+        return layers
 
     def convert(self, *args: Any) -> None:
         """Nothing to convert."""

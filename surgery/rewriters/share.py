@@ -7,19 +7,28 @@ another part confirms it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
+from ..anatomy import Anatomy
 from ..attention.forward import head_outputs
 from ..attention.weights import AttentionWeights
 from ..calibration.shared_copy import SharedCopy
 from ..calibration.statistics import Activations
 from ..calibration.text import Windows
-from ..planning.share_layouts import SEARCHED, kept_layers, sharable
-from ..recipe import ShareStep
-from ..runtime.layout import Latent, LayerPlan
+from ..errors import PlanError, RecipeError
+from ..planning.latent_size import input_columns, kept_numbers
+from ..planning.parent_class import why_not_handed_down
+from ..planning.share_layouts import SEARCHED, SVFORMER, check_layout, check_map, kept_layers, owners_of, sharable
+from ..recipe import Step, Text
+from ..runtime.layout import AttentionSite, Latent, LayerPlan
+from ..runtime.project import latent_refusal
+from . import Method
 from .common.gains import tune_gains
 from .common.refit import OutputFit, QueryFit
+from .latent.options import latent_of_site
 from .layers.latent import share_latents
 from .layers.maps import least_squares, map_values, mean_weights, pair_moments
 from .layers.search import kvsharer_pairs, search_pairs
@@ -29,14 +38,148 @@ SEARCH_WINDOWS = 12
 """Check windows that inits are compared on; refits are accepted on all of them."""
 
 
-class Share:
+@dataclass(frozen=True, kw_only=True)
+class ShareStep(Step):
+    """Let layers read the cache of an earlier layer and keep none of their own; `layers` selects those that may."""
+
+    rewriter: Literal["share"] = "share"
+    layout: str | dict[int, int] = "cla2"
+    """`cla2`, `cla(3)`, `mlkv(layers=4)`, `yoco`; `mlkv`, `pizza-bottom`, `sandwich-bottom`, `lasagna-bottom` with
+    `kv_layers`; `search` and `kvsharer`, which the text decides; `svformer`, where only V is shared, that of the first
+    layer; or a map of readers to owners: `{1: 0, 3: 2}`."""
+    kv_layers: int | float | None = None
+    """Layers that keep a cache: how many, or what part of those selected."""
+    init: Literal["best", "latent", "replace", "mean", "least_squares"] = "best"
+    """How a reader learns to read: the best of `replace` (as it is), `mean` (owner gets the mean of the weights) and
+    `least_squares` (maps folded into q and o) for each reader; or `latent`: the owner caches a latent of its input,
+    made for all its readers."""
+    keep: float = 1.0
+    """`latent` only: numbers of an owner's cache as part of those it had."""
+    refit_queries: bool = True
+    """Refit the readers' `q_proj` by least squares to the parent's attention scores."""
+    refit_output: bool = True
+    """Refit `o_proj` by ridge regression to the parent's attention output."""
+    gain_fit: bool = True
+    """Fit one gain per query head on q and on o by KL to the parent, then fold."""
+
+    @property
+    def text(self) -> Text:
+        return "needed" if self.init not in ("replace", "mean") or self.is_searched else "better"
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether calibration text decides which layers read which."""
+        return self.layout in SEARCHED
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if isinstance(self.layout, str):
+            check_layout(self.layout, self.kv_layers is not None, where)
+        elif self.kv_layers is not None:
+            raise RecipeError(f"{where}: a map says itself how many layers keep a cache. Leave out kv_layers.")
+        elif not self.layout:
+            raise RecipeError(f"{where}.layout: the map is empty. Write for example {{1: 0, 3: 2}}, reader: owner.")
+        if self.kv_layers is not None and (
+            self.kv_layers < 1 if isinstance(self.kv_layers, int) else not 0 < self.kv_layers <= 1
+        ):
+            raise RecipeError(
+                f"{where}.kv_layers: {self.kv_layers} must be a number of layers (4) or a part of them (0.5)."
+            )
+        if not 0 < self.keep <= 1:
+            raise RecipeError(f"{where}.keep: {self.keep:g} must be above 0 and at most 1.")
+        if self.layout == SVFORMER and self.init in ("latent", "mean"):
+            raise RecipeError(
+                f"{where}.init: {self.init!r} has no svformer layout. Use best, least_squares or replace."
+            )
+        if self.keep < 1 and self.init != "latent":
+            raise RecipeError(f"{where}.keep: {self.init} shares whole heads. Set init: latent, or leave out keep.")
+
+
+class Share(Method):
     """Gives readers their owners, by a layout or by a search, and fits them."""
 
-    def __init__(self, step: ShareStep, seed: int = 0) -> None:
-        self.step = step
+    Options = ShareStep
+    axis = "share"
+    step: ShareStep
+
+    def __init__(self, options: ShareStep, seed: int = 0) -> None:
+        super().__init__(options, seed)  # nothing here is random
         self.orders: dict[int, list[int]] = {}
         """The query head, before, of each of a reader's."""
-        del seed  # nothing here is random
+
+    def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
+        """Readers, and with `init: latent` the latents of their owners.
+
+        Layouts that the text decides are planned with the last layers as readers: their number stays.
+        """
+        step = self.step
+        sites = {site.layer: site for site in anatomy.sites}
+        plans = {layer.layer: layer for layer in layers}
+        chosen = [layer for layer in sorted(sites) if step.selects(layer)]
+        reason = why_not_handed_down(anatomy)
+        if reason is not None:
+            raise PlanError(f"{where}: {reason}, so that no layer can be given the cache of another. Use gqa.")
+        if isinstance(step.layout, str):
+            owners = owners_of(step.layout, chosen, step.kv_layers, where)
+            if step.layout in SEARCHED:
+                possible = {reader: found for reader, found in sharable(chosen, sites, plans).items() if found}
+                if len(possible) < len(owners):
+                    raise PlanError(
+                        f"{where}: {len(owners)} layers are to read the cache of an earlier one, and only "
+                        f"{len(possible)} find one like their own. Use kv_layers: {len(chosen) - len(possible)} or "
+                        "more."
+                    )
+                readers = sorted(possible)[-len(owners) :] if owners else []
+                owners = {reader: max(set(possible[reader]) - set(readers)) for reader in readers}
+        else:
+            owners = dict(step.layout)
+            outside = sorted(set(owners) - set(chosen))
+            if outside and outside[0] in sites:
+                raise PlanError(f"{where}: layer {outside[0]} is in the map, and not among layers: {step.layers}.")
+        for layer in sorted({*owners, *owners.values()}):
+            if layer in plans and plans[layer].project.kind != "heads":
+                raise PlanError(
+                    f"layer {layer}: {where} lets caches of heads be read, and an earlier step has given this one a "
+                    "latent of its own. Select other layers, or take share with init: latent and `keep`, which makes "
+                    "one latent for all its readers."
+                )
+        check_map(owners, sites, plans)
+        for layer in sorted({*owners, *owners.values()}):
+            for fault, is_there in (
+                (f"clamps keys and values to {sites[layer].clip_qkv}", sites[layer].clip_qkv is not None),
+                ("gates its head outputs", sites[layer].gated_output),
+            ):
+                if is_there:
+                    raise PlanError(
+                        f"layer {layer}: {where} fits what readers read, and this attention {fault}. Use gqa."
+                    )
+        if step.init == "latent":
+            groups = {owner for owner in owners.values()}
+            for layer in sorted({*owners, *groups}):
+                at = sites[layer]
+                reason = latent_refusal(at)
+                if reason:
+                    raise PlanError(f"layer {layer}: {where} makes a latent, but {reason}")
+                plans[layer] = replace(plans[layer], project=_shared_latent(step, at))
+        for layer, owner in owners.items():
+            plan = plans[layer]
+            plans[layer] = replace(plan, value_owner=owner) if step.layout == SVFORMER else replace(plan, owner=owner)
+        return tuple(plans[layer.layer] for layer in layers)
+
+    def conflict(self, other: Any) -> str | None:
+        """Steps that would have to know which layers keep a cache before the text has decided it."""
+        if other.axis == "share":
+            return "who reads whose cache is one map. Write one share step, with the layout as a map: {1: 0, 3: 2}."
+        if self.step.is_searched and other.axis != "project" and other.step.layers is not None:
+            return (
+                f"text decides which layers read which, so that {other.step.rewriter} cannot be for layers "
+                f"{other.step.layers} alone. Leave out its layers, or write the layout of share as a map."
+            )
+        return None
+
+    def notes(self, plan: Any) -> list[str]:
+        """What is left to the text."""
+        return ["the text decides which layers read which; how many keep a cache stays"] * self.step.is_searched
 
     def convert(self, copy: SharedCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
         """Convert all readers, and in latent form their owners. In place; None asks for the data-free form."""
@@ -176,3 +319,9 @@ class Share:
 def _search_loss(copy: SharedCopy, windows: Windows | None) -> float:
     assert windows is not None
     return copy.divergence(windows.split()[1].take(SEARCH_WINDOWS))
+
+
+def _shared_latent(step: ShareStep, site: AttentionSite) -> Latent:
+    """K of all readers is rotated at read: its mean over layers has no rotated part that suits them all."""
+    numbers = min(kept_numbers(step.keep, site), input_columns(site))
+    return latent_of_site(site, numbers, 0, rotate_on_read=True)

@@ -10,6 +10,7 @@ import transformers.initialization as init
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .caches import has_own_layer, install_layers
 from .calling import BIAS_NAMES, CallingConvention, once, take_cache
 from .layout import AttentionSite, HeadNorm, Latent, LayerPlan, Projection
 from .ops import decodes, latent_attention_forward
@@ -168,6 +169,8 @@ class SurgeryAttention(nn.Module):
     inv_freq_bits: Tensor
     slope_bits: Tensor
     num_key_value_groups: int
+    all_plans: tuple[LayerPlan, ...] = ()
+    """Of the whole model: its cache gets layers of ours for all of them at once. `swap_attention` sets it."""
 
     def __init__(
         self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
@@ -340,11 +343,13 @@ class SurgeryAttention(nn.Module):
 
     def held(self, dtype: torch.dtype) -> tuple[int, int, int]:
         """Heads, width of keys and width of values that the layer has in a cache of its own which keeps every token."""
-        raise NotImplementedError
+        return self.plan.entry(dtype.itemsize)
 
     def _store(self, key: Tensor, value: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Append to the layer's own cache; returns all that is to be seen, and leaves it to the readers."""
         if inputs.cache is not None:
+            if has_own_layer(self.plan):
+                install_layers(inputs.cache, self.all_plans)
             key, value = inputs.cache.update(key, value, self.layer_idx)
         if self.has_readers:
             assert inputs.shared is not None

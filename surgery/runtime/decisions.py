@@ -1,4 +1,4 @@
-"""Pure functions on the decisions of `Merge`: who sees what, and what merged slots hold. No modules, no state.
+"""Pure functions on the decisions of `Retain` values: who sees what, and what merged slots hold. No modules, no state.
 
 `order_BT` says where each token stands in its own sequence: 0 at its first token, negative at padding. It counts
 through a cache, and starts again at every document of a packed sequence. Places in a tensor (T) never do.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Merge
+from .layout import Retain
 from .slots import pick
 
 _STRETCH = 2**19
@@ -51,7 +51,7 @@ def _pick_tokens(x: Tensor, index_BT: Tensor) -> Tensor:
 
 
 def hard_decisions(logits_BKT: Tensor, order_BT: Tensor, protected: int) -> Tensor:
-    """[B, K, T] bool: logit above 0, and never at padding or the first `protected` tokens (`Merge.protected`)."""
+    """[B, K, T] bool: logit above 0, and never at padding or the first `protected` tokens (`Retain.protected`)."""
     return (logits_BKT > 0) & (order_BT >= protected)[:, None]
 
 
@@ -75,7 +75,7 @@ def same_sequence(order_BT: Tensor) -> Tensor:
 def visible(
     decisions_BKT: Tensor,
     order_BT: Tensor,
-    merge: Merge,
+    retain: Retain,
     allowed_B1TT: Tensor | None = None,
     real_BT: Tensor | None = None,
 ) -> Tensor:
@@ -88,7 +88,7 @@ def visible(
         allowed_B1TT: the model's own mask, True is visible, in the place of `same_sequence`.
         real_BT: False at padding, where that stands between tokens.
     """
-    near_B1TT, of_key_BKT = _near_and_key(decisions_BKT, order_BT, merge, real_BT)
+    near_B1TT, of_key_BKT = _near_and_key(decisions_BKT, order_BT, retain, real_BT)
     allowed = same_sequence(order_BT)[:, None] if allowed_B1TT is None else allowed_B1TT
     return (near_B1TT | ~of_key_BKT[:, :, None, :]) & allowed
 
@@ -96,7 +96,7 @@ def visible(
 def soft_bias(
     log_keep_BKT: Tensor,
     order_BT: Tensor,
-    merge: Merge,
+    retain: Retain,
     allowed_B1TT: Tensor | None = None,
     dtype: Any = None,
     real_BT: Tensor | None = None,
@@ -111,7 +111,7 @@ def soft_bias(
         dtype: of the scores; float32 where None.
         real_BT: as in `visible`.
     """
-    near_B1TT, of_key_BKT = _near_and_key(log_keep_BKT, order_BT, merge, real_BT)
+    near_B1TT, of_key_BKT = _near_and_key(log_keep_BKT, order_BT, retain, real_BT)
     allowed = same_sequence(order_BT)[:, None] if allowed_B1TT is None else allowed_B1TT
     low = torch.finfo(dtype or torch.float32).min
     rows = of_key_BKT.clamp_min(low).to(dtype or torch.float32)[:, :, None, :]
@@ -120,12 +120,12 @@ def soft_bias(
     return torch.where(allowed & ~near_B1TT, rows, fixed)
 
 
-def _near_and_key(x_BKT: Tensor, order_BT: Tensor, merge: Merge, real_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+def _near_and_key(x_BKT: Tensor, order_BT: Tensor, retain: Retain, real_BT: Tensor | None) -> tuple[Tensor, Tensor]:
     """Pairs [B, 1, T, T] that no decision hides, and for each key the entry of `x_BKT` that may hide it from others."""
     distance = (order_BT[:, :, None] - order_BT[:, None, :])[:, None]
-    if merge.method == "dms":
-        assert merge.window is not None
-        return distance < merge.window, x_BKT
+    if not retain.averages:
+        assert retain.window is not None
+        return distance < retain.window, x_BKT
     # The next token decides whether j stays visible; behind the last one there is none yet.
     if real_BT is None:
         return distance == 0, torch.nn.functional.pad(x_BKT[..., 1:], (0, 1))

@@ -1,4 +1,4 @@
-"""Cache of a layer that drops tokens some time after their gate has said so (`Merge.method` "dms")."""
+"""Cache of a layer that drops tokens some time after their gate has said so or score has said so (`Gate`, `Evict`)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class EvictingLayer(RaggedLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        assert self.merge.window is not None
+        assert self.retain.window is not None
         B, K = key_states.shape[:2]
-        self.state["window"] = key_states.new_zeros(B, K, self.merge.window, dtype=torch.int32)
+        self.state["window"] = key_states.new_zeros(B, K, self.retain.window, dtype=torch.int32)
 
     def _add_token(self, new: New, dec_BK: Tensor) -> None:
         window = self.state["window"]
@@ -36,8 +36,8 @@ class EvictingLayer(RaggedLayer):
         return new.turn(new.key_BKTH), new.value_BKTV
 
     def _expiry(self, old: Slots, dec_BKT: Tensor, order_BT: Tensor, count_B: Tensor) -> tuple[Slots, Tensor]:
-        assert self.merge.window is not None
-        return old, torch.where(dec_BKT, (order_BT + self.merge.window)[:, None], NEVER)
+        assert self.retain.window is not None
+        return old, torch.where(dec_BKT, (order_BT + self.retain.window)[:, None], NEVER)
 
     def slots(self) -> Slots:
         slots = super().slots()

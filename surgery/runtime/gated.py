@@ -1,4 +1,4 @@
-"""Attention of a converted layer whose tokens merge or leave by the decisions of a gate."""
+"""Attention of a converted layer whose tokens are averaged or leave by the decisions of a gate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import LIKE_SDPA, Inputs, Shapes, norm_heads
-from .caches import is_ragged, make_ragged
+from .caches import install_layers
 from .calling import CallingConvention
 from .decisions import at_end, from_end, hard_decisions, log_keep, pooled, soft_bias, visible
 from .gates import SurgeryGate, logistic_noise
@@ -24,7 +24,7 @@ ZERO_OUT = 0.1
 
 
 class SurgeryMergedAttention(SurgeryHeadsAttention):
-    """`SurgeryHeadsAttention` under a `Merge`; parameters of the gate are named `gate.*`.
+    """`SurgeryHeadsAttention` under a `Retain` value; parameters of the gate are named `gate.*`.
 
     In training, without a cache, decisions are relaxed: p = sigmoid((logit + logistic noise) / `temperature`), runs are
     pooled and scores lowered by them. In evaluation, and where a score takes them, they are hard, and a whole sequence
@@ -33,23 +33,21 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
     """
 
     gate: SurgeryGate
-    all_plans: tuple[LayerPlan, ...]
-    """Of the whole model: its cache is made for all layers at once. `swap_attention` sets it."""
 
     def __init__(
         self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
     ) -> None:
         super().__init__(config, site, plan, call, shapes)
         assert plan.retain is not None
-        self.merge = plan.retain
-        reason = merge_refusal(site)
+        self.retain = plan.retain
+        reason = self.retain.supports(site)
         if reason is not None:
             raise ValueError(f"{site.module} (layer {site.layer}): {reason}")
         self.temperature = 0.3
-        self.target_ratio = self.merge.ratio
+        self.target_ratio = self.retain.ratio
         """What the budget asks for now; training raises it from 1."""
         if self.owns_cache:
-            self.gate = SurgeryGate(self.merge, self.heads, shapes["q_proj.weight"][1])
+            self.gate = SurgeryGate(self.retain, self.heads, shapes["q_proj.weight"][1])
 
     def reset(self) -> None:
         super().reset()
@@ -58,10 +56,10 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
 
     def set_ramp(self, progress: float) -> None:
         """Raise the ratio from 1 to the plan's; before that, fade channels that the gate borrows."""
-        if self.owns_cache and self.merge.gate == "borrowed":
+        if self.owns_cache and self.retain.decided_by == "borrowed":
             self._fade(progress / ZERO_OUT)
             progress = max(0.0, progress - ZERO_OUT) / (1 - ZERO_OUT)
-        self.target_ratio = 1 + progress * (self.merge.ratio - 1)
+        self.target_ratio = 1 + progress * (self.retain.ratio - 1)
 
     @torch.no_grad()
     def _fade(self, progress: float) -> None:
@@ -89,7 +87,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             )
         if inputs.rest.pop("is_causal", None) is False:
             raise ValueError(
-                f"layer {self.layer_idx}: tokens merge or leave by what came before them, so attention with "
+                f"layer {self.layer_idx}: tokens are averaged or leave by what came before them, so attention with "
                 "is_causal=False has no meaning here. Leave it out."
             )
         if cache is not None and self.training and cache.get_seq_length(self.layer_idx):
@@ -125,8 +123,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         q = self._queries(hidden_states)
         turn = self._rotation(inputs, q.dtype)
         if self.owns_cache:
-            if not is_ragged(cache, self.layer_idx):
-                make_ragged(cache, self.all_plans)
+            install_layers(cache, self.all_plans)
             layer = cache.layers[self.layer_idx]
             k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
             logits, weight = self.gate(hidden_states, q, k)
@@ -179,7 +176,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """K and V as slots hold them after each token, and who sees them: bool, or in training a bias, [B, K, T, T]."""
         B, T = k_BTKH.shape[:2]
-        merge, allowed, holes = self.merge, None, None
+        retain, allowed, holes = self.retain, None, None
         order = decides = torch.arange(T, device=k_BTKH.device)[None]
         if inputs.mask is not None:
             where = f"layer {self.layer_idx}"
@@ -189,12 +186,12 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
             holes = read.real_BT if settle(where, read.claims, read.has_holes) else None
             order, allowed = read.order_BT, read.visible_B1TT
             decides = torch.where(read.real_BT, order, -1)
-        if self.training and merge.is_trained:
-            kept = log_keep(logits_BKT, decides, merge.protected, self.temperature, logistic_noise(logits_BKT))
-            p, seen = -torch.expm1(kept), soft_bias(kept, order, merge, allowed, k_BTKH.dtype, holes)
+        if self.training and retain.is_trained:
+            kept = log_keep(logits_BKT, decides, retain.protected, self.temperature, logistic_noise(logits_BKT))
+            p, seen = -torch.expm1(kept), soft_bias(kept, order, retain, allowed, k_BTKH.dtype, holes)
         else:
-            hard = hard_decisions(logits_BKT, decides, merge.protected)
-            p, seen = hard.float(), visible(hard, order, merge, allowed, holes)
+            hard = hard_decisions(logits_BKT, decides, retain.protected)
+            p, seen = hard.float(), visible(hard, order, retain, allowed, holes)
         if weight_BKT is not None:
             k_BTKH, v_BTKV = (self._pooled(x.transpose(1, 2), weight_BKT, p, holes) for x in (k_BTKH, v_BTKV))
         return k_BTKH, v_BTKV, seen
@@ -202,21 +199,6 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
     def _pooled(self, x_BKTH: Tensor, weight_BKT: Tensor, p_BKT: Tensor, real_BT: Tensor | None) -> Tensor:
         """[B, T, K, H]; `real_BT` where runs go on behind padding."""
         if real_BT is None:
-            return pooled(x_BKTH, weight_BKT, p_BKT, self.merge.window).transpose(1, 2)
+            return pooled(x_BKTH, weight_BKT, p_BKT, self.retain.window).transpose(1, 2)
         x, weight, p = (at_end(t, real_BT) for t in (x_BKTH, weight_BKT, p_BKT))
-        return from_end(pooled(x, weight, p, self.merge.window), real_BT).transpose(1, 2)
-
-
-def merge_refusal(site: AttentionSite) -> str | None:
-    """Why tokens of this attention cannot be merged or dropped by a gate; None where they can."""
-    if site.window is not None:
-        return (
-            f"it sees the newest {site.window} tokens only, and its cache is bounded already. Select the other layers."
-        )
-    if site.sees_ahead:
-        return "its tokens of an image see later ones, and slots are filled in the order of the text."
-    if site.alibi_slopes is not None:
-        return "ALiBi asks for the position of every slot at every step, which a merged cache does not keep."
-    if site.rotary is not None and site.rotary.length_dependent:
-        return "its rotation changes with the length, and slots are rotated once."
-    return None
+        return from_end(pooled(x, weight, p, self.retain.window), real_BT).transpose(1, 2)

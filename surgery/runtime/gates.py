@@ -1,4 +1,4 @@
-"""What decides, per KV head and token, whether it keeps a slot of its own (`Merge`), and with which weight it merges.
+"""What decides, per KV head and token, who keeps a slot of its own (`Retain`), and with which weight it is averaged.
 
 Logits are float32 whatever the model's dtype: prefill and decoding must not fall on different sides of 0 by rounding.
 They depend on the token's own layer input alone, so they are the same in both.
@@ -11,42 +11,39 @@ import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 
-from .layout import Heads, Merge
+from .layout import Evict, Gate, Heads, Pool, Retain
+from .scorers import SCORERS
 
-SCORES = {
-    "key_norm": "norm of the key before rotation; long keys go (arXiv:2406.11430)",
-    "window": "every token behind the window goes (StreamingLLM, arXiv:2309.17453)",
-}
-"""Scores that nothing is trained for, and what each drops."""
 EPS = 1e-6
 _WEIGHT_OFFSET = 5.0
 
 
-def gate_shapes(merge: Merge, hidden_size: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
+def gate_shapes(retain: Retain, hidden_size: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor of the gate by name; none for a gate that needs none."""
-    if merge.gate == "adapter":
+    if retain.decided_by == "adapter":
         shapes: dict[str, tuple[int, ...]] = {
             "norm": (hidden_size,),
             "weight": (kv_heads, hidden_size),
             "bias": (kv_heads,),
         }
-        if merge.method == "dmc":
+        if retain.averages:
             shapes |= {"mix_weight": (kv_heads, hidden_size), "mix_bias": (kv_heads,)}
         return shapes
-    if merge.gate == "borrowed":
+    if retain.decided_by == "borrowed":
         return {"channel_bits": (1,)}
-    return {"threshold": (kv_heads,)} if merge.gate == "score:key_norm" else {}
+    has_threshold = isinstance(retain, Evict) and SCORERS[retain.scorer].has_threshold
+    return {"threshold": (kv_heads,)} if has_threshold else {}
 
 
 class SurgeryGate(nn.Module):
-    """Logits of the decisions of one layer, and for `dmc` the weights of tokens in the mean of their slot.
+    """Logits of the decisions of one layer, and of `Pool` the weights of tokens in the mean of their slot.
 
     `adapter`: gain * Linear(RMSNorm(x)) + offset of the layer's input, and sigmoid(Linear(RMSNorm(x)) + 5); both linear
     maps are zero at conversion, so every decision is 0 and the model as it was.
     `borrowed` (arXiv:2403.09636): the last channel of each key before rotation, plus the offset, and sigmoid of the
     mean of that of its queries plus 5. Attention does without both channels. Training fades them out first
     (`set_channel`), with every decision 0 meanwhile, then sets the rows that make them to zero and learns them anew.
-    `score:...`: see `SCORES`; `threshold` [K] comes from calibration text.
+    `score` (`Evict`): see `scorers.py`; `threshold` [K] comes from calibration text.
     """
 
     norm: nn.Parameter
@@ -57,10 +54,10 @@ class SurgeryGate(nn.Module):
     threshold: nn.Parameter
     channel_bits: Tensor
 
-    def __init__(self, merge: Merge, heads: Heads, hidden_size: int) -> None:
+    def __init__(self, retain: Retain, heads: Heads, hidden_size: int) -> None:
         super().__init__()
-        self.merge, self.groups = merge, heads.groups
-        for name, shape in gate_shapes(merge, hidden_size, heads.kv_heads).items():
+        self.retain, self.groups = retain, heads.groups
+        for name, shape in gate_shapes(retain, hidden_size, heads.kv_heads).items():
             if name.endswith("_bits"):
                 # What fades is state of the training, kept as bits that no cast to another float type can round.
                 self.register_buffer(name, torch.ones(shape, dtype=torch.float32).view(torch.int32))
@@ -72,43 +69,45 @@ class SurgeryGate(nn.Module):
         """Initialise what no checkpoint has filled."""
         for name, parameter in self.named_parameters():
             (init.ones_ if name == "norm" else init.zeros_)(parameter)
-        if self.merge.gate == "borrowed":
+        if self.retain.decided_by == "borrowed":
             init.copy_(self.channel_bits, torch.ones(1, dtype=torch.float32).view(torch.int32))
 
     def forward(self, hidden_BTD: Tensor, q_BTNH: Tensor, k_BTKH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, K, T], above 0 where a token is to go, and weights [B, K, T] above 0 (`dmc`); float32.
+        """Logits [B, K, T], above 0 where a token is to go, and weights [B, K, T] above 0 (of `Pool`); float32.
 
         Args:
             hidden_BTD: the layer's input, what q, k and v are projected from.
             q_BTNH, k_BTKH: normed, before rotation, with all their channels.
         """
         with torch.autocast(hidden_BTD.device.type, enabled=False):
-            made = {"adapter": self._adapter, "borrowed": self._borrowed}.get(self.merge.gate, self._score)
+            made = {"adapter": self._adapter, "borrowed": self._borrowed, "score": self._score}[self.retain.decided_by]
             logits, weight = made(hidden_BTD, q_BTNH, k_BTKH)
         return logits.transpose(1, 2), None if weight is None else weight.transpose(1, 2)
 
     def _adapter(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         x = hidden.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
-        logits = self.merge.gain * F.linear(x, self.weight.float(), self.bias.float()) + self.merge.offset
-        if self.merge.method == "dms":
+        assert isinstance(self.retain, (Gate, Pool))
+        logits = self.retain.gain * F.linear(x, self.weight.float(), self.bias.float()) + self.retain.offset
+        if not self.retain.averages:
             return logits, None
         return logits, torch.sigmoid(F.linear(x, self.mix_weight.float(), self.mix_bias.float()) + _WEIGHT_OFFSET)
 
     def _borrowed(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         ours = self.channel == 0  # before that it is still the model's own, and nothing decides yet
-        logits = torch.where(ours, k[..., -1].float(), 0.0) + self.merge.offset
-        if self.merge.method == "dms":
+        assert isinstance(self.retain, (Gate, Pool))
+        logits = torch.where(ours, k[..., -1].float(), 0.0) + self.retain.offset
+        if not self.retain.averages:
             return logits, None
         last = torch.where(ours, q[..., -1].float(), 0.0)
         mean = torch.stack([last[..., list(group)].mean(-1) for group in self.groups], dim=-1)
         return logits, torch.sigmoid(mean + _WEIGHT_OFFSET)
 
     def _score(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, None]:
-        norm = k.float().norm(dim=-1)
-        if self.merge.gate == "score:window":
-            return torch.ones_like(norm), None
-        return norm - self.threshold.float(), None
+        assert isinstance(self.retain, Evict)
+        scorer = SCORERS[self.retain.scorer]
+        score = scorer.score(hidden, q, k)
+        return (score - self.threshold.float() if scorer.has_threshold else score), None
 
     @property
     def channel(self) -> Tensor:
@@ -121,12 +120,12 @@ class SurgeryGate(nn.Module):
 
     def without_borrowed(self, x_BTNH: Tensor) -> Tensor:
         """q or k, before rotation, as attention may use it."""
-        if self.merge.gate != "borrowed":
+        if self.retain.decided_by != "borrowed":
             return x_BTNH
         return torch.cat((x_BTNH[..., :-1], x_BTNH[..., -1:] * self.channel.to(x_BTNH.dtype)), dim=-1)
 
     def extra_repr(self) -> str:
-        return f"{self.merge.method}, {self.merge.gate}"
+        return f"{self.retain.kind}, {self.retain.decided_by}"
 
 
 def logistic_noise(like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedConfig, StaticCache
 from transformers.generation import GenerationMode
 
 from .attention import SurgeryAttention
-from .caches import check_replaceable, make_ragged
+from .caches import check_replaceable, has_own_layer, install_layers
 from .calling import cache_argument, take_cache
 from .layout import Latent, LayerPlan
 from .paged_cache import RaggedLayer
@@ -34,18 +34,18 @@ class SurgeryGeneration:
     device: torch.device
     plans: tuple[LayerPlan, ...] = ()
     retains = False
-    """Whether tokens merge or leave in some layer."""
+    """Whether tokens are averaged or leave in some layer."""
 
     def static_cache(self, max_cache_len: int, *, ratio: float | None = None) -> StaticCache:
         """An empty cache that is allocated at once; pass it as `cache` (`past_key_values` before transformers 5.24).
 
         Args:
             max_cache_len: tokens at most, the prompt included.
-            ratio: tokens per slot to have room for where tokens merge or leave; None: what the plan aims at.
+            ratio: tokens per slot to have room for where tokens are averaged or leave; None: what the plan aims at.
         """
         cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
-        if self.retains:
-            make_ragged(cache, self.plans, ratio)
+        if any(map(has_own_layer, self.plans)):
+            install_layers(cache, self.plans, ratio)
         return cache
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -72,21 +72,22 @@ class SurgeryGeneration:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the parent's; caches of merged attention become what they will be before anybody asks what they can do.
+        """As the parent's; layers of ours stand in the cache before anybody asks what they can do.
 
         Raises:
-            ValueError: assisted decoding, or drafting, with merged attention; a form of cache that a layer cannot have.
+            ValueError: assisted decoding, or drafting, where tokens are averaged or leave; a form of cache that a
+                layer cannot have.
         """
         name = type(self).__name__
         if self.retains and getattr(generation_config, "is_assistant", False):
             raise ValueError(
-                f"{name} merges or drops tokens, and a draft must take tokens back when its candidates are rejected. "
+                f"{name} averages or drops tokens, and a draft must take tokens back when its candidates are rejected. "
                 "Give another assistant_model: the parent, or one converted without dms and dmc."
             )
         if self.retains and generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
-                f"{name} merges or drops tokens, which cannot be undone when candidates are rejected. Generate without "
-                "an assistant: leave out assistant_model, prompt_lookup_num_tokens and assistant_early_exit."
+                f"{name} averages or drops tokens, which cannot be undone when candidates are rejected. Generate "
+                "without an assistant: leave out assistant_model, prompt_lookup_num_tokens and assistant_early_exit."
             )
         form = getattr(generation_config, "cache_implementation", None) or ""
         if form == "quantized":
@@ -100,8 +101,8 @@ class SurgeryGeneration:
             generation_config, model_kwargs, generation_mode, *args, **kwargs
         )
         cache = model_kwargs.get(cache_argument(self))  # type: ignore[arg-type]
-        if self.retains and cache is not None:
-            make_ragged(cache, self.plans)
+        if cache is not None and any(map(has_own_layer, self.plans)):
+            install_layers(cache, self.plans)
         return done
 
     def _get_static_cache_init_shape(self) -> None:
@@ -133,11 +134,11 @@ def check_given_cache(base_model: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 def _check_layer(layer: Any, attention: SurgeryAttention) -> None:
     plan, owns = attention.plan, attention.owns_cache
-    if plan.retain is not None and owns:
+    if has_own_layer(plan):
         check_replaceable(layer, plan)
         return
     if isinstance(layer, RaggedLayer):
-        found = "slots of tokens that merge or leave"
+        found = "slots of tokens that are averaged or leave"
     else:
         key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
         if key is None or value is None or key.ndim != 4 or value.ndim != 4:  # nothing was written to it yet
@@ -161,7 +162,9 @@ def _check_layer(layer: Any, attention: SurgeryAttention) -> None:
 def _refuse_quantized(plans: Sequence[LayerPlan]) -> None:
     for plan in plans:
         if plan.retain is not None:
-            reason = f"its tokens merge or leave ({plan.retain.method}), and their slots lie in pages"
+            reason = f"its tokens are averaged or leave ({plan.retain.kind}), and their slots lie in pages"
+        elif plan.store.kind != "dense":
+            reason = f"it is stored as {plan.store.label()} already"
         elif isinstance(plan.project, Latent):
             reason = "it caches one latent per token in the place of keys, and no values that a backend could quantize"
         elif plan.value_owner is not None:

@@ -64,10 +64,6 @@ class SurgeryHeadsAttention(SurgeryAttention):
             key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
         return query, key, value
 
-    def held(self, dtype: torch.dtype) -> tuple[int, int, int]:
-        heads = self.heads
-        return heads.kv_heads, heads.head_dim, heads.value_dim if self.plan.value_owner is None else 0
-
     def _rotation(self, inputs: Inputs, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What turns [B, T, heads, H] by the positions of this call; nothing where the parent does not."""
         if self.site.rotary is None:

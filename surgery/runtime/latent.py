@@ -80,6 +80,7 @@ class SurgeryLatentAttention(SurgeryAttention):
         return hidden_states.shape[1] == 1 and self.config._attn_implementation in ("sdpa", "eager", "surgery")
 
     def held(self, dtype: torch.dtype) -> tuple[int, int, int]:
+        # Plans of early versions do not count the positions, which are cached all the same.
         return 1, self.latent.dims, position_numbers(dtype.itemsize) if self.keeps_positions else 0
 
     def _query_key_value(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,21 +178,6 @@ def numbers_as_positions(numbers_BTP: Tensor) -> Tensor:
     return 65536 * numbers[..., 0] + 256 * numbers[..., 1] + numbers[..., 2]
 
 
-def latent_shapes(site: AttentionSite, latent: Latent, owns_cache: bool = True) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that a latent has in the place of K and V (`kv_down` may have a bias beside them)."""
-    K, H, V = latent.kv_heads, latent.head_dim, latent.value_dim
-    shapes: dict[str, tuple[int, ...]] = {"v_up": (K, V, latent.value_rank)}
-    if owns_cache:
-        shapes["kv_down.weight"] = (latent.dims, site.hidden_size)
-    if latent.key_rank:
-        shapes["k_up"] = (K, H, latent.key_rank)
-    if latent.means and latent.rotate_on_read:
-        shapes["k_mean"] = (K, H)
-    if latent.rope_dims:
-        shapes |= {"q_rope": (K, latent.rope_dims, H), "rope_freq_bits": (latent.rope_dims // 2,)}
-    return shapes
-
-
 def check_latent_site(site: AttentionSite, latent: Latent) -> None:
     """Refuse plans of impossible shape, and attentions that no latent can stand for.
 
@@ -199,7 +185,7 @@ def check_latent_site(site: AttentionSite, latent: Latent) -> None:
         ValueError: says the layer and the reason.
     """
     where = f"{site.module} (layer {site.layer})"
-    reason = latent_refusal(site, latent.rotate_on_read)
+    reason = latent.supports(site)
     if reason:
         raise ValueError(f"{where}: {reason}")
     if (latent.kv_heads, latent.head_dim, latent.value_dim) != (site.kv_heads, site.head_dim, site.value_dim):
@@ -213,30 +199,3 @@ def check_latent_site(site: AttentionSite, latent: Latent) -> None:
         raise ValueError(f"{where}: a latent of {latent.rank} numbers with k_rank {latent.k_rank} leaves K or V none")
     if latent.rotate_on_read and (latent.rope_dims or not latent.key_rank):
         raise ValueError(f"{where}: a latent that is rotated at read caches no rotated part, and K must read it")
-
-
-def latent_refusal(site: Any, rotate_on_read: bool = False, fixed_rotary: bool = True) -> str | None:
-    """Why no latent can stand for K and V of this attention; None where one can.
-
-    Args:
-        site: an `AttentionSite`, or anything with its norms and its rotary embedding.
-        rotate_on_read: K is made from the latent at read, and can be normed then.
-        fixed_rotary: whether frequencies that vary with the length are refused; the runtime cannot follow them.
-    """
-    linear = "a latent that both read needs K and V linear in the layer's input"
-    clip = getattr(site, "clip_qkv", None)
-    if site.k_norm is not None and (site.k_norm.after_rotary or not rotate_on_read):
-        return f"the keys are normed per head ({site.k_norm.kind}); {linear}. Use lowrank, which norms at read, or gqa."
-    if site.v_norm is not None:
-        return f"the values are normed ({site.v_norm.kind}); {linear}. Use gqa."
-    if clip is not None:
-        return f"keys and values are clamped to {clip:g}; {linear}. Use gqa."
-    if site.q_norm is not None and site.q_norm.after_rotary:
-        return "the queries are normed after their rotation, which a latent cannot follow. Use gqa."
-    if fixed_rotary and site.rotary is not None and site.rotary.length_dependent:
-        return "the rotary frequencies vary with the length, and cached latents cannot follow. Use gqa."
-    if site.rotary is not None and site.rotary.axes is not None:
-        return "tokens of an image have several positions each, and cached latents are turned by one. Use gqa."
-    if site.gated_output:
-        return "the head outputs are gated before o. Use gqa."
-    return None

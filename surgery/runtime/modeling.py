@@ -29,11 +29,15 @@ from .gated import SurgeryMergedAttention
 from .gates import gate_shapes
 from .generation import SurgeryGeneration, check_given_cache
 from .heads import SurgeryHeadsAttention
-from .latent import SurgeryLatentAttention, latent_shapes
-from .layout import AttentionSite, Latent, LayerPlan
+from .latent import SurgeryLatentAttention
+from .layout import AttentionSite, LayerPlan
 from .parallel import drop_plans
 from .recording import prepare_recording, records_of, running_model
 
+ATTENTIONS: dict[str, type[SurgeryAttention]] = {"heads": SurgeryHeadsAttention, "latent": SurgeryLatentAttention}
+"""`kind` of a `Project` -> the module that runs a layer which keeps all tokens."""
+GATED: dict[str, type[SurgeryAttention]] = {"heads": SurgeryMergedAttention}
+"""The same for layers whose tokens are averaged or leave."""
 _MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
@@ -224,16 +228,11 @@ def swap_attention(
         config = getattr(replaced, "config", None)
         if not isinstance(config, PreTrainedConfig):
             config = model.config.get_text_config(decoder=True)
-        form: type[SurgeryAttention] = (
-            SurgeryLatentAttention if isinstance(plan.project, Latent) else SurgeryHeadsAttention
-        )
-        if plan.retain is not None:
-            form = SurgeryMergedAttention
+        form = (ATTENTIONS if plan.retain is None else GATED)[plan.project.kind]
         attention = form(config, site, plan, call.of_installed(replaced), {k: tuple(v) for k, v in sizes.items()})
         attention.has_readers = site.layer in lenders
         attention.records = records_of(model, name, replaced)
-        if isinstance(attention, SurgeryMergedAttention):
-            attention.all_plans = tuple(plans)
+        attention.all_plans = tuple(plans)
         parameter = next(replaced.parameters())
         attention.to(dtype=parameter.dtype)
         setattr(owner, attribute, attention.train(replaced.training))
@@ -270,8 +269,10 @@ def from_parent(
     for site, plan, call in zip(sites, plans, calls, strict=True):
         canonical = (weights or {}).get(site.layer)
         if canonical is None:
-            if isinstance(plan.project, Latent):
-                raise ValueError(f"layer {site.layer}: its plan is a latent, and no weights are given for it")
+            if plan.project.kind != "heads":
+                raise ValueError(
+                    f"layer {site.layer}: its plan is {plan.project.label()}, and no weights are given for it"
+                )
             canonical = canonical_weights(site, tensors.__getitem__)
             canonical = {name: t for name, t in canonical.items() if name.split(".")[0] not in plan.absent}
         _check_shapes(site, plan, canonical)
@@ -366,30 +367,17 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
     surplus = [name for name in weights if name.split(".")[0] in plan.absent]
     if surplus:
         raise ValueError(f"{where}: reads the cache of layer {plan.lenders[0]} and has {surplus[0]} of its own")
-    if isinstance(plan.project, Latent):
-        wanted = latent_shapes(site, plan.project, plan.owner == plan.layer)
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        for name in sorted({name for name in {*wanted, *found} if name.split(".")[0] in _LATENT}):
-            if name != "kv_down.bias" and wanted.get(name) != found.get(name):
-                raise ValueError(f"{where}: {name} has shape {found.get(name)}, its plan asks for {wanted.get(name)}")
-        return
-    heads = plan.project
-    rows = {
-        "q_proj": site.heads * site.head_dim,
-        "k_proj": heads.kv_heads * site.head_dim,
-        "v_proj": heads.kv_heads * site.value_dim,
-    }
-    for name, count in rows.items():
-        if name in plan.absent:
-            continue
-        rows_found = weights[f"{name}.weight"].shape[0]
-        if rows_found != count:
-            raise ValueError(
-                f"{where}: {name}.weight has {rows_found} rows, its plan asks for {count} ({heads.kv_heads} KV heads)"
-            )
+    wanted = plan.project.shapes(site, plan.owns_cache)
+    wanted["q_proj.weight"] = (site.heads * site.head_dim, site.hidden_size)
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted({name for name in {*wanted, *found} if name.split(".")[0] in _MAKES_KV}):
+        absent = name.split(".")[0] in plan.absent
+        known = name in wanted or not name.endswith(".bias")  # a bias is where the parent has one
+        if not absent and known and wanted.get(name) != found.get(name):
+            raise ValueError(f"{where}: {name} has shape {found.get(name)}, its plan asks for {wanted.get(name)}")
     wanted_gate: dict[str, tuple[int, ...]] = {}
-    if plan.retain is not None and plan.owner == plan.layer:
-        wanted_gate = gate_shapes(plan.retain, weights["q_proj.weight"].shape[1], heads.kv_heads)
+    if plan.retain is not None and plan.owns_cache:
+        wanted_gate = gate_shapes(plan.retain, site.hidden_size, plan.project.kv_heads)
     gate = {name.removeprefix("gate."): tuple(t.shape) for name, t in weights.items() if name.startswith("gate.")}
     for name in sorted({*wanted_gate, *gate}):
         if wanted_gate.get(name) != gate.get(name):
@@ -398,7 +386,7 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
             )
 
 
-_LATENT = ("kv_down", "k_up", "k_mean", "v_up", "q_rope", "rope_freq_bits", "k_proj", "v_proj", "v_norm")
+_MAKES_KV = ("kv_down", "k_up", "k_mean", "v_up", "q_rope", "rope_freq_bits", "q_proj", "k_proj", "v_proj")
 
 
 def _copy_tensors(parent: nn.Module, made: nn.Module) -> None:

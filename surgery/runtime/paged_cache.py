@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .decisions import at_end, hard_decisions
-from .layout import AHEAD, TABLE_STEP, Merge
+from .layout import AHEAD, TABLE_STEP, Retain
 from .page_pool import PagePool
 from .slots import NEVER, Chunk, New, Slots
 
@@ -27,7 +27,7 @@ class RaggedLayer(CacheLayerMixin):
     """What both methods share: pages, tables, selection of sequences, accounting.
 
     Args:
-        merge: of the layer's plan.
+        retain: of the layer's plan.
         layer: its index, for messages.
         pool: pages, fixed or growing; shared by the layers of a static cache.
         max_length: tokens that may come; None: any number.
@@ -37,10 +37,10 @@ class RaggedLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, merge: Merge, layer: int, pool: PagePool | None = None, max_length: int | None = None) -> None:
+    def __init__(self, retain: Retain, layer: int, pool: PagePool | None = None, max_length: int | None = None) -> None:
         super().__init__()
-        self.merge, self.layer, self.max_length = merge, layer, max_length
-        self.pool = pool or PagePool(merge.page)
+        self.retain, self.layer, self.max_length = retain, layer, max_length
+        self.pool = pool or PagePool(retain.page)
         # A step of one token with a fixed pool asks the device nothing.
         self.is_compileable = not self.pool.grows
         self._clear()
@@ -75,10 +75,10 @@ class RaggedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, K = key_states.shape[:2]
-        if self.merge.page != self.pool.page:
-            raise ValueError(f"layer {self.layer}: pages of {self.merge.page} slots, its pool has {self.pool.page}")
+        if self.retain.page != self.pool.page:
+            raise ValueError(f"layer {self.layer}: pages of {self.retain.page} slots, its pool has {self.pool.page}")
         self.pool.allocate(key_states, value_states)
-        width = 0 if self.max_length is None else table_of(self.merge, self.max_length)
+        width = 0 if self.max_length is None else table_of(self.retain, self.max_length)
         self.state = {
             "tables": key_states.new_zeros(B, K, width, dtype=torch.int32),
             "held": key_states.new_zeros(B, K, dtype=torch.int32),
@@ -128,7 +128,7 @@ class RaggedLayer(CacheLayerMixin):
             if self._room == 0:
                 self._fit(_SPARE)
             self._room -= 1
-        dec = hard_decisions(new.logits_BKT, self.tokens[:, None], self.merge.protected)[..., 0]
+        dec = hard_decisions(new.logits_BKT, self.tokens[:, None], self.retain.protected)[..., 0]
         if new.real_BT is None:
             self._add_token(new, dec)
             self.tokens.add_(1)
@@ -163,7 +163,7 @@ class RaggedLayer(CacheLayerMixin):
         else:
             order = before[:, None] + real.cumsum(-1, dtype=torch.int32) - 1
             count = real.sum(-1, dtype=torch.int32)
-        dec = hard_decisions(new.logits_BKT, order, self.merge.protected)
+        dec = hard_decisions(new.logits_BKT, order, self.retain.protected)
         if real is not None:
             dec = dec & real[:, None]
         old = self.slots()
@@ -184,10 +184,10 @@ class RaggedLayer(CacheLayerMixin):
 
     def side_by_side(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of all slots [B, K, longest, .], copies, and where there is one [B, K, longest]."""
-        longest = self.tables.shape[2] * self.merge.page
+        longest = self.tables.shape[2] * self.retain.page
         if not torch.compiler.is_compiling():
             longest = int(self.lengths.max()) if self.lengths.numel() else 0
-        pages = self.tables[..., : -(-longest // self.merge.page)].long()
+        pages = self.tables[..., : -(-longest // self.retain.page)].long()
         key, value = (t[pages].flatten(2, 3)[:, :, :longest] for t in (self.pool.keys, self.pool.values))
         return key, value, torch.arange(longest, device=self.device) < self.lengths[..., None]
 
@@ -207,13 +207,13 @@ class RaggedLayer(CacheLayerMixin):
         self._release()
         self._fit()
         b, k, s = there.nonzero(as_tuple=True)
-        page = self.tables[b, k, s // self.merge.page].long()
-        self.pool.keys[page, s % self.merge.page] = slots.key_BKSH.detach()[b, k, s]
-        self.pool.values[page, s % self.merge.page] = slots.value_BKSV.detach()[b, k, s]
+        page = self.tables[b, k, s // self.retain.page].long()
+        self.pool.keys[page, s % self.retain.page] = slots.key_BKSH.detach()[b, k, s]
+        self.pool.values[page, s % self.retain.page] = slots.value_BKSV.detach()[b, k, s]
         return slots
 
     def _write(self, slot_BK: Tensor, key_BKH: Tensor, value_BKV: Tensor) -> None:
-        slot, page = slot_BK.long(), self.merge.page
+        slot, page = slot_BK.long(), self.retain.page
         numbers = self.tables.gather(2, (slot // page)[..., None])[..., 0]
         place = (numbers * page + slot % page).flatten()
         for slots, new in ((self.pool.keys, key_BKH), (self.pool.values, value_BKV)):
@@ -225,7 +225,7 @@ class RaggedLayer(CacheLayerMixin):
         Args:
             spare: where a growing pool grows, its rows get this part of their slots more.
         """
-        page, lengths, held = self.merge.page, self.lengths, self.held
+        page, lengths, held = self.retain.page, self.lengths, self.held
         ends = (lengths + AHEAD + page - 1) // page
         if not self.pool.grows:
             places = torch.arange(self.tables.shape[2], device=self.device)
@@ -252,7 +252,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def _add_page(self) -> None:
         """A page of a fixed pool for each row whose pages are full."""
-        full = (self.lengths >= self.held * self.merge.page)[..., None]
+        full = (self.lengths >= self.held * self.retain.page)[..., None]
         if not torch.compiler.is_compiling() and not bool(full.any()):
             return
         place = self.held.clamp_max(self.tables.shape[2] - 1).long()[..., None]
@@ -272,7 +272,7 @@ class RaggedLayer(CacheLayerMixin):
     def _take(self, wanted: Tensor) -> Tensor:
         self._require(
             self.pool.has(wanted),
-            f"layer {self.layer}: the static cache is full: all of its {self.pool.pages} pages of {self.merge.page} "
+            f"layer {self.layer}: the static cache is full: all of its {self.pool.pages} pages of {self.retain.page} "
             f"slots are taken; it was sized for a mean of {self.pool.ratio:g} tokens per slot. Use a dynamic cache, "
             "which grows, or make a static one for the ratio that the gates reach: "
             "model.static_cache(max_cache_len, ratio=...).",
@@ -324,8 +324,8 @@ class RaggedLayer(CacheLayerMixin):
 
     def _no_tensors(self, what: str) -> str:
         return (
-            f"layer {self.layer}: a cache whose tokens merge or leave ({self.merge.method}) has no {what} by token, "
-            "and cannot be taken apart into tensors or built from them. Copy it whole: copy.deepcopy(cache)."
+            f"layer {self.layer}: a cache whose tokens are averaged or leave ({self.retain.kind}) has no {what} by "
+            "token, and cannot be taken apart into tensors or built from them. Copy it whole: copy.deepcopy(cache)."
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -348,13 +348,13 @@ class RaggedLayer(CacheLayerMixin):
         if tokens_to_remove:
             raise ValueError(
                 f"layer {self.layer}: tokens cannot be taken back from a cache that merges or drops them "
-                f"({self.merge.method}). Decode without what takes them back (assistants, prompt lookup, contrastive "
+                f"({self.retain.kind}). Decode without what takes them back (assistants, prompt lookup, contrastive "
                 "search that saves memory), and keep copy.deepcopy(cache) where turns are tried out."
             )
 
     def reset(self) -> None:
         if self.pool.grows:
-            self.pool = PagePool(self.merge.page)
+            self.pool = PagePool(self.retain.page)
             self._clear()
         elif self.is_initialized:
             self._release()
@@ -383,7 +383,7 @@ class RaggedLayer(CacheLayerMixin):
         if len(index) == self.batch_size and bool((index == torch.arange(self.batch_size, device=self.device)).all()):
             return
         places = torch.arange(self.tables.shape[2], device=self.device)
-        there = (places * self.merge.page < self.lengths[..., None]).index_select(0, index)
+        there = (places * self.retain.page < self.lengths[..., None]).index_select(0, index)
         flat = self.tables.index_select(0, index)[there].long()
         keys, values = self.pool.keys[flat], self.pool.values[flat]
         self._release()
@@ -396,6 +396,6 @@ class RaggedLayer(CacheLayerMixin):
         self.pool.keys[to], self.pool.values[to] = keys, values
 
 
-def table_of(merge: Merge, tokens: int) -> int:
+def table_of(retain: Retain, tokens: int) -> int:
     """Entries of a block table that has room for `tokens` tokens, should all of them stay."""
-    return -(-(tokens + AHEAD) // merge.page)
+    return -(-(tokens + AHEAD) // retain.page)

@@ -1,4 +1,4 @@
-"""Cache of a layer that averages tokens into the slot before them (`Merge.method` "dmc")."""
+"""Cache of a layer that averages tokens into the slot before them (`Pool`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MergingLayer(RaggedLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        (B, K, _, H), V, W = key_states.shape, value_states.shape[-1], self.merge.window
+        (B, K, _, H), V, W = key_states.shape, value_states.shape[-1], self.retain.window
         if W is None:
             self.state |= {
                 "sums_k": key_states.new_zeros(B, K, H, dtype=torch.float32),
@@ -47,7 +47,7 @@ class MergingLayer(RaggedLayer):
         assert new.weight_BKT is not None
         key, value, weight = new.key_BKTH.detach()[:, :, 0], new.value_BKTV.detach()[:, :, 0], new.weight_BKT[..., 0]
         state = self.state
-        if self.merge.window is not None:
+        if self.retain.window is not None:
             key, value = self._mean_of_terms(key, value, weight, dec_BK)
         elif new.angles is not None and _has_operator(key.device):
             merge_append_forward(
@@ -68,7 +68,7 @@ class MergingLayer(RaggedLayer):
         self.lengths.copy_(slot + 1)
 
     def _mean_of_terms(self, key: Tensor, value: Tensor, weight: Tensor, dec_BK: Tensor) -> tuple[Tensor, Tensor]:
-        terms, weights, W = self.state["terms"], self.state["weights"], self.merge.window
+        terms, weights, W = self.state["terms"], self.state["weights"], self.retain.window
         assert W is not None
         merges, new = dec_BK[..., None], torch.cat((key, value), dim=-1)
         place = (self.tokens % W).long()[:, None, None].expand(*dec_BK.shape, 1)
@@ -95,7 +95,7 @@ class MergingLayer(RaggedLayer):
         if there is not None:
             # Padding stands before all terms: runs of before go on behind it.
             x, weight, merges = [at_end(t, there) for t in x], at_end(weight, there), at_end(merges, there)
-        prefixes = [pooled(t, weight, merges, self.merge.window) for t in x]
+        prefixes = [pooled(t, weight, merges, self.retain.window) for t in x]
         self._keep_open_run(x, weight, merges, order_BT)
         if there is not None:
             prefixes = [from_end(t, there) for t in prefixes]
@@ -107,7 +107,7 @@ class MergingLayer(RaggedLayer):
 
         Where all terms count, they are handed on as one: their mean with their whole weight.
         """
-        state, W = self.state, self.merge.window
+        state, W = self.state, self.retain.window
         if W is None:
             there = self.lengths > 0
             weight = torch.where(there, state["z"], 1.0)[..., None]
@@ -122,7 +122,7 @@ class MergingLayer(RaggedLayer):
 
     def _keep_open_run(self, x: Sequence[Tensor], weight: Tensor, merges: Tensor, order_BT: Tensor) -> None:
         """`x`: all terms of K and of V [B, K, C, .], oldest first."""
-        state, W, weight = self.state, self.merge.window, weight.detach()
+        state, W, weight = self.state, self.retain.window, weight.detach()
         appends = (~merges).int()
         open_run = appends.flip(-1).cumsum(-1).flip(-1) - appends == 0
         if W is None:

@@ -78,7 +78,7 @@ def prepare_recording(base_model: nn.Module, args: tuple[Any, ...], kwargs: dict
         if attention.plan.retain is not None and attention.gives_weights(kwargs):
             raise ValueError(
                 f"layer {attention.layer_idx}: output_attentions: through its cache the layer attends to slots, which "
-                f"tokens have merged into or left ({attention.plan.retain.method}), so there are no weights by token. "
+                f"tokens have merged into or left ({attention.plan.retain.kind}), so there are no weights by token. "
                 "Pass use_cache=False and the whole sequence."
             )
 

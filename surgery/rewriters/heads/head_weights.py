@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...attention.linalg import damp
-from ...recipe import Init
 from ..common.moments import Block, scalar_gram
+from . import Init
 
 
 def weigh_heads(

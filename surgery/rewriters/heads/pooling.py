@@ -20,8 +20,8 @@ from torch import Tensor
 from ...attention.linalg import to_double
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError, RecipeError
-from ...recipe import Init
 from ..common.moments import Block, Moments, rotated_block, unrotated_block, value_block
+from . import Init
 from .folding import fold_queries, foldable, permute_queries
 from .grouping import Groups
 from .head_weights import weigh_heads

@@ -13,9 +13,9 @@ from ...attention.weights import AttentionWeights
 from ...calibration.latent_copy import HELD_NUMBERS, LatentCopy
 from ...calibration.statistics import Activations, layer_activations
 from ...calibration.text import Windows
-from ...recipe import LowrankInit, MlaInit
 from ...runtime.layout import AttentionSite
 from ..common.gains import tune_gains
+from . import LowrankInit, MlaInit
 from .low_rank import Layout, LowrankOptions, lowrank
 from .moments import LatentMoments, MomentSums
 from .refit import refit_output, refit_queries

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
-from ...recipe import LowrankInit
+from . import LowrankInit
 from .factors import single_latent
 from .moments import LatentMoments
 from .rotary_split import lost_mean, output_metric, query_metric, splits_mean

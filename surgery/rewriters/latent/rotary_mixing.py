@@ -14,7 +14,7 @@ from torch import Tensor
 from ...attention.linalg import eigh_descending
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
-from ...recipe import Rotation, Selector
+from . import Rotation, Selector
 from .moments import LatentMoments
 
 

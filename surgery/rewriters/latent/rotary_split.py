@@ -11,7 +11,7 @@ from torch import Tensor
 from ...attention.linalg import blockdiag, damp
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
-from ...recipe import MlaInit, Rotation, Selector
+from . import MlaInit, Rotation, Selector
 from .factors import alternate, joint_latent, single_latent
 from .moments import LatentMoments
 from .rotary_mixing import mean_phase, mix_components, rotated_part, select_components, unrotated_keys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +12,10 @@ from torch import Tensor
 from ...calibration.latent_copy import LatentCopy
 from ...calibration.text import Windows
 from ...errors import PlanError
-from ...planning.latent_size import ALIGNED, ALIGNED_FROM, full_rank, rope_splits
-from ...recipe import LowrankStep, MlaStep
+from ...planning.latent_size import ALIGNED, ALIGNED_FROM, full_rank
 from ...runtime.attention import as_bits, canonical_weights
 from ...runtime.layout import AttentionSite, Latent, LayerPlan, Project
+from .. import Method
 from ..common.allocation import share_out
 from ..common.layerwise import Layerwise
 from .fit import (
@@ -25,18 +24,9 @@ from .fit import (
     cost_alone,
     finish,
     fit_layer,
-    freq_candidates,
-    lowrank_candidates,
-    mla_candidates,
 )
-from .low_rank import LOWRANK_INITS
-from .rotary_split import MLA_INITS
+from .options import LatentStep
 from .weights import LatentWeights, in_site_order
-
-SHARES = (0.34, 0.38, 0.42, 0.46)
-"""Parts of a `lowrank` budget tried for K: V needs the larger one."""
-BETAS = (1.0, 0.5, 2.0)
-"""Balances of V against K that `beta: search` tries in each layer."""
 
 
 class LatentStepCopy(LatentCopy):
@@ -57,16 +47,17 @@ class LatentStepCopy(LatentCopy):
         return canonical_latent(self.latents[layer], site, canonical_weights(site, self.tensor))
 
 
-class LatentStep(Layerwise):
+class LatentMethod(Layerwise, Method):
     """What both steps share; each layer is fitted on the converted prefix."""
 
-    def __init__(self, step: MlaStep | LowrankStep, seed: int = 0) -> None:
-        self.options = step
-        self.seed = seed
+    axis = "project"
+
+    def __init__(self, step: LatentStep, seed: int = 0) -> None:
+        super().__init__(step, seed)
         self.fit = FitOptions(queries=step.refit_queries, output=step.refit_output, gains=step.gain_fit)
 
     def convert(self, copy: LatentCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
-        if self.options.ranks == "sensitivity" and windows is not None:
+        if self.step.ranks == "sensitivity" and windows is not None:
             plans = self._share_out(copy, plans, windows)
         super().convert(copy, plans, windows)
 
@@ -104,7 +95,7 @@ class LatentStep(Layerwise):
         """
         site = copy.sites[layer]
         if windows is None:
-            raise PlanError(f"layer {layer}: {self.options.rewriter} asks for calibration text: pass calibration=...")
+            raise PlanError(f"layer {layer}: {self.step.rewriter} asks for calibration text: pass calibration=...")
         tokens = windows.split()[0].tokens
         if tokens < site.hidden_size:
             # The same words for every layer: Python shows them once.
@@ -127,50 +118,6 @@ class LatentStep(Layerwise):
         The first list is searched, the others are tried at the same place; see `fit_layer`.
         """
         raise NotImplementedError
-
-
-class Mla(LatentStep):
-    """One latent for K and V, and a shared rotated key part."""
-
-    def __init__(self, step: MlaStep, seed: int = 0) -> None:
-        super().__init__(step, seed)
-        self.step = step
-
-    def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
-        step = self.step
-        splits = [(project.rank, project.rope_dims)]
-        if step.keep is not None and step.rope_dims is None:
-            splits = rope_splits(project.dims, site)
-        options = MLA_INITS[step.init]
-        options = replace(
-            options,
-            rotation=step.rotation or options.rotation,
-            selector=step.selector or options.selector,
-            mean_split=step.splits_mean,
-        )
-        pairs = 0 if site.rotary is None else site.rotary.dims // 2
-        folds: list[Literal[1, 2, 4]] = [f for f in (1, 2, 4) if pairs % f == 0] if step.fold == "auto" else [step.fold]
-        betas = BETAS if step.beta == "search" else (step.beta,)
-        made = [replace(options, fold=fold) for fold in folds]
-        return [mla_candidates(splits, (betas[0],), form) for form in made] + [
-            mla_candidates(splits, (beta,), made[0]) for beta in betas[1:]
-        ]
-
-
-class Lowrank(LatentStep):
-    """Latents of K and V apart; K is rotated at read, or cached rotated in the `freq` layout."""
-
-    def __init__(self, step: LowrankStep, seed: int = 0) -> None:
-        super().__init__(step, seed)
-        self.step = step
-
-    def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
-        step, numbers = self.step, project.dims
-        shares = SHARES if step.k_share is None else (step.k_share,)
-        if step.layout == "freq":
-            return [freq_candidates(numbers, shares, site, step.splits_mean)]
-        options = replace(LOWRANK_INITS[step.init], mean_split=step.splits_mean)
-        return [lowrank_candidates(numbers, shares, options, step.layout, step.group)]
 
 
 def latent_of(latent: LatentWeights, site: AttentionSite) -> Latent:

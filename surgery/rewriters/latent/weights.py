@@ -9,7 +9,7 @@ rotates it, so the rotary embedding is exact.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from ...attention.forward import apply_norm, causal_heads, rotation
 from ...attention.reference import attention_probs, rotate_pairs
 from ...attention.weights import AttentionWeights
 from ...errors import UnsupportedModel
-from ...runtime.latent import latent_refusal
 from ...runtime.layout import AttentionSite, Rotary
+from ...runtime.project import latent_refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +219,7 @@ def check_latent(weights: AttentionWeights, site: AttentionSite | None = None, r
     Raises:
         UnsupportedModel: K or V are not linear in the layer's input (norms, clamps), or the rotation is not fixed.
     """
-    reason = latent_refusal(weights if site is None else site, rotate_on_read, fixed_rotary=not rotate_on_read)
+    described: Any = weights if site is None else site
+    reason = latent_refusal(described, rotate_on_read, fixed_rotary=not rotate_on_read)
     if reason:
         raise UnsupportedModel(f"{'attention' if site is None else f'layer {site.layer}'}: {reason}")

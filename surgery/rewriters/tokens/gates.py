@@ -1,8 +1,9 @@
-"""The `dmc` and `dms` steps: give layers a gate. Every other weight stays, to the last bit."""
+"""Gates for layers whose tokens are averaged or dropped. Every other weight stays, to the last bit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,26 +14,40 @@ from ...calibration.statistics import projection_inputs
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...errors import PlanError
-from ...recipe import DmsStep, MergeStep
 from ...runtime.gates import gate_shapes
-from ...runtime.layout import LayerPlan, Merge
+from ...runtime.layout import Evict, LayerPlan, Retain
+from ...runtime.scorers import SCORERS
+from .. import Method
+from .options import RetainStep
 from .windows import windows_by_layer
 
 
-class Gates:
-    """An untrained gate for each layer that owns its cache: all its decisions are 0, except a score's."""
+class GatedMethod(Method):
+    """Gives each layer that owns its cache a gate that is untrained, and decides nothing, or a score."""
 
-    def __init__(self, step: MergeStep, seed: int = 0) -> None:
-        del seed  # nothing is random
-        self.step = step
+    axis = "retain"
+    step: Any
+
+    @property
+    def _measures_windows(self) -> bool:
+        return getattr(self.step, "windows", "uniform") == "sensitivity"
+
+    def conflict(self, other: Any) -> str | None:
+        """Windows are measured layer by layer, on caches that nobody else reads."""
+        if self._measures_windows and other.axis == "share":
+            return (
+                f"{self.step.rewriter} asks for windows: sensitivity, which is measured on layers that keep caches of "
+                f"their own. Beside share, write one {self.step.rewriter} step for each window, with its `layers`."
+            )
+        return None
 
     def convert(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
         """Write the gates into `copy`, in place.
 
         Args:
-            windows: calibration text, which `score:key_norm` and `windows: sensitivity` need.
+            windows: calibration text, for thresholds of scores and for `windows: sensitivity`.
         """
-        if isinstance(self.step, DmsStep) and self.step.windows == "sensitivity":
+        if self._measures_windows:
             assert windows is not None
             copy.window_of |= windows_by_layer(copy, plans, windows)
             plans = [copy.settle(plan) for plan in plans]
@@ -43,14 +58,19 @@ class Gates:
             weights = copy.read(plan.layer)
             made = new_gate(plan.retain, copy.sites[plan.layer].hidden_size, weights.kv_heads)
             if "threshold" in made:
-                assert windows is not None
-                made["threshold"] = key_norm_threshold(copy, plan.layer, plan.retain, windows)
+                assert windows is not None and isinstance(plan.retain, Evict)
+                made["threshold"] = score_threshold(copy, plan.layer, plan.retain, windows)
             copy.gates[plan.layer] = made
 
 
-def new_gate(merge: Merge, hidden_size: int, kv_heads: int) -> dict[str, Tensor]:
+def training_note(step: RetainStep) -> str:
+    """For the printed plan: what its bytes stand for."""
+    return f"{step.rewriter}: nothing goes before the gates are trained; bytes above are for {step.ratio:g}x"
+
+
+def new_gate(retain: Retain, hidden_size: int, kv_heads: int) -> dict[str, Tensor]:
     """Tensors of a gate that decides nothing yet."""
-    made = {name: torch.zeros(shape) for name, shape in gate_shapes(merge, hidden_size, kv_heads).items()}
+    made = {name: torch.zeros(shape) for name, shape in gate_shapes(retain, hidden_size, kv_heads).items()}
     if "norm" in made:
         made["norm"] += 1.0
     if "channel_bits" in made:
@@ -58,29 +78,46 @@ def new_gate(merge: Merge, hidden_size: int, kv_heads: int) -> dict[str, Tensor]
     return made
 
 
-def key_norm_threshold(copy: WorkingCopy, layer: int, merge: Merge, windows: Windows) -> Tensor:
-    """[K]: the norm above which keys must go so that a sequence of the text's length reaches `merge.ratio`.
+def score_threshold(copy: WorkingCopy, layer: int, evict: Evict, windows: Windows) -> Tensor:
+    """[K]: the score above which tokens must go so that a sequence of the text's length reaches `evict.ratio`.
 
     Raises:
         PlanError: sequences of that length are shorter than what always stays, times the ratio.
     """
     tokens = windows.ids_BT.shape[1]
-    rate = merge.drop_rate(tokens, merge.ratio)
+    rate = evict.drop_rate(tokens, evict.ratio)
     if rate > 1:
         raise PlanError(
-            f"layer {layer}: the first {merge.protected} and the newest {merge.window} of {tokens} calibration tokens "
-            f"always stay: {merge.ratio:g}x is out of reach. Use a smaller window, or longer calibration windows."
+            f"layer {layer}: the first {evict.protected} and the newest {evict.window} of {tokens} calibration tokens "
+            f"always stay: {evict.ratio:g}x is out of reach. Use a smaller window, or longer calibration windows."
         )
+    scores_PK = torch.cat(list(_scores(copy, layer, evict.scorer, windows)))
+    return torch.quantile(scores_PK, 1 - rate, dim=0)
+
+
+def _scores(copy: WorkingCopy, layer: int, scorer: str, windows: Windows) -> Iterator[Tensor]:
+    """[tokens, K] per batch."""
     weights = copy.read(layer)
-    norms_PK = torch.cat([_key_norms(weights, x) for x in projection_inputs(copy.model, copy.sites[layer], windows)])
-    return torch.quantile(norms_PK, 1 - rate, dim=0)
+    for x_PD in projection_inputs(copy.model, copy.sites[layer], windows):
+        x, q, k = x_PD[None], _queries(weights, x_PD), _keys(weights, x_PD)
+        yield SCORERS[scorer].score(x, q, k)[0]
 
 
-def _key_norms(weights: AttentionWeights, x_PD: Tensor) -> Tensor:
-    """[tokens, K], as the gate sees keys: normed where their norm comes first, not rotated."""
+def _keys(weights: AttentionWeights, x_PD: Tensor) -> Tensor:
+    """[1, tokens, K, H], as the gate sees keys: normed where their norm comes first, not rotated."""
     k_KPH = torch.einsum("pd,khd->kph", x_PD, weights.k_KHD)
     if weights.k_bias_KH is not None:
         k_KPH = k_KPH + weights.k_bias_KH[:, None]
     if weights.k_norm is not None and not weights.k_norm.after_rotary:
         k_KPH = apply_norm(k_KPH[None], weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH)[0]
-    return k_KPH.norm(dim=-1).T
+    return k_KPH.transpose(0, 1)[None]
+
+
+def _queries(weights: AttentionWeights, x_PD: Tensor) -> Tensor:
+    """[1, tokens, N, H], alike."""
+    q_NPH = torch.einsum("pd,nhd->nph", x_PD, weights.q_NHD)
+    if weights.q_bias_NH is not None:
+        q_NPH = q_NPH + weights.q_bias_NH[:, None]
+    if weights.q_norm is not None and not weights.q_norm.after_rotary:
+        q_NPH = apply_norm(q_NPH[None], weights.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH)[0]
+    return q_NPH.transpose(0, 1)[None]

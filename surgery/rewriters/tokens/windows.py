@@ -10,7 +10,7 @@ from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...console import progress
 from ...runtime.gated import SurgeryMergedAttention
-from ...runtime.layout import LayerPlan
+from ...runtime.layout import Evict, LayerPlan, Retain
 from ...runtime.modeling import from_parent
 from ..common.allocation import PARTS, share_out
 
@@ -48,7 +48,7 @@ def window_costs(
     kept = []
     for plan in map(copy.settle, plans):
         assert plan.retain is not None
-        kept.append(replace(plan, retain=replace(plan.retain, gate="score:window", window=tokens)))
+        kept.append(replace(plan, retain=_all_leave(plan.retain, tokens)))
     model = from_parent(
         copy.model,
         [copy.sites[plan.layer] for plan in plans],
@@ -58,11 +58,16 @@ def window_costs(
     gates = {gate.layer_idx: gate for gate in model.modules() if isinstance(gate, SurgeryMergedAttention)}
 
     def cost(layer: int, window: int) -> float:
-        whole = gates[layer].merge
-        gates[layer].merge = replace(whole, window=window)
+        whole = gates[layer].retain
+        gates[layer].retain = replace(whole, window=window)
         found = copy.divergence_of(model, text)
-        gates[layer].merge = whole
+        gates[layer].retain = whole
         advance(1)
         return found
 
     return cost
+
+
+def _all_leave(retain: Retain, window: int) -> Evict:
+    """Every token leaves at the end of the window, as far as `retain` does not protect it."""
+    return Evict(ratio=retain.ratio, window=window, scorer="window", sinks=retain.sinks, page=retain.page)

@@ -1,0 +1,62 @@
+"""The `dms` step: a trained gate per KV head drops tokens once they have left a window (DMS)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..anatomy import Anatomy
+from ..runtime.layout import Gate, LayerPlan
+from .tokens.gates import GatedMethod, training_note
+from .tokens.options import RetainStep, plan_retained
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmsStep(RetainStep):
+    """Drop tokens once they are `window` old, if their gate said so when they came (DMS).
+
+    Conversion adds the gate and changes nothing else: the model is as it was until the gate is trained
+    (`surgery train`).
+    """
+
+    rewriter: Literal["dms"] = "dms"
+    gate: Literal["adapter", "borrowed"] = "adapter"
+    """`adapter`: a linear map of the layer's input, zero at first. `borrowed`: the last channel of q and k, which
+    training takes from attention first."""
+    window: int = 256
+    """Newest tokens that are never dropped."""
+    windows: Literal["uniform", "sensitivity"] = "uniform"
+    """`sensitivity`: `window` is the mean, and layers that miss older tokens more get a longer one, by what short
+    windows cost the model on calibration text."""
+
+    @property
+    def text(self) -> Literal["none", "needed"]:
+        return "needed" if self.windows == "sensitivity" else "none"
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """Scores that nothing is trained for were gates of `dms` once; today they are the method `evict`."""
+        gate = str(data.get("gate", ""))
+        if not gate.startswith("score:"):
+            return data, ""
+        scorer = gate.removeprefix("score:")
+        rest = {name: value for name, value in data.items() if name not in ("rewriter", "gate")}
+        notice = f"`rewriter: dms` with `gate: {gate}` is spelled `rewriter: evict` with `scorer: {scorer}` now."
+        return {"rewriter": "evict", "scorer": scorer, **rest}, notice
+
+
+class Dms(GatedMethod):
+    """The method of `DmsStep`."""
+
+    Options = DmsStep
+    step: DmsStep
+
+    def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
+        """A gate in each selected layer that keeps a cache."""
+        step = self.step
+        value = Gate(ratio=step.ratio, window=step.window, gate=step.gate, sinks=step.sinks, page=step.page)
+        return plan_retained(step, value, anatomy, layers, where)
+
+    def notes(self, plan: Any) -> list[str]:
+        """What the bytes stand for."""
+        return [training_note(self.step)]

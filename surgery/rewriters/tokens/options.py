@@ -1,0 +1,97 @@
+"""What the options and plans of `dms`, `dmc` and `evict` have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...anatomy import Anatomy
+from ...console import spans
+from ...errors import PlanError, RecipeError
+from ...recipe import Step
+from ...runtime.layout import LayerPlan, Retain
+from ...runtime.modeling import GATED
+
+PAGES = (16, 32, 64, 128, 256)
+"""Slots per page that the kernels read."""
+Windows = Literal["uniform", "sensitivity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetainStep(Step):
+    """Per KV head and token it is decided who keeps a slot of the cache."""
+
+    ratio: float = 4.0
+    """Tokens seen per slot kept, at the length that is trained on or calibrated for; over all layers and heads
+    together."""
+    sinks: int = 4
+    """First tokens of every sequence that always stay."""
+    page: int = 16
+    """Slots per page of the cache."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if not 1 <= self.ratio < float("inf"):
+            raise RecipeError(
+                f"{where}.ratio: {self.ratio:g} must be at least 1: it counts tokens per slot. For a quarter of the "
+                "cache write 4."
+            )
+        window: int | None = getattr(self, "window", None)
+        if window is not None and window < 1:
+            raise RecipeError(f"{where}.window: {window} must be at least 1: the query's own token is counted.")
+        if self.sinks < 0:
+            raise RecipeError(f"{where}.sinks: {self.sinks} must not be negative.")
+        if self.page not in PAGES:
+            raise RecipeError(
+                f"{where}.page: {self.page} slots; use {', '.join(map(str, PAGES[:-1]))} or {PAGES[-1]}, which the "
+                "kernels read."
+            )
+
+
+def plan_retained(
+    step: RetainStep, value: Retain, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str
+) -> tuple[LayerPlan, ...]:
+    """`value` for the layers that `step` selects; readers follow the slots of their owner, whether selected or not.
+
+    Raises:
+        PlanError: the ratio is out of reach in the model's context, or an attention cannot do without tokens.
+    """
+    context = anatomy.max_positions
+    if value.is_fixed:
+        value = replace(value, ratio=max(1.0, (context or 0) / value.always_kept))
+    elif context is not None and value.drop_rate(context, value.ratio) > 1:
+        most = context / value.always_kept
+        kept = "" if value.averages else f"{value.window} newest tokens and "
+        raise PlanError(
+            f"{where}.ratio: {value.ratio:g} is out of reach: {kept}the first {value.protected} of the model's context "
+            f"of {context} tokens always stay, so that {most:.1f} is the most. Use a smaller "
+            f"{'' if value.averages else 'window or '}ratio."
+        )
+    free = [site.layer for site in anatomy.sites if value.supports(site) is None]
+    done: dict[int, LayerPlan] = {}
+    for site, layer in zip(anatomy.sites, layers, strict=True):
+        done[site.layer] = layer
+        if not layer.owns_cache:
+            done[site.layer] = replace(layer, retain=done[layer.owner].retain)
+            continue
+        if not step.selects(site.layer):
+            continue
+        at = f"layer {site.layer}: {where}"
+        reason = value.supports(site)
+        if reason is not None:
+            can = f" Layers that can: {spans(free)}." if free else ""
+            raise PlanError(f"{at} asks for {step.rewriter}, but {reason}{can}")
+        if layer.project.kind not in GATED:
+            raise PlanError(
+                f"{at} asks for {step.rewriter} on a latent: decisions are made per KV head, and a latent is one for "
+                f"all of them. Take gqa with {step.rewriter}, or the latent alone."
+            )
+        if layer.value_owner is not None:
+            raise PlanError(
+                f"{at} asks for {step.rewriter}, but the layer reads V of layer {layer.value_owner}, whose slots are "
+                "not those of its own K. Use another layout of share."
+            )
+        if site.layer in {other.value_owner for other in layers}:
+            raise PlanError(f"{at} asks for {step.rewriter}, but other layers read its V beside keys of their own.")
+        done[site.layer] = replace(layer, retain=value)
+    return tuple(done[layer.layer] for layer in layers)

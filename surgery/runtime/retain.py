@@ -1,0 +1,213 @@
+"""Retain axis: which tokens keep a slot of their own in the cache, decided per KV head and token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from .site import AttentionSite
+
+AHEAD = 4
+"""Slots for which a paged cache takes pages before they are needed: lengths are read from the device less often."""
+TABLE_STEP = 8
+"""Block tables of paged caches widen by so many pages at once."""
+MARGIN = 0.1
+"""Slots beyond those of the planned ratio that a static cache has room for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retain:
+    """What the values of the axis share; decisions are counted from the first token of a sequence.
+
+    `RETAINS` names each class by its `kind`, `caches.CACHE_LAYERS` the cache layer that holds it.
+    """
+
+    ratio: float
+    """Tokens seen per slot kept, at the length that was trained on or calibrated for; what plans predict with."""
+    window: int | None
+    """Newest tokens that are never dropped, the query's own included; of `Pool`, newest tokens of the open run that
+    its slot is the mean of, None for all."""
+    sinks: int = 4
+    """First tokens of a sequence that are never dropped or averaged, nor averaged into."""
+    page: int = 16
+    """Slots per page of the cache."""
+
+    kind: str = ""
+
+    @property
+    def decided_by(self) -> str:
+        """`adapter`, `borrowed` or `score`: what makes the decisions (see `gates.py`)."""
+        raise NotImplementedError
+
+    @property
+    def averages(self) -> bool:
+        """Whether tokens are averaged into the slot before them, rather than dropped."""
+        return False
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training can teach the gate its ratio."""
+        return True
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the number of slots is known from the number of tokens alone."""
+        return False
+
+    @property
+    def protected(self) -> int:
+        """First tokens of a sequence whose decision is 0 whatever the gate says: the first token has no slot before
+        it, and the one after the sinks would be averaged into the last of them."""
+        return self.sinks + 1 if self.averages else max(1, self.sinks)
+
+    @property
+    def always_kept(self) -> int:
+        """Tokens of any sequence that keep a slot of their own whatever the gate says, the window included."""
+        return self.protected if self.averages else self.protected + (self.window or 0)
+
+    def slots_at(self, tokens: int) -> float:
+        """Slots that a KV head is expected to hold after `tokens` tokens."""
+        kept = float(min(tokens, self.always_kept))
+        return kept if self.is_fixed else max(tokens / self.ratio, kept)
+
+    def drop_rate(self, tokens: int, ratio: float) -> float:
+        """Part of the decisions to be 1 for `tokens` tokens to take `tokens / ratio` slots; above 1 where none can."""
+        return (tokens - tokens / ratio) / max(tokens - self.always_kept, 1e-9)
+
+    def label(self) -> str:
+        """Kind, ratio and window."""
+        window = "" if self.window is None else f" window {self.window}"
+        return f"{self.kind} {self.ratio:.3g}x{window}"
+
+    def supports(self, site: AttentionSite) -> str | None:
+        """Why tokens of this attention cannot be averaged or dropped; None where they can."""
+        if site.window is not None:
+            return (
+                f"it sees the newest {site.window} tokens only, and its cache is bounded already. Select the other "
+                "layers."
+            )
+        if site.sees_ahead:
+            return "its tokens of an image see later ones, and slots are filled in the order of the text."
+        if site.alibi_slopes is not None:
+            return "ALiBi asks for the position of every slot at every step, which a paged cache does not keep."
+        if site.rotary is not None and site.rotary.length_dependent:
+            return "its rotation changes with the length, and slots are rotated once."
+        return None
+
+    def newest_bytes(self, width: int, itemsize: int) -> int:
+        """Bytes per KV head of what is kept of the newest tokens beside their slots."""
+        return 4 * (self.window or 0)
+
+    def bytes_at(self, tokens: int, heads: int, width: int, itemsize: int) -> int:
+        """Expected bytes of a dynamic cache of one sequence after `tokens` tokens.
+
+        Args:
+            heads: KV heads.
+            width: numbers of a key and a value together, of `itemsize` bytes each.
+        """
+        slots = self.slots_at(tokens)
+        # The last page of a head is half empty on average; known where the gate leaves no choice.
+        known = slots >= tokens or self.is_fixed
+        pages = ceil((slots + AHEAD) / self.page) if known else (slots + AHEAD + (self.page - 1) / 2) / self.page
+        return self.bytes_of_pages(pages * heads, table_width(pages), heads, width, itemsize)
+
+    def bytes_of_pages(self, pages: float, table: int, heads: int, width: int, itemsize: int) -> int:
+        """Bytes of one sequence with so many pages in all, and tables with `table` entries per KV head."""
+        lengths_and_table, tokens = 8 + 4 * table, 4
+        slots = round(pages * self.page * width * itemsize)
+        return slots + heads * (self.newest_bytes(width, itemsize) + lengths_and_table) + tokens
+
+    def static_pages(self, tokens: int, heads: int, ratio: float | None = None) -> int:
+        """Pages that one sequence of `tokens` tokens gets in a static cache; `ratio` in the place of the planned."""
+        kept = float(min(tokens, self.always_kept))
+        expected = kept if self.is_fixed else max(tokens / (ratio or self.ratio), kept)
+        slots = min(expected * (1 + MARGIN), tokens) + AHEAD
+        return heads * (ceil(slots / self.page) + 1)
+
+    def static_bytes(self, tokens: int, heads: int, width: int, itemsize: int, ratio: float | None = None) -> int:
+        """Bytes that a static cache allocates at once for one sequence of `tokens` tokens, its share of the pool."""
+        pages = self.static_pages(tokens, heads, ratio)
+        table = -(-(tokens + AHEAD) // self.page)
+        return 4 * pages + self.bytes_of_pages(pages, table, heads, width, itemsize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(Retain):
+    """A trained gate drops tokens: one whose own decision is 1 goes once it is `window` tokens old.
+
+    Source: Dynamic Memory Sparsification, arXiv:2506.05345.
+    """
+
+    gate: Literal["adapter", "borrowed"] = "adapter"
+    """`adapter`: a linear map of the layer's input; `borrowed`: the last channel of q and k."""
+    gain: float = 30.0
+    """Factor on the adapter's output."""
+    offset: float = -5.0
+    """Logit of an untrained gate: the decision is 1 where the logit is above 0."""
+    kind: str = "dms"
+
+    @property
+    def decided_by(self) -> str:
+        return self.gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(Retain):
+    """A trained gate averages tokens: one whose decision is 1 goes into the slot before it.
+
+    The key of a slot is rotated at the position of its newest token.
+
+    Source: Dynamic Memory Compression, arXiv:2403.09636.
+    """
+
+    gate: Literal["adapter", "borrowed"] = "adapter"
+    gain: float = 30.0
+    offset: float = -5.0
+    kind: str = "dmc"
+
+    @property
+    def decided_by(self) -> str:
+        return self.gate
+
+    @property
+    def averages(self) -> bool:
+        return True
+
+    def newest_bytes(self, width: int, itemsize: int) -> int:
+        """The open run: its running sum and weight, or the terms of its newest tokens."""
+        return 4 * (width + 1) if self.window is None else self.window * (width * itemsize + 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evict(Retain):
+    """A score that nothing was trained for drops tokens once they are `window` tokens old."""
+
+    scorer: str
+    """Name in `scorers.SCORERS`."""
+    kind: str = "evict"
+
+    @property
+    def decided_by(self) -> str:
+        return "score"
+
+    @property
+    def is_trained(self) -> bool:
+        return False
+
+    @property
+    def is_fixed(self) -> bool:
+        """Where every token goes at the end of the window."""
+        return self.scorer == "window"
+
+    def label(self) -> str:
+        return f"evict by {self.scorer} {self.ratio:.3g}x window {self.window}"
+
+
+RETAINS: dict[str, type[Retain]] = {"dms": Gate, "dmc": Pool, "evict": Evict}
+"""`kind` -> class of the value."""
+
+
+def table_width(pages: float) -> int:
+    """Entries of a block table that has room for `pages`."""
+    return ceil(pages / TABLE_STEP) * TABLE_STEP
