@@ -327,7 +327,7 @@ def main() -> None:
                     save_file(plain_tensors(model), kept)
                 # Read again: with words, others may have recorded other rows in the meantime.
                 there = json.loads(path.read_text())["rows"] if options.words and path.exists() else {}
-                facts = {"parent": "surgery.reference.SMALL", "calibration": text}
+                facts = {"parent": "surgery.bundled.SMALL", "calibration": text}
                 write(NAME, {**environment(SEED), **facts, "rows": there | made})
                 console.print(f"{row['seconds']:5.1f} s  {row_name}", markup=False)
     seconds = round(time.perf_counter() - started)

@@ -23,8 +23,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import surgery
 from surgery.anatomy import examine
-from surgery.runtime.attention import as_bits, canonical_weights
 from surgery.runtime.calling import cache_argument
+from surgery.runtime.canonical import canonical_weights
+from surgery.runtime.functions import as_bits
 from surgery.runtime.latent import SurgeryLatentAttention
 from surgery.runtime.layout import Latent
 from surgery.runtime.modeling import from_parent

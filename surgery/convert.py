@@ -32,7 +32,7 @@ from .planning.parent_class import meta_model, native_config, without_unbuilt_la
 from .recipe import Recipe
 from .rewriters import rewriter_for
 from .rewriters.latent.steps import LatentStepCopy
-from .runtime.attention import origin_of
+from .runtime.canonical import origin_of
 from .runtime.layout import AttentionSite
 from .runtime.modeling import SurgeryMixin, from_parent, rebuild
 from .torch_state import plain_torch

@@ -12,7 +12,7 @@ from methods import fewer_in_odd_layers, own_groups, parent, select_heads, sites
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from surgery.runtime.attention import canonical_weights
+from surgery.runtime.canonical import canonical_weights
 from surgery.runtime.gates import gate_shapes
 from surgery.runtime.layout import Dense, Heads, LayerPlan, Retain
 from surgery.runtime.modeling import from_parent

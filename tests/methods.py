@@ -20,7 +20,7 @@ from surgery.rewriters.latent.rotary_split import mla, mla_freq
 from surgery.rewriters.latent.steps import canonical_latent, latent_of
 from surgery.rewriters.latent.weights import LatentWeights
 from surgery.rewriters.tokens.gates import new_gate
-from surgery.runtime.attention import canonical_weights
+from surgery.runtime.canonical import canonical_weights
 from surgery.runtime.layout import AttentionSite, Dense, Heads, LayerPlan, Project, Retain
 from surgery.runtime.modeling import from_parent
 from surgery.runtime.retain import RETAINS

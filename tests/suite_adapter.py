@@ -25,8 +25,8 @@ from methods import METHODS, Method, merged
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from surgery.anatomy import examine
-from surgery.runtime.attention import as_bits
 from surgery.runtime.configuration import converted_config
+from surgery.runtime.functions import as_bits
 from surgery.runtime.gates import SurgeryGate
 from surgery.runtime.latent import SurgeryLatentAttention
 from surgery.runtime.layout import AttentionSite

@@ -259,4 +259,4 @@ def test_folds_that_do_not_divide_the_frequencies_are_refused_while_planning() -
     with pytest.raises(PlanError, match="fold 4 does not divide 2 rotary frequencies"):
         surgery.plan(families.tiny_model("gpt_neox"), one("mla", keep=0.5, fold=4))
     with pytest.raises(RecipeError, match="beta"):
-        recipe.Recipe.load(one("mla", keep=0.5, beta=0))
+        surgery.Recipe.load(one("mla", keep=0.5, beta=0))

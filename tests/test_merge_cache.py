@@ -20,7 +20,7 @@ from surgery.measure.decode_loop import of_model
 from surgery.measure.evaluate import evaluate
 from surgery.measure.memory import cache_size, tensor_bytes
 from surgery.runtime.layout import AHEAD, LayerPlan
-from surgery.runtime.paged_cache import RaggedLayer
+from surgery.runtime.paged_cache import PagedLayer
 from surgery.runtime.retain import table_width
 
 FORMS = [("dms", 1), ("dms", 12), ("dms", 256), ("dmc", 1), ("dmc", 12), ("dmc", 256), ("dmc", None)]
@@ -140,7 +140,7 @@ def test_other_families_decode_as_they_prefill(method: str, family: str) -> None
         whole = model(ids, use_cache=False).logits
     logits, cache = run(model, ids, [10, *range(11, 20), 24])
     assert_close(logits, whole, 2e-5)
-    ragged = [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
+    ragged = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
     assert ragged and all(int(layer.lengths.max()) < 24 for layer in ragged)
 
 

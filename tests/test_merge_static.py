@@ -15,7 +15,7 @@ from transformers.generation import CompileConfig
 import surgery.runtime.pooling_cache
 from surgery import convert, plan
 from surgery.measure.memory import tensor_bytes
-from surgery.runtime.paged_cache import RaggedLayer
+from surgery.runtime.paged_cache import PagedLayer
 
 three_forms = pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
@@ -75,7 +75,7 @@ def operators_of_64_steps(model: PreTrainedModel) -> set[str]:
     cache = model.static_cache(72, ratio=1.0)
     first = {"attention_mask": mask[:, :8], "position_ids": positions[:, :8]}
     outputs = [model(ids[:, :8], past_key_values=cache, use_cache=True, **first).logits]
-    owners = [layer for layer in cache.layers if isinstance(layer, RaggedLayer)]
+    owners = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
     places = [tensor.data_ptr() for layer in owners for tensor in layer.tensors()]
     for i in range(8, 72):
         until = torch.where(torch.arange(72) <= i, mask, 0)  # as generate does: of one length

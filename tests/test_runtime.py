@@ -19,8 +19,9 @@ from methods import METHODS, PAIRS, REFUSED, REPRESENTATIVE, converted, parent, 
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from surgery.errors import SurgeryError
-from surgery.runtime.attention import SurgeryAttention, eager_attention_forward
+from surgery.runtime.attention import SurgeryAttention
 from surgery.runtime.calling import cache_argument
+from surgery.runtime.functions import eager_attention_forward
 from surgery.runtime.layout import LayerPlan
 from surgery.runtime.modeling import from_parent, load_converted, surgery_class
 

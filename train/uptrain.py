@@ -34,7 +34,8 @@ from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.measure.gates import gated
 from surgery.plan import Plan, plan
 from surgery.recipe import Recipe, Uptrain
-from surgery.runtime.attention import SurgeryAttention, canonical_weights
+from surgery.runtime.attention import SurgeryAttention
+from surgery.runtime.canonical import canonical_weights
 
 from .data import PackedText, split_batch
 from .documents import Documents, open_documents, training_tokenizer

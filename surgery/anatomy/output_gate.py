@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..attention.reference import relative_error
 from ..errors import UnsupportedModel
-from ..runtime.attention import GATE_FUNCTIONS
+from ..runtime.functions import GATE_FUNCTIONS
 from ..runtime.layout import OutputGate
 from .graph import Graph, shape
 from .probe import CODES, match_codes

@@ -15,7 +15,7 @@ from ..attention.weights import AttentionWeights, read_attention
 from ..rewriters.latent.low_rank import expanded_weights
 from ..rewriters.latent.steps import canonical_latent, latent_of
 from ..rewriters.latent.weights import LatentWeights
-from ..runtime.attention import canonical_weights
+from ..runtime.canonical import canonical_weights
 from ..runtime.layout import LayerPlan, Project
 from .exchanging_copy import ExchangingCopy
 from .statistics import Activations, layer_activations

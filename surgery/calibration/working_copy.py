@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..anatomy import Anatomy
 from ..attention.weights import AttentionWeights, parameter_names, read_attention, write_changed
 from ..errors import PlanError
-from ..runtime.attention import canonical_weights
+from ..runtime.canonical import canonical_weights
 from ..runtime.layout import Heads, LayerPlan, Project
 from .outputs import answers, distance
 from .text import Windows

@@ -27,7 +27,7 @@ from ..kernels.decode_gqa import decode_gqa
 from ..kernels.decode_latent import decode_latent
 from ..kernels.rope_append import rope_append_
 from ..runtime.calling import cache_argument
-from ..runtime.layout import Latent, LayerPlan
+from ..runtime.layout import Heads, Latent, LayerPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def of_model(model: str) -> tuple[Shape, Variant]:
                     f"{model}: layer {plan.layer} rotates its keys at read; the loop has no kernel for that"
                 )
             layers.append(LayerCache(kv_heads=1, rank=cache.rank, rope_dims=cache.rope_dims, owner=plan.owner))
-        elif cache.is_uniform:
+        elif isinstance(cache, Heads) and cache.is_uniform:
             layers.append(LayerCache(kv_heads=cache.kv_heads, owner=plan.owner))
         else:
             raise RecipeError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..calibration.text import Windows
 from ..errors import CheckpointError
 from ..runtime.decisions import hard_decisions, order_of_packed
-from ..runtime.gated import SurgeryMergedAttention
+from ..runtime.gated import SurgeryGatedAttention
 from ..runtime.layout import Retain
 
 EXAMPLE = 160
@@ -40,9 +40,9 @@ class Counted(NamedTuple):
     tokens: Tensor
 
 
-def gated(model: nn.Module) -> dict[str, SurgeryMergedAttention]:
+def gated(model: nn.Module) -> dict[str, SurgeryGatedAttention]:
     """Attentions with a gate by qualified name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SurgeryMergedAttention) and m.owns_cache}
+    return {n: m for n, m in model.named_modules() if isinstance(m, SurgeryGatedAttention) and m.owns_cache}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import RecipeError, SurgeryError
 from ..runtime.calling import cache_of
 from ..runtime.layout import LayerPlan
-from ..runtime.paged_cache import RaggedLayer
+from ..runtime.paged_cache import PagedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def cache_size(model: PreTrainedModel, ids_BT: Tensor) -> CacheSize:
     tokens = ids_BT.shape[1]
     cache = _filled(model, ids_BT[:1])
     slots = [
-        float(part.lengths.float().mean()) for part in getattr(cache, "layers", ()) if isinstance(part, RaggedLayer)
+        float(part.lengths.float().mean()) for part in getattr(cache, "layers", ()) if isinstance(part, PagedLayer)
     ]
     return CacheSize(
         tokens=tokens,
@@ -67,7 +67,7 @@ def tensor_bytes(cache: Any) -> int:
 
 
 def _tensors(part: Any) -> list[Tensor]:
-    if isinstance(part, RaggedLayer):
+    if isinstance(part, PagedLayer):
         return part.tensors()
     return [t for t in vars(part).values() if isinstance(t, Tensor)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,19 +12,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caches import has_own_layer, install_layers
 from .calling import BIAS_NAMES, CallingConvention, once, take_cache
-from .layout import AttentionSite, HeadNorm, Latent, LayerPlan, Projection
-from .ops import decodes, latent_attention_forward
+from .functions import (
+    GATE_FUNCTIONS,
+    LIKE_SDPA,
+    angles_of,
+    as_bits,
+    complete_mask,
+    eager_attention_forward,
+    grouped_attention_forward,
+    turn_halves,
+)
+from .layout import AttentionSite, HeadNorm, LayerPlan
 
 Shapes = Mapping[str, tuple[int, ...]]
-LIKE_SDPA = ("sdpa", "surgery")
-"""Attention functions that take sdpa's masks, and neither soft caps nor sinks."""
-GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "softplus": nn.functional.softplus,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-}
-"""What an output gate may make of its projection."""
 KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None
 SHARED_STATES = "shared_kv_states"
 """Keyword argument that takes the caches of owners to their readers, through the parent's own layers."""
@@ -41,64 +41,6 @@ class Inputs(NamedTuple):
     shared: KVStates
     rest: dict[str, Any]
     """Arguments for the attention function."""
-
-
-def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The weights of one attention under the names and in the layout of `SurgeryHeadsAttention`, as fresh tensors.
-
-    Head h of `q_proj`, `k_proj`, `v_proj` has rows [h*H, (h+1)*H), and columns of `o_proj` likewise, whether the
-    parent keeps them apart, fused or transposed. `get_tensor` maps a name in the parent's state dict to its tensor.
-    """
-    weights: dict[str, Tensor] = {}
-    for name, projection, width in (
-        ("q", site.q, site.head_dim), ("k", site.k, site.head_dim), ("v", site.v, site.value_dim),
-    ):  # fmt: skip
-        weight = get_tensor(projection.weight)
-        rows = _head_index(projection, width, weight.device)
-        weights[f"{name}_proj.weight"] = (weight.t() if projection.transposed else weight).index_select(0, rows)
-        if projection.bias is not None:
-            weights[f"{name}_proj.bias"] = get_tensor(projection.bias).index_select(0, rows)
-    if site.gate is not None:
-        weight = get_tensor(site.gate.weight)
-        rows = _head_index(site.gate, site.gate.width, weight.device)
-        weights["out_gate.weight"] = (weight.t() if site.gate.transposed else weight).index_select(0, rows)
-        if site.gate.bias is not None:
-            weights["out_gate.bias"] = get_tensor(site.gate.bias).index_select(0, rows)
-    weight = get_tensor(site.o.weight)
-    columns = _head_index(site.o, site.value_dim, weight.device)
-    weights["o_proj.weight"] = (weight.t() if site.o.transposed else weight).index_select(1, columns)
-    if site.o.bias is not None:
-        weights["o_proj.bias"] = get_tensor(site.o.bias).clone()
-    for name, norm in (("q_norm", site.q_norm), ("k_norm", site.k_norm), ("v_norm", site.v_norm)):
-        if norm is not None and norm.weight is not None:
-            weights[f"{name}.weight"] = _gain(norm.weight, get_tensor)
-        if norm is not None and norm.bias is not None:
-            weights[f"{name}.bias"] = _gain(norm.bias, get_tensor)
-    if site.sinks is not None:
-        weights["sinks"] = get_tensor(site.sinks).clone()
-    return {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-
-
-def origin_of(site: AttentionSite, name: str) -> str | None:
-    """The parent's parameter that a canonical one is made from; None where it stands for none of them.
-
-    Args:
-        name: as `canonical_weights` has it, or as forms of the cache name parameters of their own.
-    """
-    if name.startswith("gate."):
-        return None
-    if name == "sinks":
-        return site.sinks
-    projections = {"q": site.q, "k": site.k, "v": site.v, "o": site.o}
-    norms = {"q_norm": site.q_norm, "k_norm": site.k_norm, "v_norm": site.v_norm}
-    module, _, kind = name.partition(".")
-    if module in norms:
-        norm = norms[module]
-        names = None if norm is None else norm.weight if kind == "weight" else norm.bias
-        return names if names is None or isinstance(names, str) else names[0]
-    # Names begin with what they make: `k_up`, `v_up`, `kv_down`, `q_rope`; `post_norm_scale` is on the queries.
-    projection = site.gate if module == "out_gate" and site.gate else projections.get(module[0], site.q)
-    return (projection.bias if kind == "bias" else None) or projection.weight
 
 
 class SurgeryHeadNorm(nn.Module):
@@ -284,7 +226,10 @@ class SurgeryAttention(nn.Module):
         own = attention_interface in (eager_attention_forward, grouped_attention_forward)
         mask = inputs.mask
         if own or implementation in LIKE_SDPA:
-            mask = self._mask(mask, query, key, inputs.cache, not own)
+            slopes = None if self.site.alibi_slopes is None else self.slope_bits
+            mask = complete_mask(
+                self.site, self.call, self.plan.owner, slopes, mask, query, key, inputs.cache, skippable=not own
+            )
         elif self.site.alibi_slopes is not None:
             raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
 
@@ -443,133 +388,6 @@ class SurgeryAttention(nn.Module):
         turned = turned.to(x_BTNH.dtype)
         return turned if turned.shape == x_BTNH.shape else torch.cat((before, turned, after), dim=-1)
 
-    def _mask(self, mask: Tensor | None, query: Tensor, key: Tensor, cache: Any, skippable: bool) -> Tensor | None:
-        """The mask that eager and sdpa need: the parent's, with causality, window and ALiBi added where it lacks them.
-
-        `skippable`: the attention function is causal of its own where there is no mask.
-        """
-        tokens, length = query.shape[2], key.shape[2]
-        if mask is not None:
-            mask = mask[..., :length]
-            if mask.dtype == torch.bool and self.call.mask_true_hides:
-                mask = ~mask
-        elif skippable and self.site.alibi_slopes is None:
-            return None
-        # Some parents keep the window inside their attention (GPT-Neo); the masks of others have it, unless they are a
-        # user's own, which count as they are. A sliding cache layer drops old keys, and its mask knows which are left.
-        sliding = cache is not None and getattr(cache.layers[self.plan.owner], "is_sliding", False)
-        window = None if sliding or length <= (self.site.window or length) else self.site.window
-        if mask is not None and self.site.window_in_mask:
-            window = None
-        if self.site.alibi_slopes is None and window is None and (mask is not None or tokens == 1):
-            return mask
-        past = 0 if cache is None else cache.get_seq_length(self.plan.owner) - tokens
-        positions = past + torch.arange(tokens, device=key.device)
-        distance = positions[:, None] - torch.arange(length, device=key.device)
-        visible = distance >= 0
-        if self.site.sees_ahead and mask is not None:
-            visible = torch.ones_like(visible)  # the parent's mask decides
-        if window is not None:
-            visible = visible & (distance < window)
-        low = torch.finfo(query.dtype).min
-        if mask is not None:
-            # Half of the lowest number: parents that write ALiBi into the mask (Falcon) keep small numbers there.
-            visible = visible & (mask if mask.dtype == torch.bool else mask > low / 2)
-        else:
-            visible = visible[None, None]
-        if self.site.alibi_slopes is None:
-            if mask is None or mask.dtype == torch.bool:
-                return visible
-            return torch.where(visible, mask, low)
-        if mask is not None and self.call.alibi_skips_padding:
-            # Every token sees itself: what no query sees is padding.
-            order = visible.any(dim=-2).cumsum(-1)  # [B, 1, S]
-            distance = order.index_select(-1, positions)[..., None] - order[..., None, :]
-        bias = -self.slope_bits.view(torch.float32)[:, None, None] * distance
-        return torch.where(visible, bias.to(query.dtype), low)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention in plain torch, softmax in float32: soft cap, sinks, additive or boolean (True is visible) mask.
-
-    query [B, N, T, H], key and value [B, K, S, H]; returns [B, T, N, H] and the weights [B, N, T, S].
-    """
-    groups: int = module.num_key_value_groups  # type: ignore[assignment]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    sinks = None if s_aux is None else s_aux.reshape(1, -1, 1, 1)
-    weights = _probabilities(query, key, attention_mask, scaling, softcap, sinks)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def grouped_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """One new token against few KV heads: query heads that share one stand in the place of tokens, nothing is repeated.
-
-    query [B, N, 1, H], key [B, K, S, H], value [B, 1, S, R] shared by all heads; returns [B, 1, N, R] and, unless
-    computed by sdpa or an operator, the weights [B, N, 1, S].
-    """
-    B, N, K, S = query.shape[0], query.shape[1], key.shape[1], key.shape[2]
-    folded = query.reshape(B, K, N // K, -1)
-    mask = attention_mask
-    if mask is not None and mask.shape[1] > 1:  # of every query head: ALiBi
-        mask = mask.reshape(-1, K, N // K, S)
-    weights_asked = module.gives_weights(kwargs)  # type: ignore[operator]
-    implementation = "eager" if weights_asked else module.config._attn_implementation  # type: ignore[union-attr]
-    latent: Latent = module.latent  # type: ignore[assignment]
-    plain = softcap is None and s_aux is None and not latent.rotate_on_read
-    if implementation == "surgery" and plain and decodes(query, attention_mask, dropout):
-        return latent_attention_forward(query, key, attention_mask, scaling, latent.rank), None
-    sdpa = implementation in LIKE_SDPA
-    if K == 1 and sdpa and softcap is None and s_aux is None:
-        out = nn.functional.scaled_dot_product_attention(
-            folded, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
-        )
-        return out.reshape(B, 1, N, -1), None
-    sinks = None if s_aux is None else s_aux.reshape(1, K, N // K, 1)
-    weights = _probabilities(folded, key, mask, scaling, softcap, sinks).reshape(B, 1, N, S)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).reshape(B, 1, N, -1), weights.transpose(1, 2)
-
-
-def _probabilities(
-    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
-    """[B, N, T, S] in the dtype of `query`; what a sink [1, N, T or 1, 1] takes is missing from the sum."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:3], 1)), dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return weights if sinks is None else weights[..., :-1]
-
 
 def _check(site: AttentionSite, plan: LayerPlan) -> None:
     where = f"{site.module} (layer {site.layer})"
@@ -585,35 +403,8 @@ def _check(site: AttentionSite, plan: LayerPlan) -> None:
         raise ValueError(f"{where}: keeps {plan.window} tokens where its attention sees {site.window}")
 
 
-def _gain(names: str | tuple[str, ...], get_tensor: Callable[[str], Tensor]) -> Tensor:
-    """One parameter per head (StableLM) becomes one row per head."""
-    return get_tensor(names).clone() if isinstance(names, str) else torch.stack([get_tensor(n) for n in names])
-
-
-def as_bits(values: Sequence[float]) -> Tensor:
-    """float32 numbers as int32, which no cast to another float type can round; `.view(torch.float32)` undoes it."""
-    return torch.tensor(values, dtype=torch.float32, device="cpu").view(torch.int32)
-
-
-def _head_index(projection: Projection, width: int, device: torch.device) -> Tensor:
-    starts = torch.tensor(projection.head_rows, device=device)
-    return (starts[:, None] + torch.arange(width, device=device)).flatten()
-
-
 def _per_head(weight: Tensor, heads: int, width: int) -> Tensor:
     return weight if weight.shape == (width,) else weight.view(heads, width)
-
-
-def angles_of(positions: Tensor, bits_F: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., F] of positions [...] times frequencies that are kept as bits."""
-    angles = positions[..., None].float() * bits_F.view(torch.float32)
-    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
-
-
-def turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply pairs (j, j + F) of the last dimension, read as a + ib, by cos + i sin."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def norm_heads(norm: SurgeryHeadNorm | None, x_BTNH: Tensor, after_rotary: bool) -> Tensor:

@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from .evicting_cache import EvictingLayer
 from .layout import LayerPlan
 from .page_pool import PagePool
-from .paged_cache import RaggedLayer
-from .pooling_cache import MergingLayer
+from .paged_cache import PagedLayer
+from .pooling_cache import PoolingLayer
 
 
 class MakeLayer(Protocol):
@@ -22,7 +22,7 @@ class MakeLayer(Protocol):
         """A layer for a dynamic cache, or for a static one of `max_length` tokens."""
 
 
-PAGED: dict[str, type[RaggedLayer]] = {"dmc": MergingLayer, "dms": EvictingLayer, "evict": EvictingLayer}
+PAGED: dict[str, type[PagedLayer]] = {"dmc": PoolingLayer, "dms": EvictingLayer, "evict": EvictingLayer}
 """`kind` of a `Retain` -> cache layer, in pages that the layers of a static cache share."""
 CACHE_LAYERS: dict[str, MakeLayer] = {}
 """`kind` of a `Store` -> what makes the cache layer, a `CacheLayerMixin` of transformers whose `update` gives back what
@@ -98,7 +98,7 @@ def is_installed(cache: Cache, plan: LayerPlan) -> bool:
 
 def _is_own(layer: Any) -> bool:
     made = tuple(kind for kind in CACHE_LAYERS.values() if isinstance(kind, type))
-    return isinstance(layer, (RaggedLayer, *made))
+    return isinstance(layer, (PagedLayer, *made))
 
 
 def pool_shape(plan: LayerPlan) -> tuple[int, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .paged_cache import RaggedLayer
+from .paged_cache import PagedLayer
 from .slots import NEVER, New, Slots
 
 
-class EvictingLayer(RaggedLayer):
+class EvictingLayer(PagedLayer):
     """Every token gets a slot; one that its gate gave up leaves it to the token that is `window` tokens younger.
 
     So decoding moves nothing. `window` [B, K, W] int32 says of the newest W tokens of a row, token t at t % W, where

@@ -7,23 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import LIKE_SDPA, Inputs, Shapes, norm_heads
+from .attention import Inputs, Shapes, norm_heads
 from .caches import install_layers
 from .calling import CallingConvention
 from .decisions import at_end, from_end, hard_decisions, log_keep, pooled, soft_bias, visible
+from .functions import LIKE_SDPA
 from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
 from .layout import AttentionSite, LayerPlan
 from .masks import read_chunk, read_whole, settle
 from .paged_attention import attend
-from .paged_cache import RaggedLayer
+from .paged_cache import PagedLayer
 from .slots import New
 
 ZERO_OUT = 0.1
 """Part of the ramp in which borrowed channels fade; 0.8 of it fades, the rest is trained without them."""
 
 
-class SurgeryMergedAttention(SurgeryHeadsAttention):
+class SurgeryGatedAttention(SurgeryHeadsAttention):
     """`SurgeryHeadsAttention` under a `Retain` value; parameters of the gate are named `gate.*`.
 
     In training, without a cache, decisions are relaxed: p = sigmoid((logit + logistic noise) / `temperature`), runs are
@@ -82,7 +83,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         implementation = self.config._attn_implementation
         if implementation not in (*LIKE_SDPA, "eager"):
             raise ValueError(
-                f"layer {self.layer_idx}: merged tokens are hidden by a mask per head, which runs with "
+                f"layer {self.layer_idx}: averaged and evicted tokens are hidden by a mask per head, which runs with "
                 f"attn_implementation 'sdpa' or 'eager', not {implementation!r}"
             )
         if inputs.rest.pop("is_causal", None) is False:
@@ -148,7 +149,7 @@ class SurgeryMergedAttention(SurgeryHeadsAttention):
         plain = self.site.softcap is None and self.sinks is None
         return attend(self, query, seen, self.heads, self.scaling, plain)
 
-    def _real(self, inputs: Inputs, layer: RaggedLayer) -> Tensor | None:
+    def _real(self, inputs: Inputs, layer: PagedLayer) -> Tensor | None:
         """[B, T] bool: False at padding among the new tokens; None where there is none."""
         (B, T, _), mask = inputs.hidden_BTD.shape, inputs.mask
         if mask is None:

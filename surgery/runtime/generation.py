@@ -18,7 +18,7 @@ from .attention import SurgeryAttention
 from .caches import check_replaceable, has_own_layer, install_layers
 from .calling import cache_argument, take_cache
 from .layout import Latent, LayerPlan
-from .paged_cache import RaggedLayer
+from .paged_cache import PagedLayer
 
 _PAGED = (
     "transformers' continuous batching keeps, for every layer, pages of the K and V heads that the parent's config "
@@ -137,7 +137,7 @@ def _check_layer(layer: Any, attention: SurgeryAttention) -> None:
     if has_own_layer(plan):
         check_replaceable(layer, plan)
         return
-    if isinstance(layer, RaggedLayer):
+    if isinstance(layer, PagedLayer):
         found = "slots of tokens that are averaged or leave"
     else:
         key, value = getattr(layer, "keys", None), getattr(layer, "values", None)

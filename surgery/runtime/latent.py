@@ -9,8 +9,9 @@ import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 
-from .attention import Inputs, Shapes, SurgeryAttention, SurgeryHeadNorm, angles_of, norm_heads, turn_halves
+from .attention import Inputs, Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
 from .calling import CallingConvention
+from .functions import angles_of, turn_halves
 from .layout import AttentionSite, Latent, LayerPlan, position_numbers
 
 

@@ -22,10 +22,11 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm, canonical_weights, origin_of
+from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm
 from .calling import CallingConvention, cache_of, record_calls
+from .canonical import canonical_weights, origin_of
 from .configuration import config_class, converted_config
-from .gated import SurgeryMergedAttention
+from .gated import SurgeryGatedAttention
 from .gates import gate_shapes
 from .generation import SurgeryGeneration, check_given_cache
 from .heads import SurgeryHeadsAttention
@@ -36,7 +37,7 @@ from .recording import prepare_recording, records_of, running_model
 
 ATTENTIONS: dict[str, type[SurgeryAttention]] = {"heads": SurgeryHeadsAttention, "latent": SurgeryLatentAttention}
 """`kind` of a `Project` -> the module that runs a layer which keeps all tokens."""
-GATED: dict[str, type[SurgeryAttention]] = {"heads": SurgeryMergedAttention}
+GATED: dict[str, type[SurgeryAttention]] = {"heads": SurgeryGatedAttention}
 """The same for layers whose tokens are averaged or leave."""
 _MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 

@@ -1,4 +1,4 @@
-"""Queries of a merged attention against its ragged cache: one token through the pages, several through a `Chunk`."""
+"""Queries of a gated attention against its paged cache: one token through the pages, several through a `Chunk`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import SurgeryAttention, eager_attention_forward
+from .attention import SurgeryAttention
+from .functions import eager_attention_forward
 from .layout import Heads
 from .ops import AVAILABLE, ragged_attention_forward
-from .paged_cache import RaggedLayer
+from .paged_cache import PagedLayer
 from .slots import Chunk
 
 _BLOCK = 256
@@ -17,7 +18,7 @@ _BLOCK = 256
 
 
 def attend(
-    attention: SurgeryAttention, query_BNTH: Tensor, seen: RaggedLayer | Chunk, heads: Heads, scale: float, plain: bool
+    attention: SurgeryAttention, query_BNTH: Tensor, seen: PagedLayer | Chunk, heads: Heads, scale: float, plain: bool
 ) -> Tensor:
     """Head outputs [B, T, N, V].
 
@@ -27,7 +28,7 @@ def attend(
         seen: what the owner of the cache has left for this pass.
         plain: a softmax over scores and nothing else.
     """
-    if isinstance(seen, RaggedLayer):
+    if isinstance(seen, PagedLayer):
         if plain and AVAILABLE:
             return _through_pages(query_BNTH, seen, heads, scale)
         key, value, there = seen.side_by_side()
@@ -70,7 +71,7 @@ def _is_causal(chunk: Chunk) -> bool:
     return not bool((chunk.new.expires_BKS <= chunk.order_BT[:, None, -1:]).any())
 
 
-def _through_pages(query_BN1H: Tensor, layer: RaggedLayer, heads: Heads, scale: float) -> Tensor:
+def _through_pages(query_BN1H: Tensor, layer: PagedLayer, heads: Heads, scale: float) -> Tensor:
     tables, lengths = layer.tables, layer.lengths
     if not heads.is_uniform:
         index = _kv_of_query(heads, tables.device)

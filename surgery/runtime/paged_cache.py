@@ -1,4 +1,4 @@
-"""Cache layers of merged attention: KV heads keep different numbers of slots, in pages.
+"""Cache layers of gated attention: KV heads keep different numbers of slots, in pages.
 
 Row (b, k), a sequence's KV head, has `lengths[b, k]` slots; slot s lies at place s % page of page
 `tables[b, k, s // page]` of the pool. Slots of one row are in no order: attention does not ask for any.
@@ -23,7 +23,7 @@ _SPARE = 1 / 64
 """Slots that a row gets at once when its pool grows, as a part of those it has: little slack, and few copies."""
 
 
-class RaggedLayer(CacheLayerMixin):
+class PagedLayer(CacheLayerMixin):
     """What both methods share: pages, tables, selection of sequences, accounting.
 
     Args:
@@ -90,7 +90,7 @@ class RaggedLayer(CacheLayerMixin):
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, B
         self.is_initialized = True
 
-    def add(self, new: New) -> RaggedLayer | Chunk:
+    def add(self, new: New) -> PagedLayer | Chunk:
         """Store new tokens; returns what they see: this layer after one token, a `Chunk` after several.
 
         Gradients do not flow through the cache.
@@ -114,7 +114,7 @@ class RaggedLayer(CacheLayerMixin):
             self.has_padding = True
         if T == 1:
             self._add_step(new)
-            seen: RaggedLayer | Chunk = self
+            seen: PagedLayer | Chunk = self
         else:
             seen = self._add_chunk(new)
         self.seen += T
@@ -329,7 +329,7 @@ class RaggedLayer(CacheLayerMixin):
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("the cache of a merged attention is written by that attention alone")
+        raise NotImplementedError("the cache of a gated attention is written by that attention alone")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.pool.grows:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .decisions import at_end, from_end, pooled
 from .ops import AVAILABLE, merge_append_forward
-from .paged_cache import RaggedLayer
+from .paged_cache import PagedLayer
 from .slots import NEVER, New, Slots, pick
 
 
@@ -19,7 +19,7 @@ def _has_operator(device: torch.device) -> bool:
     return AVAILABLE and device.type != "cpu"
 
 
-class MergingLayer(RaggedLayer):
+class PoolingLayer(PagedLayer):
     """A merging token overwrites the newest slot of its row with the mean of its run, rotated to its own position.
 
     Beside the slots each row keeps what its open run needs: where all terms count, their sums `sums_k` [B, K, H],

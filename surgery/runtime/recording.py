@@ -53,7 +53,7 @@ def prepare_recording(base_model: nn.Module, args: tuple[Any, ...], kwargs: dict
         keys: names of what is collected from its attentions; `attentions` even where it takes those itself.
 
     Raises:
-        ValueError: weights of merged attention through its cache, which keeps slots, not tokens.
+        ValueError: weights of gated attention through its cache, which keeps slots, not tokens.
     """
     asked = set()
     for key in keys:

@@ -1,4 +1,4 @@
-"""What goes into a ragged cache, and what attention of several tokens at once sees of it.
+"""What goes into a paged cache, and what attention of several tokens at once sees of it.
 
 `order` counts the tokens before one in its sequence, padding left out. Every slot has an order at which it expires:
 that rules the masks of a chunk, and what stays of it, for both methods alike.

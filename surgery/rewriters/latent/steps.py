@@ -13,7 +13,8 @@ from ...calibration.latent_copy import LatentCopy
 from ...calibration.text import Windows
 from ...errors import PlanError
 from ...planning.latent_size import ALIGNED, ALIGNED_FROM, full_rank
-from ...runtime.attention import as_bits, canonical_weights
+from ...runtime.canonical import canonical_weights
+from ...runtime.functions import as_bits
 from ...runtime.layout import AttentionSite, Latent, LayerPlan, Project
 from .. import Method
 from ..common.allocation import share_out

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...console import progress
-from ...runtime.gated import SurgeryMergedAttention
+from ...runtime.gated import SurgeryGatedAttention
 from ...runtime.layout import Evict, LayerPlan, Retain
 from ...runtime.modeling import from_parent
 from ..common.allocation import PARTS, share_out
@@ -55,7 +55,7 @@ def window_costs(
         kept,
         weights={plan.layer: copy.canonical(plan.layer) for plan in plans},
     ).eval()
-    gates = {gate.layer_idx: gate for gate in model.modules() if isinstance(gate, SurgeryMergedAttention)}
+    gates = {gate.layer_idx: gate for gate in model.modules() if isinstance(gate, SurgeryGatedAttention)}
 
     def cost(layer: int, window: int) -> float:
         whole = gates[layer].retain
