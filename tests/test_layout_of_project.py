@@ -11,17 +11,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LINKED = ("kernels", "recipes", "train")
 
+METHODS = tuple(f"rewriters.{name}" for name in ("identity", "gqa", "mla", "lowrank", "share", "dms", "dmc", "evict"))
 LEVELS = [
     ("kernels",),
     ("errors", "console", "bundled", "torch_state", "versions"),
     ("runtime",),
     ("attention",),
     ("checkpoints.classes", "checkpoints.companions", "checkpoints.tracing"),
-    ("anatomy", "recipe", "rewriters", "checkpoints.files", "checkpoints.adapters", "checkpoints.parents"),
-    ("planning", "plan", "calibration.text", "calibration.outputs"),
-    ("checkpoints.provenance", "checkpoints.storage", "calibration"),
+    ("rewriters", "planning.schema", "planning.uptrain"),
+    ("recipe", "anatomy", "checkpoints", "checkpoints.files", "checkpoints.adapters", "checkpoints.parents"),
+    ("planning", "calibration.text", "calibration.outputs"),
+    ("calibration",),
     ("rewriters.common", "rewriters.heads", "rewriters.latent", "rewriters.layers", "rewriters.tokens"),
-    ("rewriters.identity", "rewriters.gqa", "rewriters.share"),
+    METHODS,
+    ("plan", "checkpoints.provenance", "checkpoints.storage"),
     ("convert", "checkpoints.streaming"),
     ("measure", "report"),
     ("generate",),
@@ -58,17 +61,24 @@ MODULES = {
 }
 
 
+def _inside(tree, holds):
+    """Ids of all nodes inside those for which `holds`."""
+    return {id(inner) for outer in ast.walk(tree) if holds(outer) for inner in ast.walk(outer)}
+
+
 def imports(file, late=True):
-    """Dotted names below `surgery` of the modules that a file of the library imports.
+    """Dotted names below `surgery` of the modules that a file of the library imports; not those for types alone.
 
     Args:
         late: also those that are imported inside functions.
     """
     package = ["surgery", *file.relative_to(ROOT / "surgery").parts[:-1]]
     tree = ast.parse(file.read_text())
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
+    inside = _inside(tree, lambda n: isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING")
+    if not late:
+        inside |= _inside(tree, lambda n: isinstance(n, (ast.FunctionDef, ast.Lambda)))
     for node in ast.walk(tree):
-        if id(node) in inside and not late:
+        if id(node) in inside:
             continue
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
