@@ -14,7 +14,7 @@ from families import FAMILIES, tiny_model
 from transformers import AttentionInterface
 
 from surgery.anatomy import Anatomy, attend, examine, project_qkv
-from surgery.anatomy.graph import capture
+from surgery.anatomy.capture import capture
 from surgery.anatomy.walk import find_attentions
 from surgery.errors import CheckpointError, UnsupportedModel
 from surgery.runtime.layout import AttentionSite

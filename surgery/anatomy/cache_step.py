@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import UnsupportedModel
 from ..runtime.calling import cache_argument, cache_of, take_cache
 from ..runtime.layout import AttentionSite
-from .graph import hold_frequencies_still, make_twin
+from .twin import hold_frequencies_still, make_twin
 
 
 def prove_cache_step(source: PreTrainedModel | PretrainedConfig, sites: Sequence[AttentionSite]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,71 +12,28 @@ import torch
 from torch import Tensor, fx
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..attention.reference import attend_heads, finish_heads, heads_of, project_out, relative_error, turn
 from ..checkpoints.adapters import base_folder
 from ..checkpoints.classes import plain_config
 from ..checkpoints.files import gguf_advice, local_folder, read_json
 from ..checkpoints.parents import changed, check_modules, plain_form
-from ..console import render
 from ..errors import CheckpointError, UnsupportedModel
-from ..runtime.layout import AttentionSite, HeadNorm, Projection
+from ..runtime.layout import AttentionSite, Projection
 from ..torch_state import plain_torch
 from .cache_step import prove_cache_step
-from .graph import Graph, capture, shape, subpaths
+from .capture import capture
+from .graph import Graph, shape, subpaths
+from .model import Anatomy, OtherLayer
 from .output_gate import read_gate
 from .positions import max_positions
-from .probe import Reading, read_axes, read_out, read_path, read_scores
+from .probe import read_out
+from .probe_path import read_path
+from .probe_rotary import read_axes
+from .probe_scores import read_scores
+from .proof import prove, prove_scores
 from .replaceable import irreplaceable
-from .table import anatomy_tables
-from .walk import Found, OutPath, Path, find_attentions, gate_path, origin, path_from, path_to
+from .walk import Found, OutPath, Path, Paths, find_attentions, gate_path, origin, path_from, path_to
 
-_TOLERANCE = 1e-5
-_ROLES = {"q": "queries", "k": "keys", "v": "values"}
 _SCOPE = "This library rewrites decoders with softmax attention."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OtherLayer:
-    """A decoder layer without softmax attention (Mamba, linear attention); it is left alone."""
-
-    layer: int
-    module: str
-    kind: str
-    """Class name of the layer."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Anatomy:
-    """What `examine` found in a decoder."""
-
-    architecture: str
-    model_type: str
-    num_layers: int
-    """Decoder layers in all, those without attention included."""
-    sites: tuple[AttentionSite, ...]
-    other_layers: tuple[OtherLayer, ...]
-    parameters: int
-    dtype: str
-    max_positions: int | None
-    vocab_size: int
-    irreplaceable: dict[int, str] = dataclasses.field(default_factory=dict)
-    """Layers whose attention module cannot be replaced by one of ours, and why."""
-    config: PretrainedConfig = dataclasses.field(repr=False, compare=False)
-    """The model's config, for building relatives of it; not part of `to_dict`, as `kind`."""
-    kind: type[PreTrainedModel] = dataclasses.field(repr=False, compare=False)
-    """The model's class, whatever its config names: a model in memory may be of another."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: everything but the config and the class."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("config", "kind")]
-        return {name: _plain(getattr(self, name)) for name in names}
-
-    def __str__(self) -> str:
-        return render(self.tables())
-
-    def tables(self) -> list[Any]:
-        """What `print(anatomy)` and `surgery inspect` show, as rich renderables."""
-        return anatomy_tables(self)
 
 
 @plain_torch()
@@ -133,12 +90,6 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     )
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
 def load_config(path: str | FilePath) -> PretrainedConfig:
     """The config in a folder, or a config.json itself, without what it says of quantisation: weights are read plain.
 
@@ -182,24 +133,15 @@ def _check_twin(twin: PreTrainedModel, model: PreTrainedModel) -> None:
     check_modules(twin, model)
 
 
-@dataclasses.dataclass
-class _Paths:
-    q: Path
-    k: Path
-    v: Path
-    o: OutPath
-    gate: Path | None = None
-
-
 def _read_sites(graph: Graph, found: list[Found]) -> tuple[AttentionSite, ...]:
     """Describe every attention; those with the same piece of graph share one reading and one proof."""
     known: dict[Any, tuple[AttentionSite, list[fx.Node]]] = {}
     sites: list[AttentionSite] = []
     for number, f in enumerate(found):
-        paths = _Paths(path_to(graph, f, "q"), path_to(graph, f, "k"), path_to(graph, f, "v"), path_from(graph, f))
+        paths = Paths(path_to(graph, f, "q"), path_to(graph, f, "k"), path_to(graph, f, "v"), path_from(graph, f))
         gate = gate_path(graph, f, paths.o)
         if gate is not None and origin(gate.linear.x) is origin(paths.q.linear.x):
-            paths.gate = gate
+            paths = dataclasses.replace(paths, gate=gate)
         key, parameters = _fingerprint(graph, f, paths)
         if key not in known:
             known[key] = (_read_site(graph, f, paths), parameters)
@@ -215,7 +157,7 @@ def _read_sites(graph: Graph, found: list[Found]) -> tuple[AttentionSite, ...]:
     return tuple(sorted(sites, key=lambda s: s.layer))
 
 
-def _fingerprint(graph: Graph, found: Found, paths: _Paths) -> tuple[Any, list[fx.Node]]:
+def _fingerprint(graph: Graph, found: Found, paths: Paths) -> tuple[Any, list[fx.Node]]:
     """A key that is equal for attentions of equal structure, and the parameters in the order of the graph."""
     ends = [found.q, found.k, found.v, paths.o.linear.out]
     extra = [n for n in (found.mask, found.sinks, found.scores) if n is not None]
@@ -302,7 +244,7 @@ def _other_layers(graph: Graph, sites: tuple[AttentionSite, ...]) -> tuple[int, 
     )
 
 
-def _read_site(graph: Graph, found: Found, paths: _Paths) -> AttentionSite:
+def _read_site(graph: Graph, found: Found, paths: Paths) -> AttentionSite:
     """Describe one attention and prove the description."""
     where = f"module {found.module}"
     generator = torch.Generator().manual_seed(0)
@@ -352,134 +294,11 @@ def _read_site(graph: Graph, found: Found, paths: _Paths) -> AttentionSite:
         if axes[0] != axes[1]:
             raise UnsupportedModel(f"{where}: queries and keys are rotated by different axes of their positions.")
         site = dataclasses.replace(site, rotary=dataclasses.replace(site.rotary, axes=axes[0]))
-    _prove_scores(wide_graph, wide_found, site, (q, k, v), generator)
-    return _prove(graph, found, paths, site, (q, k, v), generator)
+    prove_scores(wide_graph, wide_found, site, (q, k, v), generator)
+    return prove(graph, found, paths, site, (q, k, v), generator)
 
 
 def _projection(graph: Graph, path: Path | OutPath, rows: tuple[int, ...]) -> Projection:
     linear = path.linear
     bias = graph.sources[linear.bias].name if linear.bias is not None else None
     return Projection(weight=graph.sources[linear.weight].name, bias=bias, head_rows=rows, transposed=linear.transposed)
-
-
-def _prove(
-    graph: Graph,
-    found: Found,
-    paths: _Paths,
-    site: AttentionSite,
-    readings: tuple[Reading, Reading, Reading],
-    generator: torch.Generator,
-) -> AttentionSite:
-    """Compare every step with the graph on random weights; decides whether norms come before or after rotation."""
-    positions = torch.arange(graph.tokens)
-    x_BTD = torch.randn(1, graph.tokens, site.hidden_size, generator=generator)
-    for role, reading in zip("qkv", readings, strict=True):
-        path: Path = getattr(paths, role)
-        linear = path.linear
-        spread = 2 * (site.clip_qkv or 1.0)
-        weights = _random_weights(graph, linear, path.parameters, spread, generator)
-        run = graph.runner([path.target], [linear.x, *weights])
-        got = run(x_BTD.reshape(shape(linear.x)), *weights.values())[0].float()
-        got = got.transpose(-1, -2) if found.k_transposed and role == "k" else got
-        got = got.reshape(1, -1, *got.shape[-2:])[:, :: reading.repeats][..., list(reading.order)]
-        params = {graph.sources[n].name: w for n, w in weights.items()}
-        heads = heads_of(getattr(site, role), params, x_BTD, reading.dim, site.clip_qkv)
-        rotary = None if role == "v" else site.rotary
-        best = float("inf")
-        for norm in _orders(reading.norm, rotary is not None):
-            mine = reading.factor * finish_heads(heads, params, norm, rotary, positions)
-            best = min(best, relative_error(mine, got))
-            if best <= _TOLERANCE:
-                if norm is not None:
-                    changed: dict[str, Any] = {f"{role}_norm": norm}
-                    site = dataclasses.replace(site, **changed)
-                break
-        else:
-            raise UnsupportedModel(
-                f"module {found.module}: its {_ROLES[role]} differ from what the "
-                f"description gives (relative error {best:.1e})."
-            )
-        _prove_far(graph, found, path, site, reading, role, generator)
-        del params, weights, run
-    _prove_out(graph, found, paths.o, site, generator)
-    return site
-
-
-def _prove_far(
-    graph: Graph, found: Found, path: Path, site: AttentionSite, reading: Reading, role: str, generator: torch.Generator
-) -> None:
-    """Compare at positions up to the model's limit: some models begin to scale queries thousands of tokens on."""
-    limit = max_positions(graph.twin.config)
-    if graph.positions is None or limit is None or (site.rotary and site.rotary.length_dependent):
-        return
-    far = torch.linspace(0, limit - 1, graph.tokens, dtype=torch.float64).long()
-    given = {p: torch.ones(shape(p)) for p in path.parameters}
-    run = graph.runner([path.target], [path.linear.out, graph.positions, *given])
-    y = torch.randn(path.linear.outputs, generator=generator).expand(graph.tokens, -1).reshape(shape(path.linear.out))
-    got = run(y, far[None], *given.values())[0].float()
-    got = got.transpose(-1, -2) if found.k_transposed and role == "k" else got
-    got = got.reshape(1, -1, *got.shape[-2:])[..., list(reading.order)]
-    # Position 0 is proved already; a rotation from there must lead to the others (angles lose digits far out).
-    here = got[:, :, :1].expand_as(got)
-    norm: HeadNorm | None = getattr(site, f"{role}_norm")
-    after = norm is not None and norm.after_rotary and norm.kind == "layer"
-    expected = here if role == "v" else turn(site.rotary, here, far)
-    if not after and relative_error(expected, got) > 1e-2:
-        raise UnsupportedModel(
-            f"module {found.module}: its {_ROLES[role]} change with the position, far from the start, in a way that "
-            "is no rotation at constant frequencies."
-        )
-
-
-def _orders(norm: HeadNorm | None, rotates: bool) -> Iterable[HeadNorm | None]:
-    yield norm
-    if norm is not None and rotates:
-        yield dataclasses.replace(norm, after_rotary=True)
-
-
-def _random_weights(
-    graph: Graph, linear: Any, others: Iterable[fx.Node], spread: float, generator: torch.Generator
-) -> dict[fx.Node, Tensor]:
-    """Random values for a linear and for what follows it; outputs get about the given spread."""
-    limit = spread * (3 / linear.inputs) ** 0.5
-    weights = {linear.weight: torch.empty(shape(linear.weight)).uniform_(-limit, limit, generator=generator)}
-    if linear.bias is not None:
-        weights[linear.bias] = spread * torch.randn(shape(linear.bias), generator=generator)
-    for node in others:
-        weights[node] = 1 + 0.5 * torch.randn(shape(node), generator=generator)
-    return weights
-
-
-def _prove_scores(
-    graph: Graph, found: Found, site: AttentionSite, readings: tuple[Reading, ...], generator: torch.Generator
-) -> None:
-    """Where the graph itself computes the attention, compare its output (the interface's is defined by its call)."""
-    if found.scores is None:
-        return
-    q, k, v = (torch.randn(shape(n), generator=generator) for n in (found.q, found.k, found.v))
-    got = graph.runner([found.out], [found.q, found.k, found.v])(q, k, v)[0].float()
-    q, k, v = (t.reshape(1, -1, *t.shape[-2:]) for t in (q, k.transpose(-1, -2), v))
-    alone = dataclasses.replace(site, scale=site.scale / (readings[0].factor * readings[1].factor))
-    # The graph's keys may be repeated already; attend_heads repeats by what is left.
-    error = relative_error(attend_heads(alone, {}, q, k, v), got.reshape(1, -1, *got.shape[-2:]))
-    # ALiBi that the model rounds to bfloat16 (Falcon) is met to that rounding.
-    if error > (_TOLERANCE if site.alibi_slopes is None else 5e-2):
-        raise UnsupportedModel(
-            f"module {found.module}: its attention differs from what the description gives (error {error:.1e})."
-        )
-
-
-def _prove_out(graph: Graph, found: Found, path: OutPath, site: AttentionSite, generator: torch.Generator) -> None:
-    linear = path.linear
-    heads_BNTH = torch.randn(1, site.heads, graph.tokens, site.value_dim, generator=generator)
-    weights = _random_weights(graph, linear, (), 1.0, generator)
-    given = (heads_BNTH.transpose(1, 2) if found.tokens_first else heads_BNTH).reshape(shape(found.out))
-    gates = {g: torch.ones(shape(g)) for g in path.others}
-    run = graph.runner([linear.out], [found.out, *weights, *gates])
-    got = run(given, *weights.values(), *gates.values())[0]
-    mine = project_out(site, {graph.sources[n].name: w for n, w in weights.items()}, heads_BNTH)
-    error = relative_error(mine, got.reshape(mine.shape).float())
-    if error > _TOLERANCE:
-        raise UnsupportedModel(
-            f"module {found.module}: its output differs from what the description gives (relative error {error:.1e})."
-        )

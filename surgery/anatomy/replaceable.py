@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..runtime.attention import SurgeryAttention
 from ..runtime.layout import AttentionSite
-from .graph import Graph, make_twin, module_name
+from .graph import Graph, module_name
+from .twin import make_twin
 
 _ALIKE = {"config", "layer_idx", "is_causal", "head_dim", "scaling", "sliding_window", "num_key_value_groups"}
 """What a `SurgeryAttention` has of its own under the names that transformers uses."""

@@ -1,36 +1,27 @@
-"""The anatomy as a table: equal layers share a row."""
+"""Attentions as a table: equal layers share a row."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..console import count, spans
+from ..console import spans
 from ..runtime.layout import AttentionSite, HeadNorm
 
-if TYPE_CHECKING:
-    from .reader import Anatomy
 
-
-def anatomy_tables(anatomy: Anatomy) -> list[Any]:
-    """A headline, a table with one row per kind of layer, and what is left alone."""
-    context = "" if anatomy.max_positions is None else f", context {anatomy.max_positions:,}"
-    headline = (
-        f"[bold]{anatomy.architecture}[/bold], {count(anatomy.parameters)} parameters, {anatomy.num_layers} layers, "
-        f"{anatomy.dtype}, vocabulary {anatomy.vocab_size:,}{context}"
-    )
+def site_table(sites: Sequence[AttentionSite]) -> Table:
+    """One row per kind of attention."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("layers", "q heads", "KV heads", "head dim", "position", "window", "also"):
         table.add_column(name, justify="right" if name in ("q heads", "KV heads", "head dim") else "left")
     rows: dict[tuple[str, ...], list[int]] = {}
-    for site in anatomy.sites:
+    for site in sites:
         rows.setdefault(_row(site), []).append(site.layer)
     for cells, layers in rows.items():
         table.add_row(spans(layers), *cells)
-    notes = [f"{spans([o.layer])}: {o.kind}, no softmax attention, left alone" for o in anatomy.other_layers]
-    return [headline, table, *notes]
+    return table
 
 
 def _row(site: AttentionSite) -> tuple[str, ...]:

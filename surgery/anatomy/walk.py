@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from ..errors import UnsupportedModel
-from .graph import ATTENTION, STUB, Call, Graph, is_call, module_name, shape
+from .graph import Graph, is_call, module_name, shape
+from .recording import ATTENTION, STUB, Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,17 @@ class OutPath:
     """What multiplies the head outputs on the way."""
     others: tuple[fx.Node, ...]
     """`gates`, and tensors that lend their shape only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """The paths through the graph that belong to one attention."""
+
+    q: Path
+    k: Path
+    v: Path
+    o: OutPath
+    gate: Path | None = None
 
 
 def find_attentions(graph: Graph) -> list[Found]:
