@@ -14,7 +14,7 @@ the loss of a parent that is too sure of itself, but not the KL.
 
 Contenders at the same numbers per token: `default` searches each layer's split of them and refits q and o; `closed
 form` and the published forms take one split for all layers and fit nothing. The attentions run as the float64-checked
-forward of `surgery.rewriters.latent.weights`, over whole sequences. No language-model loss is used. `fits` of each row
+forward of `surgery.attention.latent`, over whole sequences. No language-model loss is used. `fits` of each row
 says what was fitted around the latent: `prefix` moments and refits on the converted prefix, `queries` rows of W_q
 to the parent's scores, `output` W_o to the parent's output; `searched` what was chosen by KL on calibration text.
 """
@@ -38,9 +38,9 @@ from rich.table import Table
 import surgery
 from surgery.anatomy import examine
 from surgery.bundled import SMALL
-from surgery.calibration.latent_copy import LatentCopy
 from surgery.calibration.statistics import layer_activations
 from surgery.calibration.text import Windows, load_tokenizer, load_windows
+from surgery.calibration.working_copy import WorkingCopy
 from surgery.measure.scoring import score_windows
 from surgery.planning.latent_size import rope_splits
 from surgery.rewriters import rewriter_for
@@ -53,7 +53,8 @@ from surgery.rewriters.latent.fit import (
     mla_candidates,
 )
 from surgery.rewriters.latent.moments import LatentMoments, MomentSums
-from surgery.rewriters.latent.steps import SHARES, LatentStepCopy
+from surgery.rewriters.latent.steps import SHARES
+from surgery.runtime.layout import Latent
 
 SEED = 0
 PLAIN = FitOptions(compensate=False, queries=False, output=False)
@@ -144,7 +145,7 @@ class Bench:
     def measure(self, row: Row) -> dict[str, Any]:
         """One row of the table."""
         begun = time.process_time()
-        copy = LatentStepCopy(self.parent, self.anatomy)
+        copy = WorkingCopy(self.parent, self.anatomy)
         layers = []
         if row.step is not None:
             recipe = surgery.Recipe.load({"steps": [row.step]})
@@ -158,8 +159,8 @@ class Bench:
                 layers.append({"layer": layer, **asdict(found)})
                 print(f"  layer {layer}: {found}", flush=True)  # noqa: T201
         kl, seconds = copy.divergence(self.calibration.split()[1]), time.process_time() - begun
-        latents = [copy.latents[layer] for layer in copy.sites]
-        numbers = sum(latent.numbers for latent in latents)
+        latents = [latent for layer in copy.sites if isinstance(latent := copy.project(layer), Latent)]
+        numbers = sum(latent.dims for latent in latents)
         if numbers > row.keep * sum(site.kv_dims for site in self.anatomy.sites):
             raise AssertionError(f"{row.name}: {numbers} numbers per token are more than keep {row.keep} allows")
         loss, held_out_kl = self.nats(copy.model), copy.divergence(self.held_out)
@@ -178,7 +179,7 @@ class Bench:
             "searched": row.searched, "layers": layers, "processor_seconds": seconds,
         }  # fmt: skip
 
-    def of_parent(self, copy: LatentCopy, layer: int) -> LatentMoments:
+    def of_parent(self, copy: WorkingCopy, layer: int) -> LatentMoments:
         """Moments from the parent's own stream, for the rows that fit nothing."""
         if layer not in self.moments:
             sums = MomentSums(copy.parent(layer))

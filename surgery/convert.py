@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from .anatomy import examine
 from .attention.weights import like, parameter_names, write_changed
-from .calibration.shared_copy import SharedCopy
 from .calibration.text import Windows, load_tokenizer, read_windows, tokenizer_of
 from .calibration.working_copy import WorkingCopy
 from .checkpoints.adapters import base_folder, check_adapter
@@ -31,7 +30,6 @@ from .plan import plan as make_plan
 from .planning.parent_class import meta_model, native_config, without_unbuilt_layers
 from .recipe import Recipe
 from .rewriters import rewriter_for
-from .rewriters.latent.steps import LatentStepCopy
 from .runtime.canonical import origin_of
 from .runtime.layout import AttentionSite
 from .runtime.modeling import SurgeryMixin, from_parent, rebuild
@@ -99,7 +97,7 @@ def _carry_out(
     Args:
         left_out: tensors of the parent's files that are not in the result; its provenance names them.
     """
-    copy_ = _copy_for(plan)(parent, plan.anatomy)
+    copy_ = WorkingCopy(parent, plan.anatomy)
     for step in plan.recipe.steps:
         rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
     if not plan.native:
@@ -115,13 +113,6 @@ def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, d
     loaded, told = load_parent(model_or_path, merge_adapter)
     parent, more = plain_parent(loaded)
     return parent, told | more
-
-
-def _copy_for(plan: Plan) -> type[WorkingCopy]:
-    """The working copy that the steps need: one runs latents, one lets layers read the caches of others."""
-    if any(method.axis == "share" for method in plan.methods()):
-        return SharedCopy
-    return LatentStepCopy if any(layer.project.kind == "latent" for layer in plan.after) else WorkingCopy
 
 
 def _check_calibration(plan: Plan, calibration: Any) -> None:

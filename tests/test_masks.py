@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import surgery.runtime.gated
+from surgery.attention.latent import LatentWeights
 from surgery.attention.weights import AttentionWeights
 from surgery.rewriters.latent.low_rank import lowrank
 from surgery.rewriters.latent.moments import LatentMoments
 from surgery.rewriters.latent.rotary_split import mla
-from surgery.rewriters.latent.weights import LatentWeights
 from surgery.runtime.calling import CallingConvention, cache_argument
 from surgery.runtime.latent import numbers_as_positions, positions_as_numbers
 from surgery.runtime.layout import AttentionSite, Latent, LayerPlan

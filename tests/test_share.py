@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import surgery
 from surgery.anatomy import examine
-from surgery.calibration.shared_copy import SharedCopy
+from surgery.calibration.working_copy import WorkingCopy
 from surgery.console import render
 from surgery.errors import PlanError, RecipeError
 from surgery.measure.capacity import capacity
@@ -228,9 +228,9 @@ def test_the_cache_holds_what_is_planned_and_readers_lose_their_projections(fami
 @torch.no_grad()
 @pytest.mark.parametrize("init", ["best", "latent"])
 def test_the_working_copy_computes_what_the_result_does(init: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[SharedCopy] = []
-    settle = SharedCopy.settle
-    monkeypatch.setattr(SharedCopy, "settle", lambda self, plan: kept.append(self) or settle(self, plan))
+    kept: list[WorkingCopy] = []
+    settle = WorkingCopy.settle
+    monkeypatch.setattr(WorkingCopy, "settle", lambda self, plan: kept.append(self) or settle(self, plan))
     child = surgery.convert(deep(), recipe(init=init, gain_fit=False), calibration=text())
     ids = text(4)
     torch.testing.assert_close(kept[0].model(ids).logits, child(ids).logits, atol=1e-4, rtol=1e-4)
@@ -282,7 +282,7 @@ def test_the_mean_is_true_and_takes_norm_gains_along() -> None:
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight.copy_(0.5 + torch.rand(64, generator=generator))
-    work = SharedCopy(model, examine(model))
+    work = WorkingCopy(model, examine(model))
     gains = [layer.input_layernorm.weight.double() for layer in model.model.layers]
     for layer, gain in enumerate(gains):
         torch.testing.assert_close(input_gain(model, work.sites[layer]), gain, atol=1e-6, rtol=1e-6)

@@ -7,22 +7,38 @@ L/2 forward passes over the calibration text, and memory does not grow with the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..console import progress
 from ..runtime.layout import AttentionSite, Projection
 from .text import Windows
-from .working_copy import WorkingCopy
 
 BATCH = 8
 
 
+class Pair(Protocol):
+    """The parent, and the copy of it that is being converted."""
+
+    @property
+    def teacher(self) -> PreTrainedModel: ...
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def sites(self) -> Mapping[int, AttentionSite]: ...
+
+
 class Activations(NamedTuple):
-    """One calibration batch at one layer, in the parent's stream and in the converted prefix's."""
+    """One calibration batch at one layer, in the parent's stream and in the converted prefix's; on the CPU."""
 
     x_parent_BTD: Tensor
     """Input of the projections, after the norm."""
@@ -31,6 +47,18 @@ class Activations(NamedTuple):
     """Residual stream of the parent minus that of the student before this layer, in units of attention output."""
     mask_BT: Tensor
     """True at real tokens; padding on the right."""
+    inputs: Mapping[int, Tensor] = MappingProxyType({})
+    """By layer: input of the projections in the student's stream, [B, T, D], of the layers that were asked for."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """Activations to go through several times, computed anew each time."""
+
+    make: Callable[[], Iterator[Activations]]
+
+    def __iter__(self) -> Iterator[Activations]:
+        return self.make()
 
 
 class Variety:
@@ -92,18 +120,53 @@ def projection_inputs(model: nn.Module, site: AttentionSite, windows: Windows) -
     variety.warn()
 
 
-def layer_activations(copy: WorkingCopy, site: AttentionSite, windows: Windows) -> Iterator[Activations]:
-    """Both models' inputs of one attention, batch by batch, and how far their residual streams are apart before it."""
+def layer_activations(
+    copy: Pair, site: AttentionSite, windows: Windows, sources: Iterable[int] = ()
+) -> Iterator[Activations]:
+    """Both models' inputs of one attention, batch by batch, and how far their residual streams are apart before it.
+
+    Args:
+        sources: layers, none behind that of `site`, whose inputs in the student are wanted beside.
+    """
     factor = residual_factor(copy.teacher, site, windows)
     variety = Variety(site.layer)
     with progress(f"layer {site.layer}: refitting", len(windows)) as advance:
         for ids, mask in windows.batches(BATCH):
-            (x, h), (x_s, h_s) = (_stream_at(model, site, ids) for model in (copy.teacher, copy.model))
+            x, h = _stream_at(copy.teacher, site, ids)
+            with noted_inputs(copy, sources) as inputs:
+                x_s, h_s = _stream_at(copy.model, site, ids)
             gap = torch.zeros_like(h) if factor is None else (h - h_s) / factor
             variety.see(x_s, mask)
-            yield Activations(x, x_s, gap, mask)
+            yield Activations(x.cpu(), x_s.cpu(), gap.cpu(), mask, inputs)
             advance(len(ids))
     variety.warn()
+
+
+@contextmanager
+def noted_inputs(copy: Pair, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """What q, k and v of some layers of the student are projected from inside, [B, T, D] on the CPU, by layer."""
+    found: dict[int, Tensor] = {}
+
+    def note(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[layer] = args[0].reshape(-1, *args[0].shape[-2:]).cpu()
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in layers:
+            module = copy.model.get_submodule(module_of(copy.sites[layer].q))
+            stack.callback(module.register_forward_pre_hook(note(layer)).remove)
+        yield found
+
+
+def layer_inputs(copy: Pair, layers: Iterable[int], windows: Windows) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
+    """Inputs of the projections of some layers of the student, batch by batch, and the mask of real tokens."""
+    wanted = sorted(layers)
+    for ids, mask in windows.batches(BATCH):
+        with noted_inputs(copy, wanted) as inputs:
+            run_to(copy.model, module_of(copy.sites[wanted[-1]].q), ids)
+        yield inputs, mask
 
 
 def residual_factor(model: nn.Module, site: AttentionSite, windows: Windows) -> float | None:

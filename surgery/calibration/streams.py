@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from ..runtime.layout import AttentionSite
 from .outputs import answers
-from .statistics import BATCH, Activations, Variety, module_of, residual_factor
+from .statistics import BATCH, Activations, Pair, Variety, module_of, residual_factor
 from .text import Windows
-from .working_copy import WorkingCopy
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer after the hidden states."""
@@ -27,7 +26,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Streams:
     """Starts before decoder layer 0; `move` goes forward only. Use `streams_of`."""
 
-    def __init__(self, copy: WorkingCopy, windows: Windows, stack: str) -> None:
+    def __init__(self, copy: Pair, windows: Windows, stack: str) -> None:
         self.copy, self.windows = copy, windows
         self.parent_layers, self.student_layers = (_members(model, stack) for model in (copy.teacher, copy.model))
         self.layer = 0
@@ -63,7 +62,8 @@ class Streams:
             x = _projected(self.copy.teacher, self.parent_layers[self.layer], site, h, call)
             x_s = _projected(self.copy.model, self.student_layers[self.layer], site, h_s, call)
             variety.see(x_s, mask)
-            yield Activations(x, x_s, torch.zeros_like(h) if factor is None else (h - h_s) / factor, mask)
+            gap = torch.zeros_like(h) if factor is None else (h - h_s) / factor
+            yield Activations(x.cpu(), x_s.cpu(), gap.cpu(), mask)
         variety.warn()
 
     def answers(self) -> Iterator[Tensor]:
@@ -89,7 +89,7 @@ class Streams:
         return torch.allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def streams_of(copy: WorkingCopy, windows: Windows, limit: int) -> Streams | None:
+def streams_of(copy: Pair, windows: Windows, limit: int) -> Streams | None:
     """Streams of both models on `windows`; None where they hold more than `limit` numbers or do not stand alone."""
     sites = list(copy.sites.values())
     stacks = {site.module.rpartition(".")[0].rpartition(".")[0] for site in sites}
@@ -127,7 +127,8 @@ def _record(model: nn.Module, layers: Sequence[nn.Module], ids_BT: Tensor) -> li
         for layer in layers:
             handle = layer.register_forward_pre_hook(note, with_kwargs=True)
             stack.callback(handle.remove)
-        getattr(model, "base_model", model)(input_ids=ids_BT, use_cache=False)
+        device = next(model.parameters()).device
+        getattr(model, "base_model", model)(input_ids=ids_BT.to(device), use_cache=False)
     return seen if len(seen) == len(layers) else None
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
-from ..anatomy.graph import hold_frequencies_still
+from ..anatomy.twin import hold_frequencies_still
 from ..checkpoints.classes import model_class, plain_config
 from ..runtime.attention import SHARED_STATES
 from ..runtime.layout import AttentionSite, Dense, Heads, LayerPlan

@@ -15,9 +15,9 @@ import torch
 from ..anatomy import Anatomy
 from ..attention.forward import head_outputs
 from ..attention.weights import AttentionWeights
-from ..calibration.shared_copy import SharedCopy
 from ..calibration.statistics import Activations
 from ..calibration.text import Windows
+from ..calibration.working_copy import WorkingCopy
 from ..errors import PlanError, RecipeError
 from ..planning.latent_size import input_columns, kept_numbers
 from ..planning.parent_class import why_not_handed_down
@@ -181,7 +181,7 @@ class Share(Method):
         """What is left to the text."""
         return ["the text decides which layers read which; how many keep a cache stays"] * self.step.is_searched
 
-    def convert(self, copy: SharedCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
+    def convert(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
         """Convert all readers, and in latent form their owners. In place; None asks for the data-free form."""
         self.merged = set(copy.converted)
         owners = self.owners(copy, plans, windows)
@@ -197,9 +197,9 @@ class Share(Method):
                 if plan.value_owner is not None:
                     self._share_values(copy, plan.layer, plan.value_owner, windows)
         if windows is not None and self.step.gain_fit:
-            tune_gains(copy, {*copy.owners, *copy.value_owners, *copy.latents}, windows)
+            tune_gains(copy, copy.computed, windows)
 
-    def owners(self, copy: SharedCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> dict[int, int]:
+    def owners(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> dict[int, int]:
         """Reader -> owner: the plan's, or what the text says is cheapest."""
         planned = {plan.layer: plan.owner for plan in plans if plan.owner != plan.layer}
         if self.step.layout not in SEARCHED:
@@ -218,14 +218,14 @@ class Share(Method):
 
     def _share_heads(
         self,
-        copy: SharedCopy,
+        copy: WorkingCopy,
         reader: int,
         owner: int,
         originals: dict[int, AttentionWeights],
         windows: Windows | None,
     ) -> None:
         before, kept = originals[reader], copy.read(owner)
-        copy.owners[reader] = owner
+        copy.read_from(reader, owner)
         moments = None if windows is None else pair_moments(copy, reader, owner, windows)
 
         def mean() -> AttentionWeights:
@@ -259,10 +259,10 @@ class Share(Method):
         if windows is not None:
             self._refit(copy, reader, before, windows)
 
-    def _share_values(self, copy: SharedCopy, reader: int, owner: int, windows: Windows | None) -> None:
+    def _share_values(self, copy: WorkingCopy, reader: int, owner: int, windows: Windows | None) -> None:
         """Own K, another layer's V (SVFormer, arXiv:2410.17897, here from pretrained weights)."""
         before = copy.read(reader)
-        copy.value_owners[reader] = owner
+        copy.read_from(reader, owner, values_only=True)
         if windows is None:
             return
         if self.step.init in ("best", "least_squares"):
@@ -272,7 +272,7 @@ class Share(Method):
                 copy.write(reader, before)
         self._refit(copy, reader, before, windows)
 
-    def _refit(self, copy: SharedCopy, layer: int, target: AttentionWeights, windows: Windows) -> None:
+    def _refit(self, copy: WorkingCopy, layer: int, target: AttentionWeights, windows: Windows) -> None:
         """W_q by the scores of `target`, then W_o by the parent's output, on what the layer now reads; kept if better.
 
         Args:
@@ -295,28 +295,28 @@ class Share(Method):
                 copy.write(layer, best)
 
     def _fit_queries(
-        self, copy: SharedCopy, layer: int, target: AttentionWeights, batches: Iterable[Activations], tokens: int
+        self, copy: WorkingCopy, layer: int, target: AttentionWeights, batches: Iterable[Activations], tokens: int
     ) -> AttentionWeights:
         student = copy.read(layer)
         found = QueryFit(target, student, self.orders.get(layer, range(student.heads)))
         for a in batches:
-            k, _ = copy.keys_values(layer)
+            k, _ = copy.keys_values(layer, a.inputs)
             # Merged heads have no scores of the parent's to meet: theirs are those of the layer after merging.
             x_target = a.x_student_BTD if layer in self.merged else a.x_parent_BTD
             found.add(x_target, a.x_student_BTD, a.mask_BT, max(1, tokens // QUERY_TOKENS), k)
         return found.solve()
 
     def _fit_output(
-        self, copy: SharedCopy, layer: int, target: AttentionWeights, batches: Iterable[Activations], tokens: int
+        self, copy: WorkingCopy, layer: int, target: AttentionWeights, batches: Iterable[Activations], tokens: int
     ) -> AttentionWeights:
         student, parent, found = copy.read(layer), copy.parent(layer), OutputFit()
         for a in batches:
             y = torch.einsum("btnv,dnv->btd", head_outputs(parent, a.x_parent_BTD), parent.o_DNV)
-            found.add(copy.head_outputs(layer, copy.tensor), y + a.gap_BTD, a.mask_BT)
+            found.add(copy.head_outputs(layer, a.inputs), y + a.gap_BTD, a.mask_BT)
         return found.solve(student)
 
 
-def _search_loss(copy: SharedCopy, windows: Windows | None) -> float:
+def _search_loss(copy: WorkingCopy, windows: Windows | None) -> float:
     assert windows is not None
     return copy.divergence(windows.split()[1].take(SEARCH_WINDOWS))
 

@@ -28,6 +28,7 @@ def tune_gains(copy: WorkingCopy, layers: Iterable[int], windows: Windows, steps
     kept = {name: copy.tensor(name).clone() for site in sites for name in parameter_names(site)}
     batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(BATCH)]
     fit_gains(copy.model, copy.teacher, batches, sites, steps=steps)
+    copy.forget_streams()
     after = copy.divergence(check)
     if after > before:
         copy.restore(kept)
@@ -84,7 +85,7 @@ def fit_gains(
     optimizer = torch.optim.Adam(learned, lr=lr, betas=(0.9, 0.95))
     losses: list[float] = []
     for step in range(steps):
-        batch = batches[step % len(batches)]
+        batch = {name: tensor.to(device) for name, tensor in batches[step % len(batches)].items()}
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         with torch.no_grad():
             target = compared(parent, compared_module(parent)(**batch, use_cache=False), mask)

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ...attention.latent import LatentWeights, check_latent
 from ...attention.weights import AttentionWeights
-from ...calibration.latent_copy import HELD_NUMBERS, LatentCopy
 from ...calibration.statistics import Activations, layer_activations
 from ...calibration.text import Windows
+from ...calibration.working_copy import HELD_NUMBERS, WorkingCopy
 from ...runtime.layout import AttentionSite
-from ..common.gains import tune_gains
 from . import LowrankInit, MlaInit
 from .low_rank import Layout, LowrankOptions, lowrank
 from .moments import LatentMoments, MomentSums
 from .refit import refit_output, refit_queries
 from .rotary_split import MlaOptions, mla, mla_freq
-from .weights import LatentWeights
 
 Candidate = Callable[[AttentionWeights, LatentMoments], LatentWeights]
 QUERY_TOKENS = 6_000
@@ -55,7 +54,7 @@ class Fitted:
 
 
 def fit_layer(
-    copy: LatentCopy,
+    copy: WorkingCopy,
     layer: int,
     candidates: Sequence[Candidate],
     windows: Windows,
@@ -70,7 +69,7 @@ def fit_layer(
         variants: each made otherwise, in the same order; tried at the place that the walk ends at.
     """
     options = options or FitOptions()
-    parent = copy.parent(layer)
+    parent = _parent(copy, layer)
     fit, check = windows.split()
     activations = _activations(copy, layer, fit, options)
     moments = _moments(parent, activations())
@@ -95,8 +94,19 @@ def fit_layer(
     return found
 
 
+def _parent(copy: WorkingCopy, layer: int) -> AttentionWeights:
+    """The parent's weights of one layer.
+
+    Raises:
+        UnsupportedModel: no latent can stand for this attention.
+    """
+    found = copy.parent(layer)
+    check_latent(found, copy.sites[layer], rotate_on_read=True)
+    return found
+
+
 def _activations(
-    copy: LatentCopy, layer: int, fit: Windows, options: FitOptions
+    copy: WorkingCopy, layer: int, fit: Windows, options: FitOptions
 ) -> Callable[[], Iterator[Activations]]:
     """Both models' activations of one layer, to be asked for several times."""
     site, streams = copy.sites[layer], copy.streams(fit, layer)
@@ -120,7 +130,7 @@ def _moments(parent: AttentionWeights, activations: Iterator[Activations]) -> La
 
 
 def _choose(
-    copy: LatentCopy,
+    copy: WorkingCopy,
     layer: int,
     lines: Sequence[Sequence[Candidate]],
     parent: AttentionWeights,
@@ -150,7 +160,7 @@ def _choose(
 
 
 def cost_alone(
-    copy: LatentCopy, windows: Windows, candidate: Callable[[int, int], Candidate]
+    copy: WorkingCopy, windows: Windows, candidate: Callable[[int, int], Candidate]
 ) -> Callable[[int, int], float]:
     """KL to the parent in nats per token of one layer at a number of cached numbers, all other layers as they are.
 
@@ -163,21 +173,15 @@ def cost_alone(
     moments: dict[int, LatentMoments] = {}
 
     def cost(layer: int, numbers: int) -> float:
+        parent, before = _parent(copy, layer), copy.form(layer)
         if layer not in moments:
-            moments[layer] = _moments(copy.parent(layer), _activations(copy, layer, fit, FitOptions())())
-        copy.write_latent(layer, candidate(layer, numbers)(copy.parent(layer), moments[layer]))
+            moments[layer] = _moments(parent, _activations(copy, layer, fit, FitOptions())())
+        copy.write_latent(layer, candidate(layer, numbers)(parent, moments[layer]))
         found = copy.divergence(check, layer, SEARCH_BATCHES)
-        del copy.latents[layer]
+        copy.take_form(layer, before)
         return found
 
     return cost
-
-
-def finish(copy: LatentCopy, windows: Windows, steps: int = 60) -> float:
-    """Fit the gains of all converted layers by KL; kept where the check windows agree. Returns their KL."""
-    found = tune_gains(copy, copy.latents, windows, steps)
-    copy.forget_streams()
-    return found
 
 
 def mla_candidates(

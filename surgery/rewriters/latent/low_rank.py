@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ...attention.latent import LatentWeights, check_latent
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
 from . import LowrankInit
 from .factors import single_latent
 from .moments import LatentMoments
 from .rotary_split import lost_mean, output_metric, query_metric, splits_mean
-from .weights import LatentWeights, check_latent
 
 Layout = Literal["joint", "grouped", "head"]
 
@@ -102,30 +102,6 @@ def lowrank(
         k_mean_KH=k_mean,
         v_mean_KV=v_mean,
     )
-
-
-def expanded_weights(weights: AttentionWeights, latent: LatentWeights) -> AttentionWeights:
-    """The same function in the parent's form: full K and V heads of low rank. For `rotate_on_read` only.
-
-    What runs as an ordinary attention can be refitted, measured and compared as one.
-    """
-    if not latent.rotate_on_read:
-        raise PlanError("only a latent that is rotated at read has keys in the parent's form.")
-    k, k_bias = _expanded(weights, latent, latent.k_up_KHR, latent.k_mean_KH)
-    v, v_bias = _expanded(weights, latent, latent.v_up_KVR, latent.v_mean_KV)
-    return replace(weights, k_KHD=k, v_KVD=v, k_bias_KH=k_bias, v_bias_KV=v_bias)
-
-
-def _expanded(
-    weights: AttentionWeights, latent: LatentWeights, up_KHR: Tensor, mean_KH: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Rows [K, H, D] and bias [K, H] of K or V in the dtype of `weights`."""
-    D, dtype = weights.q_NHD.shape[-1], weights.k_KHD.dtype
-    w = up_KHR @ latent.down_RD
-    bias = w[..., D] if weights.has_bias else None
-    if mean_KH is not None:
-        bias = mean_KH if bias is None else bias + mean_KH
-    return w[..., :D].to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _before_norm(weights: AttentionWeights, k_KHD: Tensor, cov_DD: Tensor, metric_KHH: Tensor) -> Tensor:

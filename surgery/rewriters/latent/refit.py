@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ...attention.forward import head_outputs
+from ...attention.latent import LatentWeights, cached_entries, expanded_weights, latent_outputs, shared_rotary
 from ...attention.reference import rotate_pairs
 from ...attention.weights import AttentionWeights
 from ...calibration.statistics import Activations
 from ..common.refit import OutputFit, QueryFit, ScoreFit
-from .low_rank import expanded_weights
-from .weights import LatentWeights, cached_entries, latent_outputs, shared_rotary
 
 
 class LatentQueryFit(ScoreFit):

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...attention.latent import LatentWeights, check_latent
 from ...attention.linalg import blockdiag, damp
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
@@ -15,7 +16,6 @@ from . import MlaInit, Rotation, Selector
 from .factors import alternate, joint_latent, single_latent
 from .moments import LatentMoments
 from .rotary_mixing import mean_phase, mix_components, rotated_part, select_components, unrotated_keys
-from .weights import LatentWeights, check_latent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...attention.latent import LatentWeights
 from ...attention.linalg import blockdiag, damp, factorise, hermitian, ridge_regression
 from ...attention.weights import AttentionWeights
-from ...calibration.shared_copy import SharedCopy
 from ...calibration.statistics import layer_activations
 from ...calibration.text import Windows
+from ...calibration.working_copy import WorkingCopy
 from ..latent.factors import alternate
 from ..latent.moments import MomentSums
 from ..latent.rotary_split import output_metric, query_metric
-from ..latent.weights import LatentWeights
 
-Refit = Callable[[SharedCopy, int, AttentionWeights, Windows], None]
+Refit = Callable[[WorkingCopy, int, AttentionWeights, Windows], None]
 RIDGE = 1e-4
 UNIFORM = 0.05
 """Part of the moments in which every token counts alike: attention alone leaves directions that it never met."""
@@ -52,7 +52,7 @@ class ReaderMoments:
     """Queries turned to the keys that they look at: the metric of K."""
 
 
-def share_latents(copy: SharedCopy, owners: Mapping[int, int], rank: int, windows: Windows, refit: Refit) -> None:
+def share_latents(copy: WorkingCopy, owners: Mapping[int, int], rank: int, windows: Windows, refit: Refit) -> None:
     """Give each owner a latent of `rank` numbers that its readers read too, layer after layer. In place.
 
     Args:
@@ -71,24 +71,23 @@ def share_latents(copy: SharedCopy, owners: Mapping[int, int], rank: int, window
             moments = found[layer]
         else:
             moments = reader_moments(copy, layer, owner, fit)
-            copy.owners[layer] = owner
-        copy.latents[layer] = _read_from(before[layer], moments, downs[owner])
+        copy.read_from(layer, owner, latent=_read_from(before[layer], moments, downs[owner]))
         copy.write(layer, before[layer])
         refit(copy, layer, before[layer], windows)
 
 
-def regress_reader(copy: SharedCopy, reader: int, owner: int, fit: Windows) -> LatentWeights:
+def regress_reader(copy: WorkingCopy, reader: int, owner: int, fit: Windows) -> LatentWeights:
     """`reader` with K and V regressed on the whole input of `owner`: what any latent of it can give at best."""
     moments = reader_moments(copy, reader, owner, fit)
     return _read_from(copy.read(reader), moments, torch.eye(len(moments.key_DD), dtype=torch.float64))
 
 
-def reader_moments(copy: SharedCopy, reader: int, owner: int, fit: Windows) -> ReaderMoments:
+def reader_moments(copy: WorkingCopy, reader: int, owner: int, fit: Windows) -> ReaderMoments:
     """Stream the moments of one reader and its owner; `reader` may be the owner itself."""
     weights = copy.parent(reader)
     sums = MomentSums(weights)
-    for a in layer_activations(copy, copy.sites[reader], fit):
-        sums.add(a.x_parent_BTD, torch.cat([a.x_parent_BTD, copy.inputs[owner]], -1), a.mask_BT)
+    for a in layer_activations(copy, copy.sites[reader], fit, (owner,)):
+        sums.add(a.x_parent_BTD, torch.cat([a.x_parent_BTD, a.inputs[owner]], -1), a.mask_BT)
     found = sums.finish()
     D = weights.q_NHD.shape[-1]
     wanted = [*range(D), 2 * D] if weights.has_bias else [*range(D)]  # x~ = [x_reader; x_owner; 1]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...attention.linalg import damp, hermitian
 from ...attention.weights import AttentionWeights
-from ...calibration.shared_copy import SharedCopy
-from ...calibration.statistics import BATCH, module_of, run_to
+from ...calibration.statistics import layer_inputs, module_of, run_to
 from ...calibration.text import Windows
+from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
 from ..common.moments import normed_heads
 from ..heads.folding import fold_queries, foldable, permute_queries
@@ -33,14 +33,13 @@ class PairMoments:
     """E[q_h q_hᵀ] of the reader."""
 
 
-def pair_moments(copy: SharedCopy, reader: int, owner: int, windows: Windows) -> PairMoments:
+def pair_moments(copy: WorkingCopy, reader: int, owner: int, windows: Windows) -> PairMoments:
     """Stream the moments of one pair in the converted prefix."""
     own, other = copy.read(reader), copy.read(owner)
     sums: list[Tensor] = []
-    for ids, mask in windows.batches(BATCH):
-        run_to(copy.model, module_of(copy.sites[reader].q), ids)
-        q, k, v = normed_heads(own, copy.inputs[reader][mask])
-        _, k_o, v_o = normed_heads(other, copy.inputs[owner][mask])
+    for inputs, mask in layer_inputs(copy, (owner, reader), windows):
+        q, k, v = normed_heads(own, inputs[reader][mask])
+        _, k_o, v_o = normed_heads(other, inputs[owner][mask])
         parts = [
             torch.einsum("pah,pbj->ahbj", k, k_o),
             torch.einsum("pbi,pbj->bij", k_o, k_o),
@@ -113,7 +112,7 @@ def assign(gain_KK: Tensor) -> list[int]:
     return best
 
 
-def mean_weights(copy: SharedCopy, weights: dict[int, AttentionWeights], owner: int) -> AttentionWeights:
+def mean_weights(copy: WorkingCopy, weights: dict[int, AttentionWeights], owner: int) -> AttentionWeights:
     """The owner with the true mean of the K and V rows of `weights` (its own among them).
 
     Rows of each layer are taken in units of the normed residual stream, that is with the gain of the layer's input

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...attention.latent import LatentWeights
 from ...attention.weights import AttentionWeights
-from ...calibration.shared_copy import SharedCopy
-from ...calibration.statistics import BATCH, module_of, run_to
+from ...calibration.statistics import BATCH, layer_inputs
 from ...calibration.text import Windows
+from ...calibration.working_copy import WorkingCopy
 from ...console import progress
-from ..latent.weights import LatentWeights
 from .latent import regress_reader
 from .maps import least_squares, pair_moments
 
@@ -35,7 +35,7 @@ class Form(NamedTuple):
 
 
 def search_pairs(
-    copy: SharedCopy, possible: Mapping[int, Sequence[int]], readers: int, windows: Windows, latent: bool
+    copy: WorkingCopy, possible: Mapping[int, Sequence[int]], readers: int, windows: Windows, latent: bool
 ) -> dict[int, int]:
     """Reader -> owner, greedily by KL(parent || model), measured anew as pairs are taken.
 
@@ -66,7 +66,7 @@ def search_pairs(
 
 
 def kvsharer_pairs(
-    copy: SharedCopy, possible: Mapping[int, Sequence[int]], readers: int, windows: Windows
+    copy: WorkingCopy, possible: Mapping[int, Sequence[int]], readers: int, windows: Windows
 ) -> dict[int, int]:
     """Reader -> owner, most dissimilar caches first, kept where the final hidden states still point the same way.
 
@@ -74,8 +74,9 @@ def kvsharer_pairs(
     above 0.5 to the parent's. Weights stay as they are.
     """
     sample = windows.take(30)
-    means = {layer: _mean_cache(copy, layer, sample) for layer in possible}
     pairs = [(reader, owner) for reader, owners in possible.items() for owner in owners]
+    before = {layer: copy.form(layer) for layer, owners in possible.items() if owners}
+    means = {layer: _mean_cache(copy, layer, sample) for layer in sorted({layer for pair in pairs for layer in pair})}
     distance = {(r, o): sum(float((a - b).norm()) for a, b in zip(means[r], means[o], strict=True)) for r, o in pairs}
     taken: dict[int, int] = {}
     hidden = _hidden(copy.teacher, sample)
@@ -84,14 +85,17 @@ def kvsharer_pairs(
             break
         if reader in taken or owner in taken or reader in taken.values():
             continue
-        copy.owners = {**taken, reader: owner}
+        copy.read_from(reader, owner)
         if float(F.cosine_similarity(_hidden(copy.model, sample), hidden, dim=-1).mean()) > 0.5:
             taken[reader] = owner
-    copy.owners = {}
+        else:
+            copy.take_form(reader, before[reader])
+    for reader in taken:
+        copy.take_form(reader, before[reader])
     return taken
 
 
-def _forms(copy: SharedCopy, reader: int, owner: int, fit: Windows, latent: bool) -> list[Form]:
+def _forms(copy: WorkingCopy, reader: int, owner: int, fit: Windows, latent: bool) -> list[Form]:
     own = copy.read(reader)
     if latent:
         return [Form(own, regress_reader(copy, reader, owner, fit))]
@@ -99,26 +103,23 @@ def _forms(copy: SharedCopy, reader: int, owner: int, fit: Windows, latent: bool
 
 
 def _measure(
-    copy: SharedCopy,
+    copy: WorkingCopy,
     pairs: Sequence[tuple[int, int]],
     forms: Mapping[tuple[int, int], Sequence[Form]],
     check: Windows,
 ) -> float:
     """KL with all `pairs` mapped, the last one in the best of its forms. The copy is left as it was."""
-    kept = {reader: copy.read(reader) for reader, _ in pairs}
+    kept = {reader: (copy.form(reader), copy.read(reader)) for reader, _ in pairs}
     *before, last = pairs
     losses = []
     for form in forms[last]:
         for pair, chosen in [*((pair, forms[pair][-1]) for pair in before), (last, form)]:
             reader, owner = pair
-            copy.owners[reader] = owner
+            copy.read_from(reader, owner, latent=chosen.latent)
             copy.write(reader, chosen.weights)
-            if chosen.latent is not None:
-                copy.latents[reader] = chosen.latent
         losses.append(copy.divergence(check))
-    for reader, weights in kept.items():
-        del copy.owners[reader]
-        copy.latents.pop(reader, None)
+    for reader, (as_it_was, weights) in kept.items():
+        copy.take_form(reader, as_it_was)
         copy.write(reader, weights)
     return min(losses)
 
@@ -138,13 +139,12 @@ def _with(pair: tuple[int, int], taken: Sequence[tuple[int, int]]) -> list[tuple
     return [*((r, owner if o == reader else o) for r, o in taken), pair]
 
 
-def _mean_cache(copy: SharedCopy, layer: int, windows: Windows) -> tuple[Tensor, Tensor]:
+def _mean_cache(copy: WorkingCopy, layer: int, windows: Windows) -> tuple[Tensor, Tensor]:
     """K and V of one layer, averaged over texts, [K, T, H]."""
     total: list[Tensor] = []
-    for ids, _ in windows.batches(BATCH):
-        run_to(copy.model, module_of(copy.sites[layer].q), ids)
+    for inputs, _ in layer_inputs(copy, copy.form(layer).sources(layer), windows):
         k, v = (F.pad(t.sum(0), (0, 0, 0, windows.ids_BT.shape[1] - t.shape[2]))
-                for t in copy.keys_values(layer))  # fmt: skip
+                for t in copy.keys_values(layer, inputs))  # fmt: skip
         total = [total[0] + k, total[1] + v] if total else [k, v]
     return total[0] / len(windows), total[1] / len(windows)
 
@@ -154,5 +154,5 @@ def _hidden(model: PreTrainedModel, windows: Windows) -> Tensor:
     """Final hidden states of all real tokens, [P, D]."""
     found = []
     for ids, mask in windows.batches(BATCH):
-        found.append(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[mask])
+        found.append(model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[mask].cpu())
     return torch.cat(found)
