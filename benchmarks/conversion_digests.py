@@ -7,8 +7,7 @@
 
 The parent is the bundled small model, said to have more positions than it has, for windows. Rows are all shipped
 recipes, and recipes below that together use every option. Each is converted with calibration text, and without where
-the recipe allows that. A row holds the digest of the state dict (names, dtypes, shapes, bytes), the class, what the
-config says other than the parent's, and what each layer caches.
+the recipe allows that. A row holds the digest of the state dict (names, dtypes, shapes, bytes) and the class.
 
 The text is the first stories of the reference folder that are long enough, cut to equal windows; where that folder is
 absent, random tokens of a fixed generator. The results name the text and its digest, and `--check` refuses another one.
@@ -36,8 +35,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import surgery
 from surgery.bundled import SMALL
-from surgery.checkpoints.provenance import provenance_of
-from surgery.console import spans
 from surgery.errors import SurgeryError
 from surgery.recipe import shipped_recipes
 
@@ -215,38 +212,15 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def layers_of(model: PreTrainedModel) -> dict[str, str]:
-    """What the layers cache, one line for all that are alike; of owners only those that are another layer."""
-    alike: dict[str, list[int]] = {}
-    for layer in provenance_of(model)["plan"]["layers"]:
-        said = {name: value for name, value in layer.items() if name != "layer"}
-        if said.get("owner") == layer["layer"]:
-            del said["owner"]
-        alike.setdefault(json.dumps(said, sort_keys=True), []).append(layer["layer"])
-    return {spans(layers): said for said, layers in alike.items()}
-
-
-def describe(model: PreTrainedModel, parent: PreTrainedModel) -> dict[str, Any]:
+def describe(model: PreTrainedModel) -> dict[str, Any]:
     """The row of a model."""
-    before, after = (json.loads(m.config.to_json_string(use_diff=False)) for m in (parent, model))
-    changed = {
-        name: after.get(name)
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and name not in ("surgery", "_name_or_path")
-    }
     tensors = model.state_dict()
-    return {
-        "sha256": digest(tensors),
-        "tensors": len(tensors),
-        "class": type(model).__name__,
-        "config": changed,
-        "layers": layers_of(model),
-    }
+    return {"sha256": digest(tensors), "tensors": len(tensors), "class": type(model).__name__}
 
 
 def differences(row: dict[str, Any], was: dict[str, Any]) -> list[str]:
     """What differs, a line for each; seconds do not count."""
-    names = [name for name in was | row if name != "seconds"]
+    names = [name for name in was if name != "seconds"]
     return [f"{name}: {was.get(name)} -> {row.get(name)}" for name in names if was.get(name) != row.get(name)]
 
 
@@ -305,7 +279,7 @@ def main() -> None:
             model = None
             try:
                 model = surgery.convert(parent, recipe, calibration=ids if calibrated else None, seed=SEED)
-                row = describe(model, parent)
+                row = describe(model)
             except Exception as error:
                 if not options.check:
                     raise

@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from surgery.anatomy import examine
-from surgery.attention.latent import LatentWeights
+from surgery.attention.latent import LatentWeights, canonical_latent, latent_of
 from surgery.attention.weights import AttentionWeights, read_attention
 from surgery.rewriters.latent.low_rank import lowrank
 from surgery.rewriters.latent.moments import LatentMoments
 from surgery.rewriters.latent.rotary_split import mla, mla_freq
-from surgery.rewriters.latent.steps import canonical_latent, latent_of
 from surgery.rewriters.tokens.gates import new_gate
 from surgery.runtime.canonical import canonical_weights
 from surgery.runtime.layout import AttentionSite, Dense, Heads, LayerPlan, Project, Retain

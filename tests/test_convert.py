@@ -142,7 +142,7 @@ def test_same_seed_gives_the_same_model():
         (gqa(3), "Use one of"),
         (gqa(1, layers="0-9"), "has no attention layer 2"),
         ({"steps": [{"rewriter": "gqa", "groups": [[0]]}]}, "place 1 KV heads"),
-        ({"steps": [gqa(1)["steps"][0], gqa(1)["steps"][0]]}, "did already"),
+        ({"steps": [gqa(1)["steps"][0], gqa(2)["steps"][0]]}, "did already"),
     ],
 )
 def test_recipes_that_do_not_fit_are_refused_before_any_work(recipe, message):
