@@ -137,7 +137,7 @@ class Share(Method):
             if outside and outside[0] in sites:
                 raise PlanError(f"{where}: layer {outside[0]} is in the map, and not among layers: {step.layers}.")
         for layer in sorted({*owners, *owners.values()}):
-            if layer in plans and plans[layer].project.kind != "heads":
+            if layer in plans and plans[layer].project.kind != "heads" and step.init != "latent":
                 raise PlanError(
                     f"layer {layer}: {where} lets caches of heads be read, and an earlier step has given this one a "
                     "latent of its own. Select other layers, or take share with init: latent and `keep`, which makes "
