@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
 from surgery.anatomy import examine
-from surgery.checkpoints.files import write_shards
+from surgery.checkpoints.writing import write_shards
 from surgery.runtime.calling import record_calls
 from surgery.runtime.configuration import converted_config
 from surgery.runtime.layout import Heads, LayerPlan

@@ -19,19 +19,34 @@ import torch
 from common import ROOT, environment, write
 from rich.console import Console
 
-from surgery.measure.decode_loop import DecodeBench, Row, decode
+from surgery.measure.decode_bench import DecodeBench, Row, decode
 
 SEED = 0
-VARIANTS = (
-    "base",
-    "gqa-8",
-    "gqa-4",
-    "mqa",
-    "mla-512-64",
-    "mla-256-64",
-    "base+cla-2",
-    "gqa-8+cla-2",
-    "mla-512-64+cla-2",
+
+
+def recipe(name: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "steps": list(steps)}
+
+
+def gqa(kv_heads: int) -> dict[str, Any]:
+    return {"rewriter": "gqa", "kv_heads": kv_heads}
+
+
+def mla(rank: int, rope_dims: int) -> dict[str, Any]:
+    return {"rewriter": "mla", "rank": rank, "rope_dims": rope_dims}
+
+
+SHARE: dict[str, Any] = {"rewriter": "share", "layout": "cla2"}
+BASE, MQA, CLA = recipe("base", {"rewriter": "identity"}), recipe("mqa", gqa(1)), recipe("base+cla-2", SHARE)
+RECIPES = (
+    BASE,
+    recipe("gqa-8", gqa(8)),
+    recipe("gqa-4", gqa(4)),
+    MQA,
+    recipe("mla-512-64", mla(512, 64)),
+    recipe("mla-256-64", mla(256, 64)),
+    CLA,
+    recipe("gqa-8+cla-2", gqa(8), SHARE),
 )
 
 
@@ -46,7 +61,8 @@ def main() -> None:
     torch.manual_seed(SEED)
     if options.cpu:
         bench = decode(
-            "small", ["base", "gqa-2", "mqa", "mla-128-32", "base+cla-2"], batches=[1, 4], contexts=[8192], layers=2,
+            "small", [BASE, recipe("gqa-2", gqa(2)), MQA, recipe("mla-128-32", mla(128, 32)), CLA],
+            batches=[1, 4], contexts=[8192], layers=2,
             dtype="float32", device="cpu", steps=15,
         )  # fmt: skip
         write("decode_cpu", {**environment(SEED), **bench.to_dict()})
@@ -61,13 +77,13 @@ def main() -> None:
     for shape in options.shape or ["llama-3-8b", "llama-2-7b"]:
         for context in (4096, 32768):
             for batch in (1, 16, 64):
-                for variant in VARIANTS:
-                    if (shape, variant, batch, context) in done:
+                for layout in RECIPES:
+                    if (shape, layout["name"], batch, context) in done:
                         continue
                     if time.time() - started > options.seconds:
                         left += 1
                         continue
-                    bench = decode(shape, [variant], batches=[batch], contexts=[context])
+                    bench = decode(shape, [layout], batches=[batch], contexts=[context])
                     shown.setdefault(shape, (bench, []))[1].extend(bench.rows)
                     about = {"shape": shape, "bandwidth_gb_per_s": bench.bandwidth_gb_per_s, "dtype": bench.dtype}
                     data["rows"].append({**about, **bench.rows[0].to_dict()})

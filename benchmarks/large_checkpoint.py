@@ -19,7 +19,7 @@ from common import environment, peak_gigabytes, write
 from transformers import LlamaConfig
 
 import surgery
-from surgery.checkpoints.files import write_shards
+from surgery.checkpoints.writing import write_shards
 from surgery.planning.parent_class import meta_model
 from surgery.recipe import Recipe
 

@@ -47,7 +47,8 @@ from surgery.calibration.text import Windows, load_windows, tokenizer_of
 from surgery.measure.gates import read_gates
 from surgery.measure.memory import cache_size
 from surgery.measure.scoring import score_windows
-from surgery.train.uptrain import Run, uptrain
+from surgery.train.run import Run
+from surgery.train.uptrain import uptrain
 
 SEED = 0
 WORK = Path(tempfile.gettempdir()) / "surgery-merge-benchmark"

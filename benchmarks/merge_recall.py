@@ -49,7 +49,8 @@ from surgery.measure.gates import read_gates
 from surgery.measure.memory import cache_size
 from surgery.measure.recall import FILLER, NAMES, THINGS
 from surgery.measure.scoring import decode
-from surgery.train.uptrain import Run, uptrain
+from surgery.train.run import Run
+from surgery.train.uptrain import uptrain
 
 SEED, LENGTH, PREFILL, HELD = 0, 192, 96, 128
 WORK = Path(tempfile.gettempdir()) / "surgery-recall-benchmark"

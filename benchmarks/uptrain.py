@@ -37,10 +37,11 @@ from rich.table import Table
 
 import surgery
 from surgery.bundled import SMALL
+from surgery.train.checkpoints import checkpoints
 from surgery.train.losses import Head, distil
 from surgery.train.pretrain import read_corpus
-from surgery.train.trainer import checkpoints
-from surgery.train.uptrain import Run, uptrain
+from surgery.train.run import Run
+from surgery.train.uptrain import uptrain
 
 SEED = 0
 LENGTH = 256

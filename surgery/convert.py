@@ -19,11 +19,12 @@ from .attention.weights import like, parameter_names, write_changed
 from .calibration.text import Windows, load_tokenizer, read_windows, tokenizer_of
 from .calibration.working_copy import WorkingCopy
 from .checkpoints.adapters import base_folder, check_adapter
-from .checkpoints.files import Checkpoint, Fit, check_model, check_output, check_space, exact_dtype, local_folder
+from .checkpoints.files import Checkpoint, Fit, check_model, exact_dtype, local_folder
 from .checkpoints.parents import plain_parent, without_loader
 from .checkpoints.provenance import provenance
 from .checkpoints.storage import check_whole, load_parent, save_like
 from .checkpoints.streaming import can_stream, stream
+from .checkpoints.writing import check_output, check_space
 from .errors import PlanError
 from .plan import Plan
 from .plan import plan as make_plan

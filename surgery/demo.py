@@ -20,7 +20,8 @@ from .generate import generate
 from .measure.evaluate import evaluate
 from .plan import plan
 from .recipe import Recipe
-from .report.data import Report, check_report_folder, quality_table, recall_table, serving_table, write_report
+from .report.data import Report, quality_table, recall_table, serving_table
+from .report.page import check_report_folder, write_report
 
 OURS = {"gain_fit": False}  # half the time, and of little use behind the refits
 PLAIN = {"grouping": "neighbour", "refit_queries": False, "refit_output": False, "gain_fit": False}

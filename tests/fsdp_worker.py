@@ -11,9 +11,10 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from uptraining import run
 
+from surgery.train.prepare import prepare
 from surgery.train.schedule import schedule
 from surgery.train.trainer import Uptrainer
-from surgery.train.uptrain import leave, prepare, train
+from surgery.train.uptrain import leave, train
 
 
 def trainer_of(home, out, model, **options):

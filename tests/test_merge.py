@@ -23,7 +23,8 @@ from surgery.errors import CheckpointError, PlanError, RecipeError
 from surgery.measure.gates import Counted, collapsed, count_layer, gated, read_gates
 from surgery.measure.memory import tensor_bytes
 from surgery.plan import plan
-from surgery.report.data import Report, write_report
+from surgery.report.data import Report
+from surgery.report.page import write_report
 from surgery.runtime.decisions import (
     hard_decisions,
     log_keep,

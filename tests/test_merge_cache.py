@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, StaticCache
 import surgery.runtime.paged_attention
 import surgery.runtime.pooling_cache
 from surgery.errors import RecipeError
-from surgery.measure.decode_loop import of_model
+from surgery.measure.decode_layouts import of_model
 from surgery.measure.evaluate import evaluate
 from surgery.measure.memory import cache_size, tensor_bytes
 from surgery.runtime.layout import AHEAD, LayerPlan
@@ -310,5 +310,5 @@ def test_evaluation_scores_through_the_cache() -> None:
 
 def test_a_benchmark_that_has_no_such_cache_refuses(tmp_path: Path) -> None:
     model_of("dms", 12).save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match=r"merges or drops tokens \(dms\).*eval --speed"):
-        of_model(str(tmp_path))
+    with pytest.raises(RecipeError, match=r"averages or drops tokens \(dms\).*eval --speed"):
+        of_model(str(tmp_path), "float32")

@@ -19,7 +19,8 @@ from surgery.measure.recall import RecallCell
 from surgery.measure.speed import Rate, Speed
 from surgery.measure.statistics import Difference, Estimate, Quality
 from surgery.report import plots
-from surgery.report.data import Measured, Report, quality_table, recall_table, serving_table, write_report
+from surgery.report.data import Measured, Report, quality_table, recall_table, serving_table
+from surgery.report.page import write_report
 
 
 def rate(median):
@@ -227,7 +228,7 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("surgery.report._as_html", full)
+    monkeypatch.setattr("surgery.report.page._as_html", full)
     with pytest.raises(CheckpointError, match="disk is full"):
         write_report([made_up("b")], tmp_path / "out", overwrite=True)
     with pytest.raises(CheckpointError, match="disk is full"):

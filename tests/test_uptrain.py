@@ -17,11 +17,13 @@ from surgery.checkpoints.provenance import provenance_of
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.runtime.attention import SHARED_STATES
 from surgery.train import trainer as training
-from surgery.train.kept import KeptLogits
+from surgery.train.checkpoints import checkpoints
 from surgery.train.losses import Distilled, Head, distil
 from surgery.train.parent import Parent, read_head
-from surgery.train.trainer import NonFinite, Uptrainer, checkpoints
-from surgery.train.uptrain import check_separates, prepare, train, uptrain
+from surgery.train.parent_logits import KeptLogits
+from surgery.train.prepare import check_separates, prepare
+from surgery.train.trainer import NonFinite, Uptrainer
+from surgery.train.uptrain import train, uptrain
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from uptraining import BASE, losses, make_home, run
 
-from surgery.train.trainer import checkpoints
+from surgery.train.checkpoints import checkpoints
 from surgery.train.uptrain import uptrain
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import surgery
-from surgery.train.trainer import checkpoints
-from surgery.train.uptrain import Run
+from surgery.train.checkpoints import checkpoints
+from surgery.train.run import Run
 
 WORDS = [f"w{i}" for i in range(120)]
 BASE = ("tokens=640", "batch=4", "length=16", "layer_local=0.2", "learning_rate=5e-3")

@@ -18,7 +18,7 @@ from surgery.console import stdout
 from surgery.errors import RecipeError
 
 if TYPE_CHECKING:
-    from .uptrain import Run
+    from .run import Run
 
 EXAMPLES = (
     "Examples: surgery train --model ./smaller --data text.jsonl -o ./trained --dry-run | "
@@ -83,8 +83,9 @@ def train(
     given = {name: value for name, value in locals().items() if name not in ("config", "set_", "dry_run", "json_file")}
     run = make_run(config, given, tuple(set_ or ()))
     main_process = int(os.environ.get("RANK", "0")) == 0
-    from .show import plan_tables, summary_tables
-    from .uptrain import leave, prepare
+    from .prepare import prepare
+    from .tables import plan_tables, summary_tables
+    from .uptrain import leave
     from .uptrain import train as carry_out
 
     setup = prepare(run)
@@ -109,7 +110,7 @@ def make_run(config: Path | None, given: dict[str, Any], overrides: tuple[str, .
     Raises:
         RecipeError: a key of the file is unknown, or model, data or out is missing.
     """
-    from .uptrain import Run
+    from .run import Run
 
     known = [f.name for f in dataclasses.fields(Run) if f.name != "overrides"]
     values: dict[str, Any] = {}

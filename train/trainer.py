@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,27 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from surgery.calibration.text import Windows
 from surgery.checkpoints.companions import copy_companions
-from surgery.errors import CheckpointError, SurgeryError
+from surgery.errors import SurgeryError
 from surgery.measure.gates import Counted, collapsed, count, gate_logits, gated
 from surgery.recipe import Uptrain
 
+from .checkpoints import CHECKPOINT, SAVING, checkpoints, clean, disk_errors, remove_checkpoints
 from .data import PackedText
 from .gates import budget_of, shortfall, summed
-from .kept import KeptLogits
 from .losses import IGNORE, Distilled, Weights, distil, hidden_match, squared_error
 from .parent import Parent, head_input, head_of
+from .parent_logits import KeptLogits
 from .schedule import LAYER_LOCAL, Schedule
 
 logger = logging.getLogger(__name__)
-CHECKPOINT = "checkpoint-"
-_SAVING = ".saving"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,14 +379,14 @@ class Uptrainer(Trainer):
         """Trainer's, written beside the checkpoints and renamed when every device has written its part."""
         root = self.root
         name = f"{CHECKPOINT}{self.state.global_step}"
-        staging = root / _SAVING
+        staging = root / SAVING
         if self.args.should_save:
             clean(root)
             staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._staging = staging
         try:
-            with _disk_errors(root):
+            with disk_errors(root):
                 super()._save_checkpoint(model, trial)
                 self.text.save(staging / name, self.state.global_step, self.args.process_index)
                 if self.args.should_save and self.companions is not None:
@@ -400,68 +396,15 @@ class Uptrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             old = [root / name] if (root / name).exists() else []
-            _remove(root, old)
+            remove_checkpoints(root, old)
             (staging / name).rename(root / name)
-            _remove(root, checkpoints(root)[: -self.keep])
+            remove_checkpoints(root, checkpoints(root)[: -self.keep])
             clean(root)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.text.load(Path(resume_from_checkpoint))
-
-
-class HeldOut(TrainerCallback):
-    """Scores held-out text before training, every so many steps, and at the end; the log keeps the results."""
-
-    def __init__(self, windows: Windows, every: int | None = None) -> None:
-        self.windows, self.every = windows, every
-        self.trainer: Uptrainer | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self._score()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps or (self.every and state.global_step % self.every == 0):
-            self._score()
-
-    def _score(self) -> None:
-        assert self.trainer is not None
-        found = dataclasses.asdict(self.trainer.score(self.windows))
-        names = ["nats_per_token"] + ["ratio"] * (found["ratio"] is not None)
-        names += ["kl", "parent_nats_per_token"] * (self.trainer.parent is not None)
-        self.trainer.log({f"held_out_{name}": found[name] for name in names})
-
-
-class FreshOptimizer(TrainerCallback):
-    """Forgets the moments of the gradients where a stage begins: they are another loss's."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.begins = {stage.begin for stage in schedule.stages[1:]}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if state.global_step in self.begins:
-            getattr(optimizer, "optimizer", optimizer).state.clear()
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. What a killed run was writing has another name."""
-    found = [p for p in root.glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(CHECKPOINT)))
-
-
-def _remove(root: Path, folders: list[Path]) -> None:
-    """Delete checkpoints; one that is half deleted has another name, like one that is half written."""
-    for folder in folders:
-        (root / _SAVING).mkdir(exist_ok=True)
-        folder.rename(root / _SAVING / f"old-{folder.name}")
-        shutil.rmtree(root / _SAVING / f"old-{folder.name}", ignore_errors=True)
-
-
-def clean(root: Path) -> None:
-    """Remove what a killed run was writing or deleting."""
-    shutil.rmtree(root / _SAVING, ignore_errors=True)
 
 
 @contextmanager
@@ -471,24 +414,6 @@ def _same_use_cache(config: Any) -> Iterator[None]:
     yield
     vars(config).pop("use_cache", None)
     vars(config).update(before)
-
-
-@contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    """What the many writers of a checkpoint raise when the disk is full, as one error."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text and "No space" not in text:
-            raise
-        clean(root)
-        kept = checkpoints(root)
-        last = f"The last one stays: {kept[-1]}." if kept else "There is none yet."
-        reason = "the disk is full" if "No space" in text or "PytorchStreamWriter" in text else text
-        raise CheckpointError(
-            f"{root}: a checkpoint cannot be written ({reason}). {last} Free space and resume."
-        ) from error
 
 
 def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

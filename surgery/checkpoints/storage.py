@@ -19,8 +19,9 @@ from ..torch_state import plain_torch
 from .adapters import base_folder, check_adapter, merged, with_adapter, without_adapter
 from .classes import model_class, settle_attention
 from .companions import copy_companions
-from .files import Checkpoint, Fit, check_fits, local_folder, new_folder, plain, read_json
+from .files import Checkpoint, Fit, check_fits, local_folder, read_json
 from .provenance import parent_folder, provenance_of, write_provenance
+from .writing import new_folder, plain
 
 
 @plain_torch()

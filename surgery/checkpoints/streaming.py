@@ -16,8 +16,9 @@ from ..planning.parent_class import native_config
 from ..rewriters import rewriter_for
 from ..runtime.layout import AttentionSite
 from .companions import copy_companions
-from .files import Checkpoint, Fit, new_folder, write_shards
+from .files import Checkpoint, Fit
 from .provenance import provenance, write_provenance
+from .writing import new_folder, write_shards
 
 
 def can_stream(plan: Plan, fit: Fit) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..checkpoints.files import check_output, new_folder
+from ..checkpoints.writing import check_output, new_folder
 from ..errors import PlanError
 from .card import CARD, CardOptions, write_card
 from .target import ExportReport, Source, Target, hide_paths

@@ -19,7 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from ..console import count, spans
 from ..errors import CheckpointError
 from ..recipe import Recipe
-from ..report.data import Report, check_comparable, markdown_page, told_apart
+from ..report.data import Report
+from ..report.page import check_comparable, markdown_page, told_apart
 from ..runtime.layout import LayerPlan
 from .parity import Parity
 from .target import Source, Written, is_hub_id

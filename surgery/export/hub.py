@@ -18,8 +18,9 @@ import transformers
 
 from ..anatomy.positions import max_positions
 from ..calibration.outputs import speaks
-from ..checkpoints.files import Checkpoint, check_model, copy_weights, read_json
+from ..checkpoints.files import Checkpoint, check_model, read_json
 from ..checkpoints.storage import check_whole
+from ..checkpoints.writing import copy_weights
 from ..console import human_bytes
 from ..errors import CheckpointError, PlanError
 from ..runtime.modeling import load_converted

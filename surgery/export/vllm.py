@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.positions import max_positions
 from ..calibration.outputs import speaks
-from ..checkpoints.files import copy_weights
+from ..checkpoints.writing import copy_weights
 from ..errors import CheckpointError, PlanError
 from ..runtime.layout import LayerPlan
 from ..serve.engine import Engine

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from ...calibration.text import Windows
@@ -58,10 +59,8 @@ def window_costs(
     gates = {gate.layer_idx: gate for gate in model.modules() if isinstance(gate, SurgeryGatedAttention)}
 
     def cost(layer: int, window: int) -> float:
-        whole = gates[layer].retain
-        gates[layer].retain = replace(whole, window=window)
-        found = copy.divergence_of(model, text)
-        gates[layer].retain = whole
+        with _window(gates[layer], window):
+            found = copy.divergence_of(model, text)
         advance(1)
         return found
 
@@ -71,3 +70,14 @@ def window_costs(
 def _all_leave(retain: Retain, window: int) -> Evict:
     """Every token leaves at the end of the window, as far as `retain` does not protect it."""
     return Evict(ratio=retain.ratio, window=window, scorer="window", sinks=retain.sinks, page=retain.page)
+
+
+@contextmanager
+def _window(attention: SurgeryGatedAttention, window: int) -> Iterator[None]:
+    """Inside, the attention drops tokens behind `window`; afterwards, also after an error, it is as it was."""
+    whole = attention.retain
+    attention.retain = replace(whole, window=window)
+    try:
+        yield
+    finally:
+        attention.retain = whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as hf_logging
 
-from .console import stdout
-from .errors import CheckpointError, SurgeryError
-from .train import command as training
+from ..errors import CheckpointError, SurgeryError
+from ..train import command as training
+from .bench import bench_app
+from .common import Json, MergeAdapter, Model, RecipeOption, SetOption, show, write_json, write_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,19 +26,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Rewrite the attention of a pretrained language model so that its KV cache gets small.",
 )
-
-Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id (owner/name, owner/name@revision).")]
-RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="Shipped name (gqa-2x, gqa-4x, mqa, identity) or path to a YAML file.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override an option of the recipe; may be given several times."),
-]
-MergeAdapter = Annotated[
-    bool, typer.Option("--merge-adapter", help="Merge the adapter (LoRA and the like) that lies in the folder.")
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 
 
 def main() -> None:
@@ -76,12 +63,6 @@ def _fail(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(" ".join(message.split()), style="red", markup=False)
 
 
-def _out(*parts: object) -> None:
-    console = stdout()
-    for part in parts:
-        console.print(part)
-
-
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -112,20 +93,20 @@ def inspect(
         return
     if model is None:
         raise CheckpointError("inspect: name a model, or --gates DIR --text FILE.")
-    from .anatomy import examine
+    from ..anatomy import examine
 
     anatomy = examine(model)
-    _out(*anatomy.tables())
-    _write_json(json_file, anatomy.to_dict())
+    show(*anatomy.tables())
+    write_json(json_file, anatomy.to_dict())
 
 
 def _inspect_gates(
     folder: str, text: Path, samples: int, length: int | None, plot: Path | None, json_file: Path | None
 ) -> None:
-    from .calibration.text import read_windows, tokenizer_of
-    from .checkpoints.storage import load
-    from .measure.gates import read_gates
-    from .report.plots import gate_map, save_figure
+    from ..calibration.text import read_windows, tokenizer_of
+    from ..checkpoints.storage import load
+    from ..measure.gates import read_gates
+    from ..report.plots import gate_map, save_figure
 
     model = load(folder)
     tokenizer = tokenizer_of(model.config)
@@ -133,21 +114,21 @@ def _inspect_gates(
         model.config, text, tokenizer, length=length, samples=samples, every_window=True, where=str(text)
     )
     found = read_gates(model, windows, tokenizer)
-    _out(*found.tables())
+    show(*found.tables())
     if plot is not None:
         save_figure(gate_map(found), plot)
-    _write_json(json_file, found.to_dict())
+    write_json(json_file, found.to_dict())
 
 
 @app.command(epilog="Examples: surgery plan ./my-model -r gqa-2x | surgery plan ./my-model -r gqa-4x --set kv_heads=2")
 def plan(model: Model, recipe: RecipeOption, set_: SetOption = None, json_file: Json = None) -> None:
     """Show what a recipe would do: bytes per token before and after, who can load the result. Changes nothing."""
-    from .plan import plan as make_plan
-    from .recipe import Recipe
+    from ..plan import plan as make_plan
+    from ..recipe import Recipe
 
     made = make_plan(model, Recipe.load(recipe, set_ or ()))
-    _out(*made.tables())
-    _write_json(json_file, made.to_dict())
+    show(*made.tables())
+    write_json(json_file, made.to_dict())
 
 
 @app.command(
@@ -169,8 +150,8 @@ def convert(
     merge_adapter: MergeAdapter = False,
 ) -> None:
     """Convert a checkpoint: a new folder that loads like its parent and caches less."""
-    from .convert import convert_checkpoint
-    from .recipe import Recipe
+    from ..convert import convert_checkpoint
+    from ..recipe import Recipe
 
     made = convert_checkpoint(
         model,
@@ -183,9 +164,10 @@ def convert(
         overwrite=overwrite,
         merge_adapter=merge_adapter,
     )
-    _out(*made.tables(), f"[bold]written to {out}[/bold]")
+    show(*made.tables(), f"[bold]written to {out}[/bold]")
 
 
+app.add_typer(bench_app, name="bench")
 app.command(name="train", epilog=training.EXAMPLES)(training.train)
 
 
@@ -220,10 +202,10 @@ def evaluate(
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
 ) -> None:
     """Measure loss, KL, recall, cache bytes and speed, beside the baseline, through the cache."""
-    from .checkpoints.adapters import adapter_in
-    from .checkpoints.files import local_folder
-    from .checkpoints.storage import load
-    from .measure.evaluate import evaluate as score
+    from ..checkpoints.adapters import adapter_in
+    from ..checkpoints.files import local_folder
+    from ..checkpoints.storage import load
+    from ..measure.evaluate import evaluate as score
 
     def opened(name: str) -> Any:
         return load(name, merge_adapter=merge_adapter and adapter_in(local_folder(name)) is not None)
@@ -244,9 +226,9 @@ def evaluate(
         seed=seed,
         names=(_name_of(model), "" if baseline is None else _name_of(baseline)),
     )
-    _out(*report.tables())
-    _write_json(json_file, report.to_dict())
-    _write(markdown, report.to_markdown())
+    show(*report.tables())
+    write_json(json_file, report.to_dict())
+    write_text(markdown, report.to_markdown())
 
 
 @app.command(
@@ -300,7 +282,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a converted model for other software, load it there, and compare its answers with the source's."""
-    from .export import export as write
+    from ..export import export as write
 
     options: dict[str, Any] = {"norm": norm, "text": text, "pad": pad, "python": python, "link": link}
     report = write(
@@ -313,16 +295,16 @@ def export(
         license=license_,
         **{name: value for name, value in options.items() if value is not None},
     )
-    _out(*report.lines(), f"[bold]written to {out}[/bold]")
+    show(*report.lines(), f"[bold]written to {out}[/bold]")
 
 
 @app.command(epilog="Example: surgery verify ./for-the-hub")
 def verify(folder: Annotated[Path, typer.Argument(help="What `surgery export` wrote.")]) -> None:
     """Check the code files of an export against their digests, and that nothing else in it would run code."""
-    from .export.remote_code import verify as check
+    from ..export.remote_code import verify as check
 
     names = check(folder)
-    _out(f"{len(names)} code files are as the export wrote them" if names else "no code files", *names)
+    show(f"{len(names)} code files are as the export wrote them" if names else "no code files", *names)
 
 
 @app.command(
@@ -337,10 +319,10 @@ def push(
     ] = False,
 ) -> None:
     """Upload an export to the Hugging Face Hub, after checking its code files."""
-    from .export.push import push as upload
+    from ..export.push import push as upload
 
     done = upload(folder, repo_id, private=private, dry_run=dry_run)
-    _out(*map(Text, [*([done.card] if dry_run else []), *done.lines()]))  # text, not markup: cards have brackets
+    show(*map(Text, [*([done.card] if dry_run else []), *done.lines()]))  # text, not markup: cards have brackets
 
 
 @app.command(epilog="Example: surgery report 2x.json 4x.json -o ./report")
@@ -351,11 +333,12 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
 ) -> None:
     """Put several evaluations on one page: one table, quality against bytes, recall, plots."""
-    from .report.data import Report, quality_table, told_apart, write_report
+    from ..report.data import Report, quality_table
+    from ..report.page import told_apart, write_report
 
     reports = [Report.load(file) for file in results]
     page = write_report(reports, out, title=title, overwrite=overwrite)
-    _out(quality_table(told_apart(reports)), f"[bold]written to {page}[/bold]")
+    show(quality_table(told_apart(reports)), f"[bold]written to {page}[/bold]")
 
 
 @app.command(epilog='Example: surgery generate ./smaller --prompt "Once upon a time" --tokens 100')
@@ -367,9 +350,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a text."""
-    from .generate import generate as continue_text
+    from ..generate import generate as continue_text
 
-    _out(continue_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed))
+    show(continue_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed))
 
 
 @app.command(epilog="Examples: surgery demo | surgery demo --fast -o ./demo --overwrite")
@@ -381,109 +364,10 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
 ) -> None:
     """Convert a small bundled model in several ways, and show what each costs, saves and still remembers."""
-    from .demo import run
+    from ..demo import run
 
     run(out, fast=fast, overwrite=overwrite)
 
 
-bench_app = typer.Typer(no_args_is_help=True, help="What a cache layout gives, in speed and in sequences.")
-app.add_typer(bench_app, name="bench")
-
-
-@bench_app.command(
-    name="decode",
-    epilog="Examples: surgery bench decode ./smaller | surgery bench decode --shape llama-3-8b --variant mla-512-64 | "
-    "surgery bench decode --shape small --device cpu --dtype float32 --context 2048 --batch 1",
-)
-def bench_decode(
-    model: Annotated[
-        str | None, typer.Argument(help="Checkpoint whose shape is taken and whose caches come first; default a shape.")
-    ] = None,
-    shape: Annotated[str, typer.Option(help="llama-2-7b, llama-3-8b or small; weights are random.")] = "llama-3-8b",
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="base, mha, mqa, gqa-K, mla-RANK-ROPE, also with +cla-N; several times."),
-    ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Sequences; several times. Default 1, 16, 64.")] = None,
-    context: Annotated[
-        list[int] | None, typer.Option(help="Cached tokens; several times. Default 4096, 32768.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the shape has.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps; the median counts.")] = 32,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default a GPU where there is one.")] = None,
-    eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile.")] = False,
-    alone: Annotated[bool, typer.Option("--alone", help="Do not time transformers beside it.")] = False,
-    json_file: Json = None,
-) -> None:
-    """Time compiled decode steps of cache layouts over random weights, beside transformers and the memory's speed."""
-    from .measure.decode_loop import decode
-
-    result = decode(
-        shape,
-        variant or (("base", "mqa", "mla-512-64", "base+cla-2") if model is None else ("base",)),
-        model=model,
-        batches=batch or (1, 16, 64),
-        contexts=context or (4096, 32768),
-        layers=layers,
-        steps=steps,
-        dtype=dtype,
-        device=device,
-        compiled=not eager,
-        transformers=not alone,
-    )
-    _out(*result.tables())
-    _write_json(json_file, result.to_dict())
-
-
-@bench_app.command(
-    name="capacity",
-    epilog="Examples: surgery bench capacity ./my-model | surgery bench capacity ./my-model -r cla2 -r gqa-4x "
-    "--memory 24GB --context 8192",
-)
-def bench_capacity(
-    model: Model,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", "-r", help="Several times. Default cla2, gqa-2x, cla2-gqa-2x.")
-    ] = None,
-    memory: Annotated[str, typer.Option(help="For weights and caches, such as 80GiB or 24GB.")] = "80GiB",
-    context: Annotated[
-        list[int] | None, typer.Option(help="Tokens per sequence; several times. Default 4096, 32768, 131072.")
-    ] = None,
-    json_file: Json = None,
-) -> None:
-    """Count the sequences that fit into a memory, for the model and for what recipes make of it. Reads no weights."""
-    from .measure.capacity import capacity
-    from .measure.memory import parse_bytes
-    from .planning.table import CONTEXTS
-
-    result = capacity(
-        model,
-        recipe or ("cla2", "gqa-2x", "cla2-gqa-2x"),
-        memory=parse_bytes(memory),
-        contexts=context or tuple(CONTEXTS.values()),
-    )
-    _out(*result.tables())
-    _write_json(json_file, result.to_dict())
-
-
 def _name_of(model: str) -> str:
     return Path(model).name or model
-
-
-def _write_json(path: Path | None, data: dict[str, object]) -> None:
-    _write(path, json.dumps(data, indent=2) + "\n")
-
-
-def _write(path: Path | None, text: str) -> None:
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror}).") from None
-
-
-if __name__ == "__main__":
-    main()

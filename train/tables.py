@@ -10,8 +10,8 @@ from surgery.console import count, human_bytes
 from surgery.measure.gates import gated
 
 from .losses import CHUNK_LOGITS
+from .run import Setup, parameter_groups
 from .trainer import core
-from .uptrain import Setup, parameter_groups
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE = 48

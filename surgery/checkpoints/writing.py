@@ -1,0 +1,149 @@
+"""Write checkpoints: complete or not at all, one shard in memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .files import INDEX, SINGLE, read_json
+
+
+@contextmanager
+def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder that appears at `target` complete, or not at all.
+
+    Yields a temporary sibling to write into. On success it is renamed to `target`; on any error, Ctrl-C included, it
+    is removed and an older `target` stays as it was.
+
+    Raises:
+        CheckpointError: `target` exists and is not empty (without `overwrite`), cannot be written, or the disk fills.
+    """
+    target = Path(target).absolute()
+    check_output(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sibling = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}).") from None
+    try:
+        yield sibling
+        sibling.chmod(0o755)
+        if target.exists():
+            # Two renames, not remove-then-rename: an interrupt between them leaves both versions on disk.
+            old = sibling.with_suffix(".old")
+            target.rename(old)
+            sibling.rename(target)
+            shutil.rmtree(old)
+        else:
+            sibling.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(sibling, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise CheckpointError(f"{target}: the disk is full. Nothing was written.") from None
+        raise CheckpointError(f"{target}: cannot be written ({error}). Nothing was written.") from error
+    except BaseException:
+        shutil.rmtree(sibling, ignore_errors=True)
+        raise
+
+
+def check_output(target: str | Path, overwrite: bool = False) -> None:
+    """Raise CheckpointError where `new_folder` would refuse `target`: asked before long work is begun."""
+    target = Path(target).absolute()
+    if target.is_file():
+        raise CheckpointError(f"{target}: is a file. Name a folder.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"{target}: exists and is not empty. Choose another folder, or pass --overwrite.")
+    above = next(p for p in target.parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise CheckpointError(f"{target}: {above} cannot be written.")
+
+
+def check_space(target: str | Path, bytes_needed: int) -> None:
+    """Raise CheckpointError where the disk of `target` has less than `bytes_needed` free."""
+    above = next(p for p in Path(target).absolute().parents if p.exists())
+    free = shutil.disk_usage(above).free
+    if free < bytes_needed:
+        raise CheckpointError(
+            f"{target}: needs {bytes_needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free. Choose another disk."
+        )
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1_000_000_000) -> None:
+    """Write a stream of tensors as safetensors shards with an index, holding one shard at a time in memory.
+
+    Args:
+        tensors: (name, tensor) in the order of writing.
+        shard_bytes: size at which a shard is closed.
+    """
+    shard: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    size, written, count = 0, 0, 0
+
+    def close() -> None:
+        nonlocal shard, size, count
+        count += 1
+        name = f"shard-{count}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard, size = {}, 0
+
+    for name, tensor in tensors:
+        bytes_here = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_here > shard_bytes:
+            close()
+        shard[name] = plain(tensor)
+        size += bytes_here
+        written += bytes_here
+    close()
+    # The number of shards is known only now; the names follow the convention of the Hub.
+    names = {f"shard-{i}.safetensors": f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)}
+    if count == 1:
+        names = {"shard-1.safetensors": SINGLE}
+    for old, new in names.items():
+        (folder / old).rename(folder / new)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": written},
+            "weight_map": {name: names[file] for name, file in weight_map.items()},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same numbers laid out one after another: safetensors writes memory as it lies, and a lazily conjugated or
+    negated tensor lies there as it was before."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+
+
+def copy_weights(source: Path, target: Path, link: bool = False) -> None:
+    """Copy the safetensors files of a checkpoint and their index, as they are.
+
+    Args:
+        link: hard links in the place of copies.
+
+    Raises:
+        CheckpointError: the disk has no room.
+    """
+    files = sorted(source.glob("*.safetensors"))
+    index = source / INDEX
+    if index.is_file():
+        files = sorted({source / name for name in read_json(index)["weight_map"].values()})
+        shutil.copyfile(index, target / INDEX)
+    if not link:
+        check_space(target, sum(file.stat().st_size for file in files))
+    for file in files:
+        if link:
+            os.link(file.resolve(), target / file.name)  # a file of the Hub's cache is a symbolic link itself
+        else:
+            shutil.copyfile(file, target / file.name)

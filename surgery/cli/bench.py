@@ -1,0 +1,100 @@
+"""The commands `surgery bench decode | capacity`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import RecipeError
+from .common import Json, Model, show, write_json
+
+bench_app = typer.Typer(no_args_is_help=True, help="What a cache layout gives, in speed and in sequences.")
+
+
+@bench_app.command(
+    name="decode",
+    epilog="Examples: surgery bench decode ./smaller | surgery bench decode --shape llama-3-8b -r identity -r mla-4x | "
+    "surgery bench decode --shape small --device cpu --dtype float32 --context 2048 --batch 1",
+)
+def bench_decode(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint whose shape is taken and whose caches come first; default a shape.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="llama-2-7b, llama-3-8b or small; weights are random.")] = "llama-3-8b",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Several times; identity is the shape's own layout. Default identity, mqa, mla-4x, cla2; for a model "
+            "identity.",
+        ),
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; several times. Default 1, 16, 64.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Cached tokens; several times. Default 4096, 32768.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the shape has.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps; the median counts.")] = 32,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default a GPU where there is one.")] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Do not time transformers beside it.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Time compiled decode steps of cache layouts over random weights, beside transformers and the memory's speed."""
+    from ..measure.decode_bench import decode
+
+    if variant:
+        raise RecipeError(
+            f"--variant {variant[0]}: layouts are given as recipes now. Use --recipe with a shipped name (identity, "
+            "mqa, gqa-2x, mla-4x, cla2, ...) or a YAML file."
+        )
+    result = decode(
+        shape,
+        recipe or (("identity", "mqa", "mla-4x", "cla2") if model is None else ("identity",)),
+        model=model,
+        batches=batch or (1, 16, 64),
+        contexts=context or (4096, 32768),
+        layers=layers,
+        steps=steps,
+        dtype=dtype,
+        device=device,
+        compiled=not eager,
+        transformers=not alone,
+    )
+    show(*result.tables())
+    write_json(json_file, result.to_dict())
+
+
+@bench_app.command(
+    name="capacity",
+    epilog="Examples: surgery bench capacity ./my-model | surgery bench capacity ./my-model -r cla2 -r gqa-4x "
+    "--memory 24GB --context 8192",
+)
+def bench_capacity(
+    model: Model,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="Several times. Default cla2, gqa-2x, cla2-gqa-2x.")
+    ] = None,
+    memory: Annotated[str, typer.Option(help="For weights and caches, such as 80GiB or 24GB.")] = "80GiB",
+    context: Annotated[
+        list[int] | None, typer.Option(help="Tokens per sequence; several times. Default 4096, 32768, 131072.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Count the sequences that fit into a memory, for the model and for what recipes make of it. Reads no weights."""
+    from ..measure.capacity import capacity
+    from ..measure.memory import parse_bytes
+    from ..planning.table import CONTEXTS
+
+    result = capacity(
+        model,
+        recipe or ("cla2", "gqa-2x", "cla2-gqa-2x"),
+        memory=parse_bytes(memory),
+        contexts=context or tuple(CONTEXTS.values()),
+    )
+    show(*result.tables())
+    write_json(json_file, result.to_dict())
