@@ -131,6 +131,17 @@ def test_steps_on_different_layers_share_a_recipe() -> None:
     assert kinds == [False, True]
 
 
+def test_the_plan_that_comes_back_is_that_of_the_checkpoint(tmp_path) -> None:
+    """Planned uniformly, then decided by the text: what is returned is what was written."""
+    families.tiny_model("llama").save_pretrained(tmp_path / "parent")
+    step = one("lowrank", keep=0.5, ranks="sensitivity", **FAST)
+    plan = surgery.convert_checkpoint(tmp_path / "parent", step, tmp_path / "child", calibration=text())
+    stored = surgery.load(tmp_path / "child")
+    assert plan.after == stored.plans
+    assert len({layer.project.dims for layer in plan.after}) == 2  # the text did decide
+    assert plan.parameters == sum(p.numel() for p in stored.parameters())
+
+
 def test_ranks_by_sensitivity_move_numbers_between_layers_and_add_none() -> None:
     parent = families.tiny_model("llama")
     with torch.no_grad():  # layer 0 hardly matters: it gets no more than the least

@@ -127,6 +127,14 @@ def test_maps_that_cannot_run_are_refused_while_planning(family: str, step: dict
         plan(model, recipe(**step))
 
 
+def test_frequencies_that_vary_with_the_length_hinder_nobody_from_sharing() -> None:
+    """They read positions before the first attention, and there are none without weights: once taken for a refusal."""
+    parent = tiny_model("llama_dynamic").eval()
+    child = surgery.convert(parent, recipe(layout={1: 0}, init="replace")).eval()
+    assert [layer.owner for layer in child.plans] == [0, 0]
+    assert torch.isfinite(child(torch.arange(3, 20)[None]).logits).all()
+
+
 def test_layers_of_different_heads_cannot_share() -> None:
     steps = [{"rewriter": "gqa", "kv_heads": 1, "layers": "1"}, {"rewriter": "share", "layout": {1: 0}}]
     with pytest.raises(PlanError, match=r"layer 1 cannot read .* layer 0: 1 KV heads of 16 \+ 16 against 2"):

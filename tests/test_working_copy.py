@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from surgery.calibration.statistics import layer_activations
 from surgery.calibration.text import Windows
 from surgery.calibration.working_copy import WorkingCopy
 from surgery.convert import _own
-from surgery.plan import plan
-from surgery.recipe import MergeStep, Recipe
+from surgery.plan import Plan, plan
 from surgery.rewriters import rewriter_for
 from surgery.rewriters.tokens.windows import window_costs
 from surgery.runtime.gated import SurgeryGatedAttention
@@ -45,16 +43,16 @@ MIXES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         [MLA | {"layers": "0-1"}, SHARE | {"layers": "2-3", "layout": {3: 2}}],
         ["latent", "latent", "heads 4", "heads 4 of 2"],
     ),
-    "shared heads, latents behind them": (
-        [SHARE | {"layers": "0-1", "layout": {1: 0}}, MLA | {"layers": "2-3"}],
+    "shared heads, latents after them": (
+        [MLA | {"layers": "2-3"}, SHARE | {"layers": "0-1", "layout": {1: 0}}],
         ["heads 4", "heads 4 of 0", "latent", "latent"],
     ),
-    "merged heads that are shared, latents": (
+    "pooled heads that are shared, latents": (
         [GQA | {"layers": "0-2"}, MLA | {"layers": "3"}, SHARE | {"layers": "1-2", "layout": {2: 1}, "init": "mean"}],
         ["heads 2", "heads 2", "heads 2 of 1", "latent"],
     ),
     "shared values, latents": (
-        [SHARE | {"layers": "0-1", "layout": "svformer"}, MLA | {"layers": "2-3", "gain_fit": True}],
+        [MLA | {"layers": "2-3", "gain_fit": True}, SHARE | {"layers": "0-1", "layout": "svformer"}],
         ["heads 4", "heads 4, V of 0", "latent", "latent"],
     ),
     "heads and latents, gates on heads": (
@@ -89,21 +87,12 @@ def text(windows: int = 16) -> Windows:
     return Windows(found, torch.ones_like(found, dtype=torch.bool), f"random {windows}")
 
 
-def run(work: WorkingCopy, model: LlamaForCausalLM, steps: list[dict[str, Any]], windows: Windows | None) -> Any:
-    """Carry out steps one after another, each as planned for a model of its own; the last plan with all layers."""
-    layers = {layer.layer: layer for layer in plan(model, {"steps": [{"rewriter": "identity"}]}).after}
-    for data in steps:
-        step = Recipe.load({"steps": [data]}).steps[0]
-        alone = plan(model, {"steps": [data]})
-        chosen = {after.layer: after for _, after in alone.changed(step)}
-        if isinstance(step, MergeStep):
-            chosen = {i: replace(layers[i], retain=after.retain) for i, after in chosen.items()}
-        elif step.rewriter == "share":
-            chosen = {i: replace(after, project=work.project(i)) if "init" not in data or data["init"] != "latent"
-                      else after for i, after in chosen.items()}  # fmt: skip
-        layers |= chosen
-        rewriter_for(step).convert(work, list(chosen.values()), windows)
-    return replace(alone, after=tuple(work.settle(layers[i]) for i in sorted(layers)))
+def run(work: WorkingCopy, model: LlamaForCausalLM, steps: list[dict[str, Any]], windows: Windows | None) -> Plan:
+    """Carry out the steps; the settled plan."""
+    planned = plan(model, {"steps": steps})
+    for step in planned.recipe.steps:
+        rewriter_for(step).convert(work, [after for _, after in planned.changed(step)], windows)
+    return planned.settled(map(work.settle, planned.after))
 
 
 def said(layer: Any) -> str:
