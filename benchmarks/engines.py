@@ -23,7 +23,7 @@ import surgery
 from surgery.errors import PlanError
 from surgery.export import ExportReport, export
 from surgery.measure.memory import cache_bytes
-from surgery.planning.engines import ENGINES, NONE, ways
+from surgery.planning.targets import NONE, Subject, Way, engines, ways
 
 SEED = 0
 BEGIN, END = "<!-- engines: written by benchmarks/engines.py --readme -->", "<!-- end of engines -->"
@@ -60,18 +60,23 @@ def text() -> torch.Tensor:
     return torch.randint(3, 512, (64, 128), generator=torch.Generator().manual_seed(SEED))
 
 
+def words(plan: surgery.Plan) -> dict[str, str]:
+    """Engine -> by what it runs what `plan` makes, in the README's words."""
+    return {engine: way.by if isinstance(way, Way) else NONE for engine, way in ways(Subject.of_plan(plan)).items()}
+
+
 def run(variant: str, model: PreTrainedModel, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """One row: engine -> what happened there."""
     plan = surgery.plan(model, {"steps": steps})
-    said = ways(plan.anatomy.architecture, plan.after, plan.native)
+    said = words(plan)
     asks = any(step["rewriter"] in ("mla", "lowrank") or step.get("init") == "latent" for step in steps)
     child = surgery.convert(model, {"steps": steps}, calibration=text() if asks else None)
-    row: dict[str, Any] = {"planned_bytes_per_token": plan.bytes_per_token, "engines": {}}
+    row: dict[str, Any] = {"engines": {}}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         surgery.save(child, place / "child")
         for engine, target in (("transformers", "hub"), ("vLLM", "vllm"), ("llama.cpp", "gguf")):
-            row["engines"][engine] = {"way": said[engine], **_export(child, place, engine, target, said[engine])}
+            row["engines"][engine] = _export(child, place, engine, target, said[engine])
             print(variant, engine, row["engines"][engine], flush=True)  # noqa: T201
     return row
 
@@ -112,20 +117,27 @@ def _own_bytes(child: PreTrainedModel) -> float:
     return cache_bytes(child, ids) / ids.shape[1]
 
 
+def table(rows: dict[str, Any]) -> str:
+    """The README's table: what plans say of each variant, beside the bytes that the engines were measured with."""
+    model, names = parent(), list(engines())
+    lines = [f"| What is cached | {' | '.join(names)} | planned |", "|---" * (len(names) + 2) + "|"]
+    for variant, steps in VARIANTS.items():
+        plan = surgery.plan(model, {"steps": steps})
+        measured, cells = rows.get(variant, {}).get("engines", {}), []
+        for engine, word in words(plan).items():
+            found = measured.get(engine, {})
+            size = f", {found['bytes_per_token'] / 1024:.3g} KiB" if "bytes_per_token" in found else ""
+            cells.append(f"{word}{size}")
+        lines.append(f"| {variant} | {' | '.join(cells)} | {plan.bytes_per_token / 1024:.3g} KiB |")
+    return "\n".join(lines)
+
+
 def readme(rows: dict[str, Any]) -> None:
     """Write the table between its marks."""
-    lines = [f"| What is cached | {' | '.join(ENGINES)} | planned |", "|---" * (len(ENGINES) + 2) + "|"]
-    for variant, row in rows.items():
-        cells = []
-        for engine in ENGINES:
-            found = row["engines"][engine]
-            size = f", {found['bytes_per_token'] / 1024:.3g} KiB" if "bytes_per_token" in found else ""
-            cells.append(f"{found['way']}{size}")
-        lines.append(f"| {variant} | {' | '.join(cells)} | {row['planned_bytes_per_token'] / 1024:.3g} KiB |")
     path = common.ROOT / "README.md"
     before, rest = path.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    path.write_text("\n".join([before + BEGIN, *lines, END]) + after)
+    path.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
 
 
 def main() -> None:

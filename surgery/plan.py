@@ -14,10 +14,10 @@ from typing import Any
 from .anatomy import Anatomy, examine
 from .console import render
 from .errors import PlanError
-from .planning.engines import sentence
 from .planning.legality import check_layers, check_one_value, check_steps
 from .planning.parent_class import meta_model, native_config, stated_heads, unbuilt_layers
 from .planning.table import headline, layers_table, notes, totals_table
+from .planning.targets import Subject, sentence
 from .recipe import Recipe, Step
 from .rewriters import rewriter_for
 from .runtime.gates import gate_shapes
@@ -75,8 +75,8 @@ class Plan:
 
     @property
     def engines(self) -> str:
-        """Who can load the result."""
-        return sentence(self.anatomy.architecture, self.after, self.native)
+        """Who can load the result and by what, and who cannot and why: what `surgery export` judges by, too."""
+        return sentence(Subject.of_plan(self))
 
     @property
     def needs_calibration(self) -> bool:

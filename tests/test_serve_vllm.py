@@ -199,7 +199,7 @@ def _latent() -> Any:
             "layer 0 shares its latents: none of its MLA backends does",
         ),
         (lambda: converted(decoder(), {**CLA2, "layout": "svformer"}), "reads V alone of layer 0"),
-        (lambda: converted(decoder(), {"rewriter": "dms", "window": 8}), "merges or evicts tokens"),
+        (lambda: converted(decoder(), {"rewriter": "dms", "window": 8}), "averages or evicts tokens"),
         (lambda: converted(tiny_model("mixtral"), {**GQA, "layers": "0"}), "no plugin for MixtralForCausalLM"),
     ],
     ids=["another family", "latents", "shared latents", "shared values", "evicted tokens", "experts"],

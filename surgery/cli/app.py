@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
-from rich.text import Text
 from transformers.utils import logging as hf_logging
 
 from ..errors import CheckpointError, SurgeryError
+from ..export import command as exporting
 from ..train import command as training
 from .bench import bench_app
 from .common import Json, MergeAdapter, Model, RecipeOption, SetOption, show, write_json, write_text
@@ -231,98 +231,9 @@ def evaluate(
     write_text(markdown, report.to_markdown())
 
 
-@app.command(
-    epilog="Examples: surgery export ./smaller --to hub -o ./for-the-hub | "
-    "surgery export ./latent --to native -o ./deepseek | "
-    "surgery export ./latent --to native --norm calibrated --pad --text text.jsonl -o ./deepseek | "
-    "surgery export ./shared --to vllm -o ./served | surgery export ./smaller --to gguf -o ./for-llama-cpp"
-)
-def export(
-    model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist, or be empty.")],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="hub: with the code that runs it, for transformers alone. native: a stock class that can say it (mla: "
-            "DeepSeek-V3). vllm: what vLLM serves, with its plugin or without. gguf: for llama.cpp, from a stock class."
-        ),
-    ],
-    norm: Annotated[
-        str | None,
-        typer.Option(help="native: norm on the latent; neutral (exact, needs biases) or calibrated (to be trained)."),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="native: text (.txt, .jsonl, .parquet) that a calibrated norm is fitted to.")
-    ] = None,
-    pad: Annotated[
-        bool | None,
-        typer.Option("--pad", help="native: fill latents up to plain rope and 512 + 64 numbers, as engines want them."),
-    ] = None,
-    python: Annotated[
-        str | None,
-        typer.Option(
-            help="vllm, gguf: interpreter of the environment that has the engine (SURGERY_VLLM_PYTHON, "
-            "SURGERY_LLAMA_PYTHON)."
-        ),
-    ] = None,
-    link: Annotated[
-        bool | None, typer.Option("--link", help="hub: hard links in the place of copies of the weights.")
-    ] = None,
-    results: Annotated[
-        list[Path] | None, typer.Option(help="What `surgery eval --json` wrote, for the model card; several times.")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the parent, for the model card, where its path does not say it.")
-    ] = None,
-    license_: Annotated[
-        str | None, typer.Option("--license", help="Of the parent, for the model card, where its card does not say it.")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that is not empty; keeps what you wrote in README.md.")
-    ] = False,
-) -> None:
-    """Write a converted model for other software, load it there, and compare its answers with the source's."""
-    from ..export import export as write
-
-    options: dict[str, Any] = {"norm": norm, "text": text, "pad": pad, "python": python, "link": link}
-    report = write(
-        model,
-        out,
-        to=to,
-        overwrite=overwrite,
-        results=results or (),
-        base_model=base_model,
-        license=license_,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    show(*report.lines(), f"[bold]written to {out}[/bold]")
-
-
-@app.command(epilog="Example: surgery verify ./for-the-hub")
-def verify(folder: Annotated[Path, typer.Argument(help="What `surgery export` wrote.")]) -> None:
-    """Check the code files of an export against their digests, and that nothing else in it would run code."""
-    from ..export.remote_code import verify as check
-
-    names = check(folder)
-    show(f"{len(names)} code files are as the export wrote them" if names else "no code files", *names)
-
-
-@app.command(
-    epilog="Examples: surgery push ./for-the-hub me/smaller --dry-run | surgery push ./for-the-hub me/smaller --private"
-)
-def push(
-    folder: Annotated[Path, typer.Argument(help="What `surgery export` wrote.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made where it is not.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the files, their sizes and the card; needs no network.")
-    ] = False,
-) -> None:
-    """Upload an export to the Hugging Face Hub, after checking its code files."""
-    from ..export.push import push as upload
-
-    done = upload(folder, repo_id, private=private, dry_run=dry_run)
-    show(*map(Text, [*([done.card] if dry_run else []), *done.lines()]))  # text, not markup: cards have brackets
+app.command(name="export", cls=exporting.ExportCommand, epilog=exporting.EXPORT_EXAMPLES)(exporting.export)
+app.command(name="verify", epilog=exporting.VERIFY_EXAMPLES)(exporting.verify)
+app.command(name="push", epilog=exporting.PUSH_EXAMPLES)(exporting.push)
 
 
 @app.command(epilog="Example: surgery report 2x.json 4x.json -o ./report")

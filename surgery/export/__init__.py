@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,12 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.writing import check_output, new_folder
 from ..errors import PlanError
+from ..planning.targets import TARGETS, Refusal, target_class
 from .card import CARD, CardOptions, write_card
 from .target import ExportReport, Source, Target, hide_paths
 
-__all__ = ["TARGETS", "ExportReport", "Source", "Target", "export", "target_for"]
+__all__ = ["TARGETS", "ExportReport", "Source", "Target", "check", "export", "target_for"]
 
-TARGETS = {
-    "gguf": "gguf:Gguf",
-    "hub": "hub:Hub",
-    "native": "native:Native",
-    "vllm": "vllm:Vllm",
-}
-"""Name -> module of this package and class (see `Target`), imported when asked for."""
 REPORT_FILE = "export.json"
 
 
@@ -64,7 +57,7 @@ def export(
     out = Path(out).absolute()
     check_output(out, overwrite)
     source = Source(model_or_path, tokenizer)
-    target.check(source)
+    check(target, source)
     old_card = (out / CARD).read_text(encoding="utf-8") if (out / CARD).is_file() else ""
     with new_folder(out, overwrite) as folder:
         written = target.write(source, folder)
@@ -78,16 +71,27 @@ def export(
     return report
 
 
+def check(target: Target, source: Source) -> None:
+    """Refuse what `target` cannot run, or not as it is: first by its judgement, which plans show, then by the weights.
+
+    Raises:
+        PlanError: names the part and the way out.
+    """
+    verdict = target.judge(source.subject)
+    refused = verdict if isinstance(verdict, Refusal) else verdict.before
+    if refused is not None:
+        engine = getattr(target, "engine", "")
+        raise PlanError(f"{engine}: {refused}" if engine else str(refused))
+    target.check(source)
+
+
 def target_for(name: str, **options: Any) -> Target:
     """The target called `name` with `options`.
 
     Raises:
         PlanError: there is none of that name, or it has no such option.
     """
-    if name not in TARGETS:
-        raise PlanError(f"export: no target {name!r}. Known: {', '.join(TARGETS)}.")
-    module, _, attribute = TARGETS[name].partition(":")
-    kind = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    kind = target_class(name)
     known = [f.name for f in dataclasses.fields(kind)]
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -1,6 +1,6 @@
-"""What a model answers to fixed prompts. Run as a script, in a process that cannot import `surgery`.
+"""Ask a model of transformers fixed prompts and write its answers: a script for a process that cannot import `surgery`.
 
-Imports torch and transformers only: `surgery` runs the same lines on the source, so that both sides are asked alike.
+It imports torch and transformers only. `surgery` calls `answers` on the source, so that both sides are asked alike.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def load(folder: str, auto: str, **kwargs: Any) -> Any:
 
 
 def main() -> None:
-    """argv: a JSON file with `folder`, `auto`, `kwargs` of the loading, `ask` of `answers`; the file to write."""
+    """Read a request, load its model, ask it, and write the answers.
+
+    The arguments of the script are two files: a JSON request with `folder`, `auto`, `kwargs` for loading and `ask`, the
+    arguments of `answers`; and the safetensors file to write.
+    """
     request = json.loads(Path(sys.argv[1]).read_text())
     model = load(request["folder"], request["auto"], **request["kwargs"])
     ask = request["ask"]

@@ -1,4 +1,4 @@
-"""Stock classes: heads as the parent's own (`padded.py`), MLA as DeepSeek-V3; no code of ours, checked without it.
+"""MLA as the stock class of DeepSeek-V3: one of the two forms of the target `native`.
 
 Of DeepSeek-V3 every layer is dense (`first_k_dense_replace` is the number of layers). What it asks for and how that is
 met:
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
-from ..anatomy.positions import max_positions
 from ..calibration.text import Windows, load_windows, read_windows
 from ..errors import PlanError
+from ..planning.parent_class import meta_model
+from ..planning.targets import DEEPSEEK, Refusal, Subject, Way, stored_otherwise
 from ..runtime.layout import AttentionSite, Latent, LayerPlan
-from .parent_class import check_padded, is_heads, write_padded
-from .parity import TOLERANCE, Ask, Parity, answers_alone, answers_of, compare
+from .parent_class import stock_config
 from .target import Source, Written
 
 Norm = Literal["neutral", "calibrated"]
@@ -42,6 +42,10 @@ ENGINE_RANK, ENGINE_PAIRS = 512, 32
 CHECKED_TOKENS = 64
 LATENT_EPS = 1e-6
 """Of `kv_a_layernorm`: the class leaves its default there, whatever `rms_norm_eps` says."""
+
+_SAME_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps",
+                "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")  # fmt: skip
+_CARRIES_NONE = "the calibrated form carries none"
 
 
 @dataclass(frozen=True)
@@ -70,139 +74,162 @@ class _Layer:
         return [self.snapped.get(f, f) for f in own]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Native:
-    """The target `native`: heads as the parent's class, `mla` as `DeepseekV3ForCausalLM`. Options are for `mla`."""
-
-    norm: Norm = "neutral"
-    """How the norm on the latent is met; see this module."""
-    text: Any = None
-    """What `calibrated` fits its gains to: token ids [windows, tokens], or what `convert` takes."""
-
-    pad: bool = False
-    """For engines: frequencies filled up to the parent's own ladder, so that rope is `default`, and the latent to 512 +
-    64 numbers where it is not larger, the size that most MLA kernels take."""
-
-    def check(self, source: Source) -> None:
-        """Refuse what the format cannot say."""
-        if is_heads(source):
-            return check_padded(source)
-        model = source.model
-        layers = _layers(model)
-        _check(model, layers, self.norm, self.text)
-        _frequencies(layers, self.pad)
-
-    def write(self, source: Source, folder: Path) -> Written:
-        """Write the stock class."""
-        if is_heads(source):
-            return write_padded(source, folder)
-        model = source.model
-        layers, windows = _layers(model), _windows(source, self.text)
-        frequencies, layers = _frequencies(layers, self.pad)
-        rank = max(layer.plan.rank for layer in layers) + (self.norm == "neutral")
-        if self.pad:
-            rank = max(rank, ENGINE_RANK)
-        config = _config(model, layers, rank, frequencies, self.norm)
-        tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
-        for i, layer in enumerate(layers):
-            if self.norm == "calibrated":
-                gain, size = _latent_gain(model, layer, windows, rank)
-            else:
-                gain, size = None, _largest_latent(model, layer, windows)
-            made = _attention(layer, rank, frequencies, config, gain, size)
-            tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
-        _build(config, tensors, model.dtype).save_pretrained(folder)
-        source.write_companions(folder)
-        facts = {
-            "norm": self.norm,
-            "rank": rank,  # of every layer, the constant channel included
-            "rope_dims": 2 * len(frequencies),
-            "rope_type": _rope_type(config),
-            # Of all layers; above what the conversion has where layers were padded.
-            "numbers_per_token": len(layers) * (rank + 2 * len(frequencies)),
-            "planned_numbers_per_token": sum(layer.plan.dims for layer in layers),
-        }
-        lines = (
-            f"norm {self.norm}, latent {rank} + {facts['rope_dims']} per layer, rope {facts['rope_type']}",
-            f"cache: {facts['numbers_per_token']} numbers per token (the conversion has "
-            f"{facts['planned_numbers_per_token']})",
-            *_notes(config, self.norm),
+def judge(subject: Subject, norm: Norm, pad: bool) -> Way | Refusal:
+    """Say whether DeepSeek-V3 can say a result, as far as its config and its plan tell."""
+    config = subject.config.get_text_config()
+    if len(subject.plans) != config.num_hidden_layers:
+        return Refusal(
+            reason=f"{len(subject.plans)} of {config.num_hidden_layers} layers have attention; DeepSeek-V3 has it in "
+            "all"
         )
-        return Written(architecture="DeepseekV3ForCausalLM", facts=facts, lines=lines)
+    layers = list(zip(subject.sites, subject.plans, strict=True))
+    found = [_plan_refusal(plan) for plan in subject.plans] + [_site_refusal(site, norm, plan) for site, plan in layers]
+    refused = next(filter(None, found), None) or _decoder_refusal(subject)
+    if refused is None and pad:
+        refused = _rope_refusal(subject.sites[0])
+    return refused or Way(by=DEEPSEEK)
 
-    def parity(self, source: Source, folder: Path) -> Parity:
-        """Reload the folder in a process that does not know this library. `calibrated` may differ, and says how far."""
-        model = source.model
-        ask = Ask.of_vocabulary(model.config.get_text_config().vocab_size, max_positions(model.config))
-        want = answers_of(model, ask)
-        got, said = answers_alone(folder, ask, auto=source.auto)
-        parity = compare(want, got, f"transformers {said['transformers']} ({said['class']})")
-        exact = is_heads(source) or self.norm == "neutral"
-        return parity.require(TOLERANCE[model.dtype], same_tokens=False) if exact else parity
+
+def check(model: PreTrainedModel, norm: Norm, text: Any, pad: bool) -> None:
+    """Refuse options that do not go together, and what the weights have and the format has not.
+
+    Raises:
+        PlanError: names the part.
+    """
+    if norm not in ("neutral", "calibrated"):
+        raise PlanError(f"norm {norm!r} is not known. Use neutral or calibrated.")
+    if norm == "calibrated" and text is None:
+        raise PlanError("norm calibrated fits its gains to text. Give a few hundred documents, or take norm neutral.")
+    layers = _layers(model)
+    for layer in layers:
+        where = f"layer {layer.site.layer}"
+        if "q_proj.bias" in layer.weights:
+            raise PlanError(f"{where} has a bias on q: DeepSeek-V3 does not. Use --to hub.")
+        biases = [name for name in ("kv_down.bias", "o_proj.bias") if name in layer.weights]
+        if biases and norm == "calibrated":
+            raise PlanError(f"{where} has {' and '.join(biases)}: {_CARRIES_NONE}. Use norm neutral.")
+    _frequencies(layers, pad)
+
+
+def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Written:
+    """Write a `DeepseekV3ForCausalLM`."""
+    model = source.model
+    layers, windows = _layers(model), _windows(source, text)
+    frequencies, layers = _frequencies(layers, pad)
+    rank = max(layer.plan.rank for layer in layers) + (norm == "neutral")
+    if pad:
+        rank = max(rank, ENGINE_RANK)
+    config = _config(model, layers, rank, frequencies, norm)
+    tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
+    for i, layer in enumerate(layers):
+        if norm == "calibrated":
+            gain, size = _latent_gain(model, layer, windows, rank)
+        else:
+            gain, size = None, _largest_latent(model, layer, windows)
+        made = _attention(layer, rank, frequencies, config, gain, size)
+        tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
+    _build(config, tensors, model.dtype).save_pretrained(folder)
+    source.write_companions(folder)
+    facts = {
+        "norm": norm,
+        "rank": rank,  # of every layer, the constant channel included
+        "rope_dims": 2 * len(frequencies),
+        "rope_type": _rope_type(config),
+        # Of all layers; above what the conversion has where layers were padded.
+        "numbers_per_token": len(layers) * (rank + 2 * len(frequencies)),
+        "planned_numbers_per_token": sum(layer.plan.dims for layer in layers),
+    }
+    lines = (
+        f"norm {norm}, latent {rank} + {facts['rope_dims']} per layer, rope {facts['rope_type']}",
+        f"cache: {facts['numbers_per_token']} numbers per token (the conversion has "
+        f"{facts['planned_numbers_per_token']})",
+        *_notes(config, norm),
+    )
+    return Written(architecture="DeepseekV3ForCausalLM", facts=facts, lines=lines)
 
 
 def _layers(model: PreTrainedModel) -> list[_Layer]:
-    surgery = getattr(model.config, "surgery", None) or {}
-    if "layers" not in surgery:
-        raise PlanError(
-            f"{type(model).__name__} is a stock class: every library that knows it loads it as it is. The native "
-            "export is for models that `mla` converted."
-        )
     found = []
-    for entry in surgery["layers"]:
+    for entry in model.config.surgery["layers"]:
         site, plan = AttentionSite.from_dict(entry["site"]), LayerPlan.from_dict(entry["plan"])
-        where = f"layer {site.layer}"
-        if not isinstance(plan.project, Latent):
-            raise PlanError(f"{where} caches heads: DeepSeek-V3 has latents in all layers. Convert all of them by mla.")
-        if plan.project.rotate_on_read:
-            raise PlanError(f"{where} rotates keys at read (lowrank): no stock class does that. Convert by mla.")
-        if plan.owner != plan.layer:
-            raise PlanError(f"{where} reads the cache of layer {plan.owner}: no stock class shares latents.")
-        module = model.get_submodule(site.module)
-        weights = {name: t.detach().cpu() for name, t in module.state_dict().items()}
+        assert isinstance(plan.project, Latent)
+        weights = {name: t.detach().cpu() for name, t in model.get_submodule(site.module).state_dict().items()}
         weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
         found.append(_Layer(site, plan.project, weights))
     return found
 
 
-def _check(model: PreTrainedModel, layers: Sequence[_Layer], norm: Norm, text: Any) -> None:
-    """Refuse what the format cannot say."""
-    if norm not in ("neutral", "calibrated"):
-        raise PlanError(f"norm {norm!r} is not known. Use neutral or calibrated.")
-    if norm == "calibrated" and text is None:
-        raise PlanError("norm calibrated fits its gains to text. Give a few hundred documents, or take norm neutral.")
-    config = model.config.get_text_config()
-    if len(layers) != config.num_hidden_layers:
-        raise PlanError(
-            f"{len(layers)} of {config.num_hidden_layers} layers have attention; DeepSeek-V3 has it in all."
+def _plan_refusal(plan: LayerPlan) -> Refusal | None:
+    where, other = f"layer {plan.layer}", stored_otherwise(plan)
+    if other is not None:
+        return Refusal(reason=f"{where} {other}: no stock class does that")
+    if not isinstance(plan.project, Latent):
+        return Refusal(
+            reason=f"{where} caches heads: DeepSeek-V3 has latents in all layers", way_out="Convert all of them by mla."
         )
-    for layer in layers:
-        site, where = layer.site, f"layer {layer.site.layer}"
-        for found, what in (
-            (site.softcap is not None, "caps its scores"),
-            (site.sinks is not None, "has attention sinks"),
-            (site.alibi_slopes is not None, "adds ALiBi slopes"),
-            (site.window is not None, f"sees a window of {site.window} tokens"),
-            (site.q_norm is not None, "norms its queries"),
-            (site.gated_output, "gates its head outputs"),
-            ("q_proj.bias" in layer.weights, "has a bias on q"),
-        ):
-            if found:
-                raise PlanError(f"{where} {what}: DeepSeek-V3 does not. Keep the model as it is; surgery loads it.")
-        biases = [name for name in ("kv_down.bias", "o_proj.bias") if name in layer.weights]
-        if biases and norm == "calibrated":
-            raise PlanError(f"{where} has {' and '.join(biases)}: the calibrated form carries none. Use norm neutral.")
+    if plan.project.rotate_on_read:
+        return Refusal(
+            reason=f"{where} rotates keys at read (lowrank): no stock class does that", way_out="Convert by mla."
+        )
+    if plan.lenders:
+        return Refusal(reason=f"{where} reads the cache of layer {plan.lenders[0]}: no stock class shares latents")
+    if plan.retain is not None:
+        return Refusal(reason=f"{where} averages or evicts tokens: no stock class does that")
+    return None
+
+
+def _site_refusal(site: AttentionSite, norm: Norm, plan: LayerPlan) -> Refusal | None:
+    for found, what in (
+        (site.softcap is not None, "caps its scores"),
+        (site.sinks is not None, "has attention sinks"),
+        (site.alibi_slopes is not None, "adds ALiBi slopes"),
+        (site.window is not None, f"sees a window of {site.window} tokens"),
+        (site.q_norm is not None, "norms its queries"),
+        (site.gated_output, "gates its head outputs"),
+        (site.q.bias is not None, "has a bias on q"),
+    ):
+        if found:
+            return Refusal(reason=f"layer {site.layer} {what}: DeepSeek-V3 does not")
+    means = isinstance(plan.project, Latent) and plan.project.means
+    biases = [name for name, part in (("k", site.k), ("v", site.v), ("o", site.o)) if part.bias is not None]
+    if (biases or means) and norm == "calibrated":
+        has = f"biases on {', '.join(biases)}" if biases else "means of K and V"
+        return Refusal(reason=f"layer {site.layer} has {has}: {_CARRIES_NONE}", way_out="Use norm neutral.")
+    return None
+
+
+def _decoder_refusal(subject: Subject) -> Refusal | None:
+    """Compare the parameters around the attentions with those of DeepSeek-V3's dense layers."""
     wanted = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
               "input_layernorm.weight", "post_attention_layernorm.weight")  # fmt: skip
-    known = {f"model.layers.{i}.{name}" for i in range(len(layers)) for name in wanted}
+    known = {f"model.layers.{i}.{name}" for i in range(len(subject.plans)) for name in wanted}
     known |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    modules = {layer.site.module for layer in layers}
-    others = {n for n in model.state_dict() if not any(n.startswith(f"{module}.") for module in modules)}
-    if others - known or known - others - {"lm_head.weight"}:
-        odd = sorted((others - known) | (known - others))[0]
-        raise PlanError(
-            f"{type(model).__name__} is built otherwise than DeepSeek-V3 (`{odd}`): only Llama-like decoders fit."
+    inside = tuple(f"{site.module}." for site in subject.sites)
+    names = meta_model(stock_config(subject), subject.kind).state_dict()
+    others = {name for name in names if not name.startswith(inside)}
+    odd = sorted((others - known) | (known - others - {"lm_head.weight"}))
+    if odd:
+        return Refusal(
+            reason=f"{subject.architecture} is built otherwise than DeepSeek-V3 (`{odd[0]}`): only Llama-like decoders "
+            "fit"
         )
+    missing = [name for name in _SAME_FIELDS if not hasattr(subject.config.get_text_config(), name)]
+    if missing:
+        return Refusal(
+            reason=f"{subject.architecture}: its config has no {missing[0]}; only Llama-like decoders fit",
+        )
+    return None
+
+
+def _rope_refusal(site: AttentionSite) -> Refusal | None:
+    """Why `pad` has no ladder of plain rope to fill up; None where it has."""
+    rotary = site.rotary
+    if rotary is not None and _ladder(rotary.inv_freq) is not None and rotary.scaling == 1:
+        return None
+    return Refusal(
+        reason="pad: the parent's own rope is not a plain one (`default`)",
+        way_out="Leave out pad; transformers runs it.",
+    )
 
 
 def _union(ladders: Sequence[Sequence[float]]) -> list[float]:
@@ -224,10 +251,7 @@ def _frequencies(layers: list[_Layer], pad: bool) -> tuple[list[float], list[_La
     if not pad or not union:
         return union, layers
     theta = None if rotary is None else _ladder(rotary.inv_freq)
-    if rotary is None or theta is None or rotary.scaling != 1:
-        raise PlanError(
-            "pad: the parent's own rope is not a plain one (`default`). Leave out pad; transformers runs it."
-        )
+    assert rotary is not None and theta is not None, "judged by _rope_refusal"
     pairs = len(rotary.inv_freq)
     pairs = ENGINE_PAIRS if ENGINE_PAIRS % pairs == 0 else pairs
     ladder = [theta ** (-i / pairs) for i in range(pairs)]
@@ -268,13 +292,8 @@ def _config(
             "rope_type": "longrope", "rope_theta": 1.0, "factor": 1.0, "attention_factor": 1.0,
             "short_factor": factors, "long_factor": factors, "original_max_position_embeddings": context,
         }  # fmt: skip
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps",
-            "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")  # fmt: skip
-    missing = [name for name in same if not hasattr(old, name)]
-    if missing:
-        raise PlanError(f"{type(model).__name__}: its config has no {missing[0]}; only Llama-like decoders fit.")
     return DeepseekV3Config(
-        **{name: getattr(old, name) for name in same},
+        **{name: getattr(old, name) for name in _SAME_FIELDS},
         max_position_embeddings=context, num_attention_heads=site.heads, num_key_value_heads=site.heads,
         q_lora_rank=None, kv_lora_rank=rank, qk_rope_head_dim=2 * len(frequencies), qk_nope_head_dim=site.head_dim,
         v_head_dim=site.value_dim, first_k_dense_replace=old.num_hidden_layers, num_mtp_layers=0,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..checkpoints.files import Checkpoint
 from ..errors import CheckpointError, PlanError
+from ..planning.targets import NATIVE, Refusal, Subject, Way, refused_as_native, stored_otherwise
+from . import deepseek, parent_class
 from .gguf_tokens import tokens_of
 from .llama_cpp import LlamaCpp
 from .parity import TOLERANCE, Ask, Parity, answers_of
@@ -36,26 +38,48 @@ TESTED = "0.19"
 
 @dataclass(frozen=True, kw_only=True)
 class Gguf:
-    """The target `gguf`."""
+    """One file for llama.cpp, from a stock class."""
 
-    python: str | None = None
-    """Interpreter of the environment that has llama-cpp-python; default: what SURGERY_LLAMA_PYTHON says, else this
-    one. Without it the file is read back by the gguf package alone."""
+    engine: ClassVar[str] = "llama.cpp"
+
+    python: str | None = field(
+        default=None,
+        metadata={
+            "help": "interpreter of the environment that has llama-cpp-python; default: that which "
+            "SURGERY_LLAMA_PYTHON names, else this one. Without it the file is read back by the gguf package alone."
+        },
+    )
+
+    def judge(self, subject: Subject) -> Way | Refusal:
+        """Say whether llama.cpp has a graph for the result, as it is or as the stock class that `--to native` writes.
+
+        Judged in `check`: the tokenizer beside the weights.
+        """
+        if subject.native:
+            return refused_as_native(subject) or _stock_refusal(subject) or Way(by=NATIVE)
+        none = Refusal(
+            reason=f"no graph for Surgery{subject.architecture}",
+            way_out="Where each layer keeps a cache of its own, --to native writes a stock class; export that. Shared "
+            "and merged caches stay with --to hub.",
+        )
+        other = next(((plan.layer, said) for plan in subject.plans if (said := stored_otherwise(plan))), None)
+        if other is not None:
+            return Refusal(
+                reason=f"layer {other[0]} {other[1]}; the caches that llama.cpp keeps are chosen when it runs"
+            )
+        if subject.caches_heads:
+            native = parent_class.judge(subject)
+        elif subject.caches_latents:
+            native = deepseek.judge(subject, norm="calibrated", pad=True)
+        else:
+            return none
+        if isinstance(native, Refusal):
+            return native
+        return _stock_refusal(subject) or Way(by=native.by, before=none)
 
     def check(self, source: Source) -> None:
-        """Refuse what llama.cpp's graphs do not compute."""
+        """Refuse a missing gguf package, and a tokenizer that llama.cpp has not."""
         _gguf()
-        if source.is_own_class:
-            raise PlanError(
-                f"GGUF: llama.cpp has no graph for {source.architecture}. Where each layer keeps a cache of its own, "
-                "--to native writes a stock class; export that. Shared and merged caches stay with --to hub."
-            )
-        if source.architecture not in ARCHITECTURES:
-            raise PlanError(
-                f"GGUF: {source.architecture} is not among {', '.join(ARCHITECTURES)}. llama.cpp's own converter may "
-                "read the folder as it reads the parent's."
-            )
-        _check_config(source.config)
         if source.folder is not None:
             tokens_of(source.folder, source.config.vocab_size)
 
@@ -118,23 +142,33 @@ def _gguf() -> Any:
     return gguf
 
 
-def _check_config(config: Any) -> None:
-    """Refuse settings that llama.cpp's graphs of these architectures leave out."""
+def _stock_refusal(subject: Subject) -> Refusal | None:
+    """Look for an architecture, and settings, that llama.cpp's graphs do not compute."""
+    if subject.architecture not in ARCHITECTURES:
+        return Refusal(
+            reason=f"{subject.architecture} is not among {', '.join(ARCHITECTURES)}",
+            way_out="llama.cpp's own converter may read the folder as it reads the parent's.",
+        )
+    config = subject.config
     rope = dict(config.rope_parameters or {})
     kind = rope.get("rope_type", "default")
-    deepseek = config.model_type == "deepseek_v3"
-    allowed = ("default",) if deepseek or config.model_type != "llama" else ("default", "llama3")
+    deepseek_v3 = ARCHITECTURES[subject.architecture] == "deepseek2"
+    allowed = ("default", "llama3") if subject.architecture == "LlamaForCausalLM" else ("default",)
     window = getattr(config, "sliding_window", None)
-    wide = config.model_type == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size
+    wide = (
+        subject.architecture == "Qwen2ForCausalLM"
+        and _head_dim(config) * config.num_attention_heads != config.hidden_size
+    )
     for found, what, way in (
         (kind not in allowed, f"rope of type {kind}", "For mla, use --to native --pad."),
-        (deepseek and config.attention_bias, "biases on its latents", "Use --to native --norm calibrated --pad."),
+        (deepseek_v3 and config.attention_bias, "biases on its latents", "Use --to native --norm calibrated --pad."),
         (window is not None and window < config.max_position_embeddings, f"a window of {window} tokens", ""),
         (config.hidden_act != "silu", f"{config.hidden_act} in its MLP", ""),
         (wide, f"heads of {_head_dim(config)}, which is not hidden size over heads,", ""),
     ):
         if found:
-            raise PlanError(f"GGUF: the model has {what}, which llama.cpp's graph has not. {way}".strip())
+            return Refusal(reason=f"the model has {what}, which llama.cpp's graph has not", way_out=way)
+    return None
 
 
 def _add_settings(writer: Any, config: Any, name: str) -> None:

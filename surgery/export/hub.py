@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from ..checkpoints.storage import check_whole
 from ..checkpoints.writing import copy_weights
 from ..console import human_bytes
 from ..errors import CheckpointError, PlanError
+from ..planning.targets import NATIVE, REMOTE, Refusal, Subject, Way, refused_as_native
 from ..runtime.modeling import load_converted
 from .parity import Ask, Parity, answers_alone, answers_of, compare
 from .remote_code import MIN_TRANSFORMERS, RemoteCode, digests
@@ -37,10 +38,30 @@ SAME = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """The target `hub`."""
+    """With the code that runs it, for transformers alone."""
 
-    link: bool = False
-    """Hard links in the place of copies of the weights: no disk, but writing into one folder changes the other."""
+    engine: ClassVar[str] = "transformers"
+
+    link: bool = field(
+        default=False,
+        metadata={
+            "help": "hard links in the place of copies of the weights: no disk, but writing into one folder changes "
+            "the other."
+        },
+    )
+
+    def judge(self, subject: Subject) -> Way | Refusal:
+        """Say whether transformers runs the result: the parent's class as it is, any other by the code that is written.
+
+        That code is the runtime, which runs every plan that this version makes.
+        """
+        if subject.native:
+            return refused_as_native(subject) or Way(by=NATIVE)
+        try:
+            RemoteCode.of({"parent": {"architecture": subject.architecture, "model_type": subject.config.model_type}})
+        except PlanError as error:
+            return Refusal(reason=str(error).rstrip("."), way_out="Load it with surgery.")
+        return Way(by=REMOTE)
 
     def check(self, source: Source) -> None:
         """Refuse what is no conversion, and a folder that is damaged."""
@@ -48,8 +69,6 @@ class Hub:
             raise PlanError(
                 f"{source.architecture} was not converted by surgery; there is nothing to export. Upload it as it is."
             )
-        if source.is_own_class:
-            RemoteCode.of(source.config.surgery)
         if source.folder is not None:
             check_whole(Checkpoint(source.folder))
         else:

@@ -1,8 +1,11 @@
-"""What llama.cpp answers: run by file, in an environment that has llama-cpp-python and may lack this library.
+"""Ask llama.cpp fixed prompts and write its answers: a script for an environment that has llama-cpp-python.
 
-`python llama_answers.py request.json result.npz`; the request is `{"file", "prompts", "start", "new_tokens", "ends"}`.
-The result has `logits` [B, T, vocabulary] of whole prompts and `tokens` [B, new_tokens]; what llama.cpp says of its
-cache goes to stderr.
+That environment needs nothing of this library.
+
+`python llama_answers.py request.json result.npz`; the request is `{"file", "prompts", "start", "new_tokens", "ends",
+"context"}`.
+The result has `logits` [B, T, vocabulary] of whole prompts and `tokens` [B, new_tokens]; llama.cpp logs the size
+of its cache to stderr.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Per-layer or unequal KV heads in the parent's own class: heads are repeated until all layers have the same number.
+"""KV heads by layer, or unequal ones, in the parent's own class: one of the two forms of the target `native`.
 
+Heads are repeated until all layers have the same number.
 Repetition is lossless and gives back a part of the saving; the report says how much.
 """
 
@@ -10,55 +11,71 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..anatomy import examine
 from ..attention.weights import read_attention, write_attention
 from ..errors import PlanError
 from ..planning.parent_class import meta_model, native_config
 from ..planning.repeated_heads import repeated_heads
-from ..runtime.layout import AttentionSite, HeadNorm, Heads, LayerPlan, Projection
+from ..planning.targets import REPEATED, Refusal, Subject, Way, stored_otherwise
+from ..runtime.layout import AttentionSite, HeadNorm, Heads, Projection
 from .target import Source, Written
 
 
-def is_heads(source: Source) -> bool:
-    """Whether every layer keeps a cache of heads of its own, and all its tokens: what padding can make native."""
-    plans = [LayerPlan.from_dict(layer["plan"]) for layer in source.layers]
-    return bool(plans) and all(
-        isinstance(plan.project, Heads) and not plan.lenders and plan.retain is None for plan in plans
-    )
+def judge(subject: Subject) -> Way | Refusal:
+    """Say whether the parent's class can say heads by layer, or in groups of unequal size."""
+    for plan in subject.plans:
+        other = stored_otherwise(plan)
+        if other is not None:
+            return Refusal(reason=f"layer {plan.layer} {other}; {subject.architecture} does not")
+    if len({site.heads for site in subject.sites}) > 1:
+        return Refusal(reason=f"layers of {subject.architecture} have query heads of several numbers")
+    kv_heads, copies = repeated_heads(_heads(subject))
+    if _with_kv_heads(subject, kv_heads) is None:
+        return Refusal(reason=f"{subject.architecture} cannot say {kv_heads} KV heads")
+    for site, copied in zip(subject.sites, copies, strict=True):
+        often = {copied.count(head) for head in copied}
+        if site.k_norm is not None and site.k_norm.span == "all" and len(often) > 1:
+            return Refusal(
+                reason=f"layer {site.layer} norms all keys together, and its heads would be repeated {min(often)} to "
+                f"{max(often)} times, which changes the norm",
+                way_out="Use equal groups, or --to hub.",
+            )
+    return Way(by=REPEATED)
 
 
-def check_padded(source: Source) -> None:
-    """Refuse where the parent's class has no such form.
+def check(source: Source) -> None:
+    """Refuse scales on normed queries, which calibration adds and the parent's class has not.
 
     Raises:
-        PlanError: names the part.
+        PlanError: names the layer.
     """
     for layer in source.layers:
         if "post_norm_scale" in layer["shapes"]:
             raise PlanError(
-                f"layer {layer['site']['layer']} scales its queries after their norm; {_parent(source).__name__} does "
-                "not. Use --to hub."
-            )
-    _config(source)
-    copies = repeated_heads([plan.project for plan in _plans(source) if isinstance(plan.project, Heads)])[1]
-    for site, copied in zip(_sites(source), copies, strict=True):
-        often = {copied.count(head) for head in copied}
-        if site.k_norm is not None and site.k_norm.span == "all" and len(often) > 1:
-            raise PlanError(
-                f"layer {site.layer} norms all keys together, and its heads would be repeated {min(often)} to "
-                f"{max(often)} times, which changes the norm. Use equal groups, or --to hub."
+                f"layer {layer['site']['layer']} scales its queries after their norm; {source.subject.architecture} "
+                "does not. Use --to hub."
             )
 
 
-def write_padded(source: Source, folder: Path) -> Written:
+def stock_config(subject: Subject) -> Any:
+    """The config of the parent's class, of that of the result."""
+    assert subject.kind is not None
+    fields = subject.config.to_diff_dict()
+    for name in ("model_type", "surgery", "architectures"):
+        fields.pop(name, None)
+    kind: Any = subject.kind.config_class
+    return kind(**fields)
+
+
+def write(source: Source, folder: Path) -> Written:
     """Write the parent's own class."""
-    model, parent, config = source.model, _parent(source), _config(source)
-    sites, plans = _sites(source), _plans(source)
-    kv_heads, copies = repeated_heads([plan.project for plan in plans if isinstance(plan.project, Heads)])
+    model, parent, subject = source.model, source.kind, source.subject
+    sites, plans = subject.sites, subject.plans
+    kv_heads, copies = repeated_heads(_heads(subject))
+    config = _with_kv_heads(subject, kv_heads)
+    assert config is not None, "judged before"
     inside = tuple(f"{site.module}." for site in sites)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
     for old, new, copied in zip(sites, examine(meta_model(config, parent)).sites, copies, strict=True):
@@ -83,33 +100,17 @@ def write_padded(source: Source, folder: Path) -> Written:
     return Written(architecture=parent.__name__, facts=facts, lines=lines)
 
 
-def _parent(source: Source) -> type[PreTrainedModel]:
-    parent: type[PreTrainedModel] = getattr(transformers, source.config.surgery["parent"]["architecture"])
-    return parent
+def _heads(subject: Subject) -> list[Heads]:
+    return [plan.project for plan in subject.plans if isinstance(plan.project, Heads)]
 
 
-def _sites(source: Source) -> list[AttentionSite]:
-    return [AttentionSite.from_dict(layer["site"]) for layer in source.layers]
-
-
-def _plans(source: Source) -> list[LayerPlan]:
-    return [LayerPlan.from_dict(layer["plan"]) for layer in source.layers]
-
-
-def _config(source: Source) -> Any:
-    parent, sites = _parent(source), _sites(source)
-    fields = source.config.to_diff_dict()
-    for name in ("model_type", "surgery", "architectures"):
-        fields.pop(name, None)
-    kind: Any = parent.config_class
-    config = kind(**fields)
-    kv_heads = repeated_heads([plan.project for plan in _plans(source) if isinstance(plan.project, Heads)])[0]
-    if kv_heads == sites[0].kv_heads:
+def _with_kv_heads(subject: Subject, kv_heads: int) -> Any | None:
+    """The config of the parent's class with so many KV heads; None where it has no such form."""
+    config = stock_config(subject)
+    if kv_heads == subject.sites[0].kv_heads:
         return config
-    found = native_config(config, tuple(sites), kv_heads, parent)
-    if found is None:
-        raise PlanError(f"{parent.__name__} cannot say {kv_heads} KV heads. Use --to hub.")
-    return found
+    assert subject.kind is not None
+    return native_config(config, subject.sites, kv_heads, subject.kind)
 
 
 def _repeat(weights: Mapping[str, Tensor], copies: Sequence[int], site: AttentionSite) -> dict[str, Tensor]:

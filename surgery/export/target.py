@@ -21,6 +21,7 @@ from ..checkpoints.files import local_folder, read_json
 from ..checkpoints.parents import plain_form
 from ..checkpoints.provenance import FILE, write_provenance
 from ..checkpoints.storage import copy_parents_companions, load
+from ..planning.targets import Refusal, Subject, Way
 from ..runtime.modeling import auto_classes, converted_class
 from .parity import Parity
 
@@ -88,6 +89,13 @@ class Source:
         assert self.folder is not None
         return str((read_json(self.folder / "config.json").get("architectures") or ["?"])[0])
 
+    @functools.cached_property
+    def subject(self) -> Subject:
+        """What the targets judge; reads no weights."""
+        if self.is_own_class:
+            return Subject.of_config(self.config)
+        return Subject(architecture=self.architecture, kind=self.kind, config=self.config, native=True)
+
     @property
     def provenance(self) -> dict[str, Any]:
         """What `convert` wrote into the config; empty for a model that it did not make."""
@@ -144,14 +152,21 @@ class Written:
 
 
 class Target(Protocol):
-    """One kind of export. Its fields are its options, by keyword; `TARGETS` in this package names it.
+    """One kind of export: a frozen dataclass in a file of its own, and a line of `planning.targets.TARGETS`.
 
-    `export` calls the three in order, once, with one source. Whatever they raise, nothing is left at the place of the
+    Its fields are its options, each with a default: arguments of `export` and options of `surgery export`, whose help
+    is `metadata["help"]` of the field. A class attribute `engine` names the engine that it is made for, as plans show
+    it; a target without one is a format, and plans do not list it.
+
+    `export` calls the four in order, once, with one source. Whatever they raise, nothing is left at the place of the
     export; errors that a user can act upon are SurgeryErrors.
     """
 
+    def judge(self, subject: Subject) -> Way | Refusal:
+        """Say by what the target runs a result, or why it does not, without weights: for plans and exports alike."""
+
     def check(self, source: Source) -> None:
-        """Refuse what the target cannot say, before any work: from the config, without weights where possible.
+        """Refuse what cannot be judged without the weights, the files beside them or the engine, before any work.
 
         Raises:
             PlanError: names the part and the way out.

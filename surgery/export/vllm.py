@@ -7,9 +7,9 @@ vLLM runs the model, and the proof that it computes the same and caches as much 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,31 +19,57 @@ from ..anatomy.positions import max_positions
 from ..calibration.outputs import speaks
 from ..checkpoints.writing import copy_weights
 from ..errors import CheckpointError, PlanError
+from ..planning.targets import DEEPSEEK, NATIVE, PLUGIN, Refusal, Subject, Way, refused_as_native
 from ..runtime.layout import LayerPlan
 from ..serve.engine import Engine
-from ..serve.support import check_served, copies_of
+from ..serve.support import PLUGIN_PARENTS, activation_refusal, copies_of
+from ..serve.support import refusal as plugin_refusal
+from . import deepseek
 from .parity import TOLERANCE, Ask, Parity, answers_of
 from .target import Source, Written
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vllm:
-    """The target `vllm`."""
+    """What vLLM serves, with its plugin or without."""
 
-    python: str | None = None
-    """Interpreter of the environment that has vLLM; default: what SURGERY_VLLM_PYTHON says, else this one."""
+    engine: ClassVar[str] = "vLLM"
+
+    python: str | None = field(
+        default=None,
+        metadata={
+            "help": "interpreter of the environment that has vLLM; default: that which SURGERY_VLLM_PYTHON names, else "
+            "this one."
+        },
+    )
+
+    def judge(self, subject: Subject) -> Way | Refusal:
+        """Say whether vLLM runs the result: stock classes as they are, others by the plugin, MLA as DeepSeek-V3.
+
+        Judged by the weights when `--to native` is made: whether latents fit into a padded DeepSeek-V3 with the
+        frequencies that the calibration text has chosen.
+        """
+        if subject.kind is not None and not speaks(subject.kind):
+            return Refusal(
+                reason=f"{subject.kind.__name__} predicts no tokens, so that its answers cannot be checked there",
+                way_out="Use --to hub: vLLM loads that folder as it loads the parent's.",
+            )
+        if subject.native:
+            return refused_as_native(subject) or _stock_refusal(subject) or Way(by=NATIVE)
+        plugin = plugin_refusal(subject)
+        if plugin is None:
+            return Way(by=PLUGIN)
+        # The plugin's own reasons come first where they hold for DeepSeek-V3, too.
+        known = subject.architecture in PLUGIN_PARENTS and activation_refusal(subject.config) is None
+        if not (known and subject.caches_latents):
+            return plugin
+        latent = deepseek.judge(subject, norm="calibrated", pad=True)
+        if isinstance(latent, Way):
+            return Way(by=DEEPSEEK, before=plugin)
+        return Refusal(reason=f"{plugin.reason}, and {latent.reason}")
 
     def check(self, source: Source) -> None:
-        """Refuse what vLLM does not run, and an environment without it."""
-        if not speaks(source.kind):
-            raise PlanError(
-                f"vLLM: {source.kind.__name__} predicts no tokens, so that its answers cannot be checked there. Use "
-                "--to hub: vLLM loads that folder as it loads the parent's."
-            )
-        if source.is_own_class:
-            check_served(source.config)
-        else:
-            _check_stock(source.config)
+        """Refuse an environment without vLLM, or without the plugin where the model needs it."""
         engine = Engine.find(self.python)
         if source.is_own_class and not engine.has_plugin:
             raise PlanError(
@@ -128,18 +154,25 @@ def planned_and_served(layers: list[dict[str, Any]]) -> tuple[int, int]:
     return planned, served
 
 
-def _check_stock(config: Any) -> None:
-    """What vLLM's DeepSeek-V3 does otherwise than the class of transformers; other classes are for vLLM to judge."""
-    if config.model_type != "deepseek_v3":
-        return
+def _stock_refusal(subject: Subject) -> Refusal | None:
+    """Compare what vLLM's own classes compute with those of transformers; of other classes vLLM itself must judge."""
+    config = subject.config
+    deepseek_v3 = config.model_type == "deepseek_v3"
+    if deepseek_v3 or subject.architecture in PLUGIN_PARENTS:
+        refused = activation_refusal(config)
+        if refused is not None:
+            return refused
+    if not deepseek_v3:
+        return None
     if config.attention_bias:
-        raise PlanError(
-            "vLLM: this DeepSeek-V3 has biases on its latents (norm neutral), which vLLM leaves out. Use --to native "
-            "--norm calibrated, and export that."
+        return Refusal(
+            reason="this DeepSeek-V3 has biases on its latents (norm neutral), which vLLM leaves out",
+            way_out="Use --to native --norm calibrated, and export that.",
         )
     rope = dict(config.rope_parameters or {}).get("rope_type", "default")
     if rope != "default":
-        raise PlanError(
-            f"vLLM: rope of type {rope}, which it rewrites to deepseek_yarn for DeepSeek-V3. Convert a parent with "
-            "plain rope by mla with selector: top and rope_dims: the parent's head_dim."
+        return Refusal(
+            reason=f"rope of type {rope}, which it rewrites to deepseek_yarn for DeepSeek-V3",
+            way_out="Convert a parent with plain rope by mla with selector: top and rope_dims: the parent's head_dim.",
         )
+    return None

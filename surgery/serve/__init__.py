@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..planning.engines import PLUGIN_PARENTS
+from .support import PLUGIN_PARENTS
 
 _CLASS = "surgery.serve.vllm:SurgeryForCausalLM"
 

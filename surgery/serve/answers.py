@@ -1,4 +1,6 @@
-"""What vLLM answers: run by file, in an environment that has vLLM and may lack this library (but for the plugin).
+"""Ask vLLM fixed prompts and write its answers: a script for an environment that has vLLM.
+
+That environment needs this library only where a model runs by its plugin; the script itself imports nothing of it.
 
 `python answers.py request.json result.json`, where the request is a list of cases:
 

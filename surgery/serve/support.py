@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PlanError
-from ..planning.engines import PLUGIN_PARENTS
 from ..planning.repeated_heads import repeated_heads
+from ..planning.targets import Refusal, Subject, stored_otherwise
 from ..runtime.layout import AttentionSite, HeadNorm, Heads, Latent, LayerPlan
+
+PLUGIN_PARENTS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Decoders that differ in nothing but their attention: what the plugin builds."""
 
 
 def served_layers(surgery: Mapping[str, Any]) -> list[tuple[AttentionSite, LayerPlan, dict[str, tuple[int, ...]]]]:
@@ -32,22 +35,33 @@ def check_served(config: Any) -> None:
     Raises:
         PlanError: names the layer, the part and the way out.
     """
-    parent = config.surgery["parent"]["architecture"]
-    if parent not in PLUGIN_PARENTS:
-        raise PlanError(
-            f"vLLM: no plugin for {parent}; it runs {', '.join(PLUGIN_PARENTS)}. Use --to hub, or a uniform gqa "
-            "recipe, whose result vLLM runs without a plugin."
+    refused = refusal(Subject.of_config(config))
+    if refused is not None:
+        raise PlanError(f"vLLM: {refused}")
+
+
+def refusal(subject: Subject) -> Refusal | None:
+    """Why the plugin does not run a `Surgery<Parent>`; None where it does."""
+    if subject.architecture not in PLUGIN_PARENTS:
+        return Refusal(
+            reason=f"no plugin for {subject.architecture}; it runs {', '.join(PLUGIN_PARENTS)}",
+            way_out="Use --to hub, or a uniform gqa recipe, whose result vLLM runs without a plugin.",
         )
-    layers = served_layers(config.surgery)
-    plans = {plan.layer: plan for _, plan, _ in layers}
-    for site, plan, _ in layers:
-        where = f"layer {plan.layer}"
-        _check_plan(plan, plans, where)
-        _check_site(site, where)
-    if len(layers) != config.num_hidden_layers:
-        raise PlanError(f"vLLM: {len(layers)} of {config.num_hidden_layers} layers have attention. Use --to hub.")
-    if config.hidden_act != "silu":
-        raise PlanError(f"vLLM: its decoder computes silu, this model {config.hidden_act}. Use --to hub.")
+    config = subject.config
+    refused = activation_refusal(config)
+    if refused is None and len(subject.plans) != config.num_hidden_layers:
+        refused = Refusal(reason=f"{len(subject.plans)} of {config.num_hidden_layers} layers have attention")
+    plans = {plan.layer: plan for plan in subject.plans}
+    for site, plan in zip(subject.sites, subject.plans, strict=True):
+        refused = refused or _plan_refusal(plan, plans) or _site_refusal(site, plan.layer)
+    return refused
+
+
+def activation_refusal(config: Any) -> Refusal | None:
+    """Why vLLM's decoders of `PLUGIN_PARENTS` and of DeepSeek-V3 do not compute this MLP; None where they do."""
+    if config.hidden_act == "silu":
+        return None
+    return Refusal(reason=f"its decoder computes silu, this model {config.hidden_act}")
 
 
 def copies_of(plans: Sequence[LayerPlan]) -> dict[int, tuple[int, ...]]:
@@ -80,35 +94,38 @@ def check_parallel(plans: Sequence[LayerPlan], heads: int, ranks: int) -> None:
             )
 
 
-def _check_plan(plan: LayerPlan, plans: Mapping[int, LayerPlan], where: str) -> None:
+def _plan_refusal(plan: LayerPlan, plans: Mapping[int, LayerPlan]) -> Refusal | None:
+    where, other = f"layer {plan.layer}", stored_otherwise(plan)
+    if other is not None:
+        return Refusal(reason=f"{where} {other}; its caches hold what the model computes in, or their own fp8")
     if isinstance(plan.project, Latent):
         if any(plan.layer in (other.layer, *other.lenders) and other.lenders for other in plans.values()):
-            raise PlanError(f"vLLM: {where} shares its latents: none of its MLA backends does. Use --to hub.")
-        raise PlanError(
-            f"vLLM: {where} caches a latent: it runs latents as DeepSeek-V3 only. For mla, use --to native --norm "
-            "calibrated and serve that; for lowrank, use --to hub."
+            return Refusal(reason=f"{where} shares its latents: none of its MLA backends does")
+        return Refusal(
+            reason=f"{where} caches a latent: it runs latents as DeepSeek-V3 only",
+            way_out="For mla, use --to native --norm calibrated --pad, and export that; for lowrank, use --to hub.",
         )
-    if getattr(plan, "retain", None) is not None:
-        raise PlanError(
-            f"vLLM: {where} merges or evicts tokens: the lengths of its paged caches are those of the text. Use --to "
-            "hub."
+    if plan.retain is not None:
+        return Refusal(
+            reason=f"{where} averages or evicts tokens: the lengths of its paged caches are those of the text"
         )
     if plan.value_owner is not None:
-        raise PlanError(f"vLLM: {where} reads V alone of layer {plan.value_owner}: it shares K and V. Use --to hub.")
+        return Refusal(reason=f"{where} reads V alone of layer {plan.value_owner}: it shares K and V")
     owner = plans[plan.owner]
     if owner.project != plan.project:
-        raise PlanError(
-            f"vLLM: {where} reads other heads of layer {plan.owner} than that layer itself: its caches are read as "
-            "they are kept. Use --to hub."
+        return Refusal(
+            reason=f"{where} reads other heads of layer {plan.owner} than that layer itself: its caches are read as "
+            "they are kept"
         )
     if owner.window != plan.window:
-        raise PlanError(
-            f"vLLM: {where} sees {plan.window or 'all'} tokens, layer {plan.owner}, whose cache it reads, keeps "
-            f"{owner.window or 'all'}: it shares caches of one kind. Use --to hub."
+        return Refusal(
+            reason=f"{where} sees {plan.window or 'all'} tokens, layer {plan.owner}, whose cache it reads, keeps "
+            f"{owner.window or 'all'}: it shares caches of one kind"
         )
+    return None
 
 
-def _check_site(site: AttentionSite, where: str) -> None:
+def _site_refusal(site: AttentionSite, layer: int) -> Refusal | None:
     for found, what in (
         (site.softcap is not None, "caps its scores"),
         (site.sinks is not None, "has attention sinks"),
@@ -124,7 +141,8 @@ def _check_site(site: AttentionSite, where: str) -> None:
         (not all(map(_is_plain, (site.q_norm, site.k_norm))), "norms queries or keys otherwise than Qwen3"),
     ):
         if found:
-            raise PlanError(f"vLLM: {where} {what}; the plugin's attention does not. Use --to hub.")
+            return Refusal(reason=f"layer {layer} {what}; the plugin's attention does not")
+    return None
 
 
 def _is_plain(norm: HeadNorm | None) -> bool:
