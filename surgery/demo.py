@@ -23,7 +23,7 @@ from .recipe import Recipe
 from .report.data import Report, quality_table, recall_table, serving_table
 from .report.page import check_report_folder, write_report
 
-OURS = {"gain_fit": False}  # half the time, and of little use behind the refits
+OURS = {"gain_fit": False}  # half the time, and of little use after the refits
 PLAIN = {"grouping": "neighbour", "refit_queries": False, "refit_output": False, "gain_fit": False}
 PROMPTS = (
     "It was late in the evening when the old man",

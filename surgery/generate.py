@@ -35,7 +35,7 @@ def generate(
         raise CheckpointError(f"{model.config.name_or_path}: no tokenizer beside the model; pass tokenizer=...")
     start, _ = special_tokens(tokenizer, [prompt])
     plain = encode(tokenizer, prompt, special=False)
-    # What a tokenizer puts behind a text would end it here.
+    # What a tokenizer puts after a text would end it here.
     tokens_of_prompt = [*start, *plain] if plain else encode(tokenizer, prompt)
     ids = torch.tensor([tokens_of_prompt], dtype=torch.long, device=model.device)
     if ids.shape[1] == 0:

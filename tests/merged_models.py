@@ -1,4 +1,4 @@
-"""Tiny models with merged attention whose gates decide at random, reproducibly, without training."""
+"""Tiny models with gated attention whose gates decide at random, reproducibly, without training."""
 
 from __future__ import annotations
 

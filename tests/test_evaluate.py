@@ -14,13 +14,13 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import surgery
+from surgery import evaluate
 from surgery.bundled import SMALL
 from surgery.calibration.text import load_tokenizer, load_windows
 from surgery.checkpoints.provenance import provenance_of
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.export.card import _done
 from surgery.export.target import Source
-from surgery.measure import evaluate
 from surgery.measure.memory import max_batch, parse_bytes
 from surgery.measure.recall import TASKS, Reader, answer_questions, compose_questions
 from surgery.measure.scoring import score_windows
@@ -319,7 +319,7 @@ def test_questions_start_with_all_that_the_tokenizer_starts_a_text_with_and_noth
 
 
 def test_questions_that_do_not_fit_the_positions_or_use_unknown_ids_are_refused_before_any_work(small, monkeypatch):
-    monkeypatch.setattr(sys.modules["surgery.evaluate"], "score_windows", None)
+    monkeypatch.setattr(sys.modules["surgery.measure.evaluate"], "score_windows", None)
     tokenizer = load_tokenizer(SMALL)
     options = {"text": IDS, "recall_tasks": ("passkey",), "tokenizer": tokenizer}
     with pytest.raises(RecipeError, match=r"questions of 512 tokens .* the model has 512"):

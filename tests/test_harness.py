@@ -122,7 +122,7 @@ def test_tasks_with_ids_that_the_model_does_not_know_are_refused_by_name(tokeniz
 def test_a_tokenizer_that_ends_every_prompt_is_refused(tokenizer):
     ending = copy.deepcopy(tokenizer)
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 256)])
-    with pytest.raises(CheckpointError, match="puts </s> behind every text"):
+    with pytest.raises(CheckpointError, match="puts </s> after every text"):
         run_tasks(tiny_llama(), ending, ["surgery_passkey"], limit=2)
 
 

@@ -1,4 +1,4 @@
-"""The cache of merged attention: whole sequences, chunks and single tokens give the same, and bytes really fall."""
+"""The cache of gated attention: whole sequences, chunks and single tokens give the same, and bytes really fall."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def test_other_families_decode_as_they_prefill(method: str, family: str) -> None
         whole = model(ids, use_cache=False).logits
     logits, cache = run(model, ids, [10, *range(11, 20), 24])
     assert_close(logits, whole, 2e-5)
-    ragged = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
-    assert ragged and all(int(layer.lengths.max()) < 24 for layer in ragged)
+    paged = [layer for layer in cache.layers if isinstance(layer, PagedLayer)]
+    assert paged and all(int(layer.lengths.max()) < 24 for layer in paged)
 
 
 @pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])

@@ -1,4 +1,4 @@
-"""The static cache of merged attention: sized by the plan, one pool for all layers, steps that compile."""
+"""The static cache of gated attention: sized by the plan, one pool for all layers, steps that compile."""
 
 from __future__ import annotations
 

@@ -451,29 +451,6 @@ def test_tied_embeddings_stay_tied() -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_a_post_norm_scale_turns_and_stretches_queries() -> None:
-    model, ids = parent("qwen3"), tokens()
-    plans = [METHODS["identity"].plan(site, parent("qwen3")) for site in sites("qwen3")]
-    base = converted("identity", "qwen3")
-    site = sites("qwen3")[0]
-    assert site.rotary is not None
-    pairs = torch.randn(site.heads, site.rotary.dims // 2, 2, generator=torch.Generator().manual_seed(1))
-    weights = {0: {k: v.clone() for k, v in base.model.layers[0].self_attn.state_dict().items()}}
-    weights[0]["post_norm_scale"] = pairs
-    child = from_parent(model, sites("qwen3"), plans, None, weights)
-    attention = child.model.layers[0].self_attn
-    q = torch.randn(2, 3, site.heads, site.head_dim)
-    first, second = q.chunk(2, dim=-1)
-    want = torch.complex(first, second) * torch.view_as_complex(pairs)
-    torch.testing.assert_close(attention._scale(q, attention.post_norm_scale), torch.cat((want.real, want.imag), -1))
-    neutral = torch.stack((torch.ones_like(pairs[..., 0]), torch.zeros_like(pairs[..., 0])), dim=-1)
-    weights[0]["post_norm_scale"] = neutral
-    same = from_parent(model, sites("qwen3"), plans, None, weights)
-    with torch.no_grad():
-        assert_close(same(ids).logits, model(ids).logits)
-        assert not torch.allclose(child(ids).logits, model(ids).logits)
-
-
 def test_plans_that_the_runtime_cannot_run_are_refused() -> None:
     model, found = parent("llama"), sites("llama")
     plans = [METHODS["identity"].plan(site, model) for site in found]

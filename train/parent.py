@@ -99,7 +99,7 @@ class Parent:
 def _without_shared_states(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a converted model hands from layer to layer says nothing to the parent's attention."""
+    """The parent's attention has no use for what a converted model hands from layer to layer."""
     return args, {name: value for name, value in kwargs.items() if name != SHARED_STATES}
 
 

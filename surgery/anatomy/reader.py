@@ -91,7 +91,7 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
 
 
 def load_config(path: str | FilePath) -> PretrainedConfig:
-    """The config in a folder, or a config.json itself, without what it says of quantisation: weights are read plain.
+    """The config in a folder, or a config.json itself, without its section on quantisation: weights are read plain.
 
     Raises:
         CheckpointError: there is none.

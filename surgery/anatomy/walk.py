@@ -307,7 +307,7 @@ def path_from(graph: Graph, found: Found) -> OutPath:
             reached.add(node)
         if node.op == "output" or len(linears) > 1:
             break
-        # Behind the projection lie the residual stream and the next layers; nothing there is reached without it.
+        # After the projection come the residual stream and the next layers; nothing there is reached without it.
         if linears and all(graph.order[u] <= graph.order[node] for n in reached for u in n.users):
             break
     if len(linears) != 1:

@@ -83,7 +83,7 @@ class Variety:
             self.is_varied = bool((rest.norm(dim=-1) > 1e-4 * sizes.max()).any())
 
     def warn(self) -> None:
-        """Say what is wrong with all that was seen."""
+        """Warn where all that was seen is zero, or one vector."""
         if self.is_varied:
             return
         if self.direction_D is None:

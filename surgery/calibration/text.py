@@ -310,7 +310,7 @@ def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 
 
 def special_tokens(tokenizer: Any, texts: Iterable[str]) -> tuple[list[int], list[int]]:
-    """Ids that a tokenizer puts in front of every text and behind it.
+    """Ids that a tokenizer puts before and after every text.
 
     Found by tokenising with and without them, which holds whatever its settings say. A callable that is no tokenizer
     of transformers is taken to put none.

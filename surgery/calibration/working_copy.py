@@ -71,7 +71,7 @@ class WorkingCopy:
         """Give the layer a form; its parameters stay."""
         if form.is_computed:
             self._install(form.sources(layer), layer)
-        # Streams that stand behind the layer have come through its old form.
+        # Streams that stand after the layer have come through its old form.
         self._streams = {d: s for d, s in self._streams.items() if s is None or s.layer <= layer}
         self._forms[layer] = form
 

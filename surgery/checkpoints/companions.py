@@ -35,7 +35,7 @@ _OWN = (
     "config.json", "*.index.json", "*.index.*.json", "README.md", "adapter_config.json", "surgery.json", "recipe.yaml",
     "export.json",
 )  # fmt: skip
-"""What is said of the parent's weights alone, and what we write ourselves."""
+"""Files about the parent's weights alone, and files that we write ourselves."""
 _TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "*.spm", "chat_template.*", "chat_templates/*", "additional_chat_templates/*",
@@ -91,7 +91,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def _modules(source: Path) -> set[str]:
-    """Folders of a sentence-transformers model that hold modules behind the decoder: pooling, dense layers."""
+    """Folders of a sentence-transformers model that hold modules after the decoder: pooling, dense layers."""
     try:
         listed = json.loads((source / "modules.json").read_text())
         paths = [str(module["path"]) for module in listed]

@@ -161,7 +161,7 @@ def _gguf_of(model: PreTrainedModel) -> tuple[str, Path] | None:
 
 
 def _check_rope(model: PreTrainedModel, file: Path) -> None:
-    """Refuse a model whose loader has dropped what the file says of its rotary frequencies."""
+    """Refuse a model whose loader has dropped the rotary frequencies that the file holds."""
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     found = _rope_scaling(file)

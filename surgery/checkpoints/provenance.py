@@ -35,7 +35,7 @@ def provenance(
 
     Args:
         left_out: tensors of the parent's files that its class does not load; the result has none of them.
-        told: what there is to say of the parent beside its name: the adapter that was merged, the GGUF it came from.
+        told: facts about the parent beside its name: the adapter that was merged, the GGUF it came from.
     """
     return {
         # Read from a file, a config names that file.

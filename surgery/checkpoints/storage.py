@@ -183,7 +183,7 @@ def _plain(model: PreTrainedModel, names: Collection[str] = ()) -> dict[str, Ten
 
 
 def _copy_dtypes(source: dict[str, Any], target: dict[str, Any]) -> None:
-    """What a config and those inside it say of dtypes."""
+    """The dtypes that a config, and those inside it, name."""
     target.pop("dtype", None)
     found = source.get("dtype", source.get("torch_dtype"))
     if found is not None:

@@ -235,7 +235,7 @@ def _parents_metadata(source: Source, base_model: str | None) -> dict[str, Any]:
 
 
 def _taken_apart(text: str) -> tuple[dict[str, Any], str, str]:
-    """Front matter, and what stands before and behind the generated part of a card; all of it where there is none.
+    """Front matter, and what stands before and after the generated part of a card; all of it where there is none.
 
     Raises:
         CheckpointError: the front matter is no YAML.

@@ -283,7 +283,7 @@ def _needs_query_latent(config: Any) -> bool:
 
 
 def _query_latent(old: str, read: Callable[[], Tensor], gain: Callable[[], Tensor], config: Any) -> Iterator[Made]:
-    """`q_proj` behind a latent as wide as the input: undoing the gain of the input's norm leaves numbers whose mean
+    """`q_proj` after a latent as wide as the input: undoing the gain of the input's norm leaves numbers whose mean
     square is 1, which the norm on the latent does not change. In float32."""
     layer, D = old.split(".")[2], config.hidden_size
     rows = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)

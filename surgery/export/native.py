@@ -42,7 +42,7 @@ class Native:
     def judge(self, subject: Subject) -> Way | Refusal:
         """Say whether a stock class other than the result's own can say it.
 
-        Judged by the weights in `check`: biases that training added, scales on normed queries, and, for `pad`, which
+        Judged by the weights in `check`: biases that training added, and, for `pad`, which
         frequencies the calibration text has chosen.
         """
         if subject.native:
@@ -56,9 +56,7 @@ class Native:
 
     def check(self, source: Source) -> None:
         """Refuse what the weights have and the stock class has not."""
-        if source.subject.caches_heads:
-            parent_class.check(source)
-        else:
+        if not source.subject.caches_heads:
             deepseek.check(source.model, self.norm, self.text, self.pad)
 
     def write(self, source: Source, folder: Path) -> Written:

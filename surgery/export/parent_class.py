@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..anatomy import examine
 from ..attention.weights import read_attention, write_attention
-from ..errors import PlanError
 from ..planning.parent_class import meta_model, native_config
 from ..planning.repeated_heads import repeated_heads
 from ..planning.targets import REPEATED, Refusal, Subject, Way, stored_otherwise
@@ -43,20 +42,6 @@ def judge(subject: Subject) -> Way | Refusal:
                 way_out="Use equal groups, or --to hub.",
             )
     return Way(by=REPEATED)
-
-
-def check(source: Source) -> None:
-    """Refuse scales on normed queries, which calibration adds and the parent's class has not.
-
-    Raises:
-        PlanError: names the layer.
-    """
-    for layer in source.layers:
-        if "post_norm_scale" in layer["shapes"]:
-            raise PlanError(
-                f"layer {layer['site']['layer']} scales its queries after their norm; {source.subject.architecture} "
-                "does not. Use --to hub."
-            )
 
 
 def stock_config(subject: Subject) -> Any:

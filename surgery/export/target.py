@@ -139,7 +139,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a target says of what it wrote."""
+    """What a target reports about what it wrote."""
 
     architecture: str
     """Name of the class, or of the format's architecture."""

@@ -108,7 +108,7 @@ def left_out(hard_BKT: Tensor, order_BT: Tensor, retain: Retain) -> Tensor:
 
 
 def _following(order_BT: Tensor) -> Tensor:
-    """[B, T]: tokens behind each one in its own sequence."""
+    """[B, T]: tokens after each one in its own sequence."""
     last = torch.cat((order_BT[:, 1:] == 0, torch.ones_like(order_BT[:, :1], dtype=torch.bool)), dim=1)
     places = torch.arange(order_BT.shape[1], device=order_BT.device).expand_as(order_BT)
     end = torch.where(last, places, order_BT.shape[1]).flip(1).cummin(1).values.flip(1)

@@ -59,7 +59,7 @@ def check_prompts(tokenizer: Any) -> None:
     _, end = special_tokens(tokenizer, FILLER)
     if end:
         raise CheckpointError(
-            f"tasks: the tokenizer puts {' '.join(tokenizer.convert_ids_to_tokens(end))} behind every text, so every "
+            f"tasks: the tokenizer puts {' '.join(tokenizer.convert_ids_to_tokens(end))} after every text, so every "
             "question would end before its answer. Load it with add_eos_token=False."
         )
 
@@ -82,7 +82,7 @@ def run_tasks(
         seed: of our questions and of few-shot examples. lm-eval seeds the generators of the process with it.
 
     Returns:
-        `task metric` -> score, with lm-eval's filter behind it where it has one. Of a group, its own scores where
+        `task metric` -> score, with lm-eval's filter after it where it has one. Of a group, its own scores where
         lm-eval sums it up, else those of its tasks.
 
     Raises:
@@ -209,7 +209,7 @@ def _questions(task: str, model: PreTrainedModel, tokenizer: Any, seed: int) -> 
     spell = str.lower if reader.lower else str
     context = min(max_positions(model.config) or 2048, 2048)
     rng = random.Random(f"{seed} {task}")
-    # One token more than the longest: the stop behind the word.
+    # One token more than the longest: the stop after the word.
     room = 1 + max(reader.length(TASKS[task](rng).answer) for _ in range(100))
     documents = []
     # All lengths and depths among the first few, so that `limit` keeps a mixture.

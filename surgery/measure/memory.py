@@ -24,7 +24,7 @@ class CacheSize:
     bytes: int
     """Measured: every tensor that the cache keeps."""
     predicted_bytes: int | None
-    """What the plan says; None where the model cannot be planned."""
+    """Predicted by the plan; None where the model cannot be planned."""
     achieved_ratio: float | None = None
     """Tokens per slot, mean over layers that merge or drop tokens; None where none does."""
 

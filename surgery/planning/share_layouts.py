@@ -37,7 +37,7 @@ def check_layout(layout: str, budget: bool, where: str) -> None:
             f"{where}: layout {layout!r} needs `kv_layers`: how many layers keep a cache (4), or what part (0.5)."
         )
     if budget and (name not in BUDGETED or size is not None):
-        raise RecipeError(f"{where}: layout {layout!r} says itself how many layers keep a cache. Leave out kv_layers.")
+        raise RecipeError(f"{where}: layout {layout!r} fixes how many layers keep a cache. Leave out kv_layers.")
 
 
 def owners_of(layout: str, layers: Sequence[int], kv_layers: int | float | None, where: str) -> dict[int, int]:

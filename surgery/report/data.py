@@ -288,7 +288,7 @@ _BREAKABLE = ("95 %", "same top", "KV B/token", "prefill tok/s", "decode tok/s")
 
 
 def _table(*names: str) -> Table:
-    """The first column names things and folds; the numbers behind it stay on one line where they can."""
+    """The first column names things and folds; the numbers after it stay on one line where they can."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left", caption_style="")
     table.add_column(names[0], overflow="fold", min_width=8)
     for name in names[1:]:

@@ -115,7 +115,7 @@ def _fingerprint(m: Measured) -> str:
 
 
 def told_apart(reports: Sequence[Report]) -> list[Report]:
-    """The reports with one name for the baseline, and a number behind a model's name that was there before."""
+    """The reports with one name for the baseline, and a number after a model's name that was there before."""
     parents = [r.baseline.name for r in reports if r.baseline is not None]
     taken = set(parents[:1])
     named = []

@@ -1,7 +1,7 @@
 """The `gqa` step: pool KV heads layer by layer, refit what closed forms can, and fit gains over the whole model.
 
 A refit or gain is kept only where it brings the model nearer to its parent on calibration text that it was not fitted
-on: least squares on scores can win there and still lose behind the softmax.
+on: least squares on scores can win there and still lose after the softmax.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Gqa(Layerwise, Method):
     ) -> AttentionWeights:
         """W_q by the parent's logits, then W_o by its output.
 
-        Leaves a layer alone that pooling left alone, and query rows behind a norm or a soft cap.
+        Leaves a layer alone that pooling left alone, and query rows that a norm or a soft cap follows.
 
         Args:
             activations: called once per refit; `tokens` is their number.

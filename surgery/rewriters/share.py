@@ -76,7 +76,7 @@ class ShareStep(Step):
         if isinstance(self.layout, str):
             check_layout(self.layout, self.kv_layers is not None, where)
         elif self.kv_layers is not None:
-            raise RecipeError(f"{where}: a map says itself how many layers keep a cache. Leave out kv_layers.")
+            raise RecipeError(f"{where}: a map fixes how many layers keep a cache. Leave out kv_layers.")
         elif not self.layout:
             raise RecipeError(f"{where}.layout: the map is empty. Write for example {{1: 0, 3: 2}}, reader: owner.")
         if self.kv_layers is not None and (

@@ -92,22 +92,19 @@ class SurgeryAttention(nn.Module):
         site: what the parent computed there; names of parameters are not used.
         plan: what is cached and who reads it.
         call: arguments and result of the parent's module.
-        shapes: shape of each parameter by name. Optional ones (biases, gains, `sinks`, `post_norm_scale`) exist where
-            they are listed. `post_norm_scale` multiplies q after its norm: [N, H] per channel, or [N, dims/2, 2] as
-            real and imaginary part per rotary pair.
+        shapes: shape of each parameter by name. Optional ones (biases, gains, `sinks`) exist where they are listed.
 
     Departs from parents in one thing: dropout on weights and output is kept, other dropout inside attention is not.
     """
 
     linears: tuple[str, ...]
     norms: tuple[str, ...]
-    tensors: tuple[str, ...] = ("sinks", "post_norm_scale")
+    tensors: tuple[str, ...] = ("sinks",)
     q_proj: nn.Linear
     o_proj: nn.Linear
     q_norm: SurgeryHeadNorm | None
     out_gate: nn.Linear | None
     sinks: nn.Parameter | None
-    post_norm_scale: nn.Parameter | None
     inv_freq_bits: Tensor
     slope_bits: Tensor
     num_key_value_groups: int
@@ -174,10 +171,6 @@ class SurgeryAttention(nn.Module):
             init.copy_(getattr(self, name), value)
         if self.sinks is not None:
             init.zeros_(self.sinks)
-        if self.post_norm_scale is not None:
-            init.ones_(self.post_norm_scale)
-            if self.post_norm_scale.ndim == 3 and not getattr(self.post_norm_scale, "_is_hf_initialized", False):
-                init.zeros_(self.post_norm_scale[..., 1])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = self.call.bind(args, kwargs)
@@ -338,9 +331,8 @@ class SurgeryAttention(nn.Module):
         raise NotImplementedError
 
     def _queries(self, hidden_states: Tensor) -> Tensor:
-        """[B, T, N, H], normed and scaled, before any rotation."""
-        q = norm_heads(self.q_norm, self._project(self.q_proj, hidden_states, self.site.head_dim), False)
-        return q if self.post_norm_scale is None else self._scale(q, self.post_norm_scale)
+        """[B, T, N, H], normed, before any rotation."""
+        return norm_heads(self.q_norm, self._project(self.q_proj, hidden_states, self.site.head_dim), False)
 
     def _positions(self, inputs: Inputs) -> Tensor:
         """[B or 1, T]; counted through the cache where the parent passes none."""
@@ -357,11 +349,6 @@ class SurgeryAttention(nn.Module):
         if self.site.clip_qkv is not None:
             x = x.clamp(-self.site.clip_qkv, self.site.clip_qkv)
         return x.unflatten(-1, (-1, width))
-
-    def _scale(self, q_BTNH: Tensor, scale: Tensor) -> Tensor:
-        if scale.ndim == 3:
-            return self._turn(q_BTNH, scale[..., 0], scale[..., 1])
-        return q_BTNH * scale.to(q_BTNH.dtype)
 
     def _cos_sin(self, position_embeddings: Any, positions: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of each rotary pair, [B, T, 1, dims/2]."""

@@ -63,7 +63,7 @@ def origin_of(site: AttentionSite, name: str) -> str | None:
         norm = norms[module]
         names = None if norm is None else norm.weight if kind == "weight" else norm.bias
         return names if names is None or isinstance(names, str) else names[0]
-    # Names begin with what they make: `k_up`, `v_up`, `kv_down`, `q_rope`; `post_norm_scale` is on the queries.
+    # Names begin with what they make: `k_up`, `v_up`, `kv_down`, `q_rope`.
     projection = site.gate if module == "out_gate" and site.gate else projections.get(module[0], site.q)
     return (projection.bias if kind == "bias" else None) or projection.weight
 

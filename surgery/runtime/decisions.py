@@ -126,7 +126,7 @@ def _near_and_key(x_BKT: Tensor, order_BT: Tensor, retain: Retain, real_BT: Tens
     if not retain.averages:
         assert retain.window is not None
         return distance < retain.window, x_BKT
-    # The next token decides whether j stays visible; behind the last one there is none yet.
+    # The next token decides whether j stays visible; after the last one there is none yet.
     if real_BT is None:
         return distance == 0, torch.nn.functional.pad(x_BKT[..., 1:], (0, 1))
     return distance == 0, from_end(torch.nn.functional.pad(at_end(x_BKT, real_BT)[..., 1:], (0, 1)), real_BT)

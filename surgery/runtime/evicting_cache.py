@@ -12,7 +12,7 @@ from .slots import NEVER, New, Slots
 class EvictingLayer(PagedLayer):
     """Every token gets a slot; one that its gate gave up leaves it to the token that is `window` tokens younger.
 
-    So decoding moves nothing. `window` [B, K, W] int32 says of the newest W tokens of a row, token t at t % W, where
+    So decoding moves nothing. `window` [B, K, W] int32 holds for the newest W tokens of a row, token t at t % W, where
     they lie and whether they go: 2 * (slot + 1) + goes; 0 before there were W.
     """
 

@@ -1,4 +1,4 @@
-"""What the mask of a gated attention says of its tokens: which are padding, and where the others stand.
+"""Read the mask of a gated attention: which tokens are padding, and where the others stand.
 
 Tokens merge or leave by what came before them in their sequence. So a mask must say sequences: causality, padding
 anywhere, and, without a cache, documents side by side. All else is refused: decisions would not follow it, and a cache

@@ -98,7 +98,7 @@ class SurgeryMixin(SurgeryGeneration):
         return bool(parent._can_set_experts_implementation())
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent's, behind every public switch.
+        """As the parent's; every public switch ends here.
 
         Raises:
             ValueError: reentrant checkpointing where layers share caches: the gradients that readers have for the

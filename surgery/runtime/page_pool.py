@@ -33,7 +33,7 @@ class PagePool:
         if self._allocated:
             return
         pages = len(key) * (self.per_sequence or 0)
-        # Zeros: what lies behind a row's length is hidden, and 0 times NaN would show all the same.
+        # Zeros: what lies after a row's length is hidden, and 0 times NaN would show all the same.
         self.keys = key.new_zeros(pages, self.page, key.shape[-1])
         self.values = value.new_zeros(pages, self.page, value.shape[-1])
         self.order = torch.arange(pages, dtype=torch.int32, device=key.device)

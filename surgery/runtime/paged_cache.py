@@ -267,7 +267,7 @@ class PagedLayer(CacheLayerMixin):
         else:
             self.pool.give(self.tables[there])
         self.held.zero_()
-        self.tables.zero_()  # entries behind a row's pages are read as well, and hidden
+        self.tables.zero_()  # entries after a row's pages are read as well, and hidden
 
     def _take(self, wanted: Tensor) -> Tensor:
         self._require(

@@ -93,7 +93,7 @@ class PoolingLayer(PagedLayer):
             weight, merges = torch.cat((old_weight, weight), dim=2), torch.cat((old_there & ~begins, merges), dim=2)
             there = None if there is None else F.pad(there, (before, 0), value=True)
         if there is not None:
-            # Padding stands before all terms: runs of before go on behind it.
+            # Padding stands before all terms: earlier runs go on after it.
             x, weight, merges = [at_end(t, there) for t in x], at_end(weight, there), at_end(merges, there)
         prefixes = [pooled(t, weight, merges, self.retain.window) for t in x]
         self._keep_open_run(x, weight, merges, order_BT)

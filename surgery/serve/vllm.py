@@ -74,8 +74,6 @@ class SurgeryServedAttention(nn.Module):
         self.k_norm = (
             _norm(site.k_norm, shapes.get("k_norm.weight"), site.head_dim, kv_part) if self.owns_cache else None
         )
-        scale = shapes.get("post_norm_scale")
-        self.post_norm_scale = None if scale is None else _part(scale, query_part)
         self.rotary_emb = get_rope(
             site.head_dim, max_position=max_position_embeddings, rope_parameters=config.rope_parameters
         )
@@ -104,23 +102,12 @@ class SurgeryServedAttention(nn.Module):
             q = self._by_head(self.q_norm, q)
         if self.k_norm is not None and k is not None:
             k = self._by_head(self.k_norm, k)
-        if self.post_norm_scale is not None:
-            q = self._scale(q, self.post_norm_scale)
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
         return output
 
     def _by_head(self, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x.unflatten(-1, (-1, self.head_dim)).contiguous()).flatten(-2)
-
-    def _scale(self, q: Tensor, scale: Tensor) -> Tensor:
-        """By channel, or by rotary pair (j, j + H/2) as complex numbers; see `SurgeryAttention`."""
-        q_TNH = q.unflatten(-1, (-1, self.head_dim))
-        if scale.ndim == 2:
-            return (q_TNH * scale).flatten(-2)
-        a, b = q_TNH.chunk(2, dim=-1)
-        real, imaginary = scale.unbind(-1)
-        return torch.cat((a * real - b * imaginary, b * real + a * imaginary), dim=-1).flatten(-2)
 
 
 class HeadGains(nn.Module):

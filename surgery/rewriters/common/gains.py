@@ -53,7 +53,7 @@ def fit_gains(
 
     Args:
         batches: keyword arguments of both models' forward (`input_ids`, and `attention_mask` where there is padding).
-        sites: the converted attentions, as they are in `student`. Behind a q norm only W_o gets a factor: the norm
+        sites: the converted attentions, as they are in `student`. Before a q norm only W_o gets a factor: the norm
             would undo the other.
 
     Returns:

@@ -31,7 +31,7 @@ class ScoreFit:
 
     def __init__(self, parent: AttentionWeights, student: AttentionWeights, order: Sequence[int]) -> None:
         if student.q_norm is not None or student.softcap is not None:
-            raise PlanError("queries behind a norm or a soft cap are not linear in W_q. Leave out the query refit.")
+            raise PlanError("queries that are normed or soft-capped are not linear in W_q. Leave out the query refit.")
         self.parent, self.student = parent, student
         self.order = list(order)
         self.x: list[Tensor] = []

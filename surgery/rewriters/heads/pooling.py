@@ -203,7 +203,7 @@ def _pool_unrotated(block: Block, g: list[int], init: Init, limit: Fold | None, 
     if limit is None:
         pooled = pool_block(gram, metric, "general" if init == "rank1" else "orthogonal")
         return renorm_block(pooled, gram) if renorm and init == "aligned" else pooled
-    # Behind a q norm no two channels may mix: each is a pair of its own with a real factor.
+    # Before a q norm no two channels may mix: each is a pair of its own with a real factor.
     fold: Fold = "real" if limit in ("complex", "real") else "none" if limit == "none" else "sign"
     own = gram.diagonal(dim1=1, dim2=3).permute(2, 0, 1).to(torch.complex128)  # [H, m, m]
     weight = metric.diagonal(dim1=1, dim2=2)

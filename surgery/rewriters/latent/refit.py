@@ -63,7 +63,7 @@ def refit_queries(
     stride: int = 1,
     ridge: float = 1e-3,
 ) -> AttentionWeights:
-    """`student` with W_q fitted to the parent's attention logits; unchanged behind a q norm or a soft cap."""
+    """`student` with W_q fitted to the parent's attention logits; unchanged where a q norm or a soft cap follows."""
     if student.q_norm is not None or student.softcap is not None:
         return student
     fit: QueryFit | LatentQueryFit

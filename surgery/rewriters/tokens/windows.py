@@ -40,7 +40,7 @@ def windows_by_layer(copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Win
 def window_costs(
     copy: WorkingCopy, plans: Sequence[LayerPlan], text: Windows, advance: Callable[[int], None]
 ) -> Callable[[int, int], float]:
-    """KL to the parent in nats per token where one layer drops all tokens behind a window, all others none.
+    """KL to the parent in nats per token where one layer drops all tokens older than a window, all others none.
 
     Args:
         advance: called with 1 whenever a cost is measured.
@@ -74,7 +74,7 @@ def _all_leave(retain: Retain, window: int) -> Evict:
 
 @contextmanager
 def _window(attention: SurgeryGatedAttention, window: int) -> Iterator[None]:
-    """Inside, the attention drops tokens behind `window`; afterwards, also after an error, it is as it was."""
+    """Inside, the attention drops tokens older than `window`; afterwards, also after an error, it is as it was."""
     whole = attention.retain
     attention.retain = replace(whole, window=window)
     try:
