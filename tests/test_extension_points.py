@@ -5,6 +5,8 @@ Each toy is registered under the name `toy` by one assignment, and goes through 
 """
 
 import ast
+import sys
+import types
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -200,10 +202,23 @@ def test_a_format_of_ones_own(registered, tmp_path):
     assert 0 < error < 0.05, error  # encoded, and still the model
 
 
+def test_the_example_of_the_documentation_runs(monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.setattr("surgery.rewriters.REWRITERS", dict(REWRITERS))
+    registry = sys.modules["surgery.rewriters"].REWRITERS
+    monkeypatch.setattr("surgery.recipe.REWRITERS", registry)
+    module = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)  # hints of its dataclass are looked up there
+    exec(compile(code, "extending.md", "exec"), vars(module))
+    child = surgery.convert(tiny_model("llama"), {"steps": [{"rewriter": "first_head", "head": 1}]})
+    assert child.config.num_key_value_heads == 1
+
+
 def test_each_toy_is_one_class_and_one_line():
     """Nothing in the library names them: the demonstration counts what a method, a score and a format touch."""
     root = Path(surgery.__file__).parent
     assert not [file for file in root.rglob("*.py") if "toy" in file.read_text().lower()]
     lines = ast.unparse(ast.parse(Path(__file__).read_text())).splitlines()
-    registering = [line.strip() for line in lines if line.strip().startswith("monkeypatch.setitem(")]
+    registering = [line.strip() for line in lines if line.strip().startswith("monkeypatch.setitem(") and "toy" in line]
     assert len(registering) == 5  # a format is registered twice: how it is planned, and what holds it

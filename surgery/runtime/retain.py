@@ -201,7 +201,7 @@ class Evict(Retain):
         return self.scorer == "window"
 
     def label(self) -> str:
-        return f"evict by {self.scorer} {self.ratio:.3g}x window {self.window}"
+        return f"window {self.window}" if self.is_fixed else f"{self.scorer} {self.ratio:.3g}x window {self.window}"
 
 
 RETAINS: dict[str, type[Retain]] = {"dms": Gate, "dmc": Pool, "evict": Evict}
