@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from surgery.attention.forward import attend
+from surgery.attention.linalg import blockdiag, to_double
 from surgery.attention.weights import AttentionWeights, read_attention, write_attention
 from surgery.calibration.statistics import Activations
 from surgery.errors import PlanError, RecipeError
@@ -29,11 +30,29 @@ from surgery.rewriters.heads.grouping import (
 )
 from surgery.rewriters.heads.head_weights import fit_head_weights, fuse_heads
 from surgery.rewriters.heads.pooling import pool_heads, source_queries
-from surgery.rewriters.heads.shared_head import block_error, pairs_error, pool_block, pool_pairs
+from surgery.rewriters.heads.shared_head import PooledBlock, PooledPairs, pool_block, pool_pairs
 from surgery.runtime.layout import AttentionSite, HeadNorm, Projection, Rotary
 
 D, H = 24, 8
 INITS = get_args(Init)
+
+
+def pairs_error(pooled: PooledPairs, gram_Fmm: torch.Tensor, weight_mF: torch.Tensor) -> torch.Tensor:
+    """Σ_j Σ_a λ_a E|k_a - read_a k'|²"""
+    gram = to_double(gram_Fmm)
+    own = gram.diagonal(dim1=1, dim2=2).real
+    cross = torch.einsum("fab,fb->fa", gram, pooled.mix.conj())
+    energy = torch.einsum("fa,fab,fb->f", pooled.mix, gram, pooled.mix.conj()).real
+    error = own - 2 * (pooled.read.conj() * cross).real + pooled.read.abs().square() * energy[:, None]
+    return (error * weight_mF.T).sum()
+
+
+def block_error(pooled: PooledBlock, moment_mHmH: torch.Tensor, metric_mHH: torch.Tensor) -> torch.Tensor:
+    """Σ_a tr(M_a E[(k_a - read_a k')(...)ᵀ])"""
+    m, H = pooled.read.shape[:2]
+    left = torch.eye(m * H, dtype=torch.float64) - pooled.read.reshape(m * H, H) @ pooled.mix.reshape(H, m * H)
+    error = left @ moment_mHmH.reshape(m * H, m * H) @ left.T
+    return (blockdiag(metric_mHH) * error).sum()
 
 
 def make(

@@ -15,7 +15,7 @@ import torch
 
 import surgery
 from surgery.anatomy import examine
-from surgery.attention.forward import attend
+from surgery.attention.forward import attend, probabilities
 from surgery.attention.latent import (
     LatentWeights,
     cached_entries,
@@ -27,7 +27,8 @@ from surgery.attention.latent import (
     score_sides,
     shared_rotary,
 )
-from surgery.attention.reference import attention_probs, rotate_pairs
+from surgery.attention.linalg import damp
+from surgery.attention.maths import rotate_pairs
 from surgery.attention.weights import AttentionWeights, read_attention
 from surgery.calibration.statistics import Activations, layer_activations
 from surgery.calibration.text import Windows, load_tokenizer, load_windows
@@ -35,7 +36,7 @@ from surgery.calibration.working_copy import WorkingCopy
 from surgery.errors import PlanError, UnsupportedModel
 from surgery.planning.latent_size import aligned_rank, kept_numbers, latent_budget, rope_splits
 from surgery.rewriters.common.gains import tune_gains
-from surgery.rewriters.latent.factors import alternate, joint_error, joint_latent
+from surgery.rewriters.latent.factors import alternate, joint_latent
 from surgery.rewriters.latent.fit import FitOptions, fit_layer, lowrank_candidates, mla_candidates
 from surgery.rewriters.latent.low_rank import LOWRANK_INITS, lowrank
 from surgery.rewriters.latent.moments import LatentMoments, MomentSums
@@ -111,9 +112,7 @@ def attend_latent(w: AttentionWeights, latent: LatentWeights, x: torch.Tensor, f
         q_r = rotate_pairs(shared_rotary(latent), q_r, *latent_angles(latent, x))
         left = torch.cat([torch.einsum("bnth,nhr->bntr", q, latent.k_up_KHR.to(x)[kv_of]), q_r], -1)
         right = torch.cat([c, k_r], -1)[:, None].expand(-1, len(kv_of), -1, -1)
-    scores, probs = attention_probs(
-        left, right, scale=w.scale, softcap=w.softcap, window=w.window, alibi_slopes=w.alibi_slopes, sinks_N=w.sinks_N
-    )
+    scores, probs = probabilities(w, left, right)
     v_up = latent.v_up_KVR.to(x)[kv_of]
     if form == "absorbed":
         out = torch.einsum("bntr,nvr->btnv", probs @ c[:, None], v_up)
@@ -262,6 +261,25 @@ def test_interleaved_channels_are_brought_to_where_the_parent_has_them():
 
 
 # ------------------------------------------------------------------------------------------------ optimality
+
+
+def joint_error(
+    down_RD: torch.Tensor,
+    k_PD: torch.Tensor,
+    v_QD: torch.Tensor,
+    k_metric_PP: torch.Tensor,
+    v_metric_QQ: torch.Tensor,
+    key_DD: torch.Tensor,
+    value_DD: torch.Tensor,
+) -> float:
+    """What `alternate` minimises, with the best `up` for `down_RD`."""
+    total = 0.0
+    for W, M, C in ((k_PD, k_metric_PP, key_DD), (v_QD, v_metric_QQ, value_DD)):
+        seen = down_RD @ damp(C, 1e-6)
+        up = torch.linalg.solve(damp(seen @ down_RD.mT, 1e-12), seen @ W.mT).mT
+        rest = W - up @ down_RD
+        total += float((M * (rest @ C @ rest.mT)).sum())
+    return total
 
 
 def test_joint_error_equals_the_discarded_tail():

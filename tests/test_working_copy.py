@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy as copies
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
@@ -87,11 +91,14 @@ def text(windows: int = 16) -> Windows:
     return Windows(found, torch.ones_like(found, dtype=torch.bool), f"random {windows}")
 
 
-def run(work: WorkingCopy, model: LlamaForCausalLM, steps: list[dict[str, Any]], windows: Windows | None) -> Plan:
-    """Carry out the steps; the settled plan."""
+def run(
+    work: WorkingCopy, model: LlamaForCausalLM, steps: list[dict[str, Any]], windows: Windows | None, mode: Any = None
+) -> Plan:
+    """Carry out the steps (inside `mode`); the settled plan."""
     planned = plan(model, {"steps": steps})
     for step in planned.recipe.steps:
-        rewriter_for(step).convert(work, [after for _, after in planned.changed(step)], windows)
+        with mode or nullcontext():
+            rewriter_for(step).convert(work, [after for _, after in planned.changed(step)], windows)
     return planned.settled(map(work.settle, planned.after))
 
 
@@ -178,3 +185,97 @@ def test_conversion_neither_uses_nor_changes_the_callers_random_state(step: dict
         assert torch.equal(torch.get_rng_state(), before[0])
         assert (random.getstate(), repr(np.random.get_state())) == before[1:]
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+ELSEWHERE = torch.device("xpu", 0)
+"""Stands for an accelerator that is not here."""
+FREE = {"copy_", "__setitem__", "__get__", "shape", "size", "dim", "type", "backward", "numel", "is_floating_point"}
+
+
+class TwoDevices(TorchFunctionMode):
+    """Tensors of a model are said to be on another device; an operation on tensors of two devices is an error."""
+
+    def __init__(self, *models: torch.nn.Module) -> None:
+        super().__init__()
+        self.there = WeakIdKeyDictionary()
+        for model in models:
+            for tensor in (*model.parameters(), *model.buffers()):
+                self.there[tensor] = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
+        there = [t for t in tensors if t in self.there]
+        if func == Tensor.device.__get__:
+            return ELSEWHERE if there else torch.device("cpu")
+        target: bool | None = None
+        if name in ("to", "cpu", "type_as"):
+            devices = [torch.device(a) for a in _leaves((args[1:], kwargs)) if isinstance(a, (torch.device, str))]
+            others = [t for t in _leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
+            target = (
+                False if name == "cpu" else devices[0] == ELSEWHERE if devices
+                else others[0] in self.there if others else bool(there)
+            )  # fmt: skip
+            if others:  # the same without the tensor that is only asked for its device and dtype
+                func, args = Tensor.to, (args[0], others[0].dtype)
+            args = tuple(a for a in args if not isinstance(a, torch.device))
+            kwargs.pop("device", None)
+        elif kwargs.get("device") is not None:
+            target = torch.device(kwargs["device"]) == ELSEWHERE
+            kwargs["device"] = "cpu" if target else kwargs["device"]
+        elif there and name not in FREE:
+            mixed = [
+                t
+                for t in tensors
+                if t not in self.there and t.dim() and not (name == "__getitem__" and t is not args[0])
+            ]
+            if mixed:
+                raise RuntimeError(f"{name}: tensors are on two devices")
+        if func is Tensor.to and len(args) == 1 and not kwargs:
+            found = args[0].view_as(args[0])
+        else:
+            found = func(*args, **kwargs)
+        on = bool(there) if target is None else target
+        same = target is not None and any(found is t for t in tensors)
+        if same and (found in self.there) != on:
+            found = found.view_as(found)
+        if on:
+            for t in _leaves(found):
+                if isinstance(t, Tensor):
+                    self.there[t] = True
+        return found
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for part in value.values() for leaf in _leaves(part)]
+    if isinstance(value, (list, tuple)):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        GQA | {"gain_fit": True},
+        MLA | {"gain_fit": True},
+        LOWRANK,
+        SHARE,
+        SHARE | {"layout": "kvsharer", "kv_layers": 3, "init": "replace"},
+        SHARE | {"init": "latent", "keep": 0.5},
+        DMS | {"gate": "score:key_norm", "window": 4, "ratio": 1.2},
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_on_another_device_is_converted_to_the_same_numbers(step: dict[str, Any]) -> None:
+    model = tiny()
+    work, here = (WorkingCopy(copies.deepcopy(model), examine(model)) for _ in range(2))
+    want = run(here, model, [step], text())
+    mode = TwoDevices(work.teacher, work.model)
+    found = run(work, model, [step], text(), mode)
+    with mode:
+        assert next(work.model.parameters()).device == ELSEWHERE
+    assert found.after == want.after
+    for layer in work.sites:
+        for name, tensor in here.canonical(layer).items():
+            assert torch.equal(work.canonical(layer)[name], tensor), name

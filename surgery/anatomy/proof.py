@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..attention.reference import attend_heads, finish_heads, heads_of, project_out, relative_error, turn
+from ..attention.reference import attend_heads, finished_role, project_out, relative_error, role_heads, turn
 from ..errors import UnsupportedModel
 from ..runtime.layout import AttentionSite, HeadNorm
 from .graph import Graph, shape
@@ -42,11 +42,11 @@ def prove(
         got = got.transpose(-1, -2) if found.k_transposed and role == "k" else got
         got = got.reshape(1, -1, *got.shape[-2:])[:, :: reading.repeats][..., list(reading.order)]
         params = {graph.sources[n].name: w for n, w in weights.items()}
-        heads = heads_of(getattr(site, role), params, x_BTD, reading.dim, site.clip_qkv)
+        heads = role_heads(getattr(site, role), params, x_BTD, reading.dim, site.clip_qkv)
         rotary = None if role == "v" else site.rotary
         best = float("inf")
         for norm in _orders(reading.norm, rotary is not None):
-            mine = reading.factor * finish_heads(heads, params, norm, rotary, positions)
+            mine = reading.factor * finished_role(heads, params, norm, rotary, positions)
             best = min(best, relative_error(mine, got))
             if best <= _TOLERANCE:
                 if norm is not None:
@@ -120,7 +120,7 @@ def prove_scores(
     q, k, v = (t.reshape(1, -1, *t.shape[-2:]) for t in (q, k.transpose(-1, -2), v))
     alone = dataclasses.replace(site, scale=site.scale / (readings[0].factor * readings[1].factor))
     # The graph's keys may be repeated already; attend_heads repeats by what is left.
-    error = relative_error(attend_heads(alone, {}, q, k, v), got.reshape(1, -1, *got.shape[-2:]))
+    error = relative_error(attend_heads(alone, q, k, v), got.reshape(1, -1, *got.shape[-2:]))
     # ALiBi that the model rounds to bfloat16 (Falcon) is met to that rounding.
     if error > (_TOLERANCE if site.alibi_slopes is None else 5e-2):
         raise UnsupportedModel(

@@ -18,8 +18,8 @@ from ..errors import PlanError, UnsupportedModel
 from ..runtime.functions import as_bits
 from ..runtime.layout import AttentionSite, Latent, Rotary
 from ..runtime.project import latent_refusal
-from .forward import apply_norm, causal_heads, rotation
-from .reference import rotate_pairs
+from .forward import causal_heads, rotation
+from .maths import apply_norm, rotate_pairs
 from .weights import AttentionWeights
 
 

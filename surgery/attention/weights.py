@@ -54,6 +54,8 @@ class AttentionWeights:
     sinks_N: Tensor | None = None
     softcap: float | None = None
     window: int | None = None
+    clip_qkv: float | None = None
+    """Projections are clamped to [-clip, clip] before anything else."""
     gated_output: bool = False
     permutable: bool = True
     """Query heads may change places. False where the model computes slopes itself (BLOOM) or gates the outputs."""
@@ -131,27 +133,7 @@ def read_attention(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> 
     takes them from the old parameter.
     """
     rotary = site.rotary
-    order = _halves(rotary, site.head_dim)
-
-    def rows(p: Projection, dim: int) -> Tensor:
-        w = get_tensor(p.weight)
-        w = w.T if p.transposed else w
-        return torch.stack([w[r : r + dim] for r in p.head_rows])
-
-    def bias(p: Projection, dim: int) -> Tensor | None:
-        if p.bias is None:
-            return None
-        b = get_tensor(p.bias)
-        return torch.stack([b[r : r + dim] for r in p.head_rows])
-
-    def gain(name: str | tuple[str, ...] | None, heads: int, offset: float) -> Tensor | None:
-        if name is None:
-            return None
-        w = get_tensor(name) if isinstance(name, str) else torch.stack([get_tensor(n) for n in name])
-        w = w + offset if offset else w
-        if isinstance(name, str) and w.numel() == site.head_dim:
-            return w.expand(heads, -1)[:, order]
-        return w.reshape(heads, site.head_dim)[:, order]
+    order = halves(rotary, site.head_dim)
 
     def shared(norm: HeadNorm | None) -> bool:
         # Names of one parameter per head say that heads may differ, and so does a gain longer than one head.
@@ -162,22 +144,26 @@ def read_attention(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> 
     def norms(norm: HeadNorm | None, heads: int) -> tuple[Tensor | None, Tensor | None]:
         if norm is None:
             return None, None
-        return gain(norm.weight, heads, norm.weight_offset), gain(norm.bias, heads, 0.0)
+        found = read_norm(norm, heads, site.head_dim, get_tensor)
+        return _take(found[0], order), _take(found[1], order)
 
     o = get_tensor(site.o.weight)
     o = o.T if site.o.transposed else o
-    q_bias, k_bias = bias(site.q, site.head_dim), bias(site.k, site.head_dim)
+    (q, q_bias), (k, k_bias), (v, v_bias) = (
+        read_rows(part, dim, get_tensor)
+        for part, dim in ((site.q, site.head_dim), (site.k, site.head_dim), (site.v, site.value_dim))
+    )
     q_gain, q_shift = norms(site.q_norm, site.heads)
     k_gain, k_shift = norms(site.k_norm, site.kv_heads)
     group = site.group_size
     return AttentionWeights(
-        q_NHD=rows(site.q, site.head_dim)[:, order],
-        k_KHD=rows(site.k, site.head_dim)[:, order],
-        v_KVD=rows(site.v, site.value_dim),
+        q_NHD=q[:, order],
+        k_KHD=k[:, order],
+        v_KVD=v,
         o_DNV=torch.stack([o[:, c : c + site.value_dim] for c in site.o.head_rows], 1),
         q_bias_NH=None if q_bias is None else q_bias[:, order],
         k_bias_KH=None if k_bias is None else k_bias[:, order],
-        v_bias_KV=bias(site.v, site.value_dim),
+        v_bias_KV=v_bias,
         o_bias_D=None if site.o.bias is None else get_tensor(site.o.bias),
         groups=tuple(tuple(range(a * group, (a + 1) * group)) for a in range(site.kv_heads)),
         rotary=None if rotary is None else replace(rotary, interleaved=False),
@@ -195,9 +181,34 @@ def read_attention(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> 
         sinks_N=None if site.sinks is None else get_tensor(site.sinks),
         softcap=site.softcap,
         window=site.window,
+        clip_qkv=site.clip_qkv,
         gated_output=site.gated_output,
         permutable=not site.gated_output and site.alibi_slopes is None,
     )
+
+
+def read_rows(part: Projection, dim: int, get_tensor: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Weight [heads, dim, D] and bias [heads, dim] of one projection, channels as the model has them."""
+    w = get_tensor(part.weight)
+    w = w.T if part.transposed else w
+    b = None if part.bias is None else get_tensor(part.bias)
+    bias = None if b is None else torch.stack([b[r : r + dim] for r in part.head_rows])
+    return torch.stack([w[r : r + dim] for r in part.head_rows]), bias
+
+
+def read_norm(
+    norm: HeadNorm, heads: int, dim: int, get_tensor: Callable[[str], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Effective gain and bias of a norm, [heads, dim] each, channels as the model has them; None where it has none."""
+
+    def read(name: str | tuple[str, ...] | None, offset: float) -> Tensor | None:
+        if name is None:
+            return None
+        w = get_tensor(name) if isinstance(name, str) else torch.stack([get_tensor(n) for n in name])
+        w = w + offset if offset else w
+        return w.expand(heads, -1) if isinstance(name, str) and w.numel() == dim else w.reshape(heads, dim)
+
+    return read(norm.weight, norm.weight_offset), read(norm.bias, 0.0)
 
 
 def write_attention(
@@ -216,7 +227,7 @@ def write_attention(
     """
     where = f"layer {site.layer}"
     _check_fits(weights, site, where)
-    order = _halves(site.rotary, site.head_dim)
+    order = halves(site.rotary, site.head_dim)
     back = [order.index(j) for j in range(site.head_dim)]
     parts = [
         (site.q, weights.q_NHD[:, back], _take(weights.q_bias_NH, back)),
@@ -339,7 +350,7 @@ def _norm_parameter(gain_NH: Tensor, shared: bool, where: str) -> Tensor:
     return gain_NH[0]
 
 
-def _halves(rotary: Rotary | None, head_dim: int) -> list[int]:
+def halves(rotary: Rotary | None, head_dim: int) -> list[int]:
     """Channel order that brings rotated pairs from (2j, 2j+1) to (j, j + dims/2); the identity where they are so."""
     if rotary is None or not rotary.interleaved:
         return list(range(head_dim))

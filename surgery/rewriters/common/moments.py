@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...attention.forward import apply_norm
 from ...attention.linalg import hermitian, to_double
+from ...attention.maths import apply_norm
 from ...attention.weights import AttentionWeights
 from ...calibration.statistics import input_moments, projection_inputs
 from ...calibration.text import Windows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...attention.forward import attend, project, rotation
 from ...attention.linalg import damp, hermitian, ridge_regression
-from ...attention.reference import rotate_pairs
+from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
 

@@ -152,21 +152,3 @@ def weigh_block(alpha_m: Tensor, dim: int) -> PooledBlock:
     """The same for other channels."""
     eye = torch.eye(dim, dtype=torch.float64)
     return PooledBlock(alpha_m[None, :, None] * eye[:, None], eye.expand(len(alpha_m), dim, dim))
-
-
-def pairs_error(pooled: PooledPairs, gram_Fmm: Tensor, weight_mF: Tensor) -> Tensor:
-    """Σ_j Σ_a λ_a E|k_a - read_a k'|²"""
-    gram = to_double(gram_Fmm)
-    own = gram.diagonal(dim1=1, dim2=2).real
-    cross = torch.einsum("fab,fb->fa", gram, pooled.mix.conj())
-    energy = _energy(pooled.mix, gram)
-    error = own - 2 * (pooled.read.conj() * cross).real + pooled.read.abs().square() * energy[:, None]
-    return (error * weight_mF.T).sum()
-
-
-def block_error(pooled: PooledBlock, moment_mHmH: Tensor, metric_mHH: Tensor) -> Tensor:
-    """Σ_a tr(M_a E[(k_a - read_a k')(...)ᵀ])"""
-    m, H = pooled.read.shape[:2]
-    left = torch.eye(m * H, dtype=torch.float64) - pooled.read.reshape(m * H, H) @ pooled.mix.reshape(H, m * H)
-    error = left @ moment_mHmH.reshape(m * H, m * H) @ left.T
-    return (blockdiag(metric_mHH) * error).sum()

@@ -90,23 +90,6 @@ def alternate(
     return down, k_up, v_up
 
 
-def joint_error(
-    down_RD: Tensor,
-    k_PD: Tensor,
-    v_QD: Tensor,
-    k_metric_PP: Tensor,
-    v_metric_QQ: Tensor,
-    key_DD: Tensor,
-    value_DD: Tensor,
-) -> float:
-    """What `alternate` minimises, with the best `up` for `down_RD`."""
-    total = 0.0
-    for W, M, C in ((k_PD, k_metric_PP, key_DD), (v_QD, v_metric_QQ, value_DD)):
-        rest = W - _regress(W, damp(C, 1e-6), down_RD) @ down_RD
-        total += float((M * (rest @ C @ rest.mT)).sum())
-    return total
-
-
 def _regress(W: Tensor, C: Tensor, down: Tensor) -> Tensor:
     """argmin over up of E‖W x - up down x‖², whatever the metric."""
     return torch.linalg.solve(damp(down @ C @ down.mT, 1e-12), down @ C @ W.mT).mT

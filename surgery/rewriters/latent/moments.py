@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...attention.forward import project, rotation
+from ...attention.forward import probabilities, project, rotation
 from ...attention.linalg import hermitian, to_double
-from ...attention.reference import attention_probs, rotate_pairs
+from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
 from ..common.moments import Moments
 
@@ -86,15 +86,7 @@ class MomentSums:
         q, k, _ = project(replace(w, rotary=None), x_parent_BTD)  # before their rotation
         cos, sin = rotation(w, x.shape[1], x)
         q_turned, k = rotate_pairs(w.rotary, q, cos, sin), rotate_pairs(w.rotary, k, cos, sin)
-        _, p = attention_probs(
-            q_turned,
-            k[:, w.kv_of()],
-            scale=w.scale,
-            softcap=w.softcap,
-            window=w.window,
-            alibi_slopes=w.alibi_slopes,
-            sinks_N=w.sinks_N,
-        )
+        _, p = probabilities(w, q_turned, k[:, w.kv_of()])
         if w.sinks_N is not None:
             p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
         if not bool(mask_BT.all()):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...attention.forward import head_outputs
 from ...attention.latent import LatentWeights, cached_entries, expanded_weights, latent_outputs, shared_rotary
-from ...attention.reference import rotate_pairs
+from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
 from ...calibration.statistics import Activations
 from ..common.refit import OutputFit, QueryFit, ScoreFit

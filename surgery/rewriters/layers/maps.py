@@ -167,7 +167,7 @@ def input_gain(model: nn.Module, site: AttentionSite) -> Tensor:
     sign[1::2] = -1
     with torch.no_grad():
         plus, minus = (norm(x[None, None].to(next(norm.parameters()))) for x in (sign, -sign))
-    return ((plus - minus).flatten().double() / 2 * sign).cpu()
+    return (plus - minus).flatten().double().cpu() / 2 * sign
 
 
 def _key_map(weights: AttentionWeights, moments: PairMoments, a: int, b: int) -> Tensor:

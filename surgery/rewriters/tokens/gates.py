@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.forward import apply_norm
+from ...attention.maths import apply_norm
 from ...attention.weights import AttentionWeights
 from ...calibration.statistics import projection_inputs
 from ...calibration.text import Windows
