@@ -65,14 +65,15 @@ def _append(*, kv_heads: int, width: int, pairs: int, start: int, values: bool) 
     return run
 
 
-def _ragged(*, heads: int = 32, kv_heads: int = 8, width: int = 128) -> Callable[[], object]:
+def _ragged(*, heads: int = 32, kv_heads: int = 8, width: int = 128, rank: int | None = None) -> Callable[[], object]:
+    """`rank`: of latents, whose first numbers are the values."""
+
     def run() -> object:
         k = _new(16 * kv_heads * 512, 64, width)
+        v = torch.empty_like(k) if rank is None else k[..., :rank]
         lengths, programs = _lengths(16, kv_heads), 2 * 132
         plan = _lengths(16 * kv_heads + 2 + programs)
-        return decode_ragged_triton(
-            _new(16, heads, width), k, torch.empty_like(k), _lengths(16, kv_heads, 512), lengths, plan, 0.1
-        )
+        return decode_ragged_triton(_new(16, heads, width), k, v, _lengths(16, kv_heads, 512), lengths, plan, 0.1)
 
     return run
 
@@ -144,6 +145,9 @@ SHAPES: dict[str, Callable[[], object]] = {
     "ragged 32/8": _ragged(),
     "ragged mha 32": _ragged(kv_heads=32),
     "ragged 32/8 width 64": _ragged(width=64),
+    "ragged latent 32 x 128+32": _ragged(kv_heads=1, width=160, rank=128),
+    "ragged latent 32 x 256+64": _ragged(kv_heads=1, width=320, rank=256),
+    "ragged latent 32 x 512+64": _ragged(kv_heads=1, width=576, rank=512),
     "ragged schedule": _schedule,
     "compact": _compact,
     "merge append": _merge,
@@ -186,5 +190,7 @@ def failures(name: str, found: Gates) -> list[str]:
         narrow = 16 if name.startswith("int") else 4 if "visible" in name else 0
         limits["no narrow loads"] = found.loads_narrow <= narrow or found.arch.startswith("gfx")
         limits["matrix instruction"] = bool(found.mma)
-        limits["instructions"] = found.arch not in ("sm_80", "sm_90") or found.instructions <= GATED[found.kernel]
+        # Latents are several times as wide as heads.
+        most = GATED[found.kernel] * (2 if name.startswith("ragged latent") else 1)
+        limits["instructions"] = found.arch not in ("sm_80", "sm_90") or found.instructions <= most
     return [what for what, holds in limits.items() if not holds]

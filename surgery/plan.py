@@ -205,6 +205,6 @@ def _kv_parameters(site: AttentionSite, layer: LayerPlan) -> int:
     """Parameters that make K and V and decide which stay, biases included."""
     gate = 0
     if layer.retain is not None and layer.owns_cache:
-        shapes = gate_shapes(layer.retain, site.hidden_size, layer.project.kv_heads)
+        shapes = gate_shapes(layer.retain, site.hidden_size, layer.decisions)
         gate = sum(prod(shape) for name, shape in shapes.items() if not name.endswith("_bits"))
     return gate + layer.project.parameters(site, layer.absent)

@@ -33,7 +33,7 @@ REASONS = {
     "A layer has one value per axis": "one value per axis",
     "an earlier step has given this one a latent": "one cache has one form: take `share` with `init: latent`",
     "who reads whose cache is one map": "one map says who reads whose cache",
-    "decisions are made per KV head": "decisions are per KV head, a latent is one for all",
+    "K is rotated at read by the position": "a slot of several tokens has no one position to rotate K at, at read",
     "whose slots are not those of its own K": "K and V would lie in slots of different tokens",
     "other layers read its V beside keys": "K and V would lie in slots of different tokens",
 }

@@ -251,6 +251,7 @@ def ragged_schedule(op: Operators, dtype: torch.dtype, device: str, *, programs:
 @case("decode_ragged_pages_of_16", heads=2, kv_heads=1, page=16, programs=5)
 @case("decode_ragged_neighbouring_pages", heads=4, kv_heads=2, page=16, neighbours=24)
 @case("decode_ragged_odd_widths", heads=4, kv_heads=2, width=48, value_width=80)
+@case("decode_ragged_latents", heads=4, kv_heads=1, page=16, width=48, rank=36)
 def decode_ragged(
     op: Operators,
     dtype: torch.dtype,
@@ -263,8 +264,12 @@ def decode_ragged(
     width: int = 32,
     value_width: int = 32,
     neighbours: int = 0,
+    rank: int | None = None,
 ) -> None:
-    """`neighbours`: pages of a row from its first on that follow each other in memory."""
+    """`neighbours`: pages of a row from its first on that follow each other in memory.
+
+    `rank`: keys are latents, and their first numbers the values.
+    """
     lengths = torch.tensor([[0, 300], [1, 65], [64, 63], [600, 0]], dtype=torch.int32, device=device)
     lengths = lengths[:, :kv_heads].contiguous()
     q = random(4, heads, width, dtype=dtype, device=device)
@@ -272,6 +277,8 @@ def decode_ragged(
     if neighbours:
         pages = pages.flatten().sort().values.view(pages.shape)
         pages = torch.cat((pages[..., :neighbours], pages[..., neighbours:].flip(-1)), dim=-1).contiguous()
+    if rank is not None:
+        v = k[..., :rank]
     want, want_lse = module("decode_ragged").decode_ragged_reference(q, k, v, pages, lengths, 0.2)
     behind = torch.arange(pages.shape[2] * page, device=device) >= lengths[..., None]
     for cache in (k, v):

@@ -124,7 +124,7 @@ def merged(base: Method, families: Sequence[str], kind: str, **options: Any) -> 
     def made(site: AttentionSite, model: PreTrainedModel) -> tuple[Project, Weights]:
         project, weights = base.plan_and_weights(site, model)
         random = torch.Generator().manual_seed(site.layer)
-        gate = new_gate(retain, site.hidden_size, project.kv_heads)
+        gate = new_gate(retain, site.hidden_size, project.entry(4)[0])
         for name in [name for name in gate if name in ("weight", "bias", "mix_weight")]:
             gate[name] = 0.1 * torch.randn(gate[name].shape, generator=random)
         gate = {name: t + 0.2 if name == "bias" else t for name, t in gate.items()}
@@ -182,10 +182,15 @@ METHODS |= {
     "dms_borrowed": merged(METHODS["identity"], ["llama"], "dms", window=3, gate="borrowed"),
     "dmc": merged(METHODS["identity"], GATED, "dmc", window=3),
     "dmc_unlimited": merged(METHODS["per_layer_heads"], ["llama", "gpt_neox"], "dmc", window=None),
+    "dms_mla": merged(METHODS["mla"], ["llama", "gpt_neox", "gpt2"], "dms", window=3),
+    "dms_lowrank": merged(METHODS["lowrank"], ["llama", "qwen3"], "dms", window=3),
+    "dmc_mla": merged(METHODS["mla"], ["llama"], "dmc", window=3),
 }
 METHODS |= {
     "shared_dms": shared(METHODS["dms"], ["llama"]),
     "shared_dmc": shared(METHODS["dmc"], ["llama", "gpt_neox"]),
+    "shared_dms_mla": shared(METHODS["dms_mla"], ["llama"]),
+    "shared_dms_lowrank": shared(METHODS["dms_lowrank"], ["llama"]),
 }
 PAIRS = [(name, family) for name, method in METHODS.items() for family in method.families]
 

@@ -42,6 +42,7 @@ from surgery.train.uptrain import uptrain
 DMS = {"rewriter": "dms", "ratio": 2, "window": 4, "sinks": 2}
 EVICT = {"rewriter": "evict", "ratio": 2, "window": 4, "sinks": 2}
 DMC = {"rewriter": "dmc", "ratio": 2, "window": 3, "sinks": 0}
+MLA = {"rewriter": "mla", "rank": 12, "rope_dims": 4}
 
 
 def recipe(*steps: dict[str, object], **uptrain_: object) -> dict[str, object]:
@@ -242,7 +243,7 @@ GQA = {"rewriter": "gqa", "kv_heads": 1, "init": "mean"}
         ([DMS | {"ratio": 60}], "llama", "out of reach: 4 newest tokens and the first 2"),
         ([DMS, GQA], "llama", "put gqa before dms"),
         ([DMS, DMC], "llama", "did already. A layer has one value per axis"),
-        ([{"rewriter": "lowrank", "rank": 16}, DMS], "llama", "on a latent"),
+        ([{"rewriter": "lowrank", "rank": 16}, DMC], "llama", "the mean of their positions"),
         ([{"rewriter": "share", "layout": "svformer"}, DMS], "llama", "reads its V|other layers read"),
         ([DMS], "gpt_oss", "cache is bounded already"),
         ([DMS], "bloom", "ALiBi"),
@@ -380,12 +381,13 @@ def test_a_collapsed_gate_is_named() -> None:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_home(tmp_path_factory.mktemp("merge"))
-    for name, steps in (("dms", [DMS]), ("dmc", [GQA, DMC])):
-        surgery.save(surgery.convert(surgery.load(folder / "parent"), recipe(*steps)), folder / name)
+    for name, steps in (("dms", [DMS]), ("dmc", [GQA, DMC]), ("mla", [MLA, DMS])):
+        parent, text = surgery.load(folder / "parent"), tokens(8, 48) if name == "mla" else None
+        surgery.save(surgery.convert(parent, recipe(*steps), calibration=text), folder / name)
     return folder
 
 
-@pytest.mark.parametrize("model", ["dms", "dmc"])
+@pytest.mark.parametrize("model", ["dms", "dmc", "mla"])
 def test_gates_learn_to_keep_their_budget_and_nothing_else_moves(home: Path, tmp_path: Path, model: str) -> None:
     options = ("layer_local=0", "train=gates", "length=32", "batch=4", "tokens=5120", "learning_rate=0.02")
     summary = uptrain(run(home, tmp_path, *options, model=model, held_out=str(home / "held.jsonl"), save_steps=100))

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from merged_models import assert_close, merge, merged_model, model_of, run, tokens
+from merged_models import GREEDY, assert_close, contents, merge, merged_model, model_of, run, tokens
 from methods import parent
-from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 import surgery.runtime.paged_attention
@@ -25,18 +24,6 @@ from surgery.runtime.retain import table_width
 
 FORMS = [("dms", 1), ("dms", 12), ("dms", 256), ("dmc", 1), ("dmc", 12), ("dmc", 256), ("dmc", None)]
 every_form = pytest.mark.parametrize(("method", "window"), FORMS)
-GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
-
-
-def contents(cache: Cache) -> list[list[Tensor]]:
-    """Keys and values of every slot, by layer and row, in an order that does not depend on their places."""
-    found = []
-    for layer in cache.layers:
-        slots = layer.slots()
-        both = torch.cat((slots.key_BKSH, slots.value_BKSV), dim=-1).flatten(0, 1)
-        counts = layer.lengths.flatten().tolist()
-        found.append([row[:count][row[:count, 0].argsort()] for row, count in zip(both, counts, strict=True)])
-    return found
 
 
 def assert_same_contents(one: Cache, other: Cache) -> None:

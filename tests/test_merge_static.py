@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from merged_models import assert_close, model_of, run, tokens
+from merged_models import GREEDY, assert_close, model_of, run, tokens
 from methods import parent
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,7 +18,6 @@ from surgery.measure.memory import tensor_bytes
 from surgery.runtime.paged_cache import PagedLayer
 
 three_forms = pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
-GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
 
 
 def test_a_static_cache_holds_what_the_plan_says_from_the_start() -> None:

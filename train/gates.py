@@ -13,7 +13,7 @@ from surgery.measure.gates import Counted, gated
 
 
 class Budget(NamedTuple):
-    """What is asked of the KV heads of all gated layers, layer by layer, [heads] each."""
+    """What is asked of all gated layers, layer by layer, [heads] each; a latent counts as one head."""
 
     rate: Tensor
     """Part of the decisions that is to be 1. Above 1 where a head's window is longer than its share of slots: the
@@ -26,7 +26,7 @@ def budget_of(model: nn.Module, length: int) -> Budget:
     """The budget by now, of sequences of `length` tokens; nothing is asked of scores."""
     rates, weights = [], []
     for module in gated(model).values():
-        retain, heads = module.retain, (module.heads.kv_heads,)
+        retain, heads = module.retain, (module.plan.decisions,)
         at_risk = max(length - retain.always_kept, 1e-9) / (length - retain.protected)
         rates.append(torch.full(heads, retain.drop_rate(length, module.target_ratio) * retain.is_trained))
         weights.append(torch.full(heads, at_risk * retain.is_trained))
@@ -39,9 +39,9 @@ def check_length(model: nn.Module, length: int, per_head: bool) -> None:
     if not gates:
         return
     for group in [[gate] for gate in gates] if per_head else [gates]:
-        heads = sum(gate.heads.kv_heads for gate in group)
-        kept = sum(min(gate.retain.always_kept, length) * gate.heads.kv_heads for gate in group) / heads
-        wanted = sum(length / gate.retain.ratio * gate.heads.kv_heads for gate in group) / heads
+        heads = sum(gate.plan.decisions for gate in group)
+        kept = sum(min(gate.retain.always_kept, length) * gate.plan.decisions for gate in group) / heads
+        wanted = sum(length / gate.retain.ratio * gate.plan.decisions for gate in group) / heads
         if kept > wanted:
             raise RecipeError(
                 f"uptrain.length: {f'layer {group[0].layer_idx}' if per_head else 'the model'} is to keep one of "

@@ -248,7 +248,7 @@ class Uptrainer(Trainer):
         early = all(gate.target_ratio < 0.5 * (1 + gate.retain.ratio) for gate in self.gates.values())
         if early or self.state.global_step == 0:
             return
-        heads = [gate.heads.kv_heads for gate in self.gates.values()]
+        heads = [gate.plan.decisions for gate in self.gates.values()]
         parts = zip(counted.gone.split(heads), counted.free.split(heads), strict=True)
         rates = [float(gone.sum() / free.sum().clamp_min(1)) for gone, free in parts]
         for text in collapsed(list(self.gates), rates):

@@ -29,7 +29,7 @@ EXAMPLE = 160
 
 
 class Counted(NamedTuple):
-    """Sums over one batch of sequences, [all KV heads of all gated layers, layer by layer]."""
+    """Sums over one batch of sequences, [all heads of all gated layers, layer by layer]; a latent counts as one."""
 
     gone: Tensor
     """Decisions that are 1; carries the gradient."""
@@ -204,7 +204,7 @@ def read_gates(model: Any, windows: Windows, tokenizer: Any = None) -> GateRepor
         counts.append(count(model, logits, {"input_ids": ids}, mask.to(model.device)))
     model.train(was)
     sums = Counted(*(torch.stack(column).sum(0) for column in zip(*counts, strict=True)))
-    heads = [module.heads.kv_heads for module in modules.values()]
+    heads = [module.plan.decisions for module in modules.values()]
     layers = [module.layer_idx for module in modules.values()]
     ratio = (sums.tokens / sums.slots.clamp_min(1)).split(heads)
     parts = zip(sums.gone.split(heads), sums.free.split(heads), strict=True)

@@ -1,4 +1,4 @@
-"""The `dmc` step: a trained gate per KV head averages tokens into the slot before them (DMC)."""
+"""The `dmc` step: a trained gate per KV head, or latent, averages tokens into the slot before them (DMC)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `dms` step: a trained gate per KV head drops tokens once they have left a window (DMS)."""
+"""The `dms` step: a trained gate per KV head, or latent, drops tokens once they have left a window (DMS)."""
 
 from __future__ import annotations
 

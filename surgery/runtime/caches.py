@@ -104,9 +104,9 @@ def _is_own(layer: Any) -> bool:
 def pool_shape(plan: LayerPlan) -> tuple[int, ...]:
     """Layers whose pages are alike share a pool."""
     assert plan.retain is not None
-    return plan.retain.page, plan.project.head_dim, plan.project.value_dim
+    return plan.retain.page, *plan.entry()[1:]
 
 
 def _static_pages(plan: LayerPlan, tokens: int, ratio: float | None) -> int:
     assert plan.retain is not None
-    return plan.retain.static_pages(tokens, plan.entry()[0], ratio)
+    return plan.retain.static_pages(tokens, plan.decisions, ratio)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import Inputs, Shapes, norm_heads
+from .attention import Inputs, Shapes, SurgeryAttention, norm_heads
 from .caches import install_layers
 from .calling import CallingConvention
 from .decisions import at_end, from_end, hard_decisions, log_keep, pooled, soft_bias, visible
 from .functions import LIKE_SDPA
 from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
-from .layout import AttentionSite, LayerPlan
+from .layout import AttentionSite, Heads, LayerPlan
 from .masks import read_chunk, read_whole, settle
 from .paged_attention import attend
 from .paged_cache import PagedLayer
-from .slots import New
+from .slots import Chunk, New
 
 ZERO_OUT = 0.1
 """Part of the ramp in which borrowed channels fade; 0.8 of it fades, the rest is trained without them."""
 
 
-class SurgeryGatedAttention(SurgeryHeadsAttention):
-    """`SurgeryHeadsAttention` under a `Retain` value; parameters of the gate are named `gate.*`.
+class SurgeryGatedAttention(SurgeryAttention):
+    """`SurgeryAttention` under a `Retain` value; parameters of the gate are named `gate.*`.
+
+    What all forms of the cache share: decisions, the cache, and who sees what. A subclass, which derives from a form of
+    `SurgeryAttention` as well, says what its queries are (`_asked`), what a new token brings to the cache (`_new`), and
+    how the queries read what was kept (`_spread`, `_attend_seen`).
 
     In training, without a cache, decisions are relaxed: p = sigmoid((logit + logistic noise) / `temperature`), runs are
     pooled and scores lowered by them. In evaluation, and where a score takes them, they are hard, and a whole sequence
@@ -41,14 +46,15 @@ class SurgeryGatedAttention(SurgeryHeadsAttention):
         super().__init__(config, site, plan, call, shapes)
         assert plan.retain is not None
         self.retain = plan.retain
-        reason = self.retain.supports(site)
+        reason = self.retain.supports(site) or self.retain.supports_project(plan.project)
         if reason is not None:
             raise ValueError(f"{site.module} (layer {site.layer}): {reason}")
         self.temperature = 0.3
         self.target_ratio = self.retain.ratio
         """What the budget asks for now; training raises it from 1."""
         if self.owns_cache:
-            self.gate = SurgeryGate(self.retain, self.heads, shapes["q_proj.weight"][1])
+            groups = plan.project.groups if isinstance(plan.project, Heads) else ()
+            self.gate = SurgeryGate(self.retain, plan.decisions, shapes["q_proj.weight"][1], groups)
 
     def reset(self) -> None:
         super().reset()
@@ -56,11 +62,140 @@ class SurgeryGatedAttention(SurgeryHeadsAttention):
             self.gate.reset()
 
     def set_ramp(self, progress: float) -> None:
+        """Raise the ratio from 1 to the plan's."""
+        self.target_ratio = 1 + progress * (self.retain.ratio - 1)
+
+    def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        cache, implementation = inputs.cache, self.config._attn_implementation
+        if implementation not in (*LIKE_SDPA, "eager"):
+            raise ValueError(
+                f"layer {self.layer_idx}: averaged and evicted tokens are hidden by a mask per head, which runs with "
+                f"attn_implementation 'sdpa' or 'eager', not {implementation!r}"
+            )
+        if inputs.rest.pop("is_causal", None) is False:
+            raise ValueError(
+                f"layer {self.layer_idx}: tokens are averaged or leave by what came before them, so attention with "
+                "is_causal=False has no meaning here. Leave it out."
+            )
+        if cache is not None and self.training and cache.get_seq_length(self.layer_idx):
+            raise ValueError(
+                f"layer {self.layer_idx}: decisions are relaxed in training, and no cache keeps what they leave. Call "
+                "model.eval(), or pass use_cache=False."
+            )
+        asked = self._asked(inputs)
+        if cache is not None and not self.training:
+            return self._attend_seen(asked, self._seen(inputs, asked)), None
+        if self.owns_cache:
+            new = self._new(inputs, asked, None)
+            key, value, keep = self._retain(new, inputs)
+            key = new.turn(key)
+            if self.has_readers:
+                assert inputs.shared is not None
+                inputs.shared[self.layer_idx] = key, value, keep  # type: ignore[assignment]
+        else:
+            key, value, keep = self._lent(self.plan.owner, inputs.shared)  # type: ignore[misc]
+        query, key, value, keep = self._spread(asked, key, value, keep)
+        return self._call_attention(self._attention_function(inputs.rest), query, key, value, keep, inputs.rest)
+
+    def _seen(self, inputs: Inputs, asked: Any) -> PagedLayer | Chunk:
+        """What the new tokens see; the cache keeps what the decisions leave of them."""
+        if not self.owns_cache:
+            found: Any = self._lent(self.plan.owner, inputs.shared)
+            return found
+        install_layers(inputs.cache, self.all_plans)
+        layer = inputs.cache.layers[self.layer_idx]
+        seen: Any = layer.add(self._new(inputs, asked, self._real(inputs, layer)))
+        if self.has_readers:
+            assert inputs.shared is not None
+            inputs.shared[self.layer_idx] = seen
+        return seen
+
+    def _asked(self, inputs: Inputs) -> Any:
+        """Queries before their rotation, and what turns them and new keys."""
+        raise NotImplementedError
+
+    def _new(self, inputs: Inputs, asked: Any, real_BT: Tensor | None) -> New:
+        """What the new tokens bring to the layer's own cache."""
+        raise NotImplementedError
+
+    def _spread(self, asked: Any, key: Tensor, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Without a cache: query, key, value and mask as the attention function takes them, from what slots hold."""
+        raise NotImplementedError
+
+    def _attend_seen(self, asked: Any, seen: PagedLayer | Chunk) -> Tensor:
+        """Through the cache: head outputs [B, T, N, V]."""
+        raise NotImplementedError
+
+    @property
+    def _plain(self) -> bool:
+        """Whether attention is a softmax over scores and nothing else."""
+        return self.site.softcap is None and self.sinks is None
+
+    def _real(self, inputs: Inputs, layer: PagedLayer) -> Tensor | None:
+        """[B, T] bool: False at padding among the new tokens; None where there is none."""
+        (B, T, _), mask = inputs.hidden_BTD.shape, inputs.mask
+        if mask is None:
+            if layer.has_padding:
+                raise ValueError(
+                    f"layer {self.layer_idx}: no attention mask came, but the cache was given padding before, which it "
+                    "did not keep. Pass the attention mask of all tokens so far."
+                )
+            return None
+        counted = layer.tokens if layer.is_initialized else torch.zeros(B, dtype=torch.int32, device=mask.device)
+        where = f"layer {self.layer_idx}"
+        real, claims = read_chunk(where, mask, self.call.mask_true_hides, T, layer.get_seq_length(), counted)
+        return real if settle(where, claims, ~real.all()) else None
+
+    def _retain(self, new: New, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """K and V as slots hold them after each token, [B, K, T, .], K not yet rotated; and who sees them: bool, or in
+        training a bias, [B, K, T, T]."""
+        key, value, logits = new.key_BKTH, new.value_BKTV, new.logits_BKT
+        B, _, T = logits.shape
+        retain, allowed, holes = self.retain, None, None
+        order = decides = torch.arange(T, device=key.device)[None]
+        if inputs.mask is not None:
+            where = f"layer {self.layer_idx}"
+            mask = inputs.mask if inputs.cache is None else inputs.mask[..., :T]  # a static one has room behind
+            read = read_whole(where, mask, self.call.mask_true_hides, B, T)
+            # Compiled, padding is taken to stand between tokens: right in any case, and more work.
+            holes = read.real_BT if settle(where, read.claims, read.has_holes) else None
+            order, allowed = read.order_BT, read.visible_B1TT
+            decides = torch.where(read.real_BT, order, -1)
+        if self.training and retain.is_trained:
+            kept = log_keep(logits, decides, retain.protected, self.temperature, logistic_noise(logits))
+            p, seen = -torch.expm1(kept), soft_bias(kept, order, retain, allowed, key.dtype, holes)
+        else:
+            hard = hard_decisions(logits, decides, retain.protected)
+            p, seen = hard.float(), visible(hard, order, retain, allowed, holes)
+        if new.weight_BKT is not None:
+            key, value = (self._pooled(x, new.weight_BKT, p, holes) for x in (key, value))
+        return key, value, seen
+
+    def _pooled(self, x_BKTH: Tensor, weight_BKT: Tensor, p_BKT: Tensor, real_BT: Tensor | None) -> Tensor:
+        """`pooled`; `real_BT` where runs go on behind padding."""
+        if real_BT is None:
+            return pooled(x_BKTH, weight_BKT, p_BKT, self.retain.window)
+        x, weight, p = (at_end(t, real_BT) for t in (x_BKTH, weight_BKT, p_BKT))
+        return from_end(pooled(x, weight, p, self.retain.window), real_BT)
+
+
+class AskedHeads(NamedTuple):
+    """Queries of heads, before their rotation."""
+
+    q_BTNH: Tensor
+    turn: Callable[[Tensor], Tensor]
+    """Rotates [B, T, heads, H] to the positions of this call."""
+
+
+class SurgeryGatedHeadsAttention(SurgeryGatedAttention, SurgeryHeadsAttention):
+    """KV heads, each of which decides for itself."""
+
+    def set_ramp(self, progress: float) -> None:
         """Raise the ratio from 1 to the plan's; before that, fade channels that the gate borrows."""
         if self.owns_cache and self.retain.decided_by == "borrowed":
             self._fade(progress / ZERO_OUT)
             progress = max(0.0, progress - ZERO_OUT) / (1 - ZERO_OUT)
-        self.target_ratio = 1 + progress * (self.retain.ratio - 1)
+        super().set_ramp(progress)
 
     @torch.no_grad()
     def _fade(self, progress: float) -> None:
@@ -78,91 +213,40 @@ class SurgeryGatedAttention(SurgeryHeadsAttention):
                 projection.bias[width - 1 :: width] = 0
         self.gate.set_channel(0.0)
 
-    def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        hidden_states, cache = inputs.hidden_BTD, inputs.cache
-        implementation = self.config._attn_implementation
-        if implementation not in (*LIKE_SDPA, "eager"):
-            raise ValueError(
-                f"layer {self.layer_idx}: averaged and evicted tokens are hidden by a mask per head, which runs with "
-                f"attn_implementation 'sdpa' or 'eager', not {implementation!r}"
-            )
-        if inputs.rest.pop("is_causal", None) is False:
-            raise ValueError(
-                f"layer {self.layer_idx}: tokens are averaged or leave by what came before them, so attention with "
-                "is_causal=False has no meaning here. Leave it out."
-            )
-        if cache is not None and self.training and cache.get_seq_length(self.layer_idx):
-            raise ValueError(
-                f"layer {self.layer_idx}: decisions are relaxed in training, and no cache keeps what they leave. Call "
-                "model.eval(), or pass use_cache=False."
-            )
-        if cache is not None and not self.training:
-            return self._attend_cached(inputs), None
-        q = self._queries(hidden_states)
-        turn = self._rotation(inputs, q.dtype)
-        if self.owns_cache:
-            k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
-            logits, weight = self.gate(hidden_states, q, k)
-            q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
-            k, v, keep = self._retain(k, v, logits, weight, inputs)
-            key, value = norm_heads(self.k_norm, turn(k), True).transpose(1, 2), v.transpose(1, 2)
-            if self.has_readers:
-                assert inputs.shared is not None
-                inputs.shared[self.layer_idx] = key, value, keep  # type: ignore[assignment]
-        else:
-            key, value, keep = self._lent(self.plan.owner, inputs.shared)  # type: ignore[misc]
-        query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
+    def _asked(self, inputs: Inputs) -> AskedHeads:
+        q = self._queries(inputs.hidden_BTD)
+        return AskedHeads(q, self._rotation(inputs, q.dtype))
+
+    def _new(self, inputs: Inputs, asked: AskedHeads, real_BT: Tensor | None) -> New:
+        k, v = self._key_heads(inputs.hidden_BTD), self._value_heads(inputs.hidden_BTD)
+        logits, weight = self.gate(inputs.hidden_BTD, asked.q_BTNH, k)
+        return New(
+            key_BKTH=self.gate.without_borrowed(k).transpose(1, 2),
+            value_BKTV=v.transpose(1, 2),
+            logits_BKT=logits,
+            weight_BKT=weight,
+            real_BT=real_BT,
+            turn=lambda x: norm_heads(self.k_norm, asked.turn(x.transpose(1, 2)), True).transpose(1, 2),
+            angles=self._angles(asked.turn),
+        )
+
+    def _query(self, asked: AskedHeads) -> Tensor:
+        """[B, N, T, H], rotated."""
+        q = self.gate.without_borrowed(asked.q_BTNH) if self.owns_cache else asked.q_BTNH
+        return norm_heads(self.q_norm, asked.turn(q), True).transpose(1, 2)
+
+    def _spread(
+        self, asked: AskedHeads, key: Tensor, value: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not self.heads.is_uniform:
             key, value, keep = (x.index_select(1, self.kv_of_query) for x in (key, value, keep))
         elif self.num_key_value_groups > 1:
             keep = keep.repeat_interleave(self.num_key_value_groups, dim=1)
-        return self._call_attention(self._attention_function(inputs.rest), query, key, value, keep, inputs.rest)
+        return self._query(asked), key, value, keep
 
-    def _attend_cached(self, inputs: Inputs) -> Tensor:
-        """Head outputs [B, T, N, V]; the cache keeps what the decisions leave."""
-        hidden_states, cache = inputs.hidden_BTD, inputs.cache
-        q = self._queries(hidden_states)
-        turn = self._rotation(inputs, q.dtype)
-        if self.owns_cache:
-            install_layers(cache, self.all_plans)
-            layer = cache.layers[self.layer_idx]
-            k, v = self._key_heads(hidden_states), self._value_heads(hidden_states)
-            logits, weight = self.gate(hidden_states, q, k)
-            q, k = self.gate.without_borrowed(q), self.gate.without_borrowed(k)
-            seen = layer.add(
-                New(
-                    key_BKTH=k.transpose(1, 2),
-                    value_BKTV=v.transpose(1, 2),
-                    logits_BKT=logits,
-                    weight_BKT=weight,
-                    real_BT=self._real(inputs, layer),
-                    turn=lambda x: norm_heads(self.k_norm, turn(x.transpose(1, 2)), True).transpose(1, 2),
-                    angles=self._angles(turn),
-                )
-            )
-            if self.has_readers:
-                assert inputs.shared is not None
-                inputs.shared[self.layer_idx] = seen
-        else:
-            seen = self._lent(self.plan.owner, inputs.shared)
-        query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
-        plain = self.site.softcap is None and self.sinks is None
-        return attend(self, query, seen, self.heads, self.scaling, plain)
-
-    def _real(self, inputs: Inputs, layer: PagedLayer) -> Tensor | None:
-        """[B, T] bool: False at padding among the new tokens; None where there is none."""
-        (B, T, _), mask = inputs.hidden_BTD.shape, inputs.mask
-        if mask is None:
-            if layer.has_padding:
-                raise ValueError(
-                    f"layer {self.layer_idx}: no attention mask came, but the cache was given padding before, which it "
-                    "did not keep. Pass the attention mask of all tokens so far."
-                )
-            return None
-        counted = layer.tokens if layer.is_initialized else torch.zeros(B, dtype=torch.int32, device=mask.device)
-        where = f"layer {self.layer_idx}"
-        real, claims = read_chunk(where, mask, self.call.mask_true_hides, T, layer.get_seq_length(), counted)
-        return real if settle(where, claims, ~real.all()) else None
+    def _attend_seen(self, asked: AskedHeads, seen: PagedLayer | Chunk) -> Tensor:
+        kv_of_query = None if self.heads.is_uniform else self.kv_of_query
+        return attend(self, self._query(asked), seen, self.scaling, self._plain, kv_of_query=kv_of_query)
 
     def _angles(self, turn: Any) -> tuple[Tensor, Tensor, bool, int] | None:
         """What `turn` does, for operators that rotate keys themselves; None where it is nothing or more than that."""
@@ -171,35 +255,3 @@ class SurgeryGatedAttention(SurgeryHeadsAttention):
             return None
         cos, sin = (turn.keywords[name][:, :, 0] for name in ("cos", "sin"))
         return cos, sin, rotary.interleaved, rotary.start
-
-    def _retain(
-        self, k_BTKH: Tensor, v_BTKV: Tensor, logits_BKT: Tensor, weight_BKT: Tensor | None, inputs: Inputs
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """K and V as slots hold them after each token, and who sees them: bool, or in training a bias, [B, K, T, T]."""
-        B, T = k_BTKH.shape[:2]
-        retain, allowed, holes = self.retain, None, None
-        order = decides = torch.arange(T, device=k_BTKH.device)[None]
-        if inputs.mask is not None:
-            where = f"layer {self.layer_idx}"
-            mask = inputs.mask if inputs.cache is None else inputs.mask[..., :T]  # a static one has room behind
-            read = read_whole(where, mask, self.call.mask_true_hides, B, T)
-            # Compiled, padding is taken to stand between tokens: right in any case, and more work.
-            holes = read.real_BT if settle(where, read.claims, read.has_holes) else None
-            order, allowed = read.order_BT, read.visible_B1TT
-            decides = torch.where(read.real_BT, order, -1)
-        if self.training and retain.is_trained:
-            kept = log_keep(logits_BKT, decides, retain.protected, self.temperature, logistic_noise(logits_BKT))
-            p, seen = -torch.expm1(kept), soft_bias(kept, order, retain, allowed, k_BTKH.dtype, holes)
-        else:
-            hard = hard_decisions(logits_BKT, decides, retain.protected)
-            p, seen = hard.float(), visible(hard, order, retain, allowed, holes)
-        if weight_BKT is not None:
-            k_BTKH, v_BTKV = (self._pooled(x.transpose(1, 2), weight_BKT, p, holes) for x in (k_BTKH, v_BTKV))
-        return k_BTKH, v_BTKV, seen
-
-    def _pooled(self, x_BKTH: Tensor, weight_BKT: Tensor, p_BKT: Tensor, real_BT: Tensor | None) -> Tensor:
-        """[B, T, K, H]; `real_BT` where runs go on behind padding."""
-        if real_BT is None:
-            return pooled(x_BKTH, weight_BKT, p_BKT, self.retain.window).transpose(1, 2)
-        x, weight, p = (at_end(t, real_BT) for t in (x_BKTH, weight_BKT, p_BKT))
-        return from_end(pooled(x, weight, p, self.retain.window), real_BT).transpose(1, 2)

@@ -1,4 +1,5 @@
-"""What decides, per KV head and token, who keeps a slot of its own (`Retain`), and with which weight it is averaged.
+"""What decides, per token and head of the cache, who keeps a slot of its own (`Retain`), and with which weight it is
+averaged. A latent is one head.
 
 Logits are float32 whatever the model's dtype: prefill and decoding must not fall on different sides of 0 by rounding.
 They depend on the token's own layer input alone, so they are the same in both.
@@ -11,28 +12,32 @@ import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 
-from .layout import Evict, Gate, Heads, Pool, Retain
+from .layout import Evict, Gate, Pool, Retain
 from .scorers import SCORERS
 
 EPS = 1e-6
 _WEIGHT_OFFSET = 5.0
 
 
-def gate_shapes(retain: Retain, hidden_size: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of the gate by name; none for a gate that needs none."""
+def gate_shapes(retain: Retain, hidden_size: int, decisions: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the gate by name; none for a gate that needs none.
+
+    Args:
+        decisions: per token (`LayerPlan.decisions`); K in the shapes of this file.
+    """
     if retain.decided_by == "adapter":
         shapes: dict[str, tuple[int, ...]] = {
             "norm": (hidden_size,),
-            "weight": (kv_heads, hidden_size),
-            "bias": (kv_heads,),
+            "weight": (decisions, hidden_size),
+            "bias": (decisions,),
         }
         if retain.averages:
-            shapes |= {"mix_weight": (kv_heads, hidden_size), "mix_bias": (kv_heads,)}
+            shapes |= {"mix_weight": (decisions, hidden_size), "mix_bias": (decisions,)}
         return shapes
     if retain.decided_by == "borrowed":
         return {"channel_bits": (1,)}
     has_threshold = isinstance(retain, Evict) and SCORERS[retain.scorer].has_threshold
-    return {"threshold": (kv_heads,)} if has_threshold else {}
+    return {"threshold": (decisions,)} if has_threshold else {}
 
 
 class SurgeryGate(nn.Module):
@@ -44,6 +49,10 @@ class SurgeryGate(nn.Module):
     mean of that of its queries plus 5. Attention does without both channels. Training fades them out first
     (`set_channel`), with every decision 0 meanwhile, then sets the rows that make them to zero and learns them anew.
     `score` (`Evict`): see `scorers.py`; `threshold` [K] comes from calibration text.
+
+    Args:
+        decisions: K, per token.
+        groups: query heads that read each KV head, for weights that are borrowed.
     """
 
     norm: nn.Parameter
@@ -54,10 +63,12 @@ class SurgeryGate(nn.Module):
     threshold: nn.Parameter
     channel_bits: Tensor
 
-    def __init__(self, retain: Retain, heads: Heads, hidden_size: int) -> None:
+    def __init__(
+        self, retain: Retain, decisions: int, hidden_size: int, groups: tuple[tuple[int, ...], ...] = ()
+    ) -> None:
         super().__init__()
-        self.retain, self.groups = retain, heads.groups
-        for name, shape in gate_shapes(retain, hidden_size, heads.kv_heads).items():
+        self.retain, self.groups = retain, groups
+        for name, shape in gate_shapes(retain, hidden_size, decisions).items():
             if name.endswith("_bits"):
                 # What fades is state of the training, kept as bits that no cast to another float type can round.
                 self.register_buffer(name, torch.ones(shape, dtype=torch.float32).view(torch.int32))
@@ -77,7 +88,7 @@ class SurgeryGate(nn.Module):
 
         Args:
             hidden_BTD: the layer's input, what q, k and v are projected from.
-            q_BTNH, k_BTKH: normed, before rotation, with all their channels.
+            q_BTNH, k_BTKH: normed, before rotation, with all their channels; of a latent see `scorers.py`.
         """
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             made = {"adapter": self._adapter, "borrowed": self._borrowed, "score": self._score}[self.retain.decided_by]

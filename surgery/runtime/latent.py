@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,17 @@ from .attention import Inputs, Shapes, SurgeryAttention, SurgeryHeadNorm, norm_h
 from .calling import CallingConvention
 from .functions import angles_of, turn_halves
 from .layout import AttentionSite, Latent, LayerPlan, position_numbers
+
+
+class AskedLatent(NamedTuple):
+    """What one call asks of a latent cache."""
+
+    q_BTNH: Tensor
+    """Before any rotation."""
+    q_rope_BTNF: Tensor | None
+    """Queries of the rotated part, rotated; None where there is none, as `angles`, its cos and sin [B or 1, T, F]."""
+    angles: tuple[Tensor, Tensor] | None
+    positions_BT: Tensor
 
 
 class SurgeryLatentAttention(SurgeryAttention):
@@ -85,50 +96,70 @@ class SurgeryLatentAttention(SurgeryAttention):
         return 1, self.latent.dims, position_numbers(dtype.itemsize) if self.keeps_positions else 0
 
     def _query_key_value(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        hidden_states = inputs.hidden_BTD
-        q = self._queries(hidden_states)
-        rank, rope_dims = self.latent.rank, self.latent.rope_dims
-        q_rope, angles, positions = None, None, self._positions(inputs)
-        if self.q_rope is not None:
-            angles = cos, sin = angles_of(positions, self.rope_freq_bits, 1.0, q.dtype)
-            q_rope = torch.einsum("btkgh,kfh->btkgf", self._by_kv_head(q), self.q_rope).flatten(2, 3)
-            q_rope = turn_halves(q_rope, cos.unsqueeze(2), sin.unsqueeze(2)).to(q.dtype)
+        asked = self._latent_queries(inputs)
         if self.owns_cache:
-            entry = self.kv_down(hidden_states)
-            if angles is not None:
-                k_rope = turn_halves(entry[..., rank:], *angles).to(entry.dtype)
-                entry = torch.cat((entry[..., :rank], k_rope), dim=-1)
-            beside = entry[..., :0]
-            if self.keeps_positions:
-                beside = positions_as_numbers(positions, entry.dtype).expand(len(entry), -1, -1)
-            cached, beside = self._store(entry[:, None], beside[:, None], inputs)
+            entry, beside = self._entry(inputs.hidden_BTD, asked)
+            cached, beside = self._store(self._turned_entry(entry, asked), beside, inputs)
         else:
             cached, beside = self._borrow(inputs)
-        absorbs = self._absorbs(hidden_states)
-        c_BSR = cached[:, 0, :, :rank]
+        absorbs = self._absorbs(inputs.hidden_BTD)
         # Means are taken over whole entries and cut afterwards: sdpa copies nothing where K and V are equally wide.
-        value = cached if absorbs else self._expand(c_BSR, self.v_up, True)
+        value = cached if absorbs else self._values_of(cached)
+        if absorbs and not self.latent.rotate_on_read:
+            return self._absorbed(asked.q_BTNH, asked.q_rope_BTNF).transpose(1, 2), cached, value
+        return self._query(asked), self._keys_of(cached, beside), value
+
+    def _latent_queries(self, inputs: Inputs) -> AskedLatent:
+        """Queries of the new tokens, and what turns their entries."""
+        q, positions = self._queries(inputs.hidden_BTD), self._positions(inputs)
+        if self.q_rope is None:
+            return AskedLatent(q, None, None, positions)
+        angles = cos, sin = angles_of(positions, self.rope_freq_bits, 1.0, q.dtype)
+        q_rope = torch.einsum("btkgh,kfh->btkgf", self._by_kv_head(q), self.q_rope).flatten(2, 3)
+        q_rope = turn_halves(q_rope, cos.unsqueeze(2), sin.unsqueeze(2)).to(q.dtype)
+        return AskedLatent(q, q_rope, angles, positions)
+
+    def _entry(self, hidden_BTD: Tensor, asked: AskedLatent) -> tuple[Tensor, Tensor]:
+        """What the cache keeps of new tokens, [B, 1, T, .]: [c ; k_r] before its rotation, and what lies beside."""
+        entry = self.kv_down(hidden_BTD)[:, None]
+        if not self.keeps_positions:
+            return entry, entry[..., :0]
+        return entry, positions_as_numbers(asked.positions_BT, entry.dtype).expand(len(entry), -1, -1)[:, None]
+
+    def _turned_entry(self, entry_B1TW: Tensor, asked: AskedLatent) -> Tensor:
+        """Entries with k_r rotated to the positions of this call."""
+        if asked.angles is None:
+            return entry_B1TW
+        rank, (cos, sin) = self.latent.rank, asked.angles
+        k_rope = turn_halves(entry_B1TW[..., rank:], cos[:, None], sin[:, None]).to(entry_B1TW.dtype)
+        return torch.cat((entry_B1TW[..., :rank], k_rope), dim=-1)
+
+    def _query(self, asked: AskedLatent) -> Tensor:
+        """Queries [B, N, T, .] of the keys that `_keys_of` makes."""
+        if self.latent.rotate_on_read:
+            query = asked.q_BTNH.transpose(1, 2)
+            return self._turned(query, asked.positions_BT) if self.keeps_positions else query
+        parts = [asked.q_BTNH] if self.k_up is not None else []
+        parts += [] if asked.q_rope_BTNF is None else [asked.q_rope_BTNF]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).transpose(1, 2)
+
+    def _keys_of(self, cached_B1SW: Tensor, beside_B1SP: Tensor) -> Tensor:
+        """Keys [B, K, S, .] of every KV head from cached entries and what lies beside them."""
+        c_BSR, rope_dims = cached_B1SW[:, 0, :, : self.latent.rank], self.latent.rope_dims
         if self.latent.rotate_on_read:
             key = self._expand(c_BSR, self.k_up, False)
             if self.k_mean is not None:
                 key = key + self.k_mean.unsqueeze(1)
             key = norm_heads(self.k_norm, key.transpose(1, 2), False).transpose(1, 2)
-            query = q.transpose(1, 2)
-            if self.keeps_positions:
-                query, key = self._turned(query, positions), self._turned(key, numbers_as_positions(beside[:, 0]))
-            return query, key, value
-        if absorbs:
-            return self._absorbed(q, q_rope).transpose(1, 2), cached, value
-        query, parts = q, []
-        if self.k_up is not None:
-            parts.append(self._expand(c_BSR, self.k_up, False))
-        else:
-            assert q_rope is not None
-            query = q_rope
-        if q_rope is not None:
-            query = query if self.k_up is None else torch.cat((q, q_rope), dim=-1)
-            parts.append(cached[..., rank:].expand(-1, self.latent.kv_heads, -1, rope_dims))
-        return query.transpose(1, 2), torch.cat(parts, dim=-1), value
+            return self._turned(key, numbers_as_positions(beside_B1SP[:, 0])) if self.keeps_positions else key
+        parts = [self._expand(c_BSR, self.k_up, False)] if self.k_up is not None else []
+        if rope_dims:
+            parts.append(cached_B1SW[..., self.latent.rank :].expand(-1, self.latent.kv_heads, -1, rope_dims))
+        return torch.cat(parts, dim=-1)
+
+    def _values_of(self, cached_B1SW: Tensor) -> Tensor:
+        """Values [B, K, S, V] of every KV head."""
+        return self._expand(cached_B1SW[:, 0, :, : self.latent.rank], self.v_up, True)
 
     def _absorbed(self, q_BTNH: Tensor, q_rope_BTNF: Tensor | None) -> Tensor:
         """Queries in the space of the cached tensor, [B, T, N, R + rope_dims]."""

@@ -65,6 +65,11 @@ class LayerPlan:
         return heads, key, 0 if self.value_owner is not None else value
 
     @property
+    def decisions(self) -> int:
+        """Decisions per token of a `Retain` value: one for each head of the layer's own cache; a latent is one."""
+        return self.entry()[0]
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that one more token adds to the cache while the window, if any, is not full; on average where tokens
         are averaged or dropped, and of a format that holds tokens in groups."""
@@ -113,7 +118,7 @@ class LayerPlan:
         return self.retain.bytes_of_pages(pages, table, *self._paged()) if self.owns_cache else 0
 
     def _paged(self) -> tuple[int, int, int]:
-        """KV heads, numbers of a key and a value, and bytes of a number: what the bytes of pages are made of."""
+        """Heads, numbers of a key and a value, and bytes of a number: what the bytes of pages are made of."""
         heads, key, value = self.entry()
         return heads, key + value, itemsize_of(self.dtype)
 

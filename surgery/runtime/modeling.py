@@ -26,7 +26,8 @@ from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm
 from .calling import CallingConvention, cache_of, record_calls
 from .canonical import canonical_weights, origin_of
 from .configuration import config_class, converted_config
-from .gated import SurgeryGatedAttention
+from .gated import SurgeryGatedHeadsAttention
+from .gated_latent import SurgeryGatedLatentAttention
 from .gates import gate_shapes
 from .generation import SurgeryGeneration, check_given_cache
 from .heads import SurgeryHeadsAttention
@@ -37,7 +38,10 @@ from .recording import prepare_recording, records_of, running_model
 
 ATTENTIONS: dict[str, type[SurgeryAttention]] = {"heads": SurgeryHeadsAttention, "latent": SurgeryLatentAttention}
 """`kind` of a `Project` -> the module that runs a layer which keeps all tokens."""
-GATED: dict[str, type[SurgeryAttention]] = {"heads": SurgeryGatedAttention}
+GATED: dict[str, type[SurgeryAttention]] = {
+    "heads": SurgeryGatedHeadsAttention,
+    "latent": SurgeryGatedLatentAttention,
+}
 """The same for layers whose tokens are averaged or leave."""
 _MADE: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
@@ -378,7 +382,7 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
             raise ValueError(f"{where}: {name} has shape {found.get(name)}, its plan asks for {wanted.get(name)}")
     wanted_gate: dict[str, tuple[int, ...]] = {}
     if plan.retain is not None and plan.owns_cache:
-        wanted_gate = gate_shapes(plan.retain, site.hidden_size, plan.project.kv_heads)
+        wanted_gate = gate_shapes(plan.retain, site.hidden_size, plan.decisions)
     gate = {name.removeprefix("gate."): tuple(t.shape) for name, t in weights.items() if name.startswith("gate.")}
     for name in sorted({*wanted_gate, *gate}):
         if wanted_gate.get(name) != gate.get(name):

@@ -2,47 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import SurgeryAttention
 from .functions import eager_attention_forward
-from .layout import Heads
 from .ops import AVAILABLE, ragged_attention_forward
 from .paged_cache import PagedLayer
 from .slots import Chunk
 
 _BLOCK = 256
 """Queries at once: slots that they have outlived are left out for the next ones."""
+Read = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _Reading(NamedTuple):
+    """How queries read slots; see `attend`."""
+
+    attention: SurgeryAttention
+    scale: float
+    plain: bool
+    kv_of_query: Tensor | None
+    view: Read | None
+    expand: Read | None
 
 
 def attend(
-    attention: SurgeryAttention, query_BNTH: Tensor, seen: PagedLayer | Chunk, heads: Heads, scale: float, plain: bool
+    attention: SurgeryAttention,
+    query_BNTH: Tensor,
+    seen: PagedLayer | Chunk,
+    scale: float,
+    plain: bool,
+    *,
+    kv_of_query: Tensor | None = None,
+    view: Read | None = None,
+    expand: Read | None = None,
 ) -> Tensor:
     """Head outputs [B, T, N, V].
 
     Args:
         attention: whose soft cap and sinks count where `plain` is False.
-        query_BNTH: rotated.
+        query_BNTH: rotated. Groups of one size, side by side, read the KV heads in order.
         seen: what the owner of the cache has left for this pass.
         plain: a softmax over scores and nothing else.
+        kv_of_query: the KV head that each query head reads, where groups are of another form.
+        view: from what slots hold as keys and as values, [..., .] each, the channels that are K and V.
+        expand: from what slots hold, [B, 1, S, .] each, K and V of several KV heads.
     """
+    reading = _Reading(attention, scale, plain, kv_of_query, view, expand)
     if isinstance(seen, PagedLayer):
-        if plain and AVAILABLE:
-            return _through_pages(query_BNTH, seen, heads, scale)
+        if plain and AVAILABLE and expand is None:
+            return _through_pages(reading, query_BNTH, seen)
         key, value, there = seen.side_by_side()
-        return _blend(attention, query_BNTH, key, value, there[:, :, None], heads, scale, plain)
-    return _attend_chunk(attention, query_BNTH, seen, heads, scale, plain)
+        return _blend(reading, query_BNTH, key, value, there[:, :, None])
+    return _attend_chunk(reading, query_BNTH, seen)
 
 
 @torch.compiler.disable(reason="what is left of a chunk decides about shapes")
-def _attend_chunk(
-    attention: SurgeryAttention, query_BNTH: Tensor, seen: Chunk, heads: Heads, scale: float, plain: bool
-) -> Tensor:
-    if plain and _is_causal(seen):
-        key, value = seen.new.key_BKSH, seen.new.value_BKSV
-        return _blend(attention, query_BNTH, key, value, None, heads, scale, plain)
+def _attend_chunk(reading: _Reading, query_BNTH: Tensor, seen: Chunk) -> Tensor:
+    if reading.plain and _is_causal(seen):
+        return _blend(reading, query_BNTH, seen.new.key_BKSH, seen.new.value_BKSV, None)
     T = query_BNTH.shape[2]
     block = _BLOCK if seen.in_step else T
     slots, parts = seen.old, []
@@ -57,8 +80,7 @@ def _attend_chunk(
         if seen.real_BT is not None:
             # Padding before all tokens sees none of them, but it has to see something.
             visible[..., 0] |= ~visible.any(-1)
-        key, value = slots.key_BKSH, slots.value_BKSV
-        parts.append(_blend(attention, query_BNTH[:, :, begin:end], key, value, visible, heads, scale, plain))
+        parts.append(_blend(reading, query_BNTH[:, :, begin:end], slots.key_BKSH, slots.value_BKSV, visible))
         if end < T:
             slots = slots.live(seen.order_BT[:, end - 1])
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -71,45 +93,43 @@ def _is_causal(chunk: Chunk) -> bool:
     return not bool((chunk.new.expires_BKS <= chunk.order_BT[:, None, -1:]).any())
 
 
-def _through_pages(query_BN1H: Tensor, layer: PagedLayer, heads: Heads, scale: float) -> Tensor:
+def _through_pages(reading: _Reading, query_BN1H: Tensor, layer: PagedLayer) -> Tensor:
     tables, lengths = layer.tables, layer.lengths
-    if not heads.is_uniform:
-        index = _kv_of_query(heads, tables.device)
-        tables, lengths = tables.index_select(1, index), lengths.index_select(1, index)
+    if reading.kv_of_query is not None:
+        tables, lengths = (t.index_select(1, reading.kv_of_query) for t in (tables, lengths))
+    keys, values = layer.pool.keys, layer.pool.values
+    if reading.view is not None:
+        keys, values = reading.view(keys, values)
     q = query_BN1H.detach()[:, :, 0]
-    return ragged_attention_forward(q, layer.pool.keys, layer.pool.values, tables, lengths, scale)[:, None]
+    return ragged_attention_forward(q, keys, values, tables, lengths, reading.scale)[:, None]
 
 
-def _blend(
-    attention: SurgeryAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible_BKTS: Tensor | None,
-    heads: Heads,
-    scale: float,
-    plain: bool,
-) -> Tensor:
+def _blend(reading: _Reading, query: Tensor, key: Tensor, value: Tensor, visible_BKTS: Tensor | None) -> Tensor:
     """[B, T, N, V]; `visible_BKTS`: None for causality alone."""
-    kv_heads = heads.kv_heads
-    if not heads.is_uniform:
-        index, kv_heads = _kv_of_query(heads, key.device), query.shape[1]
+    attention, N = reading.attention, query.shape[1]
+    if reading.kv_of_query is not None:
+        index = reading.kv_of_query
         key, value = key.index_select(1, index), value.index_select(1, index)
         visible_BKTS = None if visible_BKTS is None else visible_BKTS.index_select(1, index)
-    group = query.shape[1] // kv_heads
-    if not plain:
+    for read in (reading.view, reading.expand):
+        key, value = (key, value) if read is None else read(key, value)
+    if not reading.plain:
         assert visible_BKTS is not None
+        group = N // visible_BKTS.shape[1]
         mask = visible_BKTS.expand(-1, -1, query.shape[2], -1).repeat_interleave(group, dim=1)
         softcap, sinks = attention.site.softcap, attention.sinks
-        return eager_attention_forward(attention, query, key, value, mask, scale, softcap=softcap, s_aux=sinks)[0]
+        # One head may stand for all of those that the attention repeats.
+        key, value = (t.expand(-1, N // attention.num_key_value_groups, -1, -1) for t in (key, value))
+        return eager_attention_forward(attention, query, key, value, mask, reading.scale, softcap=softcap, s_aux=sinks)[
+            0
+        ]
     # Heads that read one KV head stand side by side, and the mask is made for all of them once.
+    kv_heads = key.shape[1]
+    group = N // kv_heads
     q = query.unflatten(1, (kv_heads, group)).flatten(0, 1)
     k, v = (t.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for t in (key, value))
-    seen = None if visible_BKTS is None else visible_BKTS.flatten(0, 1)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale)
+    seen = None
+    if visible_BKTS is not None:
+        seen = visible_BKTS.expand(-1, kv_heads, -1, -1).flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=reading.scale)
     return out.unflatten(0, (-1, kv_heads)).flatten(1, 2).transpose(1, 2)
-
-
-def _kv_of_query(heads: Heads, device: torch.device) -> Tensor:
-    reads = {query: kv for kv, group in enumerate(heads.groups) for query in group}
-    return torch.tensor([reads[query] for query in range(len(reads))], device=device)

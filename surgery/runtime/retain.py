@@ -1,4 +1,4 @@
-"""Retain axis: which tokens keep a slot of their own in the cache, decided per KV head and token."""
+"""Retain axis: which tokens keep a slot of their own in the cache, decided per token and KV head, or latent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+from .project import Latent, Project
 from .site import AttentionSite
 
 AHEAD = 4
@@ -95,6 +96,15 @@ class Retain:
             return "its rotation changes with the length, and slots are rotated once."
         return None
 
+    def supports_project(self, project: Project) -> str | None:
+        """Why tokens that are cached in this form cannot be averaged or dropped; None where they can."""
+        if isinstance(project, Latent) and self.decided_by == "borrowed":
+            return (
+                "a borrowed channel is the last one of each key and its queries, and a latent is no key: all channels "
+                "of it make K and V of every head. Use `gate: adapter`."
+            )
+        return None
+
     def newest_bytes(self, width: int, itemsize: int) -> int:
         """Bytes per KV head of what is kept of the newest tokens beside their slots."""
         return 4 * (self.window or 0)
@@ -103,7 +113,7 @@ class Retain:
         """Expected bytes of a dynamic cache of one sequence after `tokens` tokens.
 
         Args:
-            heads: KV heads.
+            heads: KV heads, or 1 for a latent.
             width: numbers of a key and a value together, of `itemsize` bytes each.
         """
         slots = self.slots_at(tokens)
@@ -173,6 +183,14 @@ class Pool(Retain):
     @property
     def averages(self) -> bool:
         return True
+
+    def supports_project(self, project: Project) -> str | None:
+        if isinstance(project, Latent) and project.keeps_positions:
+            return (
+                "K is rotated at read by the position that lies beside each latent, and a slot of several tokens would "
+                "hold the mean of their positions. Use dms, or mla in the place of lowrank."
+            )
+        return super().supports_project(project)
 
     def newest_bytes(self, width: int, itemsize: int) -> int:
         """The open run: its running sum and weight, or the terms of its newest tokens."""

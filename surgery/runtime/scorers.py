@@ -1,4 +1,4 @@
-"""Scores that nothing is trained for: which tokens of a KV head may leave the cache."""
+"""Scores that nothing is trained for: which tokens of a KV head or a latent may leave the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Scorer(Protocol):
 
         Args:
             hidden_BTD: the layer's input, what q, k and v are projected from.
-            q_BTNH, k_BTKH: normed, before rotation, with all their channels.
+            q_BTNH, k_BTKH: normed, before rotation, with all their channels. A latent has one key (K = 1): those of
+                all KV heads that are made from it side by side.
         """
 
 
@@ -38,7 +39,7 @@ class WindowScorer:
 
 
 class KeyNormScorer:
-    """Long keys leave."""
+    """Long keys leave; of a latent, by the norm of the keys of all heads together."""
 
     has_threshold = True
     describes = "norm of the key before rotation; long keys leave (arXiv:2406.11430)"

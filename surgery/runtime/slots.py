@@ -92,4 +92,4 @@ def pick(x_BKSH: Tensor, index_BKT: Tensor) -> Tensor:
     """[B, K, T, H]: the slots of each row that `index_BKT` names."""
     B, K, S, H = x_BKSH.shape
     rows = torch.arange(B * K, device=x_BKSH.device).view(B, K, 1) * S  # whole rows: faster than gather by element
-    return x_BKSH.reshape(-1, H).index_select(0, (rows + index_BKT).flatten()).view(*index_BKT.shape, H)
+    return x_BKSH.reshape(B * K * S, H).index_select(0, (rows + index_BKT).flatten()).view(*index_BKT.shape, H)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.maths import apply_norm
@@ -14,8 +15,9 @@ from ...calibration.statistics import projection_inputs
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...errors import PlanError
+from ...runtime.gated_latent import keys_before_rotation
 from ...runtime.gates import gate_shapes
-from ...runtime.layout import Evict, LayerPlan, Retain
+from ...runtime.layout import Evict, Latent, LayerPlan, Retain
 from ...runtime.scorers import SCORERS
 from .. import Method
 from .options import RetainStep
@@ -53,10 +55,10 @@ class GatedMethod(Method):
             plans = [copy.settle(plan) for plan in plans]
         for plan in plans:
             assert plan.retain is not None
-            if copy.settle(plan).owner != plan.layer:
+            settled = copy.settle(plan)
+            if not settled.owns_cache:
                 continue
-            weights = copy.read(plan.layer)
-            made = new_gate(plan.retain, copy.sites[plan.layer].hidden_size, weights.kv_heads)
+            made = new_gate(plan.retain, copy.sites[plan.layer].hidden_size, settled.decisions)
             if "threshold" in made:
                 assert windows is not None and isinstance(plan.retain, Evict)
                 made["threshold"] = score_threshold(copy, plan.layer, plan.retain, windows)
@@ -68,9 +70,9 @@ def training_note(step: RetainStep) -> str:
     return f"{step.rewriter}: nothing goes before the gates are trained; bytes above are for {step.ratio:g}x"
 
 
-def new_gate(retain: Retain, hidden_size: int, kv_heads: int) -> dict[str, Tensor]:
-    """Tensors of a gate that decides nothing yet."""
-    made = {name: torch.zeros(shape) for name, shape in gate_shapes(retain, hidden_size, kv_heads).items()}
+def new_gate(retain: Retain, hidden_size: int, decisions: int) -> dict[str, Tensor]:
+    """Tensors of a gate that takes so many decisions per token, and decides nothing yet."""
+    made = {name: torch.zeros(shape) for name, shape in gate_shapes(retain, hidden_size, decisions).items()}
     if "norm" in made:
         made["norm"] += 1.0
     if "channel_bits" in made:
@@ -97,20 +99,36 @@ def score_threshold(copy: WorkingCopy, layer: int, evict: Evict, windows: Window
 
 def _scores(copy: WorkingCopy, layer: int, scorer: str, windows: Windows) -> Iterator[Tensor]:
     """[tokens, K] per batch."""
-    weights = copy.read(layer)
+    weights, project = copy.read(layer), copy.project(layer)
+    tensors = copy.canonical(layer) if isinstance(project, Latent) else {}
     for x_PD in projection_inputs(copy.model, copy.sites[layer], windows):
-        x, q, k = x_PD[None], _queries(weights, x_PD), _keys(weights, x_PD)
-        yield SCORERS[scorer].score(x, q, k)[0]
+        if isinstance(project, Latent):
+            keys = (
+                _normed(weights, _keys_of_latent(project, tensors, x_PD)).transpose(0, 1)[None].flatten(2)[:, :, None]
+            )
+        else:
+            keys = _normed(weights, _keys(weights, x_PD)).transpose(0, 1)[None]
+        yield SCORERS[scorer].score(x_PD[None], _queries(weights, x_PD), keys)[0]
 
 
 def _keys(weights: AttentionWeights, x_PD: Tensor) -> Tensor:
-    """[1, tokens, K, H], as the gate sees keys: normed where their norm comes first, not rotated."""
+    """[K, tokens, H], before their norm."""
     k_KPH = torch.einsum("pd,khd->kph", x_PD, weights.k_KHD)
-    if weights.k_bias_KH is not None:
-        k_KPH = k_KPH + weights.k_bias_KH[:, None]
-    if weights.k_norm is not None and not weights.k_norm.after_rotary:
-        k_KPH = apply_norm(k_KPH[None], weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH)[0]
-    return k_KPH.transpose(0, 1)[None]
+    return k_KPH if weights.k_bias_KH is None else k_KPH + weights.k_bias_KH[:, None]
+
+
+def _keys_of_latent(latent: Latent, tensors: dict[str, Tensor], x_PD: Tensor) -> Tensor:
+    """The same from a latent, whose `tensors` are those of the runtime."""
+    entry = F.linear(x_PD, tensors["kv_down.weight"], tensors.get("kv_down.bias"))
+    maps = (tensors.get(name) for name in ("k_up", "q_rope", "k_mean"))
+    return keys_before_rotation(latent, entry[None], *maps)[0].transpose(0, 1)
+
+
+def _normed(weights: AttentionWeights, k_KPH: Tensor) -> Tensor:
+    """As the gate sees keys: normed where their norm comes first, not rotated."""
+    if weights.k_norm is None or weights.k_norm.after_rotary:
+        return k_KPH
+    return apply_norm(k_KPH[None], weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH)[0]
 
 
 def _queries(weights: AttentionWeights, x_PD: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ Windows = Literal["uniform", "sensitivity"]
 
 @dataclass(frozen=True, kw_only=True)
 class RetainStep(Step):
-    """Per KV head and token it is decided who keeps a slot of the cache."""
+    """Per token and KV head, or latent, it is decided who keeps a slot of the cache."""
 
     ratio: float = 4.0
     """Tokens seen per slot kept, at the length that is trained on or calibrated for; over all layers and heads
@@ -83,9 +83,12 @@ def plan_retained(
             raise PlanError(f"{at} asks for {step.rewriter}, but {reason}{can}")
         if layer.project.kind not in GATED:
             raise PlanError(
-                f"{at} asks for {step.rewriter} on a latent: decisions are made per KV head, and a latent is one for "
-                f"all of them. Take gqa with {step.rewriter}, or the latent alone."
+                f"{at} asks for {step.rewriter}, but layers of kind {layer.project.kind!r} keep all of their tokens: "
+                "the kind is not registered in modeling.GATED."
             )
+        reason = value.supports_project(layer.project)
+        if reason is not None:
+            raise PlanError(f"{at} asks for {step.rewriter}, but {reason}")
         if layer.value_owner is not None:
             raise PlanError(
                 f"{at} asks for {step.rewriter}, but the layer reads V of layer {layer.value_owner}, whose slots are "
