@@ -14,7 +14,7 @@ from typing import Any
 from .anatomy import Anatomy, examine
 from .console import render
 from .errors import PlanError
-from .planning.legality import check_layers, check_one_value, check_steps
+from .planning.legality import check_layers, check_one_value, check_steps, check_values
 from .planning.parent_class import meta_model, native_config, stated_heads, unbuilt_layers
 from .planning.table import headline, layers_table, notes, totals_table
 from .planning.targets import Subject, sentence
@@ -141,6 +141,7 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         check_layers(step, [site.layer for site in anatomy.sites], where)
         made = tuple(method.plan(anatomy, after, where))
         check_one_value(decided, after, made, f"{where} ({step.rewriter})")
+        check_values(anatomy.sites, made, where)
         changes.append(frozenset(new.layer for old, new in zip(after, made, strict=True) if old != new))
         after = made
     kv_heads = None if any(method.needs_own_class for method in methods) else stated_heads(after)

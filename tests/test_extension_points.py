@@ -202,6 +202,17 @@ def test_a_format_of_ones_own(registered, tmp_path):
     assert 0 < error < 0.05, error  # encoded, and still the model
 
 
+def test_formats_that_no_cache_layer_holds_are_refused_while_planning(registered, monkeypatch):
+    window = {"rewriter": "evict", "window": 4}
+    with pytest.raises(surgery.PlanError, match="layer 0: .* pages hold plain numbers, not 8 bits"):
+        surgery.plan(tiny_model("llama"), {"steps": [window, {"rewriter": "toy_store"}]})
+    with pytest.raises(surgery.PlanError, match="layer 0: .* keeps its newest 8 tokens in a cache layer"):
+        surgery.plan(tiny_model("mistral"), {"steps": [{"rewriter": "toy_store"}]})
+    monkeypatch.setattr(ToyStore, "supports", lambda self, site: "its keys are too tall. Use gqa.")
+    with pytest.raises(surgery.PlanError, match="layer 0: recipe: steps.0.: its keys are too tall"):
+        surgery.plan(tiny_model("llama"), {"steps": [{"rewriter": "toy_store"}]})
+
+
 def test_the_example_of_the_documentation_runs(monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]

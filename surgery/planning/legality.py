@@ -10,7 +10,7 @@ from ..console import spans
 from ..errors import PlanError
 from ..recipe import Recipe, Step, parse_layers
 from ..rewriters import AXES
-from ..runtime.layout import LayerPlan
+from ..runtime.layout import AttentionSite, Dense, LayerPlan
 
 _QUESTION = {
     "project": "how K and V are made",
@@ -89,3 +89,28 @@ def check_one_value(
                     "value per axis. Select other layers, or leave out one of the two steps."
                 )
             decided[old.layer, axis] = where
+
+
+def check_values(sites: Sequence[AttentionSite], layers: Sequence[LayerPlan], where: str) -> None:
+    """Refuse values that an attention cannot run under, or that no cache layer holds together.
+
+    Raises:
+        PlanError: names the layer and the reason.
+    """
+    for site, layer in zip(sites, layers, strict=True):
+        values = [value for value in (layer.project, layer.retain, layer.store) if value is not None]
+        reasons = [reason for value in values if (reason := value.supports(site)) is not None]
+        if not isinstance(layer.store, Dense):
+            if layer.retain is not None:
+                reasons.append(f"its tokens are averaged or leave, and pages hold plain numbers, not {_name(layer)}.")
+            if layer.window is not None:
+                reasons.append(
+                    f"it keeps its newest {layer.window} tokens in a cache layer of transformers, which holds plain "
+                    f"numbers, not {_name(layer)}. Select the other layers."
+                )
+        if reasons:
+            raise PlanError(f"layer {layer.layer}: {where}: {reasons[0]}")
+
+
+def _name(layer: LayerPlan) -> str:
+    return layer.store.label() or layer.store.kind
