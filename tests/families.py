@@ -16,14 +16,14 @@ _COMMON: dict[str, Any] = {
 _GQA: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2}
 
 
-def _make(name: str, base: dict[str, Any] = _GQA, **changes: Any) -> Callable[[], Any]:
-    return lambda: getattr(hf, name)(**{**base, **changes})
+def _make(name: str, base: dict[str, Any] = _GQA, **changes: Any) -> Callable[..., Any]:
+    return lambda **more: getattr(hf, name)(**{**base, **changes, **more})
 
 
-def _only(name: str, **fields: Any) -> Callable[[], Any]:
+def _only(name: str, **fields: Any) -> Callable[..., Any]:
     """For configs with field names of their own."""
     base = {"vocab_size": 128, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return lambda: getattr(hf, name)(**{**base, **fields})
+    return lambda **more: getattr(hf, name)(**{**base, **fields, **more})
 
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
@@ -38,7 +38,7 @@ _LONGROPE = {
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 # fmt: off
-FAMILIES: dict[str, Callable[[], Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = {
     "llama": _make("LlamaConfig"),
     "llama_yarn": _make("LlamaConfig", rope_parameters=_YARN),
     "llama_llama3": _make("LlamaConfig", rope_parameters=_LLAMA3),
@@ -112,10 +112,19 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 # fmt: on
 
 
-def tiny_model(name: str, seed: int = 0) -> hf.PreTrainedModel:
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> hf.PreTrainedModel:
+    """A model of that family, with `changes` of its config, as `random_model` makes it."""
+    return random_model(FAMILIES[name](**changes), seed)
+
+
+def tiny_config(kind: str, **changes: Any) -> hf.PreTrainedConfig:
+    """The fields of most families, for a class of configs that is none of them."""
+    return _make(kind, **changes)()
+
+
+def random_model(config: hf.PreTrainedConfig, seed: int = 0) -> hf.PreTrainedModel:
     """A float32 CPU model in eval mode; every one-dimensional parameter (gains, biases, sinks) is made random."""
     torch.manual_seed(seed)
-    config = FAMILIES[name]()
     # sdpa has no soft cap; some versions of transformers choose it all the same and leave the cap out in silence.
     attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)

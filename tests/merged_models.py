@@ -112,8 +112,3 @@ def contents(cache: Cache) -> list[list[Tensor]]:
         counts = layer.lengths.flatten().tolist()
         found.append([row[:count][row[:count].sum(-1).argsort()] for row, count in zip(both, counts, strict=True)])
     return found
-
-
-def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    error = float((got - want).abs().max() / want.abs().max())
-    assert error <= tolerance, f"relative error {error:.2e}"

@@ -10,7 +10,8 @@ import json
 import pytest
 import torch
 import transformers as hf
-from families import FAMILIES, tiny_model
+from closeness import assert_close, relative_error
+from families import FAMILIES, tiny_config, tiny_model
 from transformers import AttentionInterface
 
 from surgery.anatomy import Anatomy, attend, examine, project_qkv
@@ -85,8 +86,7 @@ def test_description_alone_gives_what_the_real_attention_gives(case):
     params = dict(model.state_dict())
     for site in anatomy.sites:
         x, out = record(model, site)
-        error = (attend(site, params, x) - out).abs().max() / out.abs().max()
-        assert error < 1e-4, f"layer {site.layer}: {error:.1e}"
+        assert_close(attend(site, params, x), out, 1e-4)
 
 
 def test_sites_survive_json(case):
@@ -240,7 +240,7 @@ def test_every_field_of_the_description_matters(name):
     for field in ("q_norm", "k_norm", "rotary", "softcap", "window", "sinks"):
         if getattr(site, field) is not None:
             wrong = attend(dataclasses.replace(site, **{field: None}), dict(model.state_dict()), x)
-            assert (wrong - out).abs().max() / out.abs().max() > 1e-3, field
+            assert relative_error(wrong, out) > 1e-3, field
 
 
 def test_project_qkv_takes_positions_of_each_row():
@@ -255,14 +255,6 @@ def test_project_qkv_takes_positions_of_each_row():
     assert v.shape == (2, 2, 5, 16)
 
 
-def tiny(name, **changes):
-    base = {
-        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    }  # fmt: skip
-    return getattr(hf, name)(**{**base, **changes})
-
-
 REFUSED = {
     "t5": (lambda: hf.T5Config(), "encoder-decoder"),
     "bart": (lambda: hf.BartConfig(), "encoder-decoder"),
@@ -272,16 +264,16 @@ REFUSED = {
         "RwkvConfig|no softmax attention|capture",
     ),
     "deepseek_v3": (
-        lambda: tiny("DeepseekV3Config", num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
-                     topk_group=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        lambda: tiny_config("DeepseekV3Config", num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2,
+                     n_group=1, topk_group=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
                      v_head_dim=16, first_k_dense_replace=1, moe_intermediate_size=32),
         r"layers\.0.*MLA",
     ),
     "ministral3": (
-        lambda: tiny("Ministral3Config", max_position_embeddings=65536, head_dim=16), "change with the position"
+        lambda: tiny_config("Ministral3Config", max_position_embeddings=65536, head_dim=16), "change with the position"
     ),
-    "bitnet": (lambda: tiny("BitNetConfig"), r"attn_sub_norm\.weight acts between"),
-    "bert": (lambda: tiny("BertConfig"), "causal"),
+    "bitnet": (lambda: tiny_config("BitNetConfig"), r"attn_sub_norm\.weight acts between"),
+    "bert": (lambda: tiny_config("BertConfig"), "causal"),
     "vit": (lambda: hf.ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4), "vit"),
 }  # fmt: skip
 
@@ -294,7 +286,9 @@ def test_models_that_cannot_be_described_are_refused_with_the_reason(name):
 
 
 def test_gated_output_is_noticed_and_not_passed_off_as_plain():
-    model = hf.AutoModelForCausalLM.from_config(tiny("AfmoeConfig", num_experts=4, head_dim=16), dtype=torch.float32)
+    model = hf.AutoModelForCausalLM.from_config(
+        tiny_config("AfmoeConfig", num_experts=4, head_dim=16), dtype=torch.float32
+    )
     site = examine(model).sites[0]
     assert site.gated_output
     q, k, _ = project_qkv(site, dict(model.state_dict()), torch.randn(1, 4, 64))

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from closeness import assert_close
 from families import tiny_model
 from methods import converted, parent
-from test_runtime import GREEDY, assert_close, tokens
+from test_runtime import GREEDY, tokens
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close
 from families import tiny_model
-from merged_models import GREEDY, assert_close, contents, model_of, run, tokens
+from merged_models import GREEDY, contents, model_of, run, tokens
 from transformers import PreTrainedModel
 
 import surgery

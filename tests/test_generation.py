@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from families import FAMILIES, tiny_model
 from methods import METHODS, converted, parent, sites
-from test_runtime import GREEDY, assert_close, tokens
+from test_runtime import GREEDY, tokens
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
@@ -367,10 +368,10 @@ def test_attentions_of_a_step_are_the_last_row_of_those_of_the_whole(form: str) 
         for given in ({cache_argument(model): cache}, {}):
             with pytest.raises(ValueError, match="layer 0: output_attentions: .*slots.*use_cache=False"):
                 attentions(model, ids[:, 13:], **given)
-        return
-    last = attentions(model, ids[:, 13:], **{cache_argument(model): cache})
-    for weights, of_whole in zip(last, whole, strict=True):
-        torch.testing.assert_close(weights, of_whole[:, :, 13:], rtol=1e-4, atol=1e-5)
+    else:
+        last = attentions(model, ids[:, 13:], **{cache_argument(model): cache})
+        for weights, of_whole in zip(last, whole, strict=True):
+            torch.testing.assert_close(weights, of_whole[:, :, 13:], rtol=1e-4, atol=1e-5)
 
 
 def test_attentions_keep_gradients_and_come_once_for_each_layer() -> None:
@@ -395,6 +396,7 @@ def test_attentions_of_a_generation_are_those_of_the_parent() -> None:
         plain = model.generate(tokens(), **options).attentions
         lookup = model.generate(ONE, **options, prompt_lookup_num_tokens=3).attentions
         found.append([weights for steps in (plain, lookup) for layers in steps for weights in layers])
+    assert len(found[0]) > 2 * GREEDY["max_new_tokens"]  # two layers in each step
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

@@ -403,8 +403,9 @@ def test_norms_that_cannot_fold_stay_finite_and_in_scale(kind, span, per_head):
     w = normed(kind, span, equal_pairs=False, per_head=per_head)
     moments = streamed(w, x)
     out = pool_heads(w, moments, ((0, 1), (2, 3)))
-    if not per_head:
-        assert (out.k_norm_KH == out.k_norm_KH[:1]).all() or span == "all"
+    assert out.k_norm_KH.isfinite().all()
+    if span == "head" and not per_head:
+        assert (out.k_norm_KH == out.k_norm_KH[:1]).all()
     before, after = (attend(y, x).k_BKTH.square().mean() for y in (w, out))
     assert 0.3 < float(after / before) < 1.5
 
@@ -473,7 +474,10 @@ def test_reading_and_writing_is_lossless(style, interleaved):
     assert back.keys() == state.keys()
     for name, w in back.items():
         assert w.is_contiguous()
-        assert torch.equal(w, state[name]) or ("norm" in name and torch.allclose(w, state[name], atol=1e-6))
+        if name in ("q_norm.w", "k_norm.w"):  # an offset of 1 is added and taken away again
+            torch.testing.assert_close(w, state[name], rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(w, state[name]), name
 
 
 def test_interleaved_pairs_score_like_the_naive_formula():

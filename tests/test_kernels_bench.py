@@ -77,8 +77,13 @@ def test_what_the_loop_lacks_is_refused(tmp_path: Path) -> None:
     for recipe, reason in (("lowrank-2x", "rotates its keys at read"), ("dms-4x", r"averages or drops tokens \(dms\)")):
         with pytest.raises(RecipeError, match=f"{recipe}: layer 0 {reason}.*surgery eval --speed"):
             layouts(SHAPES["small"], "float32", [recipe])
-    for change in ({"dtype": "int8"}, {"steps": 0}, {"batches": [0]}):
-        with pytest.raises(RecipeError):
+    positive = "must name positive numbers"
+    for change, words in (
+        ({"dtype": "int8"}, "dtype 'int8' is unknown"),
+        ({"steps": 0}, positive),
+        ({"batches": [0]}, positive),
+    ):
+        with pytest.raises(RecipeError, match=words):
             bench.decode("small", ["identity"], **{**TINY, **change})
     with pytest.raises(RecipeError, match="'large' is unknown"):
         bench.decode("large", ["identity"], **TINY)

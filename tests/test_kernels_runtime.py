@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
+from closeness import assert_close
 from families import tiny_model
 from methods import converted
-from test_runtime import GREEDY, assert_close, left_padded, tokens
+from test_runtime import GREEDY, left_padded, tokens
 from torch import Tensor, nn
 from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
@@ -90,10 +91,18 @@ def test_a_native_model_of_transformers_decodes_through_the_operators(monkeypatc
     assert called
 
 
-def test_training_goes_through_sdpa() -> None:
+def test_training_goes_through_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators have no gradient: a single token, which they decode otherwise, is left to sdpa."""
     model, ids = switched("mla", "llama"), tokens(length=1)
+    called = operators_called(monkeypatch)
     model(ids, use_cache=False).logits.sum().backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "kv_down" in name)
+    assert not called
+    made = {name: p.grad for name, p in model.named_parameters() if "kv_down" in name}
+    assert sorted(made) == [f"model.layers.{i}.self_attn.kv_down.weight" for i in range(2)]
+    assert all(grad is not None and bool(grad.any()) for grad in made.values())
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    assert called
 
 
 @pytest.mark.parametrize(("method", "family"), [("per_layer_heads", "llama"), ("mla", "llama")])

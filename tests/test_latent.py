@@ -12,6 +12,7 @@ from typing import NamedTuple
 import families
 import pytest
 import torch
+from closeness import assert_close
 
 import surgery
 from surgery.anatomy import examine
@@ -243,7 +244,7 @@ def test_families_keep_their_logits_at_full_rank(name):
             made = mla(w, m, 65, full) if kind == "mla" else lowrank(w, m, kv * w.head_dim, kv * w.value_dim)
             copy.write_latent(site.layer, made)
         got = copy.model(input_ids=ids).logits
-        assert float((got - want).abs().max() / want.abs().max()) < 1e-4
+        assert_close(got, want, 1e-4)
 
 
 def test_interleaved_channels_are_brought_to_where_the_parent_has_them():
@@ -439,8 +440,12 @@ def test_what_a_latent_cannot_hold_is_refused_with_its_reason():
     with pytest.raises(UnsupportedModel, match="keys are normed"):
         lowrank(replace(w, k_norm=replace(norm, after_rotary=True)), m, 4, 4)
     lowrank(replace(w, rotary=replace(w.rotary, length_dependent=True)), m, 4, 4)
-    for rank, rope in ((8, 3), (8, 100), (0, 4)):
-        with pytest.raises(PlanError):
+    for rank, rope, reason in (
+        (8, 3, "rope_dims 3 must be even"),
+        (8, 100, "from 0 to"),
+        (0, 4, "rank 0: the values need"),
+    ):
+        with pytest.raises(PlanError, match=reason):
             mla(w, m, rank, rope)
     with pytest.raises(PlanError, match="do not turn"):
         mla_freq(make(rotary="partial"), moments_of(make(rotary="partial"), x), 4, 4)

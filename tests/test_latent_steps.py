@@ -1,10 +1,12 @@
 """The `mla` and `lowrank` steps: from a recipe to a model that runs, saves and caches what was planned."""
 
+import json
 import typing
 
 import families
 import pytest
 import torch
+from closeness import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig
 
@@ -28,17 +30,14 @@ def one(rewriter: str, **options: object) -> dict[str, object]:
     return {"steps": [{"rewriter": rewriter, **options}]}
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
-
-
 def test_both_kinds_of_project_survive_json_and_old_plans_are_heads() -> None:
     heads = Heads(kv_heads=2, head_dim=4, value_dim=4, groups=((0, 1), (2, 3)))
     a_latent = Latent(rank=6, rope_dims=2, kv_heads=2, head_dim=4, value_dim=4, k_rank=0)
-    for project in (heads, a_latent):
-        plan = LayerPlan(layer=0, project=project, owner=0)
-        assert LayerPlan.from_dict(plan.to_dict()) == plan
-        assert plan.bytes_per_token == 2 * project.dims
+    for project, numbers in ((heads, 2 * (4 + 4)), (a_latent, 6 + 2)):
+        plan = LayerPlan(layer=0, project=project, owner=0, store=Dense(dtype="float16"))
+        read = LayerPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+        assert type(read.project) is type(project) and read == plan
+        assert plan.bytes_per_token == 2 * numbers
     old = LayerPlan(layer=0, project=heads, owner=0).to_dict()
     del old["project"]["kind"], old["version"], old["store"]
     assert LayerPlan.from_dict(old | {"dtype": "float16"}) == LayerPlan(
@@ -78,7 +77,7 @@ def test_a_converted_model_saves_loads_and_caches_what_was_planned(step, tmp_pat
     assert size.bytes == size.predicted_bytes == plan.cache_bytes(16)
     surgery.save(child, tmp_path / "child")
     with torch.no_grad():
-        assert error(surgery.load(tmp_path / "child")(text()).logits, child(text()).logits) < 1e-6
+        assert_close(surgery.load(tmp_path / "child")(text()).logits, child(text()).logits, 1e-6)
 
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def test_all_components_rotated_keep_the_logits() -> None:
     parent = families.tiny_model("llama")
     step = one("mla", rank=32, rope_dims=32, **FAST)  # 2 KV heads of 16: all of K turns, the latent holds V
     child = surgery.convert(parent, step, calibration=text())
-    assert error(child(text()).logits, parent(text()).logits) < 1e-4
+    assert_close(child(text()).logits, parent(text()).logits, 1e-4)
 
 
 class LargestTensor(TorchDispatchMode):

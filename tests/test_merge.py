@@ -442,6 +442,8 @@ def test_checkpointing_trains_the_same_gates(home: Path, tmp_path: Path) -> None
     for name, more in {"plain": {}, "again": {"checkpointing": True}}.items():
         uptrain(run(home, tmp_path / name, *options, model="dms", save_steps=100, **more))
         made[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+    before = load_file(home / "dms" / "model.safetensors")
+    assert {name for name, tensor in made["plain"].items() if not tensor.equal(before[name])}  # it has trained
     for name, tensor in made["plain"].items():
         torch.testing.assert_close(made["again"][name], tensor, rtol=1e-4, atol=1e-6)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from merged_models import GREEDY, assert_close, contents, merge, merged_model, model_of, run, tokens
+from closeness import assert_close
+from merged_models import GREEDY, contents, merge, merged_model, model_of, run, tokens
 from methods import parent
 from transformers import Cache, DynamicCache, StaticCache
 
@@ -197,6 +198,7 @@ def test_pages_are_full_to_6_percent_at_2k_tokens_and_the_plan_says_their_bytes(
     model, ids = model_of(method, window, drops=0.75), tokens(batch=1, length=2048)
     # Prefill and 40 single tokens: growth is slack as well.
     _, cache = run(model, ids, [2008, *range(2009, 2049)])
+    assert len(cache.layers) == 2
     for layer, form in zip(cache.layers, model.plans, strict=True):
         slots = int(layer.lengths.sum())
         pool = layer.pool.keys.numel() + layer.pool.values.numel()

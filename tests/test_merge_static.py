@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from merged_models import GREEDY, assert_close, model_of, run, tokens
+from closeness import assert_close
+from merged_models import GREEDY, model_of, run, tokens
 from methods import parent
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -8,6 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
+from closeness import assert_close_in_norm
 from families import tiny_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -64,10 +65,6 @@ def tied():
     return decoder(num_hidden_layers=2, tie_word_embeddings=True)
 
 
-def close(found, wanted, tolerance=1e-4):
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
-
-
 # Adapters in memory
 
 ADAPTED = {
@@ -100,7 +97,7 @@ def test_a_model_whose_adapter_is_merged_on_request_answers_as_it_did(name):
     parent = ADAPTED[name]()
     wanted, before = logits(parent), {name: t.clone() for name, t in parent.state_dict().items()}
     child = surgery.convert(parent, "identity", merge_adapter=True)
-    close(logits(child), wanted)
+    assert_close_in_norm(logits(child), wanted)
     assert child.config.surgery["provenance"]["adapter"]["kinds"] == "LORA default"
     assert all(t.equal(before[name]) for name, t in parent.state_dict().items())
     assert all(p.requires_grad for p in child.parameters())
@@ -110,7 +107,7 @@ def test_a_model_whose_adapter_is_merged_on_request_answers_as_it_did(name):
 def test_every_kind_of_adapter_that_is_a_change_of_weights_is_merged(name):
     parent = MERGED[name]()
     plain, _ = plain_parent(parent, merge_adapter=True)
-    close(logits(plain), logits(parent))
+    assert_close_in_norm(logits(plain), logits(parent))
     assert {type(module).__module__.partition(".")[0] for module in plain.modules()} <= {"torch", "transformers"}
     assert [n for n, _ in plain.named_parameters()] == [n for n, _ in type(plain)(plain.config).named_parameters()]
 
@@ -124,7 +121,7 @@ def test_a_head_that_an_adapter_unties_stays_untied_through_conversion_and_savin
     surgery.save(child, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(child))
-    close(loaded.lm_head.weight, plain.lm_head.weight)
+    assert_close_in_norm(loaded.lm_head.weight, plain.lm_head.weight)
     assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
 
 
@@ -135,7 +132,7 @@ def test_adapters_that_are_active_are_merged_and_the_others_left_out():
     parent.base_model.set_adapter(["default", "second"])
     spread(parent)
     plain, told = plain_parent(parent, merge_adapter=True)
-    close(logits(plain), logits(parent))
+    assert_close_in_norm(logits(plain), logits(parent))
     assert told["adapter"]["names"] == ["default", "second"]
 
 
@@ -241,7 +238,7 @@ def test_an_adapter_in_a_folder_is_merged_on_request_and_else_refused_by_name(fo
         surgery.calibration.text.load_tokenizer(root / "out").get_vocab()
         == surgery.calibration.text.load_tokenizer(SMALL).get_vocab()
     )
-    close(logits(surgery.load(root / "out")), wanted)
+    assert_close_in_norm(logits(surgery.load(root / "out")), wanted)
     native = surgery.convert(root / place, GQA, merge_adapter=True)
     surgery.save(native, root / "native")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(root / "native")), logits(native))

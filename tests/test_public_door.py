@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from closeness import assert_close
 from families import FAMILIES, tiny_model
 from methods import METHODS, converted
 from safetensors.torch import load_file
-from test_runtime import GREEDY, assert_close, left_padded, parent_or_skip, tokens
+from test_runtime import GREEDY, left_padded, parent_or_skip, tokens
 from transformers import PreTrainedModel, StaticCache
 
 import surgery

@@ -32,6 +32,16 @@ def test_overrides_reach_steps_and_uptrain():
     assert recipe.uptrain.tokens == 1_000_000
 
 
+def test_scores_as_gates_of_dms_load_as_what_they_are_called_today(caplog):
+    old = {"steps": [{"rewriter": "dms", "gate": "score:key_norm", "window": 16, "ratio": 8, "layers": "1"}]}
+    new = {"steps": [{"rewriter": "evict", "scorer": "key_norm", "window": 16, "ratio": 8, "layers": "1"}]}
+    assert Recipe.load(old) == Recipe.load(new)
+    assert "is spelled `rewriter: evict` with `scorer: key_norm` now" in caplog.text
+    caplog.clear()
+    trained = Recipe.load({"steps": [{"rewriter": "dms", "gate": "borrowed"}]})
+    assert trained.steps[0].rewriter == "dms" and not caplog.text
+
+
 def test_layers_are_spans():
     assert parse_layers("0-3,8") == {0, 1, 2, 3, 8}
 

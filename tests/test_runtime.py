@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 import inspect
@@ -10,10 +11,13 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from closeness import assert_close, relative_error
 from families import FAMILIES, tiny_model
 from methods import METHODS, PAIRS, REFUSED, REPRESENTATIVE, converted, parent, sites
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
@@ -34,6 +38,7 @@ compiled_matrix = pytest.mark.parametrize(
         for m, f in PAIRS
     ],
 )
+ROOT = Path(__file__).parent.parent
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
 
 
@@ -47,20 +52,22 @@ def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-5) -> None:
-    error = float((got - want).abs().max() / want.abs().max())
-    assert error <= tolerance, f"relative error {error:.2e}"
-
-
 def parent_or_skip(family: str, **arguments: object) -> None:
     """Skip where the parent itself cannot generate so, or contradicts its own greedy search."""
     model, ids = parent(family), tokens()
     try:
         got = model.generate(ids, **GREEDY, **arguments)
     except Exception as error:
-        pytest.skip(f"the parent cannot: {type(error).__name__}: {str(error)[:80]}")
+        skip_for_the_parent(family, ["falcon_alibi"], f"it cannot: {type(error).__name__}: {str(error)[:80]}")
     if arguments.get("num_beams") is None and not torch.equal(got, model.generate(ids, **GREEDY)):
-        pytest.skip("the parent differs from its own greedy search")
+        skip_for_the_parent(family, ["gpt_neo"], "it differs from its own greedy search")
+
+
+def skip_for_the_parent(family: str, known: Sequence[str], reason: str) -> None:
+    """Skip what the parent does not do either; with the pinned transformers, only where that is known."""
+    pinned = f"transformers=={transformers.__version__}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert family in known or not pinned, f"the parent, {family}: {reason}"
+    pytest.skip(f"the parent: {reason}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,8 +79,8 @@ def test_unequal_groups_decode_as_they_prefill(family: str) -> None:
         logits = [model(step, past_key_values=cache, use_cache=True).logits for step in steps]
         return torch.cat(logits, dim=1), model(ids, use_cache=False).logits
 
-    if not torch.allclose(*both(parent(family)), rtol=1e-3, atol=1e-3):
-        pytest.skip("the parent itself decodes otherwise than it prefills")
+    if relative_error(*both(parent(family))) > 1e-3:
+        skip_for_the_parent(family, ["bamba"], "it decodes otherwise than it prefills")
     assert_close(*both(converted("unequal_groups", family)))
 
 
@@ -181,8 +188,8 @@ def test_packed_documents_are_what_they_are_alone(method: str, family: str) -> N
 
     if "position_ids" not in inspect.signature(parent(family).forward).parameters:
         pytest.skip("the parent takes no positions")
-    if not torch.allclose(*both(parent(family)), rtol=1e-3, atol=1e-3):
-        pytest.skip("the parent itself does not keep documents apart")
+    if relative_error(*both(parent(family))) > 1e-3:
+        skip_for_the_parent(family, ["gpt_oss"], "it does not keep documents apart")
     assert_close(*both(converted(method, family)))
 
 
@@ -197,7 +204,7 @@ def test_an_explicit_causal_mask_is_as_none(method: str, family: str) -> None:
     try:
         parent(family)(ids, attention_mask=torch.where(causal, 0.0, low), use_cache=False)
     except Exception as error:
-        pytest.skip(f"the parent cannot: {type(error).__name__}: {str(error)[:80]}")
+        skip_for_the_parent(family, ["bloom"], f"it cannot: {type(error).__name__}: {str(error)[:80]}")
     want = model(ids, use_cache=False).logits
     for mask in (causal, torch.where(causal, 0.0, low)):
         assert_close(model(ids, attention_mask=mask, use_cache=False).logits, want)
@@ -209,18 +216,11 @@ def test_an_explicit_causal_mask_is_as_none(method: str, family: str) -> None:
 
 
 @matrix
-def test_assisted_decoding_equals_greedy(method: str, family: str) -> None:
+def test_assisted_decoding_equals_greedy_or_is_refused_where_decisions_are_final(method: str, family: str) -> None:
     model, ids = converted(method, family), tokens(batch=1).repeat(1, 2)
-    if METHODS[method].retain is not None:
-        with pytest.raises(ValueError, match="cannot be undone"):
-            model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
-        return
-    parent_or_skip(family)
-    try:
-        parent(family).generate(ids, **GREEDY, prompt_lookup_num_tokens=3)
-    except Exception as error:
-        pytest.skip(f"the parent cannot: {type(error).__name__}: {str(error)[:80]}")
-    assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), model.generate(ids, **GREEDY))
+    final = METHODS[method].retain is not None
+    with pytest.raises(ValueError, match="cannot be undone") if final else contextlib.nullcontext():
+        assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), model.generate(ids, **GREEDY))
 
 
 @matrix
@@ -252,7 +252,7 @@ def test_compiled_decode_equals_eager_without_recompiling(method: str, family: s
     try:
         allowed = parent_compilations(family)
     except Exception as error:
-        pytest.skip(f"the parent does not compile: {type(error).__name__}: {str(error)[:80]}")
+        skip_for_the_parent(family, [], f"it does not compile: {type(error).__name__}: {str(error)[:80]}")
     model, ids = converted(method, family), tokens(length=16)
     got, compilations = compiled_decode(model, ids)
     assert_close(got, model(ids).logits)
@@ -262,7 +262,8 @@ def test_compiled_decode_equals_eager_without_recompiling(method: str, family: s
 
 @pytest.mark.parametrize(("method", "family"), REFUSED)
 def test_families_without_the_form_are_refused(method: str, family: str) -> None:
-    with pytest.raises(SurgeryError):
+    reason = "keys are normed per head" if family in ("qwen3", "olmo2") else r"1[26] of 16 key channels do not turn"
+    with pytest.raises(SurgeryError, match=reason):
         converted(method, family)
 
 
@@ -304,6 +305,7 @@ def test_every_new_parameter_has_a_gradient_also_under_checkpointing(method: str
     torch.manual_seed(0)  # dropout
     model(ids, labels=ids, use_cache=False).loss.backward()
     plain = {name: parameter.grad for name, parameter in ours.items()}
+    assert len(ours) >= 2 * len(sites(family))  # readers have those of queries and outputs
     # A key bias moves every score of a query alike: its gradient is zero, but it is there.
     assert all(grad is not None and grad.isfinite().all() for grad in plain.values())
     model.zero_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import relative_error
 from families import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -57,8 +58,7 @@ def twins(family: str = "llama", layers: int = 2) -> PreTrainedModel:
 @torch.no_grad()
 def distance(a: PreTrainedModel, b: PreTrainedModel) -> float:
     ids = text(4)
-    want = a(ids).logits
-    return float((b(ids).logits - want).abs().max() / want.abs().max())
+    return relative_error(b(ids).logits, a(ids).logits)
 
 
 @pytest.mark.parametrize(

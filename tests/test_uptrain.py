@@ -296,12 +296,14 @@ def test_an_interrupted_run_continues_bit_for_bit(home, tmp_path, finished, monk
 
 def test_accumulation_changes_nothing_but_rounding(home, tmp_path, finished):
     uptrain(run(home, tmp_path / "parts", micro_batch=1))
+    assert len(losses(finished)) == 10
     for a, b in zip(losses(finished), losses(tmp_path / "parts"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
 def test_recomputing_activations_changes_nothing_but_rounding(home, tmp_path, finished):
     uptrain(run(home, tmp_path / "recomputed", checkpointing=True))
+    assert len(losses(finished)) == 10
     for a, b in zip(losses(finished), losses(tmp_path / "recomputed"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
