@@ -12,13 +12,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import tiny_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from vllm_models import CLA2, GQA, MLA, converted, decoder, text
 
 import surgery
 from surgery.bundled import SMALL
 from surgery.errors import CheckpointError, PlanError
-from surgery.export import export, llama_cpp
+from surgery.export import Source, export, gguf_tokens, llama_cpp
 from surgery.export import gguf as gguf_target
 from surgery.export.llama_cpp import LlamaCpp, bytes_per_token
 
@@ -56,7 +60,7 @@ def without_llama(monkeypatch) -> None:
 def test_every_tensor_of_a_gguf_file_reads_back_as_written(name, tmp_path) -> None:
     model = WRITTEN[name]()
     report = export(model, tmp_path / "out", to="gguf")
-    assert "no llama-cpp-python here" in report.parity.engine
+    assert "not loaded: no llama-cpp-python here" in report.parity.engine
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     found = {tensor.name: tensor for tensor in reader.tensors}
     assert len(found) == report.facts["tensors"]
@@ -144,6 +148,63 @@ def test_added_tokens_without_an_embedding_are_left_out_and_others_refused(tmp_p
     file.write_text(json.dumps({**words, "model": model}))
     with pytest.raises(PlanError, match="has 4097 tokens beside the added ones, the model 4096 embeddings"):
         export(tmp_path / "small", tmp_path / "two", to="gguf")
+
+
+def sentencepiece_model(folder) -> int:
+    """A small SentencePiece tokenizer with chat tokens that only `tokenizer.json` names; returns the number of ids."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    words = " ".join(f"w{i} cat dog{i % 7} sleeps" for i in range(200))
+    (folder / "corpus.txt").write_text("\n".join([words] * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=64, model_type="bpe",
+        byte_fallback=False, bos_id=1, eos_id=2, unk_id=0, pad_id=-1,
+    )  # fmt: skip
+    (folder / "corpus.txt").unlink()
+    pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    core = Tokenizer(WordLevel({pieces.id_to_piece(i): i for i in range(len(pieces))}, unk_token="<unk>"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    fast.add_tokens(["<tool>"])
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+@pytest.mark.usefixtures("without_llama")
+def test_chat_tokens_of_a_sentencepiece_tokenizer_travel(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "parent"
+    folder.mkdir()
+    count = sentencepiece_model(folder)
+    decoder(vocab_size=count + 5).save_pretrained(folder)
+    (folder / "added_tokens.json").unlink(missing_ok=True)
+    model = folder / "tokenizer.model"
+    assert model.is_file()
+    export(folder, tmp_path / "out", to="gguf")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    tokens, types = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    added = Source(folder).tokenizer.get_added_vocab()
+    assert {"<|user|>", "<|end|>", "<tool>"} <= added.keys()
+    assert {t: bytes(tokens.parts[tokens.data[number]]).decode() for t, number in added.items()} == {
+        t: t for t in added
+    }
+    kinds = {t: gguf.TokenType(int(types.parts[types.data[number]][0])).name for t, number in added.items()}
+    assert (kinds["<|user|>"], kinds["<tool>"]) == ("CONTROL", "USER_DEFINED")
+    monkeypatch.setattr(gguf_tokens, "_added_tokens", lambda folder: {})
+    with pytest.raises(CheckpointError, match="in the tokenizer, and '.PAD"):
+        export(folder, tmp_path / "two", to="gguf")
+
+
+@pytest.mark.usefixtures("without_llama")
+def test_buffers_that_the_class_does_not_load_stay_out_of_the_file(tmp_path) -> None:
+    model = decoder()
+    model.save_pretrained(tmp_path / "parent")
+    file = tmp_path / "parent" / "model.safetensors"
+    tensors = load_file(file)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16), "model.position_ids": torch.arange(64)}
+    save_file(tensors | extra, file, {"format": "pt"})
+    report = export(tmp_path / "parent", tmp_path / "out", to="gguf")
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    assert not [name for name in names if "rope" in name or "rot" in name]
+    assert report.facts["tensors"] == len(names) == len(tensors)
 
 
 @pytest.mark.parametrize(

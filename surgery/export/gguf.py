@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import Checkpoint
+from ..checkpoints.storage import check_whole
 from ..errors import CheckpointError, PlanError
 from ..planning.targets import NATIVE, Refusal, Subject, Way, refused_as_native, stored_otherwise
 from . import deepseek, parent_class
@@ -111,10 +112,11 @@ class Gguf:
     def parity(self, source: Source, folder: Path) -> Parity:
         """Read every tensor back; then ask llama.cpp, where it is."""
         count = _read_back(source, folder / FILE)
+        _check_added_tokens(source, folder / FILE)
         engine = LlamaCpp.find(self.python)
         if engine is None:
             return Parity(
-                engine=f"the gguf reader ({count} tensors equal; no llama-cpp-python here to run them)",
+                engine=f"the gguf reader ({count} tensors equal; not loaded: no llama-cpp-python here)",
                 logit_difference=None, relative_difference=None, equal_greedy_tokens=0, greedy_tokens=0,
             )  # fmt: skip
         model = source.model
@@ -215,9 +217,11 @@ def _tensors(source: Source, name: str) -> Iterator[Made]:
     names = _gguf().get_tensor_name_map(_arch(name), config.num_hidden_layers)
     if source.folder is not None:
         checkpoint = Checkpoint(source.folder)
-        found: dict[str, Callable[[], Tensor]] = {n: lambda n=n: checkpoint.get(n) for n in checkpoint.names()}  # type: ignore[misc]
+        # Files may hold more than the class loads: rotary tables, position ids, layers that predict further tokens.
+        used = {name for parts in check_whole(checkpoint).origins.values() for name in parts}
+        found: dict[str, Callable[[], Tensor]] = {n: lambda n=n: checkpoint.get(n) for n in sorted(used)}  # type: ignore[misc]
         shapes = {n: checkpoint.shape(n) for n in found}
-        dtypes = {n: _SAFETENSORS[checkpoint.dtype(n)] for n in found}
+        dtypes = {n: checkpoint.weight_dtype(n) or torch.int64 for n in found}
     else:
         state = source.model.state_dict()
         found = {n: lambda n=n: state[n].detach().cpu() for n in state}  # type: ignore[misc]
@@ -225,6 +229,8 @@ def _tensors(source: Source, name: str) -> Iterator[Made]:
     for old, read in found.items():
         if old == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        if dtypes[old] not in _TYPES:
+            raise PlanError(f"GGUF: {old} is of type {dtypes[old]}, for which llama.cpp's graph has no place.")
         dtype = torch.float32 if len(shapes[old]) == 1 else dtypes[old]
         if old.endswith("kv_b_proj.weight"):
             yield from _latent_maps(old, read, config, dtype)
@@ -243,9 +249,6 @@ def _tensors(source: Source, name: str) -> Iterator[Made]:
     factors = _llama3_factors(config)
     if factors is not None:
         yield "rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors
-
-
-_SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def _arch(name: str) -> Any:
@@ -336,6 +339,31 @@ def _read_back(source: Source, file: Path) -> int:
         if not same_shape or np.ascontiguousarray(tensor.data).tobytes() != want.tobytes():
             raise CheckpointError(f"{file.name}: {name} reads back otherwise than it was written. Nothing was written.")
     return len(wanted)
+
+
+def _check_added_tokens(source: Source, file: Path) -> None:
+    """Compare each token that was added to the tokenizer's vocabulary (chat markers) with what the file has at its id.
+
+    Raises:
+        CheckpointError: the file has another text there, or holds it as text to be split like any other.
+    """
+    if source.tokenizer is None:
+        return
+    fields = _gguf().GGUFReader(file).fields
+    tokens, types = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if tokens is None or types is None:
+        return
+    for text, number in source.tokenizer.get_added_vocab().items():
+        if number >= len(tokens.data):
+            continue  # without an embedding: left out, and said so
+        found = bytes(tokens.parts[tokens.data[number]]).decode("utf-8", "replace")
+        kind = int(types.parts[types.data[number]][0])
+        if found != text or kind not in (_gguf().TokenType.CONTROL, _gguf().TokenType.USER_DEFINED,
+                                         _gguf().TokenType.UNKNOWN):  # fmt: skip
+            raise CheckpointError(
+                f"{file.name}: token {number} is {text!r} in the tokenizer, and {found!r} "
+                f"({_gguf().TokenType(kind).name.lower()}) in the file. Nothing was written."
+            )
 
 
 @contextlib.contextmanager

@@ -75,14 +75,35 @@ def _sentencepiece(folder: Path, vocab_size: int) -> Tokens:
     except RuntimeError as error:
         raise PlanError(f"GGUF: {folder / 'tokenizer.model'}: {error} (pip install sentencepiece).") from None
     _check_rows(folder / "tokenizer.model", vocabulary.vocab_size_base, vocab_size)
-    left_out = max(0, len(rows) - vocab_size)
+    added = _added_tokens(folder)
+    left_out = sum(number >= vocab_size for number in {*range(len(rows)), *added})
     rows = rows[:vocab_size]
     while len(rows) < vocab_size:
         rows.append((f"[PAD{len(rows)}]".encode(), -10000.0, gguf.TokenType.UNUSED))
+    for number, (text, special) in added.items():
+        if number < vocab_size and rows[number][0] != text.encode():
+            kind = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
+            rows[number] = (text.encode(), -1000.0, kind)
     return Tokens(
         kind="llama", folder=folder, tokens=[text for text, _, _ in rows], scores=[score for _, score, _ in rows],
         types=[int(kind) for _, _, kind in rows], left_out=left_out,
     )  # fmt: skip
+
+
+def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
+    """Id -> text, and whether it is special, of tokens that were added to a vocabulary.
+
+    The gguf package reads those of `added_tokens.json` alone, and many tokenizers have them elsewhere.
+    """
+    found: dict[int, tuple[str, bool]] = {}
+    config, whole = (folder / name for name in ("tokenizer_config.json", "tokenizer.json"))
+    if config.is_file():
+        decoder = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+        found |= {int(number): (token["content"], bool(token.get("special"))) for number, token in decoder.items()}
+    if whole.is_file():
+        added = json.loads(whole.read_text(encoding="utf-8")).get("added_tokens") or ()
+        found |= {token["id"]: (token["content"], bool(token["special"])) for token in added}
+    return found
 
 
 def _bpe(folder: Path, vocab_size: int) -> Tokens:

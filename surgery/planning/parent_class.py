@@ -13,7 +13,8 @@ from ..anatomy import Anatomy
 from ..anatomy.twin import hold_frequencies_still
 from ..checkpoints.classes import model_class, plain_config
 from ..runtime.attention import SHARED_STATES
-from ..runtime.layout import AttentionSite, Dense, Heads, LayerPlan
+from ..runtime.layout import AttentionSite, Heads, LayerPlan
+from .targets import unknown_to_parent
 
 
 def native_config(
@@ -91,8 +92,7 @@ def stated_heads(layers: Sequence[LayerPlan]) -> int | None:
     """The number of KV heads with which a config says all of `layers`; None where it takes more than that number."""
     counts = set()
     for layer in layers:
-        plain = layer.retain is None and not layer.lenders and isinstance(layer.store, Dense)
-        if not plain or not isinstance(layer.project, Heads) or not layer.project.is_uniform:
+        if unknown_to_parent(layer) is not None or not isinstance(layer.project, Heads) or not layer.project.is_uniform:
             return None
         counts.add(layer.project.kv_heads)
     return counts.pop() if len(counts) == 1 else None
