@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,30 @@ def test_key_norm_reaches_its_ratio_on_the_text_it_was_calibrated_on(step: dict[
     model, ids = converted(step, EVICT | {"scorer": "key_norm", "ratio": 2}), text()
     found = read_gates(model, Windows(ids, torch.ones_like(ids, dtype=torch.bool), "test"))
     assert abs(found.total - 2) < 0.15
+
+
+def test_windows_of_latents_can_be_measured_on_text() -> None:
+    model = converted(MLA, EVICT | {"windows": "sensitivity", "window": 8})
+    windows = [plan.retain.window for plan in model.plans if plan.retain and plan.retain.window]
+    assert len(windows) == len(model.plans) and sum(windows) <= 8 * len(windows)
+
+
+def test_readers_of_a_shared_latent_follow_its_one_decision() -> None:
+    SHARE = {"rewriter": "share", "layout": {1: 0}, "init": "latent", "keep": 0.5}
+    model, ids = converted(SHARE, EVICT), tokens()
+    owner, reader = model.plans
+    assert isinstance(owner.project, Latent) and owner.decisions == 1 and reader.owner == 0
+    want = whole(model, ids)
+    logits, cache = run(model, ids, [20, *range(21, 41)])
+    assert_close(logits, want)
+    assert int(cache.layers[0].lengths.max()) == 6
+
+
+@pytest.mark.parametrize("latent", ["mla", "lowrank"])
+def test_bfloat16_decodes_as_it_prefills(latent: str) -> None:
+    # Decisions near 0 may fall either way by rounding of the layers before: here all tokens go.
+    model, ids = copy.deepcopy(model_of("dms", 6, latent=latent, drops=1.0)).bfloat16(), tokens()
+    assert_close(run(model, ids, [20, *range(21, 41)])[0], whole(model, ids), 0.03)
 
 
 @pytest.mark.parametrize(

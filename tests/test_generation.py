@@ -251,7 +251,7 @@ def test_heads_go_through_a_quantized_cache(form: str) -> None:
         ("lowrank", "layer 0: .* one latent per token"),
         ("shared_mla", "layer 0: .* one latent per token"),
         ("shared_values", "layer 1: .* keys alone, for it reads the values of layer 0"),
-        ("dms", r"layer 0: .* merge or leave \(dms\)"),
+        ("dms", r"layer 0: .* are averaged or leave \(dms\)"),
     ],
 )
 def test_a_quantized_cache_is_refused_where_backends_would_be_given_nothing(form: str, message: str) -> None:

@@ -100,6 +100,15 @@ def test_64_compiled_steps_through_the_operator_that_merges_are_one_graph(monkey
     assert "surgery.merge_append_.default" in operators_of_64_steps(model_of("dmc", None))
 
 
+@pytest.mark.parametrize(
+    ("latent", "method", "window"), [("mla", "dms", 6), ("mla", "dmc", None), ("lowrank", "dms", 6)]
+)
+def test_64_compiled_steps_over_latents_are_one_graph(latent: str, method: str, window: int | None) -> None:
+    operators = operators_of_64_steps(model_of(method, window, latent=latent))
+    # Latents that are rotated at read are expanded from their slots.
+    assert ("surgery.decode_ragged.default" in operators) == (latent == "mla")
+
+
 def compiled(model: PreTrainedModel, ids: Tensor, **arguments: object) -> Tensor:
     config = CompileConfig(backend="eager", fullgraph=True, mode=None, dynamic=False)
     config._compile_all_devices = True
