@@ -9,7 +9,7 @@ import pytest
 import torch
 from closeness import assert_close
 from families import tiny_model
-from merged_models import GREEDY, contents, model_of, run, tokens
+from gated_models import GREEDY, contents, model_of, run, tokens
 from transformers import PreTrainedModel
 
 import surgery

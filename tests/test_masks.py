@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import assert_close
-from merged_models import merge, merged_model, model_of
+from gated_models import merge, merged_model, model_of
 from methods import METHODS, latent, merged, parent, sites
 from methods import converted as convert
 from torch import Tensor

@@ -235,7 +235,7 @@ def test_beam_search_is_the_same_with_and_without_cache(method: str, family: str
 @torch.no_grad()
 def test_planned_bytes_are_what_the_cache_holds(method: str, family: str) -> None:
     if METHODS[method].retain is not None:
-        pytest.skip("bytes follow what the gates decide: test_merge_cache.py counts them")
+        pytest.skip("bytes follow what the gates decide: test_paged_cache.py counts them")
     model, length = converted(method, family), 6
     cache = DynamicCache(config=model.config)
     model(tokens(batch=1, length=length), past_key_values=cache, use_cache=True)

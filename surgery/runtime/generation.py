@@ -82,7 +82,7 @@ class SurgeryGeneration:
         if self.retains and getattr(generation_config, "is_assistant", False):
             raise ValueError(
                 f"{name} averages or drops tokens, and a draft must take tokens back when its candidates are rejected. "
-                "Give another assistant_model: the parent, or one converted without dms and dmc."
+                "Give another assistant_model: the parent, or one converted without dms, dmc and evict."
             )
         if self.retains and generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Read the mask of a gated attention: which tokens are padding, and where the others stand.
 
-Tokens are averaged or leave by what came before them in their sequence. So a mask must say sequences: causality, padding
-anywhere, and, without a cache, documents side by side. All else is refused: decisions would not follow it, and a cache
-cannot give back what it let go.
+Tokens are averaged or leave by what came before them in their sequence. So a mask must describe sequences: causality,
+padding anywhere, and, without a cache, documents side by side. All else is refused: decisions would not follow it, and
+a cache cannot give back what it let go.
 """
 
 from __future__ import annotations
@@ -107,9 +107,10 @@ def settle(where: str, claims: Sequence[Claim], question: Tensor) -> bool:
     for held, (_, matter) in zip(answers, claims, strict=False):
         if not held:
             raise ValueError(
-                f"{where}: its tokens are averaged or leave, and the attention mask that came cannot be followed: {matter}. "
-                "Give a mask [batch, tokens] that is 0 at padding, the same through all calls with one cache, or none. "
-                "Models converted without dms and dmc take any mask."
+                f"{where}: its tokens are averaged or leave, and the attention mask that came cannot be followed: "
+                f"{matter}. Give a mask [batch, tokens] that is 0 at padding, the same in all calls with one cache, "
+                "or none. "
+                "Models converted without dms, dmc and evict take any mask."
             )
     return answers[-1]
 

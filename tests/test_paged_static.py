@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from closeness import assert_close
-from merged_models import GREEDY, model_of, run, tokens
+from gated_models import GREEDY, model_of, run, tokens
 from methods import parent
 from torch import Tensor
 from transformers import PreTrainedModel

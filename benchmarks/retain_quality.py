@@ -1,8 +1,8 @@
 """Learned eviction and merging: loss at equal bytes beside eviction that nothing was trained for, and fewer heads.
 
-    python benchmarks/merge_quality.py                    # all models and rows
-    python benchmarks/merge_quality.py stories            # one model
-    python benchmarks/merge_quality.py --resume           # keep the rows that an interrupted run has written
+    python benchmarks/retain_quality.py                    # all models and rows
+    python benchmarks/retain_quality.py stories            # one model
+    python benchmarks/retain_quality.py --resume           # keep the rows that an interrupted run has written
 
 The results are written after every row: an interrupted run keeps what it measured (`complete` is then false).
 Trainings go on where they were stopped.
@@ -304,7 +304,7 @@ def main() -> None:
             for name in MODELS[model]["trained"]:
                 trained(model, name)
         return
-    path = ROOT / "benchmarks" / "results" / "merge_quality.json"
+    path = ROOT / "benchmarks" / "results" / "retain_quality.json"
     old = json.loads(path.read_text())["results"] if path.is_file() else {}
     results: dict[str, Any] = dict(old)
     data = {**environment(SEED), "complete": False, "results": results}
@@ -312,10 +312,10 @@ def main() -> None:
 
         def save(found: list[dict[str, Any]], model: str = model) -> None:
             results[model] = found
-            write("merge_quality", data)
+            write("retain_quality", data)
 
         rows(model, old.get(model, []) if arguments.resume else [], save)
-    write("merge_quality", {**data, "complete": set(results) == set(MODELS)})
+    write("retain_quality", {**data, "complete": set(results) == set(MODELS)})
     console = Console(width=100)
     for model, found in results.items():
         table = Table(title=f"{model}: parent {found[0]['parent']:.4f} nats/token")

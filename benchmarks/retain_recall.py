@@ -1,6 +1,6 @@
 """Eviction in a model that recalls: trained gates beside windows, H2O, key norm at the same slots, and fewer heads.
 
-    python benchmarks/merge_recall.py
+    python benchmarks/retain_recall.py
 
 The reference models are too little trained to look anything up, so that a window loses nothing in them. This one is
 made here: a Llama of two layers (4 heads of 32) that first repeats random words, then reads notes. A note is a name and
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from common import environment, write
-from merge_quality import Attended
+from retain_quality import Attended
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -222,7 +222,7 @@ def rows() -> tuple[list[dict[str, Any]], str]:
 def main() -> None:
     torch.set_num_threads(1)
     found, digest = rows()
-    write("merge_recall", {**environment(SEED), "length": LENGTH, "texts": HELD, "text": digest, "rows": found})
+    write("retain_recall", {**environment(SEED), "length": LENGTH, "texts": HELD, "text": digest, "rows": found})
     table = Table("cache", "tokens per slot", "bytes", "answers right", "answer nats", "nats/token")
     for row in found:
         table.add_row(

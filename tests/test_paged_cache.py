@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from closeness import assert_close
-from merged_models import GREEDY, contents, merge, merged_model, model_of, run, tokens
+from gated_models import GREEDY, contents, merge, merged_model, model_of, run, tokens
 from methods import parent
 from transformers import Cache, DynamicCache, StaticCache
 

@@ -1,6 +1,6 @@
 """Prefill and decoding through the ragged cache of dms and dmc on a CPU, beside the uncompressed parent in one run.
 
-    python benchmarks/merge_decode.py
+    python benchmarks/retain_decode.py
 
 A Llama of four layers with random weights (8 query heads of 64, width 512), a prompt of 4096 random tokens, 64 tokens
 decoded greedily one by one; float32, one thread. Gates are random as well: their biases are set, layer after layer, so
@@ -129,7 +129,7 @@ def measure() -> list[dict[str, Any]]:
 def main() -> None:
     torch.set_num_threads(1)
     rows = measure()
-    write("merge_decode", {**environment(SEED), "threads": 1, "ratio": RATIO, "repeats": REPEATS, "rows": rows})
+    write("retain_decode", {**environment(SEED), "threads": 1, "ratio": RATIO, "repeats": REPEATS, "rows": rows})
     table = Table("model", "KV heads", "batch", "ratio", "cache MB", "prefill time", "decode tok/s", "x parent")
     for r in rows:
         table.add_row(
