@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .anatomy import examine
-from .attention.weights import like, parameter_names, write_changed
+from .assembly import in_own_class, in_parent_class, stored_dtypes
 from .calibration.text import Windows, load_tokenizer, read_windows, tokenizer_of
 from .calibration.working_copy import WorkingCopy
 from .checkpoints.adapters import base_folder, check_adapter
-from .checkpoints.files import Checkpoint, Fit, check_model, exact_dtype, local_folder
+from .checkpoints.files import Checkpoint, check_model, exact_dtype, local_folder
 from .checkpoints.parents import plain_parent, without_loader
 from .checkpoints.provenance import provenance
 from .checkpoints.storage import check_whole, load_parent, save_like
@@ -28,12 +25,8 @@ from .checkpoints.writing import check_output, check_space
 from .errors import PlanError
 from .plan import Plan
 from .plan import plan as make_plan
-from .planning.parent_class import meta_model, native_config, without_unbuilt_layers
 from .recipe import Recipe
 from .rewriters import rewriter_for
-from .runtime.canonical import origin_of
-from .runtime.layout import AttentionSite
-from .runtime.modeling import SurgeryMixin, from_parent, rebuild
 from .torch_state import plain_torch
 
 _log = logging.getLogger(__name__)
@@ -104,7 +97,7 @@ def _carry_out(
     if not plan.native:
         plan = plan.settled(map(copy_.settle, plan.after))
     origin = provenance(plan, parent.config, windows, seed, left_out, told)
-    return (_native if plan.native else _own)(parent, plan, copy_, origin), plan
+    return (in_parent_class if plan.native else in_own_class)(parent, plan, copy_, origin), plan
 
 
 def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -126,47 +119,6 @@ def _windows(calibration: Any, config: Any, tokenizer: Any, length: int | None, 
     if calibration is None:
         return None
     return read_windows(config, calibration, tokenizer, length=length, samples=samples)
-
-
-def _native(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin: dict[str, Any]) -> PreTrainedModel:
-    """The result in the parent's own class: fewer KV heads in the config, smaller parameters, nothing else."""
-    config = native_config(parent.config, plan.anatomy.sites, plan.after[0].project.kv_heads, type(parent))
-    if config is None:
-        raise PlanError(f"{type(parent).__name__} cannot say {plan.after[0].project.kv_heads} KV heads.")
-    old = parent.state_dict()
-    tensors: dict[str, Tensor] = {}
-    new_sites = {site.layer: site for site in examine(meta_model(config, type(parent))).sites}
-    for site in plan.anatomy.sites:
-        if site.layer in copy_.converted:
-            tensors |= write_changed(copy_.read(site.layer), new_sites[site.layer], site, old.__getitem__)
-    # A norm with a parameter per head (StableLM) loses those of heads that are gone.
-    rewritten = {name for site in plan.anatomy.sites for name in parameter_names(site) if site.layer in copy_.converted}
-    # Clones: a parent that goes on training must not change what was made of it.
-    tensors |= {name: tensor.clone() for name, tensor in old.items() if name not in rewritten}
-    config.surgery = origin
-    child = rebuild(parent, type(parent), config, tensors)
-    if hasattr(parent, "_weight_conversions"):  # how files name what the class names otherwise (experts one by one)
-        child._weight_conversions = parent._weight_conversions
-    child.config.name_or_path = ""  # it lies nowhere yet
-    return child
-
-
-def _own(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin: dict[str, Any]) -> PreTrainedModel:
-    """The result as `Surgery<Parent>`, for layers that differ from each other or that the class cannot say."""
-    old = parent.state_dict()
-    weights = {
-        site.layer: {
-            name: like(tensor, old[origin_of(site, name) or site.k.weight])
-            for name, tensor in copy_.canonical(site.layer).items()
-        }
-        for site in plan.anatomy.sites
-        if site.layer in copy_.converted
-    }
-    parent = copy.deepcopy(parent)
-    parent.config = without_unbuilt_layers(parent.config, type(parent))
-    child = from_parent(parent, plan.anatomy.sites, plan.after, origin, weights)
-    child.config.name_or_path = ""
-    return child
 
 
 @plain_torch()
@@ -226,23 +178,6 @@ def convert_checkpoint(
     if anatomy.sites != plan.anatomy.sites:  # buffers in the files say otherwise than the config
         plan = make_plan(anatomy, recipe)
     model, plan = _carry_out(parent, plan, windows, seed, told, left_out)
-    dtypes = _stored(model, anatomy.sites, checkpoint, fit)
+    dtypes = stored_dtypes(model, anatomy.sites, checkpoint, fit)
     save_like(model, checkpoint, dtypes, out, tokenizer=tokenizer, overwrite=overwrite)
     return plan
-
-
-def _stored(
-    model: PreTrainedModel, sites: Sequence[AttentionSite], checkpoint: Checkpoint, fit: Fit
-) -> dict[str, torch.dtype]:
-    """By name in the state dict of a result: the dtype in which the files hold what it comes from, if they do."""
-    dtypes = {}
-    for name in model.state_dict():
-        origin = name
-        if isinstance(model, SurgeryMixin) and (
-            site := next((s for s in sites if name.startswith(f"{s.module}.")), None)
-        ):
-            origin = origin_of(site, name.removeprefix(f"{site.module}.")) or site.k.weight
-        found = [dtype for n in fit.origins.get(origin, ()) if (dtype := checkpoint.weight_dtype(n)) is not None]
-        if found:
-            dtypes[name] = reduce(torch.promote_types, found)
-    return dtypes

@@ -12,8 +12,17 @@ from surgery.measure.memory import tensor_bytes
 
 TEXT = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 PROMPT = TEXT[:2, :20]
+OFTEN = {
+    ("gqa", "mla"),
+    ("gqa", "lowrank"),
+    ("gqa", "dms"),
+    ("mla", "share"),
+    ("lowrank", "share, latent"),
+    ("dms", "dmc"),
+}
+"""Steps on different layers that stand for the others, which `-m slow` runs."""
 YES = [
-    (a, b, apart)
+    pytest.param(a, b, apart, marks=pytest.mark.slow if apart and (a, b) not in OFTEN else ())
     for a, b in compositions.pairs()
     for apart in (False, True)
     if compositions.verdict(a, b, apart) == "yes"

@@ -108,31 +108,44 @@ def loss(model, windows, path):
     return evaluate(model, text=windows, path=path).model.nats_per_token
 
 
+@pytest.fixture(scope="module")
+def questions(small):
+    asked = ("associative", "multi_key")
+    return compose_questions(small.config, load_tokenizer(SMALL), tasks=asked, lengths=(128,), questions=8)
+
+
+def nats(model, questions):
+    cells = answer_questions(model, questions)
+    return sum(cell.nats for cell in cells) / len(cells)
+
+
+@pytest.fixture(scope="module")
+def sound(small, prose, questions):
+    """Of the whole model: what prefill says of the prose, and the nats of its answers."""
+    return loss(small, prose, "prefill"), nats(small, questions)
+
+
 def test_decoding_through_a_sound_cache_equals_prefill(small, prose):
     assert abs(evaluate(small, text=prose).model.cache_gap) < 1e-5
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_cache_is_seen_by_the_decode_path_and_by_recall_but_not_by_prefill(small, prose, fault):
+def test_a_broken_cache_is_seen_by_the_decode_path_and_by_recall_but_not_by_prefill(
+    small, prose, questions, sound, fault
+):
     child = broken(small, fault)
-    assert loss(child, prose, "prefill") == loss(small, prose, "prefill")
+    assert loss(child, prose, "prefill") == sound[0]
     report = evaluate(child, text=prose)
     assert abs(report.model.cache_gap) > 1e-4
     assert "reading the cache costs" in str(report)
-    asked = compose_questions(
-        small.config, load_tokenizer(SMALL), tasks=("associative", "multi_key"), lengths=(128,), questions=8
-    )
-
-    def nats(model):
-        cells = answer_questions(model, asked)
-        return sum(cell.nats for cell in cells) / len(cells)
-
-    assert nats(child) > nats(small) + 0.003  # equal to the last digit where the cache is sound
+    assert nats(child, questions) > sound[1] + 0.003  # equal to the last digit where the cache is sound
 
 
 def test_two_runs_with_one_seed_give_the_same_json(small, prose):
     def once():
-        report = evaluate(small, baseline=small, text=prose, samples=4, recall_tasks=("passkey",), questions=2, seed=3)
+        recall = {"recall_tasks": ("passkey",), "recall_lengths": (128,), "questions": 2}
+        report = evaluate(small, baseline=small, text=prose, samples=4, seed=3, **recall)
+        assert report.model.recall
         return json.dumps(report.to_dict())
 
     assert once() == once()

@@ -33,7 +33,7 @@ LEVELS = [
     ("rewriters.common", "rewriters.heads", "rewriters.latent", "rewriters.layers", "rewriters.tokens"),
     METHODS,
     ("plan", "checkpoints.provenance", "checkpoints.storage"),
-    ("convert", "checkpoints.streaming"),
+    ("convert", "assembly", "checkpoints.streaming"),
     ("measure", "report"),
     ("generate",),
     ("cli", "demo", "export", "serve", "train", "benchmarks"),

@@ -24,6 +24,7 @@ from surgery.runtime.layout import Rotary
 IDS = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
 TEXT = torch.randint(3, 90, (8, 16), generator=torch.Generator().manual_seed(1))
 GQA = {"name": "half", "steps": [{"rewriter": "gqa", "kv_heads": "1/2"}]}
+WITHOUT_GAINS = {"name": "half", "steps": [{**GQA["steps"][0], "gain_fit": False}]}
 FULL = {"name": "full", "steps": [{"rewriter": "lowrank", "rank": 64, "k_share": 0.5}]}
 DMS = {"name": "drop", "steps": [{"rewriter": "dms", "ratio": 2, "window": 8}]}
 HEADS = {
@@ -233,7 +234,7 @@ def test_uniform_gqa_of_a_vision_language_model_says_its_heads_in_the_text_confi
 def test_calibrated_gqa_of_a_vision_language_model_is_nearer_to_the_parent_on_text_and_image(tmp_path):
     parent, inputs = tiny_vlm("llava"), with_image("llava")
     parent.save_pretrained(tmp_path / "parent")
-    convert_checkpoint(tmp_path / "parent", GQA, tmp_path / "child", calibration=TEXT)
+    convert_checkpoint(tmp_path / "parent", WITHOUT_GAINS, tmp_path / "child", calibration=TEXT)
     child = surgery.load(tmp_path / "child").eval()
     assert type(child) is type(parent)
     assert_same_tensors(untouched(child), untouched(parent))
@@ -317,7 +318,7 @@ def test_what_is_not_installed_here_does_not_matter_for_plain_weights(leftover, 
     convert_checkpoint(tmp_path / "parent", "identity", tmp_path / "identity")
     assert outputs(surgery.load(tmp_path / "identity").eval())[: IDS.numel() * 128].equal(parent(IDS).logits.flatten())
     for path, options in (("streamed", {}), ("calibrated", {"calibration": TEXT})):
-        convert_checkpoint(tmp_path / "parent", GQA, tmp_path / path, **options)
+        convert_checkpoint(tmp_path / "parent", WITHOUT_GAINS, tmp_path / path, **options)
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / path)
         written = json.loads((tmp_path / path / "config.json").read_text())
         assert not {"quantization_config", *leftover} & set(written)

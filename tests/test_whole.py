@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from families import random_model
 from torch import nn
 
 import surgery
@@ -43,16 +44,6 @@ GATED = {
 }  # fmt: skip
 
 
-def tiny(config):
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape))
-    return model
-
-
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model(ids).logits
@@ -60,7 +51,7 @@ def logits(model, ids=IDS):
 
 @pytest.mark.parametrize("kind", GATED)
 def test_gated_outputs_are_read_and_run_as_the_parent_runs_them(tmp_path, kind):
-    parent = tiny(GATED[kind]())
+    parent = random_model(GATED[kind]())
     sites = surgery.examine(parent).sites
     assert all(site.gate is not None and AttentionSite.from_dict(site.to_dict()) == site for site in sites)
     surgery.save(surgery.convert(parent, IDENTITY), tmp_path / "child")
@@ -72,7 +63,7 @@ def test_gated_outputs_are_read_and_run_as_the_parent_runs_them(tmp_path, kind):
 
 def test_gates_stay_where_tokens_leave():
     """A window as long as the text drops nothing."""
-    parent = tiny(GATED["afmoe"]())
+    parent = random_model(GATED["afmoe"]())
     child = surgery.convert(parent, WINDOW)
     asked = {"max_new_tokens": 6, "do_sample": False}
     assert child.generate(IDS[:1], **asked).equal(parent.generate(IDS[:1], **asked))
@@ -80,7 +71,7 @@ def test_gates_stay_where_tokens_leave():
 
 
 def japanese():
-    return tiny(
+    return random_model(
         hf.GPTNeoXJapaneseConfig(
             vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
             intermediate_multiple_size=2,
@@ -89,7 +80,7 @@ def japanese():
 
 
 def bert():
-    return tiny(
+    return random_model(
         hf.BertConfig(
             vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
             max_position_embeddings=64, is_decoder=True,
@@ -98,7 +89,7 @@ def bert():
 
 
 def zamba2():
-    return tiny(
+    return random_model(
         hf.Zamba2Config(
             vocab_size=128, hidden_size=32, num_hidden_layers=2, hybrid_layer_ids=[1], num_attention_heads=4,
             intermediate_size=48, mamba_d_state=8, n_mamba_heads=4, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1,
@@ -142,7 +133,7 @@ class Gating(hf.models.llama.modeling_llama.LlamaAttention):
 def changed(monkeypatch, **classes):
     for name, kind in classes.items():
         monkeypatch.setattr(hf.models.llama.modeling_llama, name, kind)
-    return tiny(hf.LlamaConfig(**SMALL))
+    return random_model(hf.LlamaConfig(**SMALL))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
 from surgery.anatomy import examine
+from surgery.assembly import in_own_class
 from surgery.calibration.statistics import layer_activations
 from surgery.calibration.text import Windows
 from surgery.calibration.working_copy import WorkingCopy
-from surgery.convert import _own
 from surgery.plan import Plan, plan
 from surgery.rewriters import rewriter_for
 from surgery.rewriters.tokens.windows import window_costs
@@ -116,7 +116,7 @@ def test_mixed_forms_give_the_result_that_was_calibrated(name: str) -> None:
     work = WorkingCopy(model, examine(model))
     settled = run(work, model, steps, text())
     assert [said(layer) for layer in settled.after] == wanted
-    child = _own(model, settled, work, {})
+    child = in_own_class(model, settled, work, {})
     with torch.no_grad():
         found, want = work.model(ids(2)).logits, child(ids(2)).logits
         assert (found - model(ids(2)).logits).abs().max() > 1e-3

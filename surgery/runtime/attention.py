@@ -340,7 +340,8 @@ class SurgeryAttention(nn.Module):
             return inputs.position_ids
         tokens, cache = inputs.hidden_BTD.shape[1], inputs.cache
         past = 0 if cache is None else cache.get_seq_length(self.plan.owner)
-        if not self.owns_cache and cache is not None:
+        writes_none = self.training and self.plan.retain is not None  # relaxed decisions are in no cache
+        if not self.owns_cache and cache is not None and not writes_none:
             past = past - tokens  # the owner has appended them
         return past + torch.arange(tokens, device=inputs.hidden_BTD.device)[None]
 
