@@ -167,6 +167,10 @@ def test_a_method_of_ones_own(registered, tmp_path):
     assert plan.native and plan.bytes_per_token * 2 == plan.parent_bytes_per_token
     kept = parent.model.layers[0].self_attn.k_proj.weight[16:]
     assert torch.equal(model.model.layers[0].self_attn.k_proj.weight, kept)
+    parent.save_pretrained(tmp_path / "parent")
+    surgery.convert_checkpoint(tmp_path / "parent", {"steps": [{"rewriter": "toy", "head": 1}]}, tmp_path / "two")
+    two = surgery.load(tmp_path / "two")
+    assert torch.equal(two.model.layers[1].self_attn.v_proj.weight, model.model.layers[1].self_attn.v_proj.weight)
     with pytest.raises(surgery.RecipeError, match="unknown key 'haed'. Did you mean 'head'"):
         surgery.plan(parent, {"steps": [{"rewriter": "toy", "haed": 1}]})
 

@@ -22,8 +22,12 @@ from .writing import new_folder, write_shards
 
 
 def can_stream(plan: Plan, fit: Fit) -> bool:
-    """Whether the result is of the parent's own class, and the files hold the attentions as the model does."""
-    return plan.native and all(name in fit.same for site in plan.anatomy.sites for name in parameter_names(site))
+    """Whether the result is of the parent's own class, each method rewrites a layer from its weights alone, and the
+    files hold the attentions as the model does."""
+    alone = all(hasattr(method, "rewrite") for method in plan.methods())
+    return (
+        plan.native and alone and all(name in fit.same for site in plan.anatomy.sites for name in parameter_names(site))
+    )
 
 
 def stream(

@@ -74,6 +74,8 @@ def _sentencepiece(folder: Path, vocab_size: int) -> Tokens:
         rows = list(vocabulary.all_tokens())
     except RuntimeError as error:
         raise PlanError(f"GGUF: {folder / 'tokenizer.model'}: {error} (pip install sentencepiece).") from None
+    except ValueError as error:  # ids of added_tokens.json with a gap
+        raise PlanError(f"GGUF: {folder / 'added_tokens.json'}: {error}.") from None
     _check_rows(folder / "tokenizer.model", vocabulary.vocab_size_base, vocab_size)
     added = _added_tokens(folder)
     left_out = sum(number >= vocab_size for number in {*range(len(rows)), *added})
@@ -81,7 +83,8 @@ def _sentencepiece(folder: Path, vocab_size: int) -> Tokens:
     while len(rows) < vocab_size:
         rows.append((f"[PAD{len(rows)}]".encode(), -10000.0, gguf.TokenType.UNUSED))
     for number, (text, special) in added.items():
-        if number < vocab_size and rows[number][0] != text.encode():
+        is_added = number >= vocabulary.vocab_size_base
+        if number < vocab_size and (is_added or rows[number][0] != text.encode()):
             kind = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
             rows[number] = (text.encode(), -1000.0, kind)
     return Tokens(

@@ -60,6 +60,9 @@ class Rewriter(Protocol):
     def convert(self, copy: Any, layers: Sequence[Any], windows: Any) -> None:
         """Rewrite the weights of the working copy, in place.
 
+        A method whose form without text needs nothing but a layer's own weights may also have
+        `rewrite(weights, project) -> AttentionWeights`: checkpoints are then converted from disk to disk by layers.
+
         Args:
             copy: a `WorkingCopy`.
             layers: plans of the layers that the step changes.
