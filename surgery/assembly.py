@@ -67,9 +67,14 @@ def in_own_class(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, origin
 def stored_dtypes(
     model: PreTrainedModel, sites: Sequence[AttentionSite], checkpoint: Checkpoint, fit: Fit
 ) -> dict[str, torch.dtype]:
-    """By name in the state dict of a result: the dtype in which the files hold what it comes from, if they do."""
+    """By name in the state dict of a result: the dtype in which the files hold what it comes from, if they do.
+
+    Integers are left out: frequencies travel as the bits of float32 numbers, and no cast may touch them.
+    """
     dtypes = {}
-    for name in model.state_dict():
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
         origin = name
         if isinstance(model, SurgeryMixin) and (
             site := next((s for s in sites if name.startswith(f"{s.module}.")), None)

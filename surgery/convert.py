@@ -22,11 +22,12 @@ from .checkpoints.provenance import provenance
 from .checkpoints.storage import check_whole, load_parent, save_like
 from .checkpoints.streaming import can_stream, stream
 from .checkpoints.writing import check_output, check_space
-from .errors import PlanError
+from .errors import PlanError, UnsupportedModel
 from .plan import Plan
 from .plan import plan as make_plan
 from .recipe import Recipe
 from .rewriters import rewriter_for
+from .runtime.modeling import SurgeryMixin
 from .torch_state import plain_torch
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,11 @@ def convert(
     """
     recipe = Recipe.load(recipe)
     parent, told = _parent(model_or_path, merge_adapter)
+    if isinstance(parent, SurgeryMixin):
+        raise UnsupportedModel(
+            f"{type(parent).__name__}: was converted by surgery already. Convert its parent, with all steps in one "
+            "recipe."
+        )
     check_model(parent)
     plan = make_plan(parent, recipe)
     _check_calibration(plan, calibration)

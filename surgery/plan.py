@@ -48,7 +48,7 @@ class Plan:
         layers = zip(self.anatomy.sites, self.before, self.after, strict=True)
         if step is None:
             return [(site, after) for site, before, after in layers if before != after]
-        mine = self.changes[next(i for i, other in enumerate(self.recipe.steps) if other is step)]
+        mine = self.changes[next(i for i, other in enumerate(self.recipe.steps) if other is step or other == step)]
         return [(site, after) for site, _, after in layers if site.layer in mine and step.selects(site.layer)]
 
     def methods(self) -> list[Any]:
@@ -140,7 +140,8 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         where = f"{recipe.name}: steps[{i}]"
         check_layers(step, [site.layer for site in anatomy.sites], where)
         made = tuple(method.plan(anatomy, after, where))
-        check_one_value(decided, after, made, f"{where} ({step.rewriter})")
+        repeated = [(n, a) for n, a in decided if a == method.axis and step.selects(n) and a in ("project", "retain")]
+        check_one_value(decided, after, made, f"{where} ({step.rewriter})", repeated if method.decides else ())
         check_values(anatomy.sites, made, where)
         changes.append(frozenset(new.layer for old, new in zip(after, made, strict=True) if old != new))
         after = made

@@ -313,3 +313,16 @@ def test_conversion_leaves_the_random_state_of_the_caller_alone():
 def _one_layer_llama():
     torch.manual_seed(0)
     return hf.LlamaForCausalLM(hf.LlamaConfig(**MOE)).eval()
+
+
+def test_frequencies_of_latents_travel_as_bits_through_folders(tmp_path):
+    """They are float32 numbers seen as integers: cast to the dtype of the weights, rotations would be others."""
+    parent = tiny_model("llama", head_dim=32).to(torch.bfloat16)
+    parent.save_pretrained(tmp_path / "parent")
+    step = {"rewriter": "mla", "rank": 20, "rope_dims": 12, "refit_queries": False, "refit_output": False}
+    ids = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))
+    want = surgery.convert(tmp_path / "parent", {"steps": [step]}, calibration=ids)
+    surgery.convert_checkpoint(tmp_path / "parent", {"steps": [step]}, tmp_path / "child", calibration=ids)
+    got = surgery.load(tmp_path / "child")
+    assert got.state_dict().keys() == want.state_dict().keys()
+    assert [name for name, t in want.state_dict().items() if not torch.equal(t, got.state_dict()[name])] == []

@@ -244,3 +244,10 @@ def test_settings_that_differ_by_layer_are_read_layer_by_layer():
     assert type(child) is type(parent) and logits(child).equal(logits(parent))
     fewer = surgery.convert(parent, gqa(1))
     assert cache_bytes(fewer, IDS[:1]) == surgery.plan(parent, gqa(1)).cache_bytes(IDS.shape[1])
+
+
+def test_a_converted_folder_is_no_parent(folder, tmp_path):
+    surgery.convert_checkpoint(folder, {"steps": [{"rewriter": "identity"}]}, tmp_path / "child")
+    for step in (surgery.examine, lambda f: surgery.plan(f, gqa(1)), lambda f: surgery.convert(f, gqa(1))):
+        with pytest.raises(surgery.UnsupportedModel, match="converted by surgery already"):
+            step(tmp_path / "child")

@@ -219,6 +219,16 @@ def test_formats_that_no_cache_layer_holds_are_refused_while_planning(registered
         surgery.plan(tiny_model("llama"), {"steps": [{"rewriter": "toy_store"}]})
 
 
+def test_checkpoints_with_parts_that_nobody_registered_say_so(registered, monkeypatch, tmp_path):
+    step = {"rewriter": "evict", "scorer": "toy", "ratio": 2, "window": 4, "sinks": 2}
+    _, model = through_the_door([step], tmp_path, TEXT)
+    with pytest.raises(surgery.PlanError, match="has a ToyScorer, whose code is not part of surgery"):
+        surgery.export(model, tmp_path / "hub", to="hub")
+    monkeypatch.delitem(SCORERS, "toy")
+    with pytest.raises(ValueError, match="tokens leave by the score 'toy', which is not known here"):
+        surgery.load(tmp_path / "child")
+
+
 def test_the_example_of_the_documentation_runs(monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]

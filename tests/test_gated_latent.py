@@ -236,3 +236,15 @@ def test_the_values_say_which_forms_they_support() -> None:
     assert Gate(ratio=2.0, window=4, gate="borrowed").supports_project(heads) is None
     plan = LayerPlan(layer=0, project=latent, owner=0, retain=gate, store=Dense(dtype="float32"))
     assert plan.decisions == 1 and new_gate(gate, 16, plan.decisions)["weight"].shape == (1, 16)
+
+
+def test_thresholds_are_measured_on_the_keys_that_the_runtime_scores() -> None:
+    """Channels are in halves at calibration and in pairs in this parent; gains of its norm belong to one of the two."""
+    ids = torch.randint(3, 128, (8, 48), generator=torch.Generator().manual_seed(0))
+    lowrank = {"rewriter": "lowrank", "rank": 28, "k_share": 0.5}
+    evict = {"rewriter": "evict", "scorer": "key_norm", "ratio": 2, "window": 4, "sinks": 1}
+    model = surgery.convert(tiny_model("cohere_qk_norm"), {"steps": [lowrank, evict]}, calibration=ids).eval()
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    for layer in cache.layers:
+        assert abs(float(layer.lengths.float().mean()) - 24) < 2

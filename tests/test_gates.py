@@ -499,6 +499,20 @@ def test_models_without_gates_have_none_to_inspect() -> None:
         read_gates(tiny_model("llama"), Windows(ids, torch.ones_like(ids, dtype=torch.bool), "test"))
 
 
+def test_a_step_that_would_do_nothing_is_refused() -> None:
+    share = {"rewriter": "share", "layout": {1: 0}, "init": "replace"}
+    with pytest.raises(PlanError, match="none of layers 1 keeps a cache of its own.*Select these: 0"):
+        plan(tiny_model("llama"), {"steps": [share, DMS | {"layers": "1"}]})
+    with pytest.raises(PlanError, match="layer 1: .* did already"):
+        plan(tiny_model("llama"), {"steps": [DMS, DMS | {"layers": "1"}]})
+    with pytest.raises(PlanError, match="layer 0: .* did already"):
+        plan(tiny_model("llama"), recipe_of({"init": "mean"}, {"init": "first"}))
+
+
+def recipe_of(*options: dict[str, object]) -> dict[str, object]:
+    return {"steps": [{"rewriter": "gqa", "kv_heads": 1, **more} for more in options]}
+
+
 def test_plans_of_readers_and_owners_are_json() -> None:
     layer = LayerPlan.from_dict(plan(tiny_model("llama"), recipe(DMC)).after[0].to_dict())
     assert layer == replace(layer)

@@ -17,7 +17,7 @@ from surgery.calibration.outputs import answers, distance
 from surgery.checkpoints.classes import model_class
 from surgery.checkpoints.files import Checkpoint
 from surgery.convert import convert_checkpoint
-from surgery.export import Source, target_for
+from surgery.export import Source, check, target_for
 from surgery.runtime.calling import once
 from surgery.runtime.layout import Rotary
 
@@ -194,7 +194,7 @@ def test_export_of_a_classifier_runs_without_this_library_under_its_auto_class(t
 def test_serving_engines_are_refused_for_a_classifier():
     child = surgery.convert(with_head("LlamaForSequenceClassification"), GQA)
     with pytest.raises(PlanError, match="LlamaForSequenceClassification predicts no tokens"):
-        target_for("vllm").check(Source(child))
+        check(target_for("vllm"), Source(child))
 
 
 @pytest.mark.parametrize("name", VLMS)

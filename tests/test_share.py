@@ -135,6 +135,33 @@ def test_frequencies_that_vary_with_the_length_hinder_nobody_from_sharing() -> N
     assert torch.isfinite(child(torch.arange(3, 20)[None]).logits).all()
 
 
+@pytest.mark.parametrize(
+    ("first", "init"),
+    [
+        ({"rewriter": "mla", "rank": 20, "rope_dims": 8, "refit_queries": False, "refit_output": False}, "replace"),
+        ({"rewriter": "lowrank", "rank": 28, "k_share": 0.5, "refit_queries": False, "refit_output": False}, "latent"),
+        ({"rewriter": "gqa", "kv_heads": 1, "init": "mean"}, "latent"),
+    ],
+)
+def test_a_search_leaves_alone_what_earlier_steps_have_decided(first: dict[str, Any], init: str) -> None:
+    model = deep()
+    with torch.no_grad():  # layer 1 hardly matters: the search would take it first
+        model.model.layers[1].self_attn.o_proj.weight *= 1e-3
+    share = {"rewriter": "share", "layout": "search", "kv_layers": 3, "init": init, "gain_fit": False}
+    steps = [first | {"layers": "0-1"}, share | ({"keep": 0.5} if init == "latent" else {})]
+    planned = plan(model, {"steps": steps})
+    child = surgery.convert(model, {"steps": steps}, calibration=text()).eval()
+    assert [layer.project.dims for layer in child.plans] == [layer.project.dims for layer in planned.after]
+    assert [layer.owner for layer in child.plans] == [0, 1, 2, 2]
+    assert torch.isfinite(child(torch.arange(3, 20)[None]).logits).all()
+
+
+def test_a_search_that_finds_too_few_readers_says_so() -> None:
+    share = {"rewriter": "share", "layout": "search", "kv_layers": 1, "init": "replace", "gain_fit": False}
+    with pytest.warns(UserWarning, match=r"share: 2 layers keep a cache in the place of 1"):
+        surgery.convert(deep(layers=6), {"steps": [share]}, calibration=text())
+
+
 def test_layers_of_different_heads_cannot_share() -> None:
     steps = [{"rewriter": "gqa", "kv_heads": 1, "layers": "1"}, {"rewriter": "share", "layout": {1: 0}}]
     with pytest.raises(PlanError, match=r"layer 1 cannot read .* layer 0: 1 KV heads of 16 \+ 16 against 2"):

@@ -54,7 +54,14 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     """
     target: PreTrainedModel | PretrainedConfig
     if isinstance(source, str | FilePath):
-        target = load_config(base_folder(local_folder(source, weights=False), weights=False))
+        folder = base_folder(local_folder(source, weights=False), weights=False)
+        file = folder / "config.json"
+        if file.is_file() and "layers" in (read_json(file).get("surgery") or {}):
+            raise UnsupportedModel(
+                f"{folder}: was converted by surgery already. Convert its parent, with all steps in one recipe; load "
+                "the converted model by surgery.load."
+            )
+        target = load_config(folder)
     else:
         target = source if isinstance(source, PretrainedConfig) else plain_form(source)
     config = target.config if isinstance(target, PreTrainedModel) else target

@@ -20,7 +20,7 @@ from ..runtime.layout import AttentionSite, Latent, Rotary
 from ..runtime.project import latent_refusal
 from .forward import causal_heads, rotation
 from .maths import apply_norm, rotate_pairs
-from .weights import AttentionWeights
+from .weights import AttentionWeights, halves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +144,8 @@ def in_site_order(latent: LatentWeights, site: AttentionSite) -> LatentWeights:
     """`latent` with the channels of H where the site's own q has them: pairs (2j, 2j+1) if it is interleaved."""
     if site.rotary is None or not site.rotary.interleaved:
         return latent
-    start, end = site.rotary.start, site.rotary.start + site.rotary.dims
-    halves = [*range(start), *range(start, end, 2), *range(start + 1, end, 2), *range(end, site.head_dim)]
-    back = [halves.index(j) for j in range(site.head_dim)]
+    order = halves(site.rotary, site.head_dim)
+    back = [order.index(j) for j in range(site.head_dim)]
     return replace(
         latent,
         k_up_KHR=latent.k_up_KHR[:, back],

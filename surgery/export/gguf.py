@@ -60,8 +60,8 @@ class Gguf:
             return refused_as_native(subject) or _stock_refusal(subject) or Way(by=NATIVE)
         none = Refusal(
             reason=f"no graph for Surgery{subject.architecture}",
-            way_out="Where each layer keeps a cache of its own, --to native writes a stock class; export that. Shared "
-            "and merged caches stay with --to hub.",
+            way_out="Where all layers keep heads of their own, or all keep latents of mla, --to native writes a stock "
+            "class; export that. Others stay with --to hub.",
         )
         other = next(((plan.layer, said) for plan in subject.plans if (said := stored_otherwise(plan))), None)
         if other is not None:

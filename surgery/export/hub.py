@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
+from .. import runtime
 from ..anatomy.positions import max_positions
 from ..calibration.outputs import speaks
 from ..checkpoints.files import Checkpoint, check_model, read_json
@@ -25,6 +26,7 @@ from ..console import human_bytes
 from ..errors import CheckpointError, PlanError
 from ..planning.targets import NATIVE, REMOTE, Refusal, Subject, Way, refused_as_native
 from ..runtime.modeling import load_converted
+from ..runtime.scorers import SCORERS
 from .parity import Ask, Parity, answers_alone, answers_of, compare
 from .remote_code import MIN_TRANSFORMERS, RemoteCode, digests
 from .target import Source, Written
@@ -57,6 +59,15 @@ class Hub:
         """
         if subject.native:
             return refused_as_native(subject) or Way(by=NATIVE)
+        for plan in subject.plans:
+            scorer = SCORERS.get(getattr(plan.retain, "scorer", ""))
+            for value in (plan.project, plan.retain, plan.store, scorer):
+                if value is not None and not type(value).__module__.startswith(runtime.__name__):
+                    return Refusal(
+                        reason=f"layer {plan.layer} has a {type(value).__name__}, whose code is not part of "
+                        "surgery and does not travel",
+                        way_out="Load it with surgery, where that is registered.",
+                    )
         try:
             RemoteCode.of({"parent": {"architecture": subject.architecture, "model_type": subject.config.model_type}})
         except PlanError as error:

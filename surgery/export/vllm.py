@@ -7,7 +7,7 @@ vLLM runs the model, and the proof that it computes the same and caches as much 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from ..calibration.outputs import speaks
 from ..checkpoints.writing import copy_weights
 from ..errors import CheckpointError, PlanError
 from ..planning.targets import DEEPSEEK, NATIVE, PLUGIN, Refusal, Subject, Way, refused_as_native
-from ..runtime.layout import LayerPlan
+from ..runtime.layout import Latent, LayerPlan
 from ..serve.engine import Engine
 from ..serve.support import PLUGIN_PARENTS, activation_refusal, copies_of
 from ..serve.support import refusal as plugin_refusal
@@ -62,7 +62,8 @@ class Vllm:
         # The plugin's own reasons come first where they hold for DeepSeek-V3, too.
         known = subject.architecture in PLUGIN_PARENTS and activation_refusal(subject.config) is None
         if not (known and subject.caches_latents):
-            return plugin
+            mixed = any(isinstance(plan.project, Latent) for plan in subject.plans) and not subject.caches_latents
+            return replace(plugin, way_out="Use --to hub.") if mixed else plugin
         latent = deepseek.judge(subject, norm="calibrated", pad=True)
         if isinstance(latent, Way):
             return Way(by=DEEPSEEK, before=plugin)

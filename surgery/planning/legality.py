@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..console import spans
@@ -71,18 +71,24 @@ def changed_axes(before: LayerPlan, after: LayerPlan) -> set[str]:
 
 
 def check_one_value(
-    decided: dict[tuple[int, str], str], before: Sequence[LayerPlan], after: Sequence[LayerPlan], where: str
+    decided: dict[tuple[int, str], str],
+    before: Sequence[LayerPlan],
+    after: Sequence[LayerPlan],
+    where: str,
+    repeated: Collection[tuple[int, str]] = (),
 ) -> None:
     """Refuse a step that decides of a layer what an earlier one has decided; else note what it decides in `decided`.
 
     Args:
         decided: (layer, axis) -> the step that decided it.
+        repeated: (layer, axis) that the step decides as they are planned already: other options may lie below.
 
     Raises:
         PlanError: names the layer and both steps.
     """
     for old, new in zip(before, after, strict=True):
-        for axis in sorted(changed_axes(old, new), key=AXES.index):
+        again = {axis for layer, axis in repeated if layer == old.layer}
+        for axis in sorted(changed_axes(old, new) | again, key=AXES.index):
             if (earlier := decided.get((old.layer, axis))) is not None:
                 raise PlanError(
                     f"layer {old.layer}: {where} decides {_QUESTION[axis]}, and {earlier} did already. A layer has one "

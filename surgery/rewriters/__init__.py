@@ -33,6 +33,8 @@ class Rewriter(Protocol):
     """A `recipe.Step`: the schema of the step, its checks and its help."""
     axis: ClassVar[Axis]
     """What the method decides. A layer is given one value per axis."""
+    decides: ClassVar[bool]
+    """Whether the step gives each layer that it selects a value of its axis."""
 
     def __init__(self, options: Any, seed: int = 0) -> None: ...
 
@@ -75,6 +77,9 @@ class Method:
 
     def __init__(self, options: Any, seed: int = 0) -> None:
         self.step, self.seed = options, seed
+
+    decides = True
+    """Whether the step gives each layer that it selects a value of its axis; `identity` gives none."""
 
     @property
     def needs_own_class(self) -> bool:

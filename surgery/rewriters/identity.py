@@ -21,6 +21,7 @@ class Identity(Method):
 
     Options = IdentityStep
     axis = "project"
+    decides = False
 
     @property
     def needs_own_class(self) -> bool:

@@ -6,6 +6,7 @@ another part confirms it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from ..planning.latent_size import input_columns, kept_numbers
 from ..planning.parent_class import why_not_handed_down
 from ..planning.share_layouts import SEARCHED, SVFORMER, check_layout, check_map, kept_layers, owners_of, sharable
 from ..recipe import Step, Text
-from ..runtime.layout import AttentionSite, Latent, LayerPlan
+from ..runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
 from ..runtime.project import latent_refusal
 from . import Method
 from .common.gains import tune_gains
@@ -122,7 +123,8 @@ class Share(Method):
         if isinstance(step.layout, str):
             owners = owners_of(step.layout, chosen, step.kv_layers, where)
             if step.layout in SEARCHED:
-                possible = {reader: found for reader, found in sharable(chosen, sites, plans).items() if found}
+                free = [layer for layer in chosen if self._may_share(plans[layer].project, sites[layer])]
+                possible = {reader: found for reader, found in sharable(free, sites, plans).items() if found}
                 if len(possible) < len(owners):
                     raise PlanError(
                         f"{where}: {len(owners)} layers are to read the cache of an earlier one, and only "
@@ -166,6 +168,10 @@ class Share(Method):
             plans[layer] = replace(plan, value_owner=owner) if step.layout == SVFORMER else replace(plan, owner=owner)
         return tuple(plans[layer.layer] for layer in layers)
 
+    def _may_share(self, project: Project, site: AttentionSite) -> bool:
+        """Whether a search may take the layer: latents of earlier steps are not shared, nor heads replaced by one."""
+        return project == Heads.of(site) if self.step.init == "latent" else project.kind == "heads"
+
     def conflict(self, other: Any) -> str | None:
         """Steps that would have to know which layers keep a cache before the text has decided it."""
         if other.axis == "share":
@@ -179,7 +185,8 @@ class Share(Method):
 
     def notes(self, plan: Any) -> list[str]:
         """What is left to the text."""
-        return ["the text decides which layers read which; how many keep a cache stays"] * self.step.is_searched
+        note = "the text decides which layers read which; bytes above are for the last ones that can"
+        return [note] * self.step.is_searched
 
     def convert(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
         """Convert all readers, and in latent form their owners. In place; None asks for the data-free form."""
@@ -211,10 +218,20 @@ class Share(Method):
             for layer in chosen
         }
         readers = len(chosen) - kept_layers(self.step.kv_layers, len(chosen), "kv_layers")
-        possible = sharable(chosen, copy.sites, alone)
+        free = [layer for layer in chosen if self._may_share(alone[layer].project, copy.sites[layer])]
+        possible = sharable(free, copy.sites, alone)
         if self.step.layout == "kvsharer":
-            return kvsharer_pairs(copy, possible, readers, windows)
-        return search_pairs(copy, possible, readers, windows, latent=self.step.init == "latent")
+            found = kvsharer_pairs(copy, possible, readers, windows)
+        else:
+            found = search_pairs(copy, possible, readers, windows, latent=self.step.init == "latent")
+        if len(found) < readers:
+            warnings.warn(
+                f"share: {len(chosen) - len(found)} layers keep a cache in the place of {len(chosen) - readers}: no "
+                f"further layer found an owner near enough that is like it ({self.step.layout}). Use a larger "
+                "kv_layers, or write the layout as a map.",
+                stacklevel=2,
+            )
+        return found
 
     def _share_heads(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 
 from .project import PROJECTS, Heads, Latent, Project, position_numbers
 from .retain import AHEAD, RETAINS, TABLE_STEP, Evict, Gate, Pool, Retain
+from .scorers import SCORERS
 from .site import AttentionSite, HeadNorm, OutputGate, Projection, Rotary, from_json
 from .store import STORES, Dense, Store, itemsize_of
 
@@ -143,6 +144,11 @@ class LayerPlan:
                         f"{', '.join(kinds)}. Use the version of surgery that wrote it, or a newer one."
                     )
                 data[axis] = from_json(kinds[kind], data[axis])
+        if isinstance(data.get("retain"), Evict) and data["retain"].scorer not in SCORERS:
+            raise ValueError(
+                f"layer {data['layer']}: tokens leave by the score {data['retain'].scorer!r}, which is not known here. "
+                f"Known: {', '.join(SCORERS)}. Register it first, or use the version of surgery that wrote it."
+            )
         return cls(**data)
 
 

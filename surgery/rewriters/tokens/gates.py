@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.maths import apply_norm
-from ...attention.weights import AttentionWeights
+from ...attention.weights import halves
 from ...calibration.statistics import projection_inputs
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...errors import PlanError
 from ...runtime.gated_latent import keys_before_rotation
 from ...runtime.gates import gate_shapes
-from ...runtime.layout import Evict, Latent, LayerPlan, Retain
+from ...runtime.layout import Evict, HeadNorm, Latent, LayerPlan, Retain
 from ...runtime.scorers import SCORERS
 from .. import Method
 from .options import RetainStep
@@ -98,44 +98,40 @@ def score_threshold(copy: WorkingCopy, layer: int, evict: Evict, windows: Window
 
 
 def _scores(copy: WorkingCopy, layer: int, scorer: str, windows: Windows) -> Iterator[Tensor]:
-    """[tokens, K] per batch."""
-    weights, project = copy.read(layer), copy.project(layer)
+    """[tokens, K] per batch, from queries and keys whose channels stand where the runtime has them."""
+    weights, project, site = copy.read(layer), copy.project(layer), copy.sites[layer]
     tensors = copy.canonical(layer) if isinstance(project, Latent) else {}
-    for x_PD in projection_inputs(copy.model, copy.sites[layer], windows):
+    order = halves(site.rotary, site.head_dim)
+    back = [order.index(j) for j in range(site.head_dim)]
+    for x_PD in projection_inputs(copy.model, site, windows):
         if isinstance(project, Latent):
-            keys = (
-                _normed(weights, _keys_of_latent(project, tensors, x_PD)).transpose(0, 1)[None].flatten(2)[:, :, None]
-            )
+            k_KPH = _keys_of_latent(project, tensors, x_PD)[..., order]
         else:
-            keys = _normed(weights, _keys(weights, x_PD)).transpose(0, 1)[None]
-        yield SCORERS[scorer].score(x_PD[None], _queries(weights, x_PD), keys)[0]
+            k_KPH = _projected(x_PD, weights.k_KHD, weights.k_bias_KH)
+        q_NPH = _projected(x_PD, weights.q_NHD, weights.q_bias_NH)
+        k_KPH = _normed(k_KPH, weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH)
+        q_NPH = _normed(q_NPH, weights.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH)
+        q, k = (y[..., back].transpose(0, 1)[None] for y in (q_NPH, k_KPH))
+        if isinstance(project, Latent):
+            k = k.flatten(2)[:, :, None]  # one decision for all heads: their keys side by side
+        yield SCORERS[scorer].score(x_PD[None], q, k)[0]
 
 
-def _keys(weights: AttentionWeights, x_PD: Tensor) -> Tensor:
-    """[K, tokens, H], before their norm."""
-    k_KPH = torch.einsum("pd,khd->kph", x_PD, weights.k_KHD)
-    return k_KPH if weights.k_bias_KH is None else k_KPH + weights.k_bias_KH[:, None]
+def _projected(x_PD: Tensor, w_NHD: Tensor, bias_NH: Tensor | None) -> Tensor:
+    """[N, tokens, H], before any norm."""
+    y_NPH = torch.einsum("pd,nhd->nph", x_PD, w_NHD)
+    return y_NPH if bias_NH is None else y_NPH + bias_NH[:, None]
 
 
 def _keys_of_latent(latent: Latent, tensors: dict[str, Tensor], x_PD: Tensor) -> Tensor:
-    """The same from a latent, whose `tensors` are those of the runtime."""
+    """[K, tokens, H] from a latent, whose `tensors` are those of the runtime, in its order of channels."""
     entry = F.linear(x_PD, tensors["kv_down.weight"], tensors.get("kv_down.bias"))
     maps = (tensors.get(name) for name in ("k_up", "q_rope", "k_mean"))
     return keys_before_rotation(latent, entry[None], *maps)[0].transpose(0, 1)
 
 
-def _normed(weights: AttentionWeights, k_KPH: Tensor) -> Tensor:
-    """As the gate sees keys: normed where their norm comes first, not rotated."""
-    if weights.k_norm is None or weights.k_norm.after_rotary:
-        return k_KPH
-    return apply_norm(k_KPH[None], weights.k_norm, weights.k_norm_KH, weights.k_norm_bias_KH)[0]
-
-
-def _queries(weights: AttentionWeights, x_PD: Tensor) -> Tensor:
-    """[1, tokens, N, H], alike."""
-    q_NPH = torch.einsum("pd,nhd->nph", x_PD, weights.q_NHD)
-    if weights.q_bias_NH is not None:
-        q_NPH = q_NPH + weights.q_bias_NH[:, None]
-    if weights.q_norm is not None and not weights.q_norm.after_rotary:
-        q_NPH = apply_norm(q_NPH[None], weights.q_norm, weights.q_norm_NH, weights.q_norm_bias_NH)[0]
-    return q_NPH.transpose(0, 1)[None]
+def _normed(y_NPH: Tensor, norm: HeadNorm | None, gain_NH: Tensor | None, shift_NH: Tensor | None) -> Tensor:
+    """As gates see queries and keys: normed where their norm comes first, not rotated."""
+    if norm is None or norm.after_rotary:
+        return y_NPH
+    return apply_norm(y_NPH[None], norm, gain_NH, shift_NH)[0]

@@ -67,6 +67,11 @@ def plan_retained(
             f"of {context} tokens always stay, so that {most:.1f} is the most. Use a smaller "
             f"{'' if value.averages else 'window or '}ratio."
         )
+    if not any(step.selects(layer.layer) and layer.owns_cache for layer in layers):
+        raise PlanError(
+            f"{where}: none of layers {step.layers} keeps a cache of its own, and readers follow the slots of their "
+            f"owners. Select these: {spans(sorted({layer.owner for layer in layers}))}."
+        )
     free = [site.layer for site in anatomy.sites if value.supports(site) is None]
     done: dict[int, LayerPlan] = {}
     for site, layer in zip(anatomy.sites, layers, strict=True):
