@@ -29,7 +29,12 @@ from surgery.runtime.functions import eager_attention_forward
 from surgery.runtime.layout import LayerPlan
 from surgery.runtime.modeling import from_parent, load_converted, surgery_class
 
-matrix = pytest.mark.parametrize(("method", "family"), PAIRS)
+ORDER = list(METHODS)
+OFTEN = [(m, f) for m, f in PAIRS if (i := METHODS[m].families.index(f)) == 0 or (ORDER.index(m) + i) % 2 == 0]
+"""Each method on its first family and on every second of the others; `-m slow` runs the rest."""
+matrix = pytest.mark.parametrize(
+    ("method", "family"), [pytest.param(*pair, marks=() if pair in OFTEN else pytest.mark.slow) for pair in PAIRS]
+)
 # Compiling takes seconds each: every family once, every method once; the rest with -m slow.
 compiled_matrix = pytest.mark.parametrize(
     ("method", "family"),
