@@ -96,7 +96,8 @@ def test_what_is_planned_is_made_allocated_and_loaded_again(name: str, family: s
     child = converted(name, family)
     assert (type(child) is type(parent(family))) == plan.native
     surgery.save(child, tmp_path / "child")
-    loaded = surgery.load(tmp_path / "child")
+    # The default of some releases ignores soft caps: loaded, a parent is another model there, too.
+    loaded = surgery.load(tmp_path / "child", attn_implementation=child.config._attn_implementation)
     assert torch.equal(loaded(PROMPT).logits, child(PROMPT).logits)
     said = loaded.generate(PROMPT, **GREEDY)
     assert said.shape == (2, 24 + 8)
