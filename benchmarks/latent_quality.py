@@ -53,7 +53,7 @@ from surgery.rewriters.latent.fit import (
     mla_candidates,
 )
 from surgery.rewriters.latent.moments import LatentMoments, MomentSums
-from surgery.rewriters.latent.steps import SHARES
+from surgery.rewriters.lowrank import SHARES
 from surgery.runtime.layout import Latent
 
 SEED = 0

@@ -140,8 +140,7 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         where = f"{recipe.name}: steps[{i}]"
         check_layers(step, [site.layer for site in anatomy.sites], where)
         made = tuple(method.plan(anatomy, after, where))
-        repeated = [(n, a) for n, a in decided if a == method.axis and step.selects(n) and a in ("project", "retain")]
-        check_one_value(decided, after, made, f"{where} ({step.rewriter})", repeated if method.decides else ())
+        check_one_value(decided, after, made, method, step, where)
         check_values(anatomy.sites, made, where)
         changes.append(frozenset(new.layer for old, new in zip(after, made, strict=True) if old != new))
         after = made

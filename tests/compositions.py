@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig
+from families import tiny_model
+from transformers import PreTrainedModel
 
 import surgery
 
@@ -40,18 +41,15 @@ REASONS = {
 """A piece of a refusal -> the mathematical reason behind it, in short. A refusal that is not here fails the test."""
 
 
-def config() -> LlamaConfig:
+@functools.cache
+def parent() -> PreTrainedModel:
     """Four layers of four KV heads."""
-    return LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
+    return tiny_model("llama", num_hidden_layers=4, num_key_value_heads=4)
 
 
 @functools.cache
 def anatomy() -> surgery.Anatomy:
-    return surgery.examine(config())
+    return surgery.examine(parent())
 
 
 def pairs() -> list[tuple[str, str]]:

@@ -1,11 +1,9 @@
 """Every pair of methods: planned as the recipes' documentation says, and where it says yes, converted and run."""
 
-import functools
-
 import compositions
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
 import surgery
 from surgery.measure.memory import tensor_bytes
@@ -29,12 +27,6 @@ YES = [
 ]
 
 
-@functools.cache
-def parent():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(compositions.config()).eval()
-
-
 def test_the_documentation_says_what_plans_say():
     text = compositions.README.read_text()
     assert compositions.BEGIN in text
@@ -47,8 +39,8 @@ def test_the_documentation_says_what_plans_say():
 @torch.no_grad()
 def test_both_steps_are_carried_out_and_the_result_runs(first, second, apart, tmp_path):
     recipe = compositions.recipe(first, second, apart)
-    plan = surgery.plan(parent(), recipe)
-    model = surgery.convert(parent(), recipe, calibration=TEXT).eval()
+    plan = surgery.plan(compositions.parent(), recipe)
+    model = surgery.convert(compositions.parent(), recipe, calibration=TEXT).eval()
     layers = [layer.to_dict() for layer in plan.after]
     if not plan.native:
         assert [plan.to_dict() for plan in model.plans] == layers

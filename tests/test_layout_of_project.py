@@ -1,6 +1,7 @@
 """The house keeps its form: folders, packages, and the directions of import."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -153,3 +154,13 @@ def test_files_stay_short(file):
     lines = len((ROOT / "surgery" / file).read_text().splitlines())
     most = MOST_LINES.get(file, 450)
     assert lines <= most, f"surgery/{file} has {lines} lines, more than {most}: split it by what it does"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda file: file.name)
+def test_what_benchmarks_import_is_there(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "surgery":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                there = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                assert there, f"{node.module} has no {alias.name}"

@@ -192,16 +192,13 @@ def _expanded(
 
 def latent_of(latent: LatentWeights, site: AttentionSite) -> Latent:
     """The plan of a layer that runs `latent`."""
-    return Latent(
-        rank=latent.rank,
-        rope_dims=latent.rope_dims,
-        kv_heads=site.kv_heads,
-        head_dim=site.head_dim,
-        value_dim=site.value_dim,
+    return Latent.of(
+        site,
+        latent.rank,
+        latent.rope_dims,
         rotate_on_read=latent.rotate_on_read,
         k_rank=_key_rank(latent),
         means=latent.v_mean_KV is not None,
-        keeps_positions=latent.rotate_on_read and site.rotary is not None,
     )
 
 

@@ -51,9 +51,8 @@ class HeadsForm:
 
     def project(self, site: AttentionSite) -> Project:
         """The project axis of the layer."""
-        size = site.group_size
-        groups = self.groups or tuple(tuple(range(a * size, (a + 1) * size)) for a in range(site.kv_heads))
-        return Heads(kv_heads=len(groups), head_dim=site.head_dim, value_dim=site.value_dim, groups=groups)
+        heads = Heads.of(site)
+        return heads if self.groups is None else replace(heads, kv_heads=len(self.groups), groups=self.groups)
 
     def owner_of(self, layer: int) -> int:
         """Share axis: the layer whose cache `layer` reads."""

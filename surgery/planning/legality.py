@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..console import spans
@@ -74,27 +74,33 @@ def check_one_value(
     decided: dict[tuple[int, str], str],
     before: Sequence[LayerPlan],
     after: Sequence[LayerPlan],
+    method: Any,
+    step: Step,
     where: str,
-    repeated: Collection[tuple[int, str]] = (),
 ) -> None:
     """Refuse a step that decides of a layer what an earlier one has decided; else note what it decides in `decided`.
 
+    A step that asks for the value that a layer has already is refused too: its other options would be ignored.
+
     Args:
         decided: (layer, axis) -> the step that decided it.
-        repeated: (layer, axis) that the step decides as they are planned already: other options may lie below.
+        method: the `Rewriter` of the step.
 
     Raises:
         PlanError: names the layer and both steps.
     """
+    by_layer = method.decides and method.axis in ("project", "retain")  # share gives values to readers and owners alone
     for old, new in zip(before, after, strict=True):
-        again = {axis for layer, axis in repeated if layer == old.layer}
-        for axis in sorted(changed_axes(old, new) | again, key=AXES.index):
+        axes = changed_axes(old, new)
+        if by_layer and step.selects(old.layer) and (old.layer, method.axis) in decided:
+            axes.add(method.axis)
+        for axis in sorted(axes, key=AXES.index):
             if (earlier := decided.get((old.layer, axis))) is not None:
                 raise PlanError(
-                    f"layer {old.layer}: {where} decides {_QUESTION[axis]}, and {earlier} did already. A layer has one "
-                    "value per axis. Select other layers, or leave out one of the two steps."
+                    f"layer {old.layer}: {where} ({step.rewriter}) decides {_QUESTION[axis]}, and {earlier} did "
+                    "already. A layer has one value per axis. Select other layers, or leave out one of the two steps."
                 )
-            decided[old.layer, axis] = where
+            decided[old.layer, axis] = f"{where} ({step.rewriter})"
 
 
 def check_values(sites: Sequence[AttentionSite], layers: Sequence[LayerPlan], where: str) -> None:

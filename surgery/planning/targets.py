@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..errors import PlanError
-from ..runtime.layout import AttentionSite, Heads, Latent, LayerPlan
+from ..runtime.layout import AttentionSite, Dense, Heads, Latent, LayerPlan
 
 TARGETS: dict[str, str | type[Any]] = {
     "hub": "surgery.export.hub:Hub",
@@ -31,7 +31,6 @@ NATIVE, REMOTE, PLUGIN, REPEATED, DEEPSEEK, NONE = (
 """By what an engine runs a result; the README's table and plans use these words."""
 DENSE = ("float32", "bfloat16", "float16")
 """Formats of one cached number that stock classes and engines have."""
-_KNOWN_FIELDS = {"layer", "project", "owner", "value_owner", "window", "retain"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +143,13 @@ def sentence(subject: Subject) -> str:
 def stored_otherwise(plan: LayerPlan) -> str | None:
     """How the layer stores what it caches, where that is no dense format; None where it is one.
 
-    What is allowed is listed: a value that a later version adds to a plan is refused by each target that asks here,
-    until the target says that it knows the value.
+    What is allowed is listed: each target that asks here refuses values of other kinds until it knows them.
     """
     if plan.dtype not in DENSE:
         return f"caches numbers of type {plan.dtype}"
     if type(plan.project) not in (Heads, Latent):
-        return f"caches {_label(plan.project)}"
-    for field in dataclasses.fields(plan):
-        value = getattr(plan, field.name)
-        if field.name not in _KNOWN_FIELDS and value != field.default and getattr(value, "kind", None) != "dense":
-            return f"has {field.name} {_label(value)}"
-    return None
+        return f"caches {plan.project.label()}"
+    return None if isinstance(plan.store, Dense) else f"is stored as {plan.store.label()}"
 
 
 def unknown_to_parent(plan: LayerPlan) -> Refusal | None:
@@ -190,7 +184,3 @@ def _refused(found: Mapping[str, Way | Refusal]) -> list[str]:
 
 def _keeps_all(plan: LayerPlan) -> bool:
     return not plan.lenders and plan.retain is None
-
-
-def _label(value: Any) -> str:
-    return str(value.label()) if hasattr(value, "label") else str(getattr(value, "kind", value))

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from ..anatomy import Anatomy
 from ..runtime.layout import Gate, LayerPlan
 from .tokens.gates import GatedMethod, training_note
-from .tokens.options import RetainStep, plan_retained
+from .tokens.options import WindowStep, plan_retained
 
 
 @dataclass(frozen=True, kw_only=True)
-class DmsStep(RetainStep):
+class DmsStep(WindowStep):
     """Drop tokens once they are `window` old, if their gate said so when they came (DMS).
 
     Conversion adds the gate and changes nothing else: the model is as it was until the gate is trained
@@ -23,15 +23,6 @@ class DmsStep(RetainStep):
     gate: Literal["adapter", "borrowed"] = "adapter"
     """`adapter`: a linear map of the layer's input, zero at first. `borrowed`: the last channel of q and k, which
     training takes from attention first."""
-    window: int = 256
-    """Newest tokens that are never dropped."""
-    windows: Literal["uniform", "sensitivity"] = "uniform"
-    """`sensitivity`: `window` is the mean, and layers that miss older tokens more get a longer one, by what short
-    windows cost the model on calibration text."""
-
-    @property
-    def text(self) -> Literal["none", "needed"]:
-        return "needed" if self.windows == "sensitivity" else "none"
 
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -8,14 +8,15 @@ from typing import Any, Literal
 from ..anatomy import Anatomy
 from ..errors import RecipeError
 from ..planning.schema import nearest
+from ..recipe import Text
 from ..runtime.layout import Evict, LayerPlan
 from ..runtime.scorers import SCORERS
 from .tokens.gates import GatedMethod
-from .tokens.options import RetainStep, plan_retained
+from .tokens.options import WindowStep, plan_retained
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvictStep(RetainStep):
+class EvictStep(WindowStep):
     """Drop tokens once they are `window` old, by a score that nothing is trained for.
 
     `ratio` is not read where the score is `window`: every token goes at its end (StreamingLLM).
@@ -24,15 +25,10 @@ class EvictStep(RetainStep):
     rewriter: Literal["evict"] = "evict"
     scorer: str = "window"
     """`window`: every token goes. `key_norm`: long keys go, above a threshold from calibration text."""
-    window: int = 256
-    """Newest tokens that are never dropped."""
-    windows: Literal["uniform", "sensitivity"] = "uniform"
-    """`sensitivity`: `window` is the mean, and layers that miss older tokens more get a longer one, by what short
-    windows cost the model on calibration text."""
 
     @property
-    def text(self) -> Literal["none", "needed"]:
-        return "needed" if self.windows == "sensitivity" or SCORERS[self.scorer].has_threshold else "none"
+    def text(self) -> Text:
+        return "needed" if SCORERS[self.scorer].has_threshold else super().text
 
     def validate(self, where: str) -> None:
         super().validate(where)

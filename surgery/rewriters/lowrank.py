@@ -12,8 +12,8 @@ from ..runtime.layout import AttentionSite, Latent, LayerPlan
 from .latent import Layout, LowrankInit
 from .latent.fit import Candidate, freq_candidates, lowrank_candidates
 from .latent.low_rank import LOWRANK_INITS
-from .latent.options import SPLIT_NOTE, LatentStep, latent_of_site, plan_latents, rounding_notes
-from .latent.steps import LatentMethod
+from .latent.method import LatentMethod
+from .latent.options import SPLIT_NOTE, LatentStep, plan_latents, rounding_notes
 
 SHARES = (0.34, 0.38, 0.42, 0.46)
 """Parts of a `lowrank` budget tried for K: V needs the larger one."""
@@ -86,13 +86,13 @@ class Lowrank(LatentMethod):
             rope_dims = min(site.kv_heads * site.head_dim, max(2, round(numbers * share / 2) * 2))
             if numbers - rope_dims < 1:
                 raise PlanError(f"{at}: {numbers} numbers per token leave none for V. Raise keep or rank.")
-            return latent_of_site(site, numbers - rope_dims, rope_dims, k_rank=0)
+            return Latent.of(site, numbers - rope_dims, rope_dims, k_rank=0)
         if numbers < 2:
             raise PlanError(
                 f"{at}: {numbers} numbers per token are too few: K and V need one each. Raise keep or rank."
             )
         k_rank = min(numbers - 1, max(1, round(numbers * share)))
-        return latent_of_site(site, numbers, 0, rotate_on_read=True, k_rank=k_rank)
+        return Latent.of(site, numbers, 0, rotate_on_read=True, k_rank=k_rank)
 
     def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
         step, numbers = self.step, project.dims

@@ -11,9 +11,9 @@ from ..planning.latent_size import aligned_rank, full_rank, kept_numbers, latent
 from ..runtime.layout import AttentionSite, Latent, LayerPlan
 from .latent import MlaInit, Rotation, Selector
 from .latent.fit import Candidate, mla_candidates
-from .latent.options import SPLIT_NOTE, LatentStep, latent_of_site, plan_latents, rounding_notes
+from .latent.method import LatentMethod
+from .latent.options import SPLIT_NOTE, LatentStep, plan_latents, rounding_notes
 from .latent.rotary_split import MLA_INITS
-from .latent.steps import LatentMethod
 
 BETAS = (1.0, 0.5, 2.0)
 """Balances of V against K that `beta: search` tries in each layer."""
@@ -72,7 +72,7 @@ class Mla(LatentMethod):
         if step.fold != "auto" and pairs % step.fold:
             raise PlanError(f"{at}: fold {step.fold} does not divide {pairs} rotary frequencies. Use 1, or auto.")
         if step.keep is not None:
-            return latent_of_site(site, *latent_budget(kept_numbers(step.keep, site), site, step.rope_dims))
+            return Latent.of(site, *latent_budget(kept_numbers(step.keep, site), site, step.rope_dims))
         assert step.rank is not None
         turning, full, rope_dims = turning_numbers(site), full_rank(site), step.rope_dims
         if rope_dims is not None and rope_dims > turning:
@@ -88,7 +88,7 @@ class Mla(LatentMethod):
                 f"{at}: rank {step.rank} + rope_dims {rope_dims} caches {step.rank + rope_dims} numbers per token "
                 f"where the parent caches {site.kv_dims}. Use less."
             )
-        return latent_of_site(site, aligned_rank(step.rank, rope_dims, min(full, site.kv_dims - rope_dims)), rope_dims)
+        return Latent.of(site, aligned_rank(step.rank, rope_dims, min(full, site.kv_dims - rope_dims)), rope_dims)
 
     def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
         step = self.step

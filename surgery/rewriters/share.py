@@ -7,7 +7,7 @@ another part confirms it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,7 +29,6 @@ from ..runtime.project import latent_refusal
 from . import Method
 from .common.gains import tune_gains
 from .common.refit import OutputFit, QueryFit
-from .latent.options import latent_of_site
 from .layers.latent import share_latents
 from .layers.maps import least_squares, map_values, mean_weights, pair_moments
 from .layers.search import kvsharer_pairs, search_pairs
@@ -116,29 +115,12 @@ class Share(Method):
         step = self.step
         sites = {site.layer: site for site in anatomy.sites}
         plans = {layer.layer: layer for layer in layers}
-        chosen = [layer for layer in sorted(sites) if step.selects(layer)]
         reason = why_not_handed_down(anatomy)
         if reason is not None:
             raise PlanError(f"{where}: {reason}, so that no layer can be given the cache of another. Use gqa.")
-        if isinstance(step.layout, str):
-            owners = owners_of(step.layout, chosen, step.kv_layers, where)
-            if step.layout in SEARCHED:
-                free = [layer for layer in chosen if self._may_share(plans[layer].project, sites[layer])]
-                possible = {reader: found for reader, found in sharable(free, sites, plans).items() if found}
-                if len(possible) < len(owners):
-                    raise PlanError(
-                        f"{where}: {len(owners)} layers are to read the cache of an earlier one, and only "
-                        f"{len(possible)} find one like their own. Use kv_layers: {len(chosen) - len(possible)} or "
-                        "more."
-                    )
-                readers = sorted(possible)[-len(owners) :] if owners else []
-                owners = {reader: max(set(possible[reader]) - set(readers)) for reader in readers}
-        else:
-            owners = dict(step.layout)
-            outside = sorted(set(owners) - set(chosen))
-            if outside and outside[0] in sites:
-                raise PlanError(f"{where}: layer {outside[0]} is in the map, and not among layers: {step.layers}.")
-        for layer in sorted({*owners, *owners.values()}):
+        owners = self._planned_owners(sites, plans, where)
+        together = sorted({*owners, *owners.values()})
+        for layer in together:
             if layer in plans and plans[layer].project.kind != "heads" and step.init != "latent":
                 raise PlanError(
                     f"layer {layer}: {where} lets caches of heads be read, and an earlier step has given this one a "
@@ -146,27 +128,51 @@ class Share(Method):
                     "one latent for all its readers."
                 )
         check_map(owners, sites, plans)
-        for layer in sorted({*owners, *owners.values()}):
-            for fault, is_there in (
-                (f"clamps keys and values to {sites[layer].clip_qkv}", sites[layer].clip_qkv is not None),
-                ("gates its head outputs", sites[layer].gated_output),
-            ):
-                if is_there:
-                    raise PlanError(
-                        f"layer {layer}: {where} fits what readers read, and this attention {fault}. Use gqa."
-                    )
-        if step.init == "latent":
-            groups = {owner for owner in owners.values()}
-            for layer in sorted({*owners, *groups}):
-                at = sites[layer]
-                reason = latent_refusal(at)
-                if reason:
-                    raise PlanError(f"layer {layer}: {where} makes a latent, but {reason}")
-                plans[layer] = replace(plans[layer], project=_shared_latent(step, at))
+        for layer in together:
+            reason = self._refusal(sites[layer], where)
+            if reason is not None:
+                raise PlanError(f"layer {layer}: {reason}")
+            if step.init == "latent":
+                plans[layer] = replace(plans[layer], project=_shared_latent(step, sites[layer]))
         for layer, owner in owners.items():
             plan = plans[layer]
             plans[layer] = replace(plan, value_owner=owner) if step.layout == SVFORMER else replace(plan, owner=owner)
         return tuple(plans[layer.layer] for layer in layers)
+
+    def _planned_owners(
+        self, sites: Mapping[int, AttentionSite], plans: Mapping[int, LayerPlan], where: str
+    ) -> dict[int, int]:
+        """Reader -> owner, of V alone for `svformer`; where the text decides, the last layers that can read."""
+        step = self.step
+        chosen = [layer for layer in sorted(sites) if step.selects(layer)]
+        if not isinstance(step.layout, str):
+            outside = sorted(set(step.layout) - set(chosen))
+            if outside and outside[0] in sites:
+                raise PlanError(f"{where}: layer {outside[0]} is in the map, and not among layers: {step.layers}.")
+            return dict(step.layout)
+        owners = owners_of(step.layout, chosen, step.kv_layers, where)
+        if not step.is_searched:
+            return owners
+        free = [layer for layer in chosen if self._may_share(plans[layer].project, sites[layer])]
+        possible = {reader: found for reader, found in sharable(free, sites, plans).items() if found}
+        if len(possible) < len(owners):
+            raise PlanError(
+                f"{where}: {len(owners)} layers are to read the cache of an earlier one, and only {len(possible)} find "
+                f"one like their own. Use kv_layers: {len(chosen) - len(possible)} or more."
+            )
+        readers = sorted(possible)[-len(owners) :] if owners else []
+        return {reader: max(set(possible[reader]) - set(readers)) for reader in readers}
+
+    def _refusal(self, site: AttentionSite, where: str) -> str | None:
+        """Why the attention can neither read a cache nor lend its own; None where it can."""
+        for fault, is_there in (
+            (f"clamps keys and values to {site.clip_qkv}", site.clip_qkv is not None),
+            ("gates its head outputs", site.gated_output),
+        ):
+            if is_there:
+                return f"{where} fits what readers read, and this attention {fault}. Use gqa."
+        reason = latent_refusal(site) if self.step.init == "latent" else None
+        return reason and f"{where} makes a latent, but {reason}"
 
     def _may_share(self, project: Project, site: AttentionSite) -> bool:
         """Whether a search may take the layer: latents of earlier steps are not shared, nor heads replaced by one."""
@@ -341,4 +347,4 @@ def _search_loss(copy: WorkingCopy, windows: Windows | None) -> float:
 def _shared_latent(step: ShareStep, site: AttentionSite) -> Latent:
     """K of all readers is rotated at read: its mean over layers has no rotated part that suits them all."""
     numbers = min(kept_numbers(step.keep, site), input_columns(site))
-    return latent_of_site(site, numbers, 0, rotate_on_read=True)
+    return Latent.of(site, numbers, 0, rotate_on_read=True)

@@ -1,4 +1,4 @@
-"""Cache of a layer that drops tokens some time after their gate has said so or score has said so (`Gate`, `Evict`)."""
+"""Cache of a layer that drops tokens which are out of the window, where a gate or a score said so (`Gate`, `Evict`)."""
 
 from __future__ import annotations
 

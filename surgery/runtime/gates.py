@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 
-from .layout import Evict, Gate, Pool, Retain
+from .layout import Evict, Retain, Trained
 from .scorers import SCORERS
 
 EPS = 1e-6
@@ -98,7 +98,7 @@ class SurgeryGate(nn.Module):
     def _adapter(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         x = hidden.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
-        assert isinstance(self.retain, (Gate, Pool))
+        assert isinstance(self.retain, Trained)
         logits = self.retain.gain * F.linear(x, self.weight.float(), self.bias.float()) + self.retain.offset
         if not self.retain.averages:
             return logits, None
@@ -106,7 +106,7 @@ class SurgeryGate(nn.Module):
 
     def _borrowed(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         ours = self.channel == 0  # before that it is still the model's own, and nothing decides yet
-        assert isinstance(self.retain, (Gate, Pool))
+        assert isinstance(self.retain, Trained)
         logits = torch.where(ours, k[..., -1].float(), 0.0) + self.retain.offset
         if not self.retain.averages:
             return logits, None

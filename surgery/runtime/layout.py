@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .project import PROJECTS, Heads, Latent, Project, position_numbers
-from .retain import AHEAD, RETAINS, TABLE_STEP, Evict, Gate, Pool, Retain
+from .retain import AHEAD, RETAINS, Evict, Gate, Pool, Retain, Trained
 from .scorers import SCORERS
 from .site import AttentionSite, HeadNorm, OutputGate, Projection, Rotary, from_json
 from .store import STORES, Dense, Store, itemsize_of
 
 __all__ = [
-    "AHEAD", "TABLE_STEP", "AttentionSite", "Dense", "Evict", "Gate", "HeadNorm", "Heads", "Latent", "LayerPlan",
-    "OutputGate", "Pool", "Project", "Projection", "Retain", "Rotary", "Store", "position_numbers",
+    "AHEAD", "AttentionSite", "Dense", "Evict", "Gate", "HeadNorm", "Heads", "Latent", "LayerPlan",
+    "OutputGate", "Pool", "Project", "Projection", "Retain", "Rotary", "Store", "Trained", "position_numbers",
 ]  # fmt: skip
 
 VERSION = 2
@@ -74,10 +74,8 @@ class LayerPlan:
     def bytes_per_token(self) -> int:
         """Bytes that one more token adds to the cache while the window, if any, is not full; on average where tokens
         are averaged or dropped, and of a format that holds tokens in groups."""
-        if isinstance(self.store, Dense):
-            whole = self.store.bytes_at(1, self.entry())
-        else:
-            whole = round((self.store.bytes_at(2**16, self.entry()) - self.store.bytes_at(2**15, self.entry())) / 2**15)
+        some, more = (self.store.bytes_at(tokens, self.entry()) for tokens in (2**15, 2**16))
+        whole = round((more - some) / 2**15)
         return whole if self.retain is None else round(whole / self.retain.ratio)
 
     @property

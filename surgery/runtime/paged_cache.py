@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .decisions import at_end, hard_decisions
-from .layout import AHEAD, TABLE_STEP, Retain
+from .layout import AHEAD, Retain
 from .page_pool import PagePool
+from .retain import table_width
 from .slots import NEVER, Chunk, New, Slots
 
 _SPARE = 1 / 64
@@ -78,7 +79,7 @@ class PagedLayer(CacheLayerMixin):
         if self.retain.page != self.pool.page:
             raise ValueError(f"layer {self.layer}: pages of {self.retain.page} slots, its pool has {self.pool.page}")
         self.pool.allocate(key_states, value_states)
-        width = 0 if self.max_length is None else table_of(self.retain, self.max_length)
+        width = 0 if self.max_length is None else self.retain.static_table(self.max_length)
         self.state = {
             "tables": key_states.new_zeros(B, K, width, dtype=torch.int32),
             "held": key_states.new_zeros(B, K, dtype=torch.int32),
@@ -241,8 +242,7 @@ class PagedLayer(CacheLayerMixin):
         """All pages move, so that rows stay whole stretches, which a CPU reads without copying them."""
         missing = int(ends_BK.max()) - self.tables.shape[2]
         if missing > 0:
-            missing = -(-missing // TABLE_STEP) * TABLE_STEP
-            self.state["tables"] = torch.nn.functional.pad(self.tables, (0, missing))
+            self.state["tables"] = torch.nn.functional.pad(self.tables, (0, table_width(missing)))
         places = torch.arange(self.tables.shape[2], device=self.device)
         there = places < ends_BK[..., None]
         self.pool.rebuild(torch.where(places < self.held[..., None], self.tables, 0)[there].long())
@@ -394,8 +394,3 @@ class PagedLayer(CacheLayerMixin):
         # Tables may have widened; what is there stands at their beginning.
         to = self.tables[..., : there.shape[2]][there].long()
         self.pool.keys[to], self.pool.values[to] = keys, values
-
-
-def table_of(retain: Retain, tokens: int) -> int:
-    """Entries of a block table that has room for `tokens` tokens, should all of them stay."""
-    return -(-(tokens + AHEAD) // retain.page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from .site import AttentionSite
 
@@ -142,6 +142,14 @@ class Latent:
     """Whether positions of tokens take bytes beside c: where K is rotated at read. They are cached there in any case;
     plans written before that was so do not count them."""
     kind: Literal["latent"] = "latent"
+
+    @classmethod
+    def of(cls, site: AttentionSite, rank: int, rope_dims: int, *, rotate_on_read: bool = False, **more: Any) -> Latent:
+        """A latent of so many numbers for the heads of one attention."""
+        return cls(
+            rank=rank, rope_dims=rope_dims, kv_heads=site.kv_heads, head_dim=site.head_dim, value_dim=site.value_dim,
+            rotate_on_read=rotate_on_read, keeps_positions=rotate_on_read and site.rotary is not None, **more,
+        )  # fmt: skip
 
     @property
     def dims(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -33,7 +33,6 @@ class Retain:
     """First tokens of a sequence that are never dropped or averaged, nor averaged into."""
     page: int = 16
     """Slots per page of the cache."""
-
     kind: str = ""
 
     @property
@@ -48,8 +47,8 @@ class Retain:
 
     @property
     def is_trained(self) -> bool:
-        """Whether training can teach the gate its ratio."""
-        return True
+        """Whether training can teach a gate its ratio."""
+        return False
 
     @property
     def is_fixed(self) -> bool:
@@ -130,24 +129,23 @@ class Retain:
 
     def static_pages(self, tokens: int, heads: int, ratio: float | None = None) -> int:
         """Pages that one sequence of `tokens` tokens gets in a static cache; `ratio` in the place of the planned."""
-        kept = float(min(tokens, self.always_kept))
-        expected = kept if self.is_fixed else max(tokens / (ratio or self.ratio), kept)
-        slots = min(expected * (1 + MARGIN), tokens) + AHEAD
+        sized = self if ratio is None else replace(self, ratio=ratio)
+        slots = min(sized.slots_at(tokens) * (1 + MARGIN), tokens) + AHEAD
         return heads * (ceil(slots / self.page) + 1)
 
     def static_bytes(self, tokens: int, heads: int, width: int, itemsize: int, ratio: float | None = None) -> int:
         """Bytes that a static cache allocates at once for one sequence of `tokens` tokens, its share of the pool."""
         pages = self.static_pages(tokens, heads, ratio)
-        table = -(-(tokens + AHEAD) // self.page)
-        return 4 * pages + self.bytes_of_pages(pages, table, heads, width, itemsize)
+        return 4 * pages + self.bytes_of_pages(pages, self.static_table(tokens), heads, width, itemsize)
+
+    def static_table(self, tokens: int) -> int:
+        """Entries of a block table that has room for `tokens` tokens, should all of them stay."""
+        return ceil((tokens + AHEAD) / self.page)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate(Retain):
-    """A trained gate drops tokens: one whose own decision is 1 goes once it is `window` tokens old.
-
-    Source: Dynamic Memory Sparsification, arXiv:2506.05345.
-    """
+class Trained(Retain):
+    """What the values share whose decisions a trained gate makes."""
 
     gate: Literal["adapter", "borrowed"] = "adapter"
     """`adapter`: a linear map of the layer's input; `borrowed`: the last channel of q and k."""
@@ -155,7 +153,10 @@ class Gate(Retain):
     """Factor on the adapter's output."""
     offset: float = -5.0
     """Logit of an untrained gate: the decision is 1 where the logit is above 0."""
-    kind: str = "dms"
+
+    @property
+    def is_trained(self) -> bool:
+        return True
 
     @property
     def decided_by(self) -> str:
@@ -163,7 +164,17 @@ class Gate(Retain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool(Retain):
+class Gate(Trained):
+    """A trained gate drops tokens: one whose own decision is 1 goes once it is `window` tokens old.
+
+    Source: Dynamic Memory Sparsification, arXiv:2506.05345.
+    """
+
+    kind: str = "dms"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(Trained):
     """A trained gate averages tokens: one whose decision is 1 goes into the slot before it.
 
     The key of a slot is rotated at the position of its newest token.
@@ -171,14 +182,7 @@ class Pool(Retain):
     Source: Dynamic Memory Compression, arXiv:2403.09636.
     """
 
-    gate: Literal["adapter", "borrowed"] = "adapter"
-    gain: float = 30.0
-    offset: float = -5.0
     kind: str = "dmc"
-
-    @property
-    def decided_by(self) -> str:
-        return self.gate
 
     @property
     def averages(self) -> bool:
@@ -208,10 +212,6 @@ class Evict(Retain):
     @property
     def decided_by(self) -> str:
         return "score"
-
-    @property
-    def is_trained(self) -> bool:
-        return False
 
     @property
     def is_fixed(self) -> bool:

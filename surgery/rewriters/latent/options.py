@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from ...anatomy import Anatomy
 from ...console import spans
@@ -87,15 +87,6 @@ def plan_latents(
         made = make(at, site)
         done.append(replace(layer, project=replace(made, means=step.splits_mean and site.sinks is None)))
     return tuple(done)
-
-
-def latent_of_site(site: AttentionSite, rank: int, rope_dims: int, **more: Any) -> Latent:
-    """A latent of so many numbers for the heads of one attention."""
-    keeps_positions = site.rotary is not None and bool(more.get("rotate_on_read"))
-    return Latent(
-        rank=rank, rope_dims=rope_dims, kv_heads=site.kv_heads, head_dim=site.head_dim, value_dim=site.value_dim,
-        keeps_positions=keeps_positions, **more,
-    )  # fmt: skip
 
 
 def rounding_notes(

@@ -8,13 +8,12 @@ from typing import Literal
 from ...anatomy import Anatomy
 from ...console import spans
 from ...errors import PlanError, RecipeError
-from ...recipe import Step
+from ...recipe import Step, Text
 from ...runtime.layout import LayerPlan, Retain
 from ...runtime.modeling import GATED
 
 PAGES = (16, 32, 64, 128, 256)
 """Slots per page that the kernels read."""
-Windows = Literal["uniform", "sensitivity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +45,21 @@ class RetainStep(Step):
                 f"{where}.page: {self.page} slots; use {', '.join(map(str, PAGES[:-1]))} or {PAGES[-1]}, which the "
                 "kernels read."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowStep(RetainStep):
+    """Tokens leave once they are out of a window."""
+
+    window: int = 256
+    """Newest tokens that are never dropped."""
+    windows: Literal["uniform", "sensitivity"] = "uniform"
+    """`sensitivity`: `window` is the mean, and layers that miss older tokens more get a longer one, by what short
+    windows cost the model on calibration text."""
+
+    @property
+    def text(self) -> Text:
+        return "needed" if self.windows == "sensitivity" else "none"
 
 
 def plan_retained(
