@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,23 +14,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..anatomy import Anatomy
+from ..attention.forward import head_outputs
 from ..attention.latent import LatentWeights
 from ..attention.weights import AttentionWeights, parameter_names, read_attention, write_changed
 from ..errors import PlanError
 from ..runtime.canonical import canonical_weights
 from ..runtime.layout import AttentionSite, LayerPlan, Project
 from .forms import HeadsForm, Inputs, LatentForm, ReaderForm
+from .layers import DecoderLayers, layer_parameters, shell_of
 from .outputs import answers, distance
-from .statistics import Activations, Again, layer_activations, module_of
-from .streams import Streams, streams_of
+from .pipeline import Pipeline, Visit
+from .statistics import module_of
 from .text import Windows
 
 HELD_NUMBERS = 2**27
-"""Activations, and answers of the parent, that are kept in memory (512 MB each) rather than computed anew."""
+"""Answers of the parent that are kept in memory (512 MB) rather than computed anew."""
 
 
 class WorkingCopy:
-    """The parent in float32, its attentions rewritten in place; the parent itself is only read.
+    """The parent in float32, its attentions rewritten layer by layer; the parent itself is only read.
 
     Each layer has a form (`forms.py`). Layers with KV heads of their own keep the parent's attention: each new KV head
     is repeated in the places of the heads that it replaces, which is the same function. Layers in another form are
@@ -38,28 +40,124 @@ class WorkingCopy:
     attention runs there too and its outputs are thrown away, but every family runs, with any of its layers converted,
     without a module or a class being replaced. This is not the runtime: whole sequences, no cache.
 
-    Models run on the parent's device. Weights that are read here, activations and closed forms are on the CPU.
-
-    `teacher` is the parent in float32 for statistics and losses; `model` is the copy that changes.
+    What is held are the parameters that were written. Layers are run one at a time (`visits`); whole models, `teacher`
+    and `model`, are put together when somebody asks for them. They run on the parent's device. Weights that are read
+    here, activations and closed forms are on the CPU.
     """
 
     def __init__(self, parent: PreTrainedModel, anatomy: Anatomy) -> None:
+        def read(name: str) -> Tensor:
+            return wide(parent.get_parameter(name).detach().cpu())
+
+        self._parent: PreTrainedModel | None = parent
+        self._begin(anatomy, lambda: shell_of(parent, layer_parameters(parent, anatomy.sites)), read)
+
+    @classmethod
+    def of_checkpoint(
+        cls, anatomy: Anatomy, shell: Callable[[], PreTrainedModel], read: Callable[[str], Tensor]
+    ) -> WorkingCopy:
+        """The copy of a parent that is not in memory.
+
+        Args:
+            shell: makes the parent in float32 without the parameters of its decoder layers, which are on the meta
+                device.
+            read: a parameter in the dtype of its file, by name.
+        """
+        made = cls.__new__(cls)
+        made._parent = None
+        made._begin(anatomy, shell, lambda name: wide(read(name)))
+        return made
+
+    def _begin(self, anatomy: Anatomy, shell: Callable[[], PreTrainedModel], read: Callable[[str], Tensor]) -> None:
         self.sites = {site.layer: site for site in anatomy.sites}
-        self.teacher = parent if _is_float32(parent) else copy.deepcopy(parent).float()
-        self.model = copy.deepcopy(self.teacher).eval()
-        _untie(self.model, [name for site in anatomy.sites for name in parameter_names(site)])
         self.gates: dict[int, dict[str, Tensor]] = {}
         """Tensors of the gates that layers got, by name."""
         self.window_of: dict[int, int] = {}
         """Newest tokens that gates may not drop, where the text has decided that by layer."""
         self.choice: int | None = None
         """Index of the candidate that the last latent layer chose: where the search of the next one starts."""
+        self.held_out: float | None = None
+        """KL(parent || copy) in nats per token on windows that nothing was fitted on, after the last way through."""
+        self.reading: Mapping[int, Tensor] = {}
+        """Of the layer that runs alone: what the projections of earlier layers read, whose caches it reads."""
+        self._make_shell, self._read = shell, read
+        self._changed: dict[str, Tensor] = {}
         self._forms: dict[int, HeadsForm] = {}
-        self._hooked: set[tuple[str, int]] = set()
+        self._built: tuple[str, nn.Module] | None = None
+        self._hooked: dict[int, set[tuple[str, int]]] = {}
         self._inputs: dict[int, Tensor] = {}
         """Of the forward pass that runs: by layer, what its projections read, where a form needs that."""
-        self._streams: dict[str, Streams | None] = {}
         self._wanted: dict[str, list[Tensor]] = {}
+
+    # ------------------------------------------------------------------------------------------- models
+
+    @cached_property
+    def layers(self) -> DecoderLayers:
+        """The parent's decoder layers, one at a time."""
+        return DecoderLayers(self._make_shell(), list(self.sites.values()), self._read)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """The whole parent in float32."""
+        if self._parent is not None:
+            return self._parent if _is_float32(self._parent) else copy.deepcopy(self._parent).float()
+        made = self._make_shell()
+        for name, parameter in list(made.named_parameters(remove_duplicate=False)):
+            if parameter.is_meta:
+                _set(made, name, nn.Parameter(self._read(name), requires_grad=False))
+        return made
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The whole copy; what is written to a layer afterwards is written to it, too."""
+        made = copy.deepcopy(self.teacher).eval()
+        _untie(made, [name for site in self.sites.values() for name in parameter_names(site)])
+        with torch.no_grad():
+            for name, value in self._changed.items():
+                made.get_parameter(name).copy_(value)
+        for layer, form in self._forms.items():
+            if form.is_computed:
+                self._install(made, "", form.sources(layer), layer)
+        return made
+
+    def forget_model(self) -> None:
+        """Let go of the whole copy; it is put together anew when it is asked for."""
+        made = self.__dict__.pop("model", None)
+        self._hooked.pop(id(made), None)
+
+    def visits(self, windows: Windows, layers: Iterable[int], lenders: Iterable[int] = ()) -> Iterator[Visit]:
+        """The attentions of `layers` in order, each to be read and rewritten before the next is reached.
+
+        Args:
+            lenders: layers whose inputs the forms of later ones read.
+
+        Raises:
+            UnsupportedModel: a layer of the model cannot be run alone.
+        """
+        # Forms of earlier steps may read, too.
+        lending = {*lenders, *(s for layer, form in self._forms.items() for s in form.sources(layer) if s != layer)}
+        pipeline = Pipeline(self, windows)
+        yield from pipeline.visits(layers, lending)
+        self.held_out = pipeline.divergence()
+
+    def build(self, index: int, like: nn.Module) -> nn.Module:
+        """Decoder layer `index` of the copy as it is now; until `leave`, what is written to it goes there, too."""
+        prefix = f"{self.layers.name}.{index}."
+        here = [site for site in self.sites.values() if self.layers.place[site.layer] == index]
+        own = {name: self._changed.get(name) for site in here for name in parameter_names(site)}
+        made = self.layers.like(index, like, own)
+        self._built = prefix, made
+        for layer, form in self._forms.items():
+            if form.is_computed and self.layers.place[layer] == index:
+                self._install(made, prefix, (layer,), layer)
+        return made
+
+    def leave(self) -> None:
+        """The layer that was built is done with."""
+        if self._built is not None:
+            self._hooked.pop(id(self._built[1]), None)
+        self._built = None
+        self.reading = {}
 
     # ------------------------------------------------------------------------------------------- layers
 
@@ -70,9 +168,10 @@ class WorkingCopy:
     def take_form(self, layer: int, form: HeadsForm) -> None:
         """Give the layer a form; its parameters stay."""
         if form.is_computed:
-            self._install(form.sources(layer), layer)
-        # Streams that stand after the layer have come through its old form.
-        self._streams = {d: s for d, s in self._streams.items() if s is None or s.layer <= layer}
+            if "model" in self.__dict__:
+                self._install(self.model, "", form.sources(layer), layer)
+            if self._built is not None and self.sites[layer].module.startswith(self._built[0]):
+                self._install(self._built[1], self._built[0], (layer,), layer)
         self._forms[layer] = form
 
     def read(self, layer: int) -> AttentionWeights:
@@ -81,12 +180,12 @@ class WorkingCopy:
 
     def parent(self, layer: int) -> AttentionWeights:
         """The parent's weights of the layer."""
-        return read_attention(self.sites[layer], lambda name: self.teacher.get_parameter(name).detach().cpu())
+        return read_attention(self.sites[layer], self._read)
 
     def write(self, layer: int, weights: AttentionWeights) -> None:
         """Replace the layer's parameters; a form that does not use its K and V stays in force."""
         site = self.sites[layer]
-        changed = write_changed(expand(weights, site.kv_heads, layer), site, site, self.teacher.get_parameter)
+        changed = write_changed(expand(weights, site.kv_heads, layer), site, site, self._read)
         self._assign(changed)
         self.take_form(layer, replace(self.form(layer), groups=weights.groups))
 
@@ -105,11 +204,11 @@ class WorkingCopy:
 
     def tensor(self, name: str) -> Tensor:
         """One parameter of the copy."""
-        return self.model.get_parameter(name).detach().cpu()
+        found = self._changed.get(name)
+        return self._read(name) if found is None else found
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Put back parameters by name."""
-        self.forget_streams()
         self._assign(state)
 
     @property
@@ -148,59 +247,27 @@ class WorkingCopy:
 
     # --------------------------------------------------------------------------------------- activations
 
-    def activations(self, layer: int, windows: Windows) -> Iterable[Activations]:
-        """`layer_activations` with the inputs of all layers that `layer` reads, to go through several times.
-
-        One pass over the model where the text is small enough to keep, else one for each time.
-        """
-        site = self.sites[layer]
-        sources = self.form(layer).sources(layer)
-        read = partial(layer_activations, self, site, windows, sources)
-        if (3 + len(sources)) * windows.ids_BT.numel() * site.hidden_size > HELD_NUMBERS:
-            return Again(read)
-        return list(read())
-
     def keys_values(self, layer: int, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """K [B, K, T, H] and V that the layer reads, from the inputs of its sources."""
         return self.form(layer).keys_values(layer, self.read, inputs)
 
     def head_outputs(self, layer: int, inputs: Inputs) -> Tensor:
-        """What `o` of a layer in a form of ours reads, [B, T, N, V], from the inputs of its sources."""
+        """What `o` of a layer reads, [B, T, N, V], from the inputs of its sources; a gate on outputs is not applied."""
         found = self.form(layer).head_outputs(layer, self.read, inputs)
-        assert found is not None
-        return found
-
-    def streams(self, windows: Windows, layer: int) -> Streams | None:
-        """Both models' residual streams on `windows`, brought to before `layer`; None where they cannot be kept."""
-        if any(len(form.sources(reader)) > 1 for reader, form in self._forms.items()):
-            return None  # a layer that is run alone has no inputs of others to read
-        known = self._streams.get(windows.digest)
-        if windows.digest not in self._streams or (known is not None and known.layer > layer):
-            known = self._streams[windows.digest] = streams_of(self, windows, HELD_NUMBERS)
-        if known is not None:
-            known.move(layer)
-        return known
-
-    def forget_streams(self) -> None:
-        """To be called where weights of the copy were changed other than by its own methods."""
-        self._streams.clear()
+        return head_outputs(self.read(layer), inputs[layer]) if found is None else found
 
     # ------------------------------------------------------------------------------------------- measures
 
     @torch.no_grad()
-    def divergence(self, windows: Windows, layer: int | None = None, batches: int | None = None) -> float:
-        """KL(parent || copy) in nats per token, or what `outputs.distance` takes in its place.
+    def divergence(self, windows: Windows, batches: int | None = None) -> float:
+        """KL(parent || copy) in nats per token, or what `outputs.distance` takes in its place, by the whole models.
 
         The parent's answers to these windows are kept for the next call.
 
         Args:
-            layer: the only layer that changes between calls: the layers before it are then not run again.
             batches: only so many batches of windows.
         """
-        streams = None if layer is None else self.streams(windows, layer)
-        if streams is None:
-            return self.divergence_of(self.model, windows, batches)
-        return self._divergence(self.model, windows, streams.answers(), batches)
+        return self.divergence_of(self.model, windows, batches)
 
     @torch.no_grad()
     def divergence_of(self, model: PreTrainedModel, windows: Windows, batches: int | None = None) -> float:
@@ -232,34 +299,37 @@ class WorkingCopy:
 
     # ---------------------------------------------------------------------------------------------- hooks
 
-    def _assign(self, state: dict[str, Tensor]) -> None:
+    def _assign(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, value in state.items():
-                self.model.get_parameter(name).copy_(value)
+                self._changed[name] = value.detach().cpu().clone()
+                if self._built is not None and name.startswith(self._built[0]):
+                    self._built[1].get_parameter(name.removeprefix(self._built[0])).copy_(value)
+                if "model" in self.__dict__:
+                    self.model.get_parameter(name).copy_(value)
 
     def _weights(self, layer: int, get_tensor: Callable[[str], Tensor]) -> AttentionWeights:
         """The layer's weights by what `get_tensor` has for its parameters, without the repetitions of KV heads."""
         weights, groups = read_attention(self.sites[layer], get_tensor), self.form(layer).groups
         return weights if groups is None else collapse(weights, groups)
 
-    def _attribute(self, name: str) -> Tensor:
-        # Not get_parameter: torch.func puts tensors there that are no parameters.
-        module, _, leaf = name.rpartition(".")
-        found: Tensor = getattr(self.model.get_submodule(module), leaf)
-        return found
+    def _install(self, root: nn.Module, prefix: str, sources: Iterable[int], layer: int) -> None:
+        """The hooks that a computed form of `layer` needs in a model, or one layer of it, each once.
 
-    def _install(self, sources: Iterable[int], layer: int) -> None:
-        """The hooks that a computed form of `layer` needs, each once."""
-        wanted = [*(("q", source) for source in sources), ("o", layer)]
-        for role, at in wanted:
-            if (role, at) in self._hooked:
+        Args:
+            prefix: what names of the model begin with that are inside `root`.
+        """
+        hooked = self._hooked.setdefault(id(root), set())
+        for role, at in [*(("q", source) for source in sources), ("o", layer)]:
+            if (role, at) in hooked:
                 continue
-            self._hooked.add((role, at))
+            hooked.add((role, at))
             site = self.sites[at]
             if role == "q":
-                self.model.get_submodule(module_of(site.q)).register_forward_hook(self._note(at))
+                root.get_submodule(module_of(site.q).removeprefix(prefix)).register_forward_hook(self._note(at))
             else:
-                self.model.get_submodule(module_of(site.o)).register_forward_pre_hook(self._exchange(site))
+                module = root.get_submodule(module_of(site.o).removeprefix(prefix))
+                module.register_forward_pre_hook(self._exchange(site, root, prefix))
 
     def _note(self, layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -267,12 +337,21 @@ class WorkingCopy:
 
         return hook
 
-    def _exchange(self, site: AttentionSite) -> Callable[..., Any]:
+    def _exchange(self, site: AttentionSite, root: nn.Module, prefix: str) -> Callable[..., Any]:
         columns = (torch.tensor(site.o.head_rows)[:, None] + torch.arange(site.value_dim)).flatten()
 
+        def tensor(name: str) -> Tensor:
+            if not name.startswith(prefix):  # of a layer that is not here: an owner that was passed
+                return self.tensor(name).to(self.layers.device)
+            # Not get_parameter: torch.func puts tensors there that are no parameters.
+            module, _, leaf = name.removeprefix(prefix).rpartition(".")
+            found: Tensor = getattr(root.get_submodule(module), leaf)
+            return found
+
         def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            weights_of = partial(self._weights, get_tensor=self._attribute)
-            found = self.form(site.layer).head_outputs(site.layer, weights_of, self._inputs)
+            weights_of = partial(self._weights, get_tensor=tensor)
+            inputs = {**self._inputs, **self.reading} if prefix else self._inputs
+            found = self.form(site.layer).head_outputs(site.layer, weights_of, inputs)
             if found is None:
                 return None
             out = found.flatten(2)
@@ -282,15 +361,24 @@ class WorkingCopy:
         return hook
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Weights in float32; integers as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, parameter)
+
+
 def _untie(model: PreTrainedModel, names: list[str]) -> None:
     """Give each of these parameters a tensor of its own: layers that share one are rewritten apart."""
     seen: set[int] = set()
     for name in names:
         parameter = model.get_parameter(name)
         if id(parameter) in seen:
-            owner, _, attribute = name.rpartition(".")
             parameter = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            setattr(model.get_submodule(owner), attribute, parameter)
+            _set(model, name, parameter)
         seen.add(id(parameter))
 
 

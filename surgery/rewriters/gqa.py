@@ -6,28 +6,22 @@ on: least squares on scores can win there and still lose after the softmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from typing import Literal
 
-import torch
-
 from ..anatomy import Anatomy
-from ..attention.forward import attend
 from ..attention.weights import AttentionWeights
-from ..calibration.statistics import Activations, layer_activations
-from ..calibration.text import Windows
+from ..calibration.pipeline import Visit
 from ..calibration.working_copy import WorkingCopy
 from ..errors import PlanError, RecipeError
 from ..recipe import Step, Text
 from ..runtime.layout import AttentionSite, Heads, LayerPlan
 from . import Method
-from .common.gains import tune_gains
 from .common.layerwise import Layerwise
-from .common.moments import Moments, stream_moments
-from .common.refit import OutputFit, QueryFit
+from .common.moments import Moments, visit_moments
+from .common.query_fit import QueryFit, stride_of
+from .common.refit import Fit, fit_output, keep_what_helps
 from .heads import Init
 from .heads.grouping import (
     Groups,
@@ -40,9 +34,6 @@ from .heads.grouping import (
     share_queries,
 )
 from .heads.pooling import pool_heads, source_queries
-
-QUERY_TOKENS = 10_000
-"""Calibration tokens for the query refit: it keeps N·H·(H+1) numbers for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,33 +132,25 @@ class Gqa(Layerwise, Method):
             for site, layer in zip(anatomy.sites, layers, strict=True)
         )
 
-    def convert_layer(self, copy: WorkingCopy, layer: int, heads: Heads, windows: Windows | None) -> None:
+    def convert_layer(self, visit: Visit, plan: LayerPlan) -> None:
         """Merge the heads of one layer, and refit its queries and output to the parent's."""
-        parent, site = copy.read(layer), copy.sites[layer]
-        if windows is None:
-            copy.write(layer, self.rewrite(parent, heads))
-            return
-        moments = stream_moments(copy, layer, parent, windows)
-        groups = self.choose_groups(parent, moments, heads.kv_heads)
+        copy, layer = visit.copy, visit.layer
+        parent = copy.read(layer)
+        moments = visit_moments(visit, parent)
+        groups = self.choose_groups(parent, moments, plan.project.kv_heads)
         pooled = self.pool(parent, moments, groups)
         copy.write(layer, pooled)
-        if self._refits(site):
-            fit, check = windows.split()
-            before = copy.divergence(check)
-            activations = partial(layer_activations, copy, site, fit)
-            copy.write(layer, self.refit(parent, pooled, groups, activations, fit.tokens))
-            if copy.divergence(check) > before:
-                copy.write(layer, pooled)
+        if pooled is not parent:
+            keep_what_helps(visit, self._fits(visit.site, parent, groups))
+
+    def without_text(self, copy: WorkingCopy, plan: LayerPlan) -> None:
+        """The data-free form."""
+        copy.write(plan.layer, self.rewrite(copy.read(plan.layer), plan.project))
 
     def rewrite(self, parent: AttentionWeights, heads: Heads) -> AttentionWeights:
         """The data-free form: as if the input of the projections were white."""
         moments = Moments.of_weights(parent)
         return self.pool(parent, moments, self.choose_groups(parent, moments, heads.kv_heads))
-
-    def finish(self, copy: WorkingCopy, windows: Windows | None) -> None:
-        """Fit one gain per query head on q and on o, in all converted layers together, by KL to the parent."""
-        if windows is not None and self.step.gain_fit:
-            tune_gains(copy, copy.converted, windows)
 
     def choose_groups(self, weights: AttentionWeights, moments: Moments, kv_heads: int) -> Groups:
         """The source KV heads of each new one."""
@@ -191,42 +174,28 @@ class Gqa(Layerwise, Method):
         renorm = step.renorm and step.init == "aligned"
         return pool_heads(weights, moments, groups, step.init, renorm=renorm, seed=self.seed, query_groups=queries)
 
-    def refit(
-        self,
-        parent: AttentionWeights,
-        pooled: AttentionWeights,
-        groups: Groups,
-        activations: Callable[[], Iterable[Activations]],
-        tokens: int,
-    ) -> AttentionWeights:
-        """W_q by the parent's logits, then W_o by its output.
+    def _fits(self, site: AttentionSite, parent: AttentionWeights, groups: Groups) -> list[Fit]:
+        """The refits that the recipe asks for, where `attend` computes what the site does.
 
-        Leaves a layer alone that pooling left alone, and query rows that a norm or a soft cap follows.
-
-        Args:
-            activations: called once per refit; `tokens` is their number.
+        Query rows that a norm or a soft cap follows stay: scores are not linear in them.
         """
-        if pooled is parent:
-            return parent
-        student = pooled
-        linear = student.q_norm is None and student.softcap is None and self.step.init != "key_norm"
+        if site.clip_qkv is not None or site.gated_output or site.v_norm is not None:
+            return []
+        fits: list[Fit] = []
+        linear = parent.q_norm is None and parent.softcap is None and self.step.init != "key_norm"
         if self.step.refit_queries and linear:
-            queries = QueryFit(parent, student, source_queries(parent, groups))
-            for a in activations():
-                queries.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT, stride=max(1, tokens // QUERY_TOKENS))
-            student = queries.solve()
-        if self.step.refit_output:
-            output = OutputFit()
-            for a in activations():
-                y = torch.einsum("btnv,dnv->btd", attend(parent, a.x_parent_BTD).out_BTNV, parent.o_DNV)
-                output.add(attend(student, a.x_student_BTD).out_BTNV, y + a.gap_BTD, a.mask_BT)
-            student = output.solve(student)
-        return student
+            order = source_queries(parent, groups)
 
-    def _refits(self, site: AttentionSite) -> bool:
-        """Whether the recipe asks for refits and `attend` computes what the site does."""
-        plain = site.clip_qkv is None and not site.gated_output and site.v_norm is None
-        return plain and (self.step.refit_queries or self.step.refit_output)
+            def fit_queries(visit: Visit, student: AttentionWeights) -> AttentionWeights:
+                found = QueryFit(parent, student, order)
+                for a in visit.activations():
+                    found.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT, stride_of(visit))
+                return found.solve()
+
+            fits.append(fit_queries)
+        if self.step.refit_output:
+            fits.append(fit_output)
+        return fits
 
 
 def planned_heads(step: GqaStep, where: str, site: AttentionSite) -> Heads:

@@ -7,16 +7,14 @@ another part confirms it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-import torch
-
 from ..anatomy import Anatomy
-from ..attention.forward import head_outputs
 from ..attention.weights import AttentionWeights
-from ..calibration.statistics import Activations
+from ..calibration.pipeline import Visit
 from ..calibration.text import Windows
 from ..calibration.working_copy import WorkingCopy
 from ..errors import PlanError, RecipeError
@@ -27,15 +25,11 @@ from ..recipe import Step, Text
 from ..runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
 from ..runtime.project import latent_refusal
 from . import Method
-from .common.gains import tune_gains
-from .common.refit import OutputFit, QueryFit
+from .common.query_fit import QueryFit, stride_of
+from .common.refit import Fit, fit_output, keep_what_helps
 from .layers.latent import share_latents
 from .layers.maps import least_squares, map_values, mean_weights, pair_moments
 from .layers.search import kvsharer_pairs, search_pairs
-
-QUERY_TOKENS = 6_000
-SEARCH_WINDOWS = 12
-"""Check windows that inits are compared on; refits are accepted on all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +44,9 @@ class ShareStep(Step):
     kv_layers: int | float | None = None
     """Layers that keep a cache: how many, or what part of those selected."""
     init: Literal["best", "latent", "replace", "mean", "least_squares"] = "best"
-    """How a reader learns to read: the best of `replace` (as it is), `mean` (owner gets the mean of the weights) and
-    `least_squares` (maps folded into q and o) for each reader; or `latent`: the owner caches a latent of its input,
-    made for all its readers."""
+    """How a reader learns to read: `replace` (as it is), `least_squares` (maps folded into q and o) or for each reader
+    the `best` of these two; `mean` (the owner gets the mean of all its readers' weights); or `latent`: the owner caches
+    a latent of its input, made for all its readers."""
     keep: float = 1.0
     """`latent` only: numbers of an owner's cache as part of those it had."""
     refit_queries: bool = True
@@ -198,19 +192,37 @@ class Share(Method):
         """Convert all readers, and in latent form their owners. In place; None asks for the data-free form."""
         self.merged = set(copy.converted)
         owners = self.owners(copy, plans, windows)
-        if self.step.init == "latent":
-            assert windows is not None
+        values = {plan.layer: plan.value_owner for plan in plans if plan.value_owner is not None}
+        if windows is None:
+            self._without_text(copy, owners, values)
+        elif self.step.init == "latent":
             ranks = {plan.project.rank for plan in plans if isinstance(plan.project, Latent)}
             share_latents(copy, owners, min(ranks), windows, self._refit)
         else:
-            originals = {layer: copy.read(layer) for layer in copy.sites}
-            for reader, owner in sorted(owners.items()):
-                self._share_heads(copy, reader, owner, originals, windows)
-            for plan in plans:
-                if plan.value_owner is not None:
-                    self._share_values(copy, plan.layer, plan.value_owner, windows)
-        if windows is not None and self.step.gain_fit:
-            tune_gains(copy, copy.computed, windows)
+            lenders = {*owners.values(), *values.values()}
+            means = lenders if self.step.init == "mean" else set()
+            for visit in copy.visits(windows, {*owners, *values, *means}, lenders):
+                layer = visit.layer
+                if layer in means:
+                    self._take_mean(copy, layer, owners)
+                elif layer in owners:
+                    self._share_heads(visit, owners[layer])
+                else:
+                    self._share_values(visit, values[layer])
+
+    def _without_text(self, copy: WorkingCopy, owners: Mapping[int, int], values: Mapping[int, int]) -> None:
+        """Readers as they are; with `init: mean`, owners with the mean of all that read them."""
+        if self.step.init == "mean":
+            for owner in sorted(set(owners.values())):
+                self._take_mean(copy, owner, owners)
+        for reader, owner in owners.items():
+            copy.read_from(reader, owner)
+        for reader, owner in values.items():
+            copy.read_from(reader, owner, values_only=True)
+
+    def _take_mean(self, copy: WorkingCopy, owner: int, owners: Mapping[int, int]) -> None:
+        members = [owner, *(reader for reader, o in owners.items() if o == owner)]
+        copy.write(owner, mean_weights(copy, {layer: copy.read(layer) for layer in members}, owner))
 
     def owners(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> dict[int, int]:
         """Reader -> owner: the plan's, or what the text says is cheapest."""
@@ -239,109 +251,59 @@ class Share(Method):
             )
         return found
 
-    def _share_heads(
-        self,
-        copy: WorkingCopy,
-        reader: int,
-        owner: int,
-        originals: dict[int, AttentionWeights],
-        windows: Windows | None,
-    ) -> None:
-        before, kept = originals[reader], copy.read(owner)
+    def _share_heads(self, visit: Visit, owner: int) -> None:
+        copy, reader = visit.copy, visit.layer
+        before = copy.read(reader)
         copy.read_from(reader, owner)
-        moments = None if windows is None else pair_moments(copy, reader, owner, windows)
+        if self.step.init in ("best", "least_squares"):
+            made, order = least_squares(before, pair_moments(visit, owner))
+            if self.step.init == "least_squares" or self._best(visit, (before, made)):
+                copy.write(reader, made)
+                self.orders[reader] = order
+        self._refit(visit, before)
 
-        def mean() -> AttentionWeights:
-            members = [owner, *(r for r, o in copy.owners.items() if o == owner)]
-            copy.write(owner, mean_weights(copy, {layer: originals[layer] for layer in members}, owner))
-            return before
+    def _best(self, visit: Visit, forms: Sequence[AttentionWeights]) -> int:
+        """Which of the forms is the best, each with its W_o refitted; the first is what the layer has afterwards."""
+        errors = []
+        for form in forms:
+            visit.copy.write(visit.layer, form)
+            if self.step.refit_output:
+                visit.copy.write(visit.layer, fit_output(visit, form))
+            errors.append(visit.error())
+        visit.copy.write(visit.layer, forms[0])
+        return errors.index(min(errors))
 
-        def mapped() -> AttentionWeights:
-            assert moments is not None
-            made, self.orders[reader] = least_squares(before, moments)
-            return made
-
-        forms: dict[str, Callable[[], AttentionWeights]] = {
-            "replace": lambda: before,
-            "mean": mean,
-            "least_squares": mapped,
-        }
-        if self.step.init != "best":
-            forms = {self.step.init: forms[self.step.init]}
-        tried = []
-        for name, make in forms.items():
-            copy.write(owner, kept)
-            copy.write(reader, make())
-            loss = _search_loss(copy, windows) if len(forms) > 1 else 0.0
-            tried.append((loss, name, copy.read(reader), copy.read(owner)))
-        _, name, chosen, made = min(tried, key=lambda found: found[0])
-        if name != "least_squares":
-            self.orders.pop(reader, None)
-        copy.write(owner, made)
-        copy.write(reader, chosen)
-        if windows is not None:
-            self._refit(copy, reader, before, windows)
-
-    def _share_values(self, copy: WorkingCopy, reader: int, owner: int, windows: Windows | None) -> None:
+    def _share_values(self, visit: Visit, owner: int) -> None:
         """Own K, another layer's V (SVFormer, arXiv:2410.17897, here from pretrained weights)."""
+        copy, reader = visit.copy, visit.layer
         before = copy.read(reader)
         copy.read_from(reader, owner, values_only=True)
-        if windows is None:
-            return
         if self.step.init in ("best", "least_squares"):
-            loss = _search_loss(copy, windows)
-            copy.write(reader, map_values(before, pair_moments(copy, reader, owner, windows)))
-            if self.step.init == "best" and _search_loss(copy, windows) > loss:
-                copy.write(reader, before)
-        self._refit(copy, reader, before, windows)
+            made = map_values(before, pair_moments(visit, owner))
+            if self.step.init == "least_squares" or self._best(visit, (before, made)):
+                copy.write(reader, made)
+        self._refit(visit, before)
 
-    def _refit(self, copy: WorkingCopy, layer: int, target: AttentionWeights, windows: Windows) -> None:
+    def _refit(self, visit: Visit, target: AttentionWeights) -> None:
         """W_q by the scores of `target`, then W_o by the parent's output, on what the layer now reads; kept if better.
 
         Args:
             target: the layer before it was to read others' K and V.
         """
-        fit, check = windows.split()
-        best = copy.read(layer)
-        fits = [self._fit_output] if self.step.refit_output else []
-        if self.step.refit_queries and best.q_norm is None and best.softcap is None:
-            fits.insert(0, self._fit_queries)
-        if not fits:
-            return
-        loss, batches = copy.divergence(check), copy.activations(layer, fit)
-        for solve in fits:
-            copy.write(layer, solve(copy, layer, target, batches, fit.tokens))
-            found = copy.divergence(check)
-            if found < loss:
-                best, loss = copy.read(layer), found
-            else:
-                copy.write(layer, best)
+        fits: list[Fit] = []
+        if self.step.refit_queries and target.q_norm is None and target.softcap is None:
+            fits.append(partial(self._fit_queries, target=target))
+        keep_what_helps(visit, [*fits, fit_output] if self.step.refit_output else fits)
 
-    def _fit_queries(
-        self, copy: WorkingCopy, layer: int, target: AttentionWeights, batches: Iterable[Activations], tokens: int
-    ) -> AttentionWeights:
-        student = copy.read(layer)
+    def _fit_queries(self, visit: Visit, student: AttentionWeights, target: AttentionWeights) -> AttentionWeights:
+        layer = visit.layer
         found = QueryFit(target, student, self.orders.get(layer, range(student.heads)))
-        for a in batches:
-            k, _ = copy.keys_values(layer, a.inputs)
+        for a in visit.activations():
+            k, _ = visit.copy.keys_values(layer, a.inputs)
             # Merged heads have no scores of the parent's to meet: theirs are those of the layer after merging.
             x_target = a.x_student_BTD if layer in self.merged else a.x_parent_BTD
-            found.add(x_target, a.x_student_BTD, a.mask_BT, max(1, tokens // QUERY_TOKENS), k)
+            found.add(x_target, a.x_student_BTD, a.mask_BT, stride_of(visit), k)
         return found.solve()
-
-    def _fit_output(
-        self, copy: WorkingCopy, layer: int, target: AttentionWeights, batches: Iterable[Activations], tokens: int
-    ) -> AttentionWeights:
-        student, parent, found = copy.read(layer), copy.parent(layer), OutputFit()
-        for a in batches:
-            y = torch.einsum("btnv,dnv->btd", head_outputs(parent, a.x_parent_BTD), parent.o_DNV)
-            found.add(copy.head_outputs(layer, a.inputs), y + a.gap_BTD, a.mask_BT)
-        return found.solve(student)
-
-
-def _search_loss(copy: WorkingCopy, windows: Windows | None) -> float:
-    assert windows is not None
-    return copy.divergence(windows.split()[1].take(SEARCH_WINDOWS))
 
 
 def _shared_latent(step: ShareStep, site: AttentionSite) -> Latent:

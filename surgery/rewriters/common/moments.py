@@ -15,9 +15,7 @@ from torch import Tensor
 from ...attention.linalg import hermitian, to_double
 from ...attention.maths import apply_norm
 from ...attention.weights import AttentionWeights
-from ...calibration.statistics import input_moments, projection_inputs
-from ...calibration.text import Windows
-from ...calibration.working_copy import WorkingCopy
+from ...calibration.pipeline import Visit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +65,16 @@ class Moments:
         return cls(k_KHKH=k_KHKH, q_NHH=q_NHH, v_KVKV=v_PP.reshape(K, V, K, V), k_rms_K=k_rms)
 
 
-def stream_moments(copy: WorkingCopy, layer: int, weights: AttentionWeights, windows: Windows) -> Moments:
-    """Moments of q, k, v over the calibration text as the score reads them: behind q/k norms, before rotation.
+def visit_moments(visit: Visit, weights: AttentionWeights) -> Moments:
+    """Moments of q, k, v over the calibration text as the score reads them: after q/k norms, before rotation.
 
     Where the layer reads nothing but zeros, those of a layer without text.
     """
-    site = copy.sites[layer]
     if weights.q_norm is None and weights.k_norm is None:
-        cov = input_moments(copy.model, site, windows, weights.has_bias)
+        cov = input_moments(visit, weights.has_bias)
         return Moments.of_weights(weights, cov if cov.any() else None)
     sums: list[Tensor] = []
-    for x_PD in projection_inputs(copy.model, site, windows):
+    for x_PD in visit.inputs():
         q, k, v = normed_heads(weights, x_PD)
         parts = [
             torch.einsum("pah,pbj->ahbj", k, k),
@@ -87,8 +84,19 @@ def stream_moments(copy: WorkingCopy, layer: int, weights: AttentionWeights, win
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
     if not any(s.any() for s in sums):
         return Moments.of_weights(weights)
-    k_KHKH, q_NHH, v_KVKV = (s / windows.tokens for s in sums)
+    k_KHKH, q_NHH, v_KVKV = (s / visit.tokens for s in sums)
     return Moments(k_KHKH=k_KHKH, q_NHH=q_NHH, v_KVKV=v_KVKV)
+
+
+def input_moments(visit: Visit, with_bias: bool = False) -> Tensor:
+    """E[x xᵀ] of what the projections read; E[x~ x~ᵀ] with x~ = [x; 1] where `with_bias`. float64."""
+    total: Tensor | None = None
+    for x_PD in visit.inputs():
+        x = torch.cat([x_PD, torch.ones_like(x_PD[:, :1])], -1) if with_bias else x_PD
+        part = to_double(x.T @ x)
+        total = part if total is None else total + part
+    assert total is not None
+    return total / visit.tokens
 
 
 def normed_heads(weights: AttentionWeights, x_PD: Tensor) -> list[Tensor]:

@@ -2,152 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...attention.forward import attend, project, rotation
-from ...attention.linalg import damp, hermitian, ridge_regression
-from ...attention.maths import rotate_pairs
+from ...attention.linalg import ridge_regression, to_double
 from ...attention.weights import AttentionWeights
-from ...errors import PlanError
+from ...calibration.pipeline import Visit
+
+Fit = Callable[[Visit, AttentionWeights], AttentionWeights]
+"""Refits the visited layer, whose weights are given."""
 
 
-class ScoreFit:
-    """Least squares for all rows of W_q, head by head, on the parent's attention logits; add batches, then `solve`.
-
-    Minimises Σ_m Var_{n~p_m}(s'_mn - s_mn) over q' = W_q x, where p is the parent's attention and s its logits: to
-    second order the KL between the two attentions. Moments alone assume that queries know nothing of the keys' error
-    and that all positions count alike; here both are what they are. Linear in W_q, solved by conjugate gradients with
-    a Kronecker preconditioner. Keeps H·(H+1) numbers per head and calibration token: a few thousand tokens do.
-
-    Not for attentions with a q norm (not linear).
-
-    Args:
-        order: the parent's query head for each of the student's.
-    """
-
-    def __init__(self, parent: AttentionWeights, student: AttentionWeights, order: Sequence[int]) -> None:
-        if student.q_norm is not None or student.softcap is not None:
-            raise PlanError("queries that are normed or soft-capped are not linear in W_q. Leave out the query refit.")
-        self.parent, self.student = parent, student
-        self.order = list(order)
-        self.x: list[Tensor] = []
-        self.metric: list[Tensor] = []
-        self.target: list[Tensor] = []
-
-    def parents_view(self, x_parent_BTD: Tensor, mask_BT: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Positions of the queries [m], the parent's attention and logits there [B, N, m, S], True at real queries."""
-        time = torch.arange(0, x_parent_BTD.shape[1], stride)
-        parent = attend(self.parent, x_parent_BTD, time)
-        p, s = parent.probs_BNTT[:, self.order], parent.scores_BNTT[:, self.order]
-        if self.student.alibi_slopes is not None:
-            slopes = torch.tensor(self.student.alibi_slopes, dtype=s.dtype)
-            s = s - slopes[:, None, None] * (torch.arange(s.shape[-1])[None] - time[:, None])
-        # A sink takes no part in the comparison of keys.
-        return time, p / p.sum(-1, keepdim=True).clamp_min(1e-30), s, mask_BT[:, time]
-
-    def solve(self, ridge: float = 1e-3, steps: int = 20) -> AttentionWeights:
-        """The student with refitted W_q; `ridge` is relative, and shrinks to the rows that it had."""
-        x = torch.cat(self.x)
-        w = self.student.with_bias("q")
-        if self.student.q_bias_NH is not None:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], -1)
+def keep_what_helps(visit: Visit, fits: Iterable[Fit]) -> None:
+    """Refit the visited layer by one closed form after the other, each kept only where windows that it has not seen
+    confirm it: least squares on scores can win on its own text and still lose after the softmax."""
+    copy, layer = visit.copy, visit.layer
+    best, error = copy.read(layer), visit.error()
+    for fit in fits:
+        copy.write(layer, fit(visit, best))
+        found = visit.error()
+        if found < error:
+            best, error = copy.read(layer), found
         else:
-            w = w[..., : x.shape[-1]]
-        M, v = torch.cat(self.metric, 1), torch.cat(self.target, 1)
-        C = x.double().T @ x.double() / len(x)
-        mean = hermitian(M.mean(1, dtype=torch.float64))
-        level = mean.diagonal(0, -2, -1).mean(-1) * C.diagonal().mean()
-        new = _solve_rows(M, x, v, w.to(x), (ridge * level).to(x), damp(mean, 1e-2), damp(C, 1e-2), steps)
-        return _with_queries(self.student, new)
+            copy.write(layer, best)
 
 
-class QueryFit(ScoreFit):
-    """`ScoreFit` for students that rotate their keys as the parent does."""
-
-    def add(
-        self,
-        x_parent_BTD: Tensor,
-        x_student_BTD: Tensor,
-        mask_BT: Tensor,
-        stride: int = 1,
-        k_BKTH: Tensor | None = None,
-    ) -> None:
-        """Both streams' inputs of the projections; every `stride`-th position serves as a query.
-
-        Args:
-            k_BKTH: the keys that the student reads, where it does not make them from its own input.
-        """
-        time, p, s, keep = self.parents_view(x_parent_BTD, mask_BT, stride)
-        k = project(self.student, x_student_BTD, time)[1] if k_BKTH is None else k_BKTH
-        k = k[:, self.student.kv_of()]
-        rotary = self.student.rotary
-        cos, sin = (y[time, None] for y in rotation(self.student, x_student_BTD.shape[1], x_student_BTD))
-        metric, target = [], []
-        for n in range(self.student.heads):
-            mean = p[:, n] @ k[:, n]
-            outer = torch.einsum("bsi,bsj->bsij", k[:, n], k[:, n])
-            M = (p[:, n] @ outer.flatten(2)).unflatten(-1, outer.shape[-2:]) - mean[..., :, None] * mean[..., None, :]
-            centred = p[:, n] * (s[:, n] - (p[:, n] * s[:, n]).sum(-1, keepdim=True))
-            # Keys were met where the query stands; W_q x comes before the rotation: turn back by its position.
-            M = rotate_pairs(rotary, rotate_pairs(rotary, M, cos, -sin).mT, cos, -sin)
-            v = rotate_pairs(rotary, centred @ k[:, n], cos[:, 0], -sin[:, 0])
-            metric.append(M[keep] * self.student.scale**2)
-            target.append(v[keep] * self.student.scale)
-        self.x.append(x_student_BTD[:, time][keep])
-        self.metric.append(torch.stack(metric))
-        self.target.append(torch.stack(target))
-
-
-def _with_queries(weights: AttentionWeights, w_NHD: Tensor) -> AttentionWeights:
-    if weights.q_bias_NH is None:
-        return replace(weights, q_NHD=w_NHD.to(weights.q_NHD.dtype))
-    bias = w_NHD[..., -1].to(weights.q_bias_NH.dtype)
-    return replace(weights, q_NHD=w_NHD[..., :-1].to(weights.q_NHD.dtype), q_bias_NH=bias)
-
-
-def _solve_rows(
-    M_NtHH: Tensor,
-    x_tD: Tensor,
-    v_NtH: Tensor,
-    start_NHD: Tensor,
-    mu_N: Tensor,
-    left_NHH: Tensor,
-    right_DD: Tensor,
-    steps: int,
-) -> Tensor:
-    """Conjugate gradients, all heads at once, for Σ_t M_t W x_t x_tᵀ / T + μ (W - W_0) = Σ_t v_t x_tᵀ / T.
-
-    In the dtype of the activations: where they are float32, so are the products, which cost nearly all the time.
-    """
-    T, mu = len(x_tD), mu_N[:, None, None]
-    left, right = torch.linalg.inv(left_NHH).to(x_tD), torch.linalg.inv(right_DD).to(x_tD)
-
-    def apply(W: Tensor) -> Tensor:
-        turned = M_NtHH @ (x_tD @ W.mT)[..., None]
-        return turned[..., 0].mT @ x_tD / T + mu * W
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum((1, 2))
-
-    W = start_NHD.clone()
-    r = v_NtH.mT @ x_tD / T + mu * start_NHD - apply(W)
-    z = left @ r @ right
-    p, rz = z, dot(r, z)
-    goal = 1e-8 * rz
-    for _ in range(steps):
-        if not bool((rz > goal).any()):
-            break
-        Ap = apply(p)
-        step = torch.where(rz > 0, rz / dot(p, Ap).clamp_min(1e-30), 0)[:, None, None]
-        W, r = W + step * p, r - step * Ap
-        z = left @ r @ right
-        rz, old = dot(r, z), rz
-        p = z + torch.where(old > 0, rz / old.clamp_min(1e-30), 0)[:, None, None] * p
-    return W
+def fit_output(visit: Visit, weights: AttentionWeights) -> AttentionWeights:
+    """W_o by ridge regression to what the layer's attention should give."""
+    found = OutputFit()
+    for a in visit.activations():
+        found.add(visit.copy.head_outputs(visit.layer, a.inputs), a.wanted_BTD, a.mask_BT)
+    return found.solve(weights)
 
 
 class OutputFit:
@@ -165,8 +53,8 @@ class OutputFit:
     def add(self, out_BTNV: Tensor, target_BTD: Tensor, mask_BT: Tensor) -> None:
         """Head outputs of the student (input of `o`), the wanted output without `o`'s bias, True at real tokens."""
         o, y = out_BTNV.flatten(2)[mask_BT], target_BTD[mask_BT]
-        self.cross_DP = self.cross_DP + y.double().T @ o.double()
-        self.moment_PP = self.moment_PP + o.double().T @ o.double()
+        self.cross_DP = self.cross_DP + to_double(y.T @ o)
+        self.moment_PP = self.moment_PP + to_double(o.T @ o)
         self.tokens += len(o)
 
     def solve(self, weights: AttentionWeights, ridge: float = 1e-3) -> AttentionWeights:

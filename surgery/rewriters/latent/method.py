@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...errors import PlanError
@@ -13,14 +14,8 @@ from ...planning.latent_size import ALIGNED, ALIGNED_FROM, full_rank
 from ...runtime.layout import AttentionSite, Latent, LayerPlan
 from .. import Method
 from ..common.allocation import share_out
-from ..common.gains import tune_gains
 from ..common.layerwise import Layerwise
-from .fit import (
-    Candidate,
-    FitOptions,
-    cost_alone,
-    fit_layer,
-)
+from .fit import Candidate, FitOptions, cost_alone, fit_layer
 from .options import LatentStep
 
 
@@ -31,12 +26,24 @@ class LatentMethod(Layerwise, Method):
 
     def __init__(self, step: LatentStep, seed: int = 0) -> None:
         super().__init__(step, seed)
-        self.fit = FitOptions(queries=step.refit_queries, output=step.refit_output, gains=step.gain_fit)
+        self.fit = FitOptions(queries=step.refit_queries, output=step.refit_output)
 
     def convert(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
-        if self.step.ranks == "sensitivity" and windows is not None:
-            plans = self._share_out(copy, plans, windows)
+        if windows is not None:
+            self._check_text(copy, plans, windows)
+            if self.step.ranks == "sensitivity":
+                plans = self._share_out(copy, plans, windows)
         super().convert(copy, plans, windows)
+
+    def _check_text(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows) -> None:
+        """Warn where there are fewer tokens than a layer has channels."""
+        tokens, channels = windows.split()[0].tokens, max(copy.sites[plan.layer].hidden_size for plan in plans)
+        if tokens < channels:
+            warnings.warn(
+                f"{tokens} calibration tokens to fit {channels} channels: moments are singular and damped. "
+                f"Give {10 * channels} tokens or more.",
+                stacklevel=2,
+            )
 
     def _share_out(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows) -> list[LayerPlan]:
         """`plans` with the same numbers in all, more of them in layers that miss them most."""
@@ -49,12 +56,12 @@ class LatentMethod(Layerwise, Method):
             return line[len(line) // 2]
 
         given = share_out(
-            cost_alone(copy, windows, candidate),
+            cost_alone(copy, windows, candidate, list(projects)),
             {layer: project.dims for layer, project in projects.items()},
             most,
             ALIGNED if least >= ALIGNED_FROM else 1,
         )
-        copy.forget_streams()
+        copy.forget_model()
         return [replace(plan, project=self._sized(projects[plan.layer], given[plan.layer])) for plan in plans]
 
     def _sized(self, project: Latent, numbers: int) -> Latent:
@@ -64,30 +71,19 @@ class LatentMethod(Layerwise, Method):
         k_rank = project.k_rank and min(rank - 1, max(1, round(project.k_rank * rank / project.rank)))
         return replace(project, rank=rank, rope_dims=rope_dims, k_rank=k_rank)
 
-    def convert_layer(self, copy: WorkingCopy, layer: int, project: Latent, windows: Windows | None) -> None:
-        """Convert one layer to the best of its candidates, and refit its queries and output to the parent's.
+    def convert_layer(self, visit: Visit, plan: LayerPlan) -> None:
+        """Convert one layer to the best of its candidates, and refit its queries and output to the parent's."""
+        assert isinstance(plan.project, Latent)
+        first, *others = self.candidates(visit.site, plan.project)
+        fit_layer(visit, first, self.fit, others)
+
+    def without_text(self, copy: WorkingCopy, plan: LayerPlan) -> None:
+        """Latents are fitted to text.
 
         Raises:
-            PlanError: no calibration text.
+            PlanError: always.
         """
-        site = copy.sites[layer]
-        if windows is None:
-            raise PlanError(f"layer {layer}: {self.step.rewriter} asks for calibration text: pass calibration=...")
-        tokens = windows.split()[0].tokens
-        if tokens < site.hidden_size:
-            # The same words for every layer: Python shows them once.
-            warnings.warn(
-                f"{tokens} calibration tokens to fit {site.hidden_size} channels: moments are singular and damped. "
-                f"Give {10 * site.hidden_size} tokens or more.",
-                stacklevel=2,
-            )
-        first, *others = self.candidates(site, project)
-        fit_layer(copy, layer, first, windows, self.fit, others)
-
-    def finish(self, copy: WorkingCopy, windows: Windows | None) -> None:
-        """Fit one gain per query head on q and on o, in all converted layers together, by KL to the parent."""
-        if windows is not None and self.fit.gains and copy.computed:
-            tune_gains(copy, copy.computed, windows)
+        raise PlanError(f"layer {plan.layer}: {self.step.rewriter} asks for calibration text: pass calibration=...")
 
     def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
         """The forms of one layer that calibration text decides between, all of them within the planned bytes.

@@ -13,8 +13,10 @@ from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
 from ..common.moments import Moments
 
-READ_TOKENS = 6_000
-"""Calibration tokens for `q_read_NHH`, which has H² numbers per head and costs H² products per pair of tokens."""
+QUERIES = 1_024
+"""Queries of each batch whose attention weighs the moments."""
+READ_QUERIES = 2_048
+"""Queries for `q_read_NHH`, which has H² numbers per head and costs H² products per pair of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,27 +79,31 @@ class MomentSums:
     def __init__(self, parent: AttentionWeights) -> None:
         self.parent = parent
         self.tokens = 0
-        self.read_tokens = 0
+        self.queries = 0
+        self.read_queries = 0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor) -> None:
         """Inputs of the projections: the parent's decide where it looks, the student's are what will be projected."""
         w, x = self.parent, x_student_BTD
-        q, k, _ = project(replace(w, rotary=None), x_parent_BTD)  # before their rotation
+        # Neighbouring queries look at much the same: enough of them stand for all.
+        time = torch.arange(0, x.shape[1], max(1, mask_BT.numel() // QUERIES))
+        seen_at = mask_BT[:, time]
+        plain = replace(w, rotary=None)  # before their rotation
+        q, k, _ = project(plain, x_parent_BTD)
         cos, sin = rotation(w, x.shape[1], x)
-        q_turned, k = rotate_pairs(w.rotary, q, cos, sin), rotate_pairs(w.rotary, k, cos, sin)
-        _, p = probabilities(w, q_turned, k[:, w.kv_of()])
+        q_turned, k = rotate_pairs(w.rotary, q[:, :, time], cos[time], sin[time]), rotate_pairs(w.rotary, k, cos, sin)
+        _, p = probabilities(w, q_turned, k[:, w.kv_of()], time)
         if w.sinks_N is not None:
             p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
-        if not bool(mask_BT.all()):
-            p = p * mask_BT[:, None, :, None]
+        p = p * seen_at[:, None, :, None]
         if w.has_bias:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         flat, q = x[mask_BT], q.transpose(0, 1)[:, mask_BT]
         value = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
         mean = torch.zeros(x.shape[-1], dtype=torch.float64)
         for n in range(w.heads):
-            rows = (p[:, n] @ x)[mask_BT]
+            rows = (p[:, n] @ x)[seen_at]
             value += rows.mT @ rows
             mean += rows.sum(0)
         seen = (x * p.sum((1, 2))[..., None]).flatten(0, 1).mT @ x.flatten(0, 1)
@@ -106,27 +112,30 @@ class MomentSums:
         self._sum("value", value / w.heads)
         self._sum("mean", mean / w.heads)
         self._sum("q", q.mT @ q)
-        self._sum("rho", self._phases(p, cos, sin))
+        self._sum("rho", self._phases(p, cos, sin, time))
         self.tokens += len(flat)
-        if self.read_tokens < READ_TOKENS:
-            self._sum("read", self._read(p, q_turned, cos, sin))
-            self.read_tokens += len(flat)
+        self.queries += int(seen_at.sum())
+        if self.read_queries < READ_QUERIES:
+            few = slice(None, None, max(1, seen_at.numel() // READ_QUERIES * 4))
+            self._sum("read", self._read(p[:, :, few], q_turned[:, :, few], cos, sin))
+            self.read_queries += int(seen_at[:, few].sum())
 
     def _sum(self, name: str, part: Tensor) -> None:
         self.sums[name] = self.sums[name] + to_double(part) if name in self.sums else to_double(part)
 
-    def _phases(self, p_BNTT: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    def _phases(self, p_BNmT: Tensor, cos_TF: Tensor, sin_TF: Tensor, time: Tensor) -> Tensor:
         """Σ_mn p_mn e^{iθ(n-m)} [N, F], in real products: the weights are real and by far the largest factor."""
         scaling = 1.0 if self.parent.rotary is None else self.parent.rotary.scaling
         c, s = cos_TF / scaling, sin_TF / scaling
-        at_c, at_s = p_BNTT @ c, p_BNTT @ s
+        at_c, at_s = p_BNmT @ c, p_BNmT @ s
+        c, s = c[time], s[time]
         return torch.complex((at_c * c + at_s * s).sum((0, 2)), (at_s * c - at_c * s).sum((0, 2)))
 
-    def _read(self, p_BNTT: Tensor, q_BNTH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    def _read(self, p_BNmT: Tensor, q_BNmH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
         rotary, read = self.parent.rotary, []
         for n in range(self.parent.heads):
-            outer = torch.einsum("bti,btj->btij", q_BNTH[:, n], q_BNTH[:, n])
-            at_key = (p_BNTT[:, n].mT @ outer.flatten(2)).unflatten(-1, outer.shape[-2:])
+            outer = torch.einsum("bti,btj->btij", q_BNmH[:, n], q_BNmH[:, n])
+            at_key = (p_BNmT[:, n].mT @ outer.flatten(2)).unflatten(-1, outer.shape[-2:])
             turned = rotate_pairs(rotary, at_key, cos_TF[:, None], -sin_TF[:, None])
             read.append(rotate_pairs(rotary, turned.mT, cos_TF[:, None], -sin_TF[:, None]).sum((0, 1)))
         return torch.stack(read)
@@ -135,7 +144,8 @@ class MomentSums:
         """The moments of all that was added; where all inputs were zero, those of a layer without text."""
         if not self.sums["input"].any():
             return LatentMoments.of_weights(self.parent)
-        mean = {name: s / (self.read_tokens if name == "read" else self.tokens) for name, s in self.sums.items()}
+        counts = {"read": self.read_queries, "input": self.tokens, "q": self.tokens}
+        mean = {name: s / counts.get(name, self.queries) for name, s in self.sums.items()}
         return LatentMoments(
             input_DD=hermitian(mean["input"]),
             key_DD=hermitian(mean["seen"] - mean["value"]),

@@ -11,7 +11,7 @@ with readers regressed on the owner's input, it is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +20,14 @@ from torch import Tensor
 from ...attention.latent import LatentWeights
 from ...attention.linalg import blockdiag, damp, factorise, hermitian, ridge_regression
 from ...attention.weights import AttentionWeights
-from ...calibration.statistics import layer_activations
+from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ..latent.factors import alternate
 from ..latent.moments import MomentSums
 from ..latent.rotary_split import output_metric, query_metric
 
-Refit = Callable[[WorkingCopy, int, AttentionWeights, Windows], None]
+Refit = Callable[[Visit, AttentionWeights], None]
 RIDGE = 1e-4
 UNIFORM = 0.05
 """Part of the moments in which every token counts alike: attention alone leaves directions that it never met."""
@@ -59,35 +59,42 @@ def share_latents(copy: WorkingCopy, owners: Mapping[int, int], rank: int, windo
         owners: reader -> owner.
         refit: fits q and o of a layer to what it reads now.
     """
-    fit, _ = windows.split()
-    before = {layer: copy.read(layer) for layer in {*owners, *owners.values()}}
+    readers = {owner: [reader for reader, o in owners.items() if o == owner] for owner in set(owners.values())}
+    before = {layer: copy.read(layer) for layer in {*owners, *readers}}
+    moments: dict[int, ReaderMoments] = {}
     downs: dict[int, Tensor] = {}
-    for layer in sorted(before):
+    for visit in copy.visits(windows, before, lenders=readers):
+        layer = visit.layer
         owner = owners.get(layer, layer)
         if owner == layer:
-            members = [layer, *(reader for reader, o in owners.items() if o == layer)]
-            found = {member: reader_moments(copy, member, layer, fit) for member in members}
-            downs[layer] = _down(before, found, rank)
-            moments = found[layer]
-        else:
-            moments = reader_moments(copy, layer, owner, fit)
-        copy.read_from(layer, owner, latent=_read_from(before[layer], moments, downs[owner]))
+            own = ((a.x_parent_BTD, a.x_student_BTD, a.mask_BT) for a in visit.activations())
+            moments[layer] = _moments(copy.parent(layer), own)
+            for reader, x in visit.ahead(readers[layer]):
+                pairs = ((x[i], a.x_student_BTD, a.mask_BT) for i, a in enumerate(visit.activations()))
+                moments[reader] = _moments(copy.parent(reader), pairs)
+            downs[layer] = _down(before, {member: moments[member] for member in [layer, *readers[layer]]}, rank)
+        copy.read_from(layer, owner, latent=_read_from(before[layer], moments.pop(layer), downs[owner]))
         copy.write(layer, before[layer])
-        refit(copy, layer, before[layer], windows)
+        refit(visit, before[layer])
 
 
-def regress_reader(copy: WorkingCopy, reader: int, owner: int, fit: Windows) -> LatentWeights:
-    """`reader` with K and V regressed on the whole input of `owner`: what any latent of it can give at best."""
-    moments = reader_moments(copy, reader, owner, fit)
-    return _read_from(copy.read(reader), moments, torch.eye(len(moments.key_DD), dtype=torch.float64))
+def regress_reader(visit: Visit, owner: int) -> LatentWeights:
+    """The visited layer with K and V regressed on the whole input of `owner`: what any latent of it gives at best."""
+    pairs = ((a.x_parent_BTD, a.inputs[owner], a.mask_BT) for a in visit.activations(sources=(owner,)))
+    moments = _moments(visit.copy.parent(visit.layer), pairs)
+    return _read_from(visit.copy.read(visit.layer), moments, torch.eye(len(moments.key_DD), dtype=torch.float64))
 
 
-def reader_moments(copy: WorkingCopy, reader: int, owner: int, fit: Windows) -> ReaderMoments:
-    """Stream the moments of one reader and its owner; `reader` may be the owner itself."""
-    weights = copy.parent(reader)
+def _moments(weights: AttentionWeights, pairs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> ReaderMoments:
+    """Stream the moments of a reader and its owner, which may be the reader itself.
+
+    Args:
+        weights: the reader's, in the parent.
+        pairs: what the reader reads in the parent, what the owner reads in the copy, and the mask of real tokens.
+    """
     sums = MomentSums(weights)
-    for a in layer_activations(copy, copy.sites[reader], fit, (owner,)):
-        sums.add(a.x_parent_BTD, torch.cat([a.x_parent_BTD, a.inputs[owner]], -1), a.mask_BT)
+    for x_reader, x_owner, mask in pairs:
+        sums.add(x_reader, torch.cat([x_reader, x_owner], -1), mask)
     found = sums.finish()
     D = weights.q_NHD.shape[-1]
     wanted = [*range(D), 2 * D] if weights.has_bias else [*range(D)]  # x~ = [x_reader; x_owner; 1]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ...attention.linalg import damp, hermitian
 from ...attention.weights import AttentionWeights
-from ...calibration.statistics import layer_inputs, module_of, run_to
-from ...calibration.text import Windows
+from ...calibration.layers import DecoderLayers
+from ...calibration.pipeline import Visit
+from ...calibration.statistics import module_of
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
 from ..common.moments import normed_heads
@@ -33,13 +34,14 @@ class PairMoments:
     """E[q_h q_hᵀ] of the reader."""
 
 
-def pair_moments(copy: WorkingCopy, reader: int, owner: int, windows: Windows) -> PairMoments:
-    """Stream the moments of one pair in the converted prefix."""
-    own, other = copy.read(reader), copy.read(owner)
+def pair_moments(visit: Visit, owner: int) -> PairMoments:
+    """Stream the moments of the visited layer and of one whose cache it is to read, in the converted prefix."""
+    reader = visit.layer
+    own, other = visit.copy.read(reader), visit.copy.read(owner)
     sums: list[Tensor] = []
-    for inputs, mask in layer_inputs(copy, (owner, reader), windows):
-        q, k, v = normed_heads(own, inputs[reader][mask])
-        _, k_o, v_o = normed_heads(other, inputs[owner][mask])
+    for a in visit.activations(sources=(reader, owner)):
+        q, k, v = normed_heads(own, a.inputs[reader][a.mask_BT])
+        _, k_o, v_o = normed_heads(other, a.inputs[owner][a.mask_BT])
         parts = [
             torch.einsum("pah,pbj->ahbj", k, k_o),
             torch.einsum("pbi,pbj->bij", k_o, k_o),
@@ -48,7 +50,7 @@ def pair_moments(copy: WorkingCopy, reader: int, owner: int, windows: Windows) -
             torch.einsum("pni,pnj->nij", q, q),
         ]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-    k_KHKH, k_KHH, v_KVKV, v_KVV, q_NHH = (s / windows.tokens for s in sums)
+    k_KHKH, k_KHH, v_KVKV, v_KVV, q_NHH = (s / visit.tokens for s in sums)
     return PairMoments(k_KHKH=k_KHKH, k_KHH=k_KHH, v_KVKV=v_KVKV, v_KVV=v_KVV, q_NHH=q_NHH)
 
 
@@ -118,7 +120,7 @@ def mean_weights(copy: WorkingCopy, weights: dict[int, AttentionWeights], owner:
     Rows of each layer are taken in units of the normed residual stream, that is with the gain of the layer's input
     norm, and the mean is brought to the owner's.
     """
-    gains = {layer: input_gain(copy.teacher, copy.sites[layer]) for layer in weights}
+    gains = {layer: input_gain(copy.layers, copy.sites[layer]) for layer in weights}
     own = weights[owner]
 
     def mean(name: str, scaled: bool) -> Tensor | None:
@@ -135,7 +137,7 @@ def mean_weights(copy: WorkingCopy, weights: dict[int, AttentionWeights], owner:
     return replace(own, **made)
 
 
-def input_gain(model: nn.Module, site: AttentionSite) -> Tensor:
+def input_gain(layers: DecoderLayers, site: AttentionSite) -> Tensor:
     """[D]: the gain of the norm that makes the input of q, k and v; ones where none does. float64.
 
     Found by identity of tensors, measured by what the norm does to ±1: mean 0 and rms 1, so that every norm leaves it.
@@ -151,11 +153,14 @@ def input_gain(model: nn.Module, site: AttentionSite) -> Tensor:
             if module is projection:
                 read.append(id(args[0]))
 
-    layer = model.get_submodule(site.module.rpartition(".")[0])
-    projection = model.get_submodule(module_of(site.q))
+    index = layers.place[site.layer]
+    layer = layers.build(index)
+    projection = layer.get_submodule(module_of(site.q).removeprefix(f"{layers.name}.{index}."))
+    h, calls = layers.entering(torch.zeros(1, 2, dtype=torch.long))
     handles = [module.register_forward_hook(record) for module in layer.modules()]
     try:
-        run_to(model, module_of(site.o), torch.zeros(1, 2, dtype=torch.long))
+        with torch.no_grad():
+            layers.run(layer, h, calls[index])
     finally:
         for handle in handles:
             handle.remove()

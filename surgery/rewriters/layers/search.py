@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...attention.latent import LatentWeights
 from ...attention.weights import AttentionWeights
-from ...calibration.statistics import BATCH, layer_inputs
+from ...calibration.pipeline import BATCH, Visit
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...console import progress
@@ -21,9 +21,12 @@ from .maps import least_squares, pair_moments
 
 NEAR = 4
 """Owners tried for a reader: those at most so many layers before it."""
+MEASURED = 2
+"""Owners of each reader, the best by what the reader's own layer loses, that the whole model is measured with."""
 AGAIN = 5
 """Cheapest pairs that are measured again on top of those already taken: errors do not add up."""
-PAIR_WINDOWS = 8
+PAIR_TOKENS = 2_048
+"""Tokens that whole models are measured on."""
 MOMENT_WINDOWS = 32
 
 
@@ -44,25 +47,51 @@ def search_pairs(
         readers: layers that are to keep no cache.
         latent: readers regress K and V on their owner's input, else on its K and V (or read them as they are).
     """
-    fit, check = windows.take(MOMENT_WINDOWS).split()
-    check = check.take(PAIR_WINDOWS)
-    pairs = [(reader, owner) for reader, owners in possible.items() for owner in owners if reader - owner <= NEAR]
-    forms = {pair: _forms(copy, *pair, fit, latent) for pair in pairs}
+    sample = windows.take(MOMENT_WINDOWS)
+    check = sample.split()[1]
+    check = check.take(max(1, PAIR_TOKENS // check.ids_BT.shape[1]))
+    forms = _nearest_forms(copy, possible, sample, latent)
     cost = {}
-    with progress("measuring pairs of layers", len(pairs)) as advance:
-        for pair in pairs:
+    with progress("measuring pairs of layers", len(forms)) as advance:
+        for pair in forms:
             cost[pair] = _measure(copy, [pair], forms, check)
             advance(1)
     taken: list[tuple[int, int]] = []
     while len(taken) < readers:
-        legal = [pair for pair in pairs if _legal(pair, taken, forms)]
+        legal = [pair for pair in forms if _legal(pair, taken, forms)]
         if not legal:
             break
         best = sorted(legal, key=cost.__getitem__)[:AGAIN]
         if taken:
             best.sort(key=lambda pair: _measure(copy, _with(pair, taken), forms, check))
         taken = _with(best[0], taken)
+    copy.forget_model()
     return dict(taken)
+
+
+def _nearest_forms(
+    copy: WorkingCopy, possible: Mapping[int, Sequence[int]], windows: Windows, latent: bool
+) -> dict[tuple[int, int], Form]:
+    """By pair of reader and owner: the better way to read, for the owners with which the reader's layer loses least."""
+    near = {reader: [o for o in owners if reader - o <= NEAR] for reader, owners in possible.items()}
+    near = {reader: owners for reader, owners in near.items() if owners}
+    lenders = {owner for owners in near.values() for owner in owners}
+    chosen: dict[tuple[int, int], Form] = {}
+    for visit in copy.visits(windows, near, lenders):
+        reader = visit.layer
+        before, own = copy.form(reader), copy.read(reader)
+        tried: list[tuple[float, int, Form]] = []
+        for owner in near[reader]:
+            for form in _forms(visit, own, owner, latent):
+                copy.read_from(reader, owner, latent=form.latent)
+                copy.write(reader, form.weights)
+                tried.append((visit.error(), owner, form))
+                copy.take_form(reader, before)
+                copy.write(reader, own)
+        for _, owner, form in sorted(tried, key=lambda found: found[0]):
+            if sum(r == reader for r, _ in chosen) < MEASURED:
+                chosen.setdefault((reader, owner), form)
+    return chosen
 
 
 def kvsharer_pairs(
@@ -76,7 +105,7 @@ def kvsharer_pairs(
     sample = windows.take(30)
     pairs = [(reader, owner) for reader, owners in possible.items() for owner in owners]
     before = {layer: copy.form(layer) for layer, owners in possible.items() if owners}
-    means = {layer: _mean_cache(copy, layer, sample) for layer in sorted({layer for pair in pairs for layer in pair})}
+    means = _mean_caches(copy, {layer for pair in pairs for layer in pair}, sample)
     distance = {(r, o): sum(float((a - b).norm()) for a, b in zip(means[r], means[o], strict=True)) for r, o in pairs}
     taken: dict[int, int] = {}
     hidden = _hidden(copy.teacher, sample)
@@ -92,36 +121,33 @@ def kvsharer_pairs(
             copy.take_form(reader, before[reader])
     for reader in taken:
         copy.take_form(reader, before[reader])
+    copy.forget_model()
     return taken
 
 
-def _forms(copy: WorkingCopy, reader: int, owner: int, fit: Windows, latent: bool) -> list[Form]:
-    own = copy.read(reader)
+def _forms(visit: Visit, own: AttentionWeights, owner: int, latent: bool) -> list[Form]:
     if latent:
-        return [Form(own, regress_reader(copy, reader, owner, fit))]
-    return [Form(own), Form(least_squares(own, pair_moments(copy, reader, owner, fit))[0])]
+        return [Form(own, regress_reader(visit, owner))]
+    return [Form(own), Form(least_squares(own, pair_moments(visit, owner))[0])]
 
 
 def _measure(
     copy: WorkingCopy,
     pairs: Sequence[tuple[int, int]],
-    forms: Mapping[tuple[int, int], Sequence[Form]],
+    forms: Mapping[tuple[int, int], Form],
     check: Windows,
 ) -> float:
-    """KL with all `pairs` mapped, the last one in the best of its forms. The copy is left as it was."""
+    """KL with all `pairs` mapped. The copy is left as it was."""
     kept = {reader: (copy.form(reader), copy.read(reader)) for reader, _ in pairs}
-    *before, last = pairs
-    losses = []
-    for form in forms[last]:
-        for pair, chosen in [*((pair, forms[pair][-1]) for pair in before), (last, form)]:
-            reader, owner = pair
-            copy.read_from(reader, owner, latent=chosen.latent)
-            copy.write(reader, chosen.weights)
-        losses.append(copy.divergence(check))
+    for pair in pairs:
+        reader, owner = pair
+        copy.read_from(reader, owner, latent=forms[pair].latent)
+        copy.write(reader, forms[pair].weights)
+    found = copy.divergence(check)
     for reader, (as_it_was, weights) in kept.items():
         copy.take_form(reader, as_it_was)
         copy.write(reader, weights)
-    return min(losses)
+    return found
 
 
 def _legal(pair: tuple[int, int], taken: Sequence[tuple[int, int]], forms: Mapping[tuple[int, int], object]) -> bool:
@@ -139,14 +165,17 @@ def _with(pair: tuple[int, int], taken: Sequence[tuple[int, int]]) -> list[tuple
     return [*((r, owner if o == reader else o) for r, o in taken), pair]
 
 
-def _mean_cache(copy: WorkingCopy, layer: int, windows: Windows) -> tuple[Tensor, Tensor]:
-    """K and V of one layer, averaged over texts, [K, T, H]."""
-    total: list[Tensor] = []
-    for inputs, _ in layer_inputs(copy, copy.form(layer).sources(layer), windows):
-        k, v = (F.pad(t.sum(0), (0, 0, 0, windows.ids_BT.shape[1] - t.shape[2]))
-                for t in copy.keys_values(layer, inputs))  # fmt: skip
-        total = [total[0] + k, total[1] + v] if total else [k, v]
-    return total[0] / len(windows), total[1] / len(windows)
+def _mean_caches(copy: WorkingCopy, layers: Iterable[int], windows: Windows) -> dict[int, list[Tensor]]:
+    """K and V of each layer, averaged over texts, [K, T, H]."""
+    means = {}
+    for visit in copy.visits(windows, layers):
+        total: list[Tensor] = []
+        for a in visit.activations():
+            k, v = (F.pad(t.sum(0), (0, 0, 0, windows.ids_BT.shape[1] - t.shape[2]))
+                    for t in copy.keys_values(visit.layer, a.inputs))  # fmt: skip
+            total = [total[0] + k, total[1] + v] if total else [k, v]
+        means[visit.layer] = [t / len(windows) for t in total]
+    return means
 
 
 @torch.no_grad()

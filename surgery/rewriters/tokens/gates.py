@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...attention.maths import apply_norm
 from ...attention.weights import halves
-from ...calibration.statistics import projection_inputs
+from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...errors import PlanError
@@ -53,6 +53,7 @@ class GatedMethod(Method):
             assert windows is not None
             copy.window_of |= windows_by_layer(copy, plans, windows)
             plans = [copy.settle(plan) for plan in plans]
+        scored: dict[int, Evict] = {}
         for plan in plans:
             assert plan.retain is not None
             settled = copy.settle(plan)
@@ -60,9 +61,13 @@ class GatedMethod(Method):
                 continue
             made = new_gate(plan.retain, copy.sites[plan.layer].hidden_size, settled.decisions)
             if "threshold" in made:
-                assert windows is not None and isinstance(plan.retain, Evict)
-                made["threshold"] = score_threshold(copy, plan.layer, plan.retain, windows)
+                assert isinstance(plan.retain, Evict)
+                scored[plan.layer] = plan.retain
             copy.gates[plan.layer] = made
+        if scored:
+            assert windows is not None
+            for visit in copy.visits(windows, scored):
+                copy.gates[visit.layer]["threshold"] = score_threshold(visit, scored[visit.layer])
 
 
 def training_note(step: RetainStep) -> str:
@@ -80,30 +85,31 @@ def new_gate(retain: Retain, hidden_size: int, decisions: int) -> dict[str, Tens
     return made
 
 
-def score_threshold(copy: WorkingCopy, layer: int, evict: Evict, windows: Windows) -> Tensor:
+def score_threshold(visit: Visit, evict: Evict) -> Tensor:
     """[K]: the score above which tokens must go so that a sequence of the text's length reaches `evict.ratio`.
 
     Raises:
         PlanError: sequences of that length are shorter than what always stays, times the ratio.
     """
-    tokens = windows.ids_BT.shape[1]
+    tokens = visit.windows.ids_BT.shape[1]
     rate = evict.drop_rate(tokens, evict.ratio)
     if rate > 1:
         raise PlanError(
-            f"layer {layer}: the first {evict.protected} and the newest {evict.window} of {tokens} calibration tokens "
+            f"layer {visit.layer}: the first {evict.protected} and the newest {evict.window} of {tokens} calibration tokens "
             f"always stay: {evict.ratio:g}x is out of reach. Use a smaller window, or longer calibration windows."
         )
-    scores_PK = torch.cat(list(_scores(copy, layer, evict.scorer, windows)))
+    scores_PK = torch.cat(list(_scores(visit, evict.scorer)))
     return torch.quantile(scores_PK, 1 - rate, dim=0)
 
 
-def _scores(copy: WorkingCopy, layer: int, scorer: str, windows: Windows) -> Iterator[Tensor]:
+def _scores(visit: Visit, scorer: str) -> Iterator[Tensor]:
     """[tokens, K] per batch, from queries and keys whose channels stand where the runtime has them."""
-    weights, project, site = copy.read(layer), copy.project(layer), copy.sites[layer]
+    copy, layer, site = visit.copy, visit.layer, visit.site
+    weights, project = copy.read(layer), copy.project(layer)
     tensors = copy.canonical(layer) if isinstance(project, Latent) else {}
     order = halves(site.rotary, site.head_dim)
     back = [order.index(j) for j in range(site.head_dim)]
-    for x_PD in projection_inputs(copy.model, site, windows):
+    for x_PD in visit.inputs():
         if isinstance(project, Latent):
             k_KPH = _keys_of_latent(project, tensors, x_PD)[..., order]
         else:

@@ -1,0 +1,348 @@
+"""The layers of parent and copy, visited once, in order: what calibration costs does not grow with the depth squared.
+
+Two streams of hidden states over the calibration windows are kept, the parent's and that of the converted prefix. A
+layer is read, run alone on both, rewritten by whoever visits it, and both streams are brought through it before the
+next layer is read. Memory holds one layer of each model, the streams and the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.layout import AttentionSite
+from .layers import Call, DecoderLayers
+from .outputs import distance
+from .statistics import Variety, module_of, residual_factor
+from .streams import Stream
+from .text import Windows
+
+if TYPE_CHECKING:
+    from .working_copy import WorkingCopy
+
+BATCH = 8
+"""Windows that go through a layer together."""
+
+
+class Activations(NamedTuple):
+    """One calibration batch at one layer, in the parent's stream and in the converted prefix's; on the CPU."""
+
+    x_parent_BTD: Tensor
+    """Input of the projections, after the norm."""
+    x_student_BTD: Tensor
+    wanted_BTD: Tensor
+    """What `o` of the layer should give, without its bias: the parent's attention output, and what the residual stream
+    has lost in the layers before, in units of attention output."""
+    mask_BT: Tensor
+    """True at real tokens; padding on the right."""
+    inputs: Mapping[int, Tensor] = MappingProxyType({})
+    """By layer: input of the projections in the student's stream, [B, T, D], of the layers that the form reads."""
+
+
+class Visit:
+    """One layer while it is converted; both streams stand before it.
+
+    Read its statistics (`activations`), write its weights through the working copy, and compare (`error`).
+    """
+
+    def __init__(self, pipeline: Pipeline, site: AttentionSite, index: int, parent: nn.Module) -> None:
+        self._pipeline, self._index = pipeline, index
+        self.copy, self.site, self.layer = pipeline.copy, site, site.layer
+        self.windows = pipeline.windows
+        self._parent = parent
+        self._run_parent()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the windows that are fitted on."""
+        return sum(int(mask.sum()) for _, mask in self._pipeline.batches[: self._pipeline.fits])
+
+    def activations(self, tokens: int | None = None, sources: Iterable[int] = ()) -> Iterator[Activations]:
+        """The windows to fit on, batch by batch.
+
+        Args:
+            tokens: stop once so many have been given.
+            sources: earlier layers whose inputs are wanted beside those that the layer's form reads.
+        """
+        variety, seen = Variety(self.layer), 0
+        for batch in range(self._pipeline.fits):
+            if tokens is not None and seen >= tokens:
+                break
+            found = self._read(batch, sources)
+            variety.see(found.x_student_BTD, found.mask_BT)
+            seen += int(found.mask_BT.sum())
+            yield found
+        variety.warn()
+
+    def inputs(self, tokens: int | None = None) -> Iterator[Tensor]:
+        """[tokens, D] per batch: what q, k and v of the copy's layer are projected from, padding excluded."""
+        for a in self.activations(tokens):
+            yield a.x_student_BTD[a.mask_BT]
+
+    @torch.no_grad()
+    def ahead(self, layers: Iterable[int]) -> Iterator[tuple[int, Stream]]:
+        """What the projections of later layers read in the parent, in order, on the windows to fit on."""
+        pipe = self._pipeline
+        wanted = {pipe.layers.place[layer]: layer for layer in layers}
+        h, own = pipe.next_parent, False
+        for index in range(self._index + 1, max(wanted, default=-1) + 1):
+            module = pipe.layers.build(index)
+            if index in wanted:
+                site = self.copy.sites[wanted[index]]
+                q = module.get_submodule(pipe.inside(module_of(site.q), index))
+                x = Stream(f"ahead-{index}", pipe.folder, pipe.dtype)
+                for batch in range(pipe.fits):
+                    found = _projected(module, q, pipe.layers, h[batch].to(pipe.device), pipe.call(batch, index))
+                    x[batch] = found.reshape(*pipe.batches[batch][1].shape, -1)
+                yield wanted[index], x
+                x.drop()
+            after = Stream(f"further-{index}", pipe.folder, pipe.dtype)
+            for batch in range(pipe.fits if index < max(wanted) else 0):
+                after[batch] = pipe.layers.run(module, h[batch].to(pipe.device), pipe.call(batch, index))
+            if own:
+                h.drop()
+            h, own = after, True
+        if own:
+            h.drop()
+
+    @torch.no_grad()
+    def error(self, batches: int | None = None) -> float:
+        """How far the copy's layer, as it is now, leads from the parent's on windows that nothing was fitted on.
+
+        The squared distance of the hidden states after the whole layer, in parts of the parent's, mean over tokens:
+        the norms of later layers undo the size of a token's hidden state.
+
+        Args:
+            batches: only so many batches of windows.
+        """
+        total, tokens = 0.0, 0
+        at = range(self._pipeline.fits, len(self._pipeline.batches))
+        for batch in list(at)[:batches]:
+            mask = self._pipeline.batches[batch][1]
+            found = self._pipeline.student_step(self._index, batch)
+            total += float(relative_error(found.cpu(), self._pipeline.next_parent[batch], mask).sum())
+            tokens += int(mask.sum())
+        return total / tokens
+
+    @torch.no_grad()
+    def _run_parent(self) -> None:
+        """Bring the parent through the layer, and note what its attention gives."""
+        pipe, layer = self._pipeline, self.site
+        factor = self._factor()
+        self._wanted = Stream(f"wanted-{self._index}", pipe.folder, pipe.dtype)
+        o = self._parent.get_submodule(pipe.inside(module_of(layer.o), self._index))
+        bias = None if layer.o.bias is None else self._parent.get_parameter(pipe.inside(layer.o.bias, self._index))
+        for batch in range(len(pipe.batches)):
+            h, h_s = pipe.parent[batch], pipe.student[batch]
+            with _noted(o, output=True) as given:
+                after = pipe.layers.run(self._parent, h.to(pipe.device), pipe.call(batch, self._index))
+            pipe.next_parent[batch] = after
+            if batch < pipe.fits:
+                y = given[0].reshape(*pipe.batches[batch][0].shape, -1)
+                y = (y if bias is None else y - bias).cpu()
+                self._wanted[batch] = y if factor is None else y + (h - h_s) / factor
+
+    def _factor(self) -> float | None:
+        """`residual_factor` of the parent's layer, on the start of one window."""
+        pipe = self._pipeline
+        ids, mask = pipe.batches[0]
+        short = min(32, int(mask[0].sum()))
+        h = pipe.parent[0][..., :1, :short, :].to(pipe.device)
+        _, calls = pipe.layers.entering(ids[:1, :short])
+        o = self._parent.get_submodule(pipe.inside(module_of(self.site.o), self._index))
+        return residual_factor(self._parent, o, lambda: pipe.layers.run(self._parent, h, calls[self._index]), h)
+
+    @torch.no_grad()
+    def _read(self, batch: int, more: Iterable[int]) -> Activations:
+        pipe = self._pipeline
+        _, mask = pipe.batches[batch]
+        call = pipe.call(batch, self._index)
+        q = pipe.inside(module_of(self.site.q), self._index)
+        x, x_s = (
+            _projected(model, model.get_submodule(q), pipe.layers, h[batch].to(pipe.device), call).cpu()
+            for model, h in ((self._parent, pipe.parent), (pipe.built, pipe.student))
+        )
+        x, x_s = (y.reshape(*mask.shape, -1) for y in (x, x_s))
+        sources = {*self.copy.form(self.layer).sources(self.layer), *more}
+        inputs = {s: x_s if s == self.layer else pipe.noted[s][batch] for s in sources}
+        return Activations(x, x_s, self._wanted[batch], mask, inputs)
+
+    def close(self) -> None:
+        """Let go of what belongs to this visit alone."""
+        self._wanted.drop()
+
+
+class Pipeline:
+    """One way through all layers. Use `WorkingCopy.visits`.
+
+    Args:
+        folder: where streams are kept in files; None keeps them in memory.
+        dtype: of the streams: float32, or bfloat16 for half the memory.
+    """
+
+    def __init__(
+        self,
+        copy: WorkingCopy,
+        windows: Windows,
+        folder: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.copy, self.windows, self.folder, self.dtype = copy, windows, folder, dtype
+        self.layers: DecoderLayers = copy.layers
+        self.device = self.layers.device
+        fit, check = windows.split()
+        self.batches = [*fit.batches(BATCH), *check.batches(BATCH)]
+        self.fits = len(list(fit.batches(BATCH)))
+        """Batches that are fitted on; the others are compared on."""
+        self.parent = Stream("parent-0", folder, dtype)
+        self.student = self.parent
+        self.next_parent = Stream("parent-1", folder, dtype)
+        self.noted: dict[int, Stream] = {}
+        """By layer: what its projections read in the copy, of layers whose cache later ones read."""
+        self.built: nn.Module
+        self._calls: dict[int, list[Call]] = {}
+
+    def visits(self, layers: Iterable[int], lenders: Iterable[int] = ()) -> Iterator[Visit]:
+        """The attentions of `layers`, in order; what is done to one between two visits is there for the next.
+
+        Args:
+            lenders: layers whose inputs later ones ask for.
+        """
+        wanted, lending = set(layers), set(lenders)
+        sites = {self.layers.place[site.layer]: site for site in self.copy.sites.values()}
+        with torch.no_grad():
+            for batch, (ids, _) in enumerate(self.batches):
+                self.parent[batch] = self.layers.entering(ids)[0]
+        for index in range(len(self.layers)):
+            parent = self.layers.build(index)
+            site = sites.get(index)
+            self.next_parent = Stream(f"parent-{index + 1}", self.folder, self.dtype)
+            if site is not None and site.layer in wanted:
+                with self._standing(index, site, parent):
+                    visit = Visit(self, site, index, parent)
+                    yield visit
+                    visit.close()
+                    self._advance(index, site if site.layer in lending else None)
+                continue
+            with torch.no_grad():
+                for batch in range(len(self.batches)):
+                    h = self.parent[batch].to(self.device)
+                    self.next_parent[batch] = self.layers.run(parent, h, self.call(batch, index))
+            touched = site is not None and site.layer in self.copy.converted
+            if self.student is self.parent and not touched and (site is None or site.layer not in lending):
+                self._take(self.next_parent)
+                continue
+            with self._standing(index, site, parent):
+                self._advance(index, site if site is not None and site.layer in lending else None)
+
+    @contextmanager
+    def _standing(self, index: int, site: AttentionSite | None, parent: nn.Module) -> Iterator[None]:
+        """Inside, the copy's layer `index` is built, and what is written to it goes there too."""
+        self.built = self.copy.build(index, parent)
+        try:
+            yield
+        finally:
+            self.copy.leave()
+            del self.built
+
+    @torch.no_grad()
+    def _advance(self, index: int, lender: AttentionSite | None) -> None:
+        """Bring the student through the layer, and both streams on."""
+        after = Stream(f"student-{index + 1}", self.folder, self.dtype)
+        if lender is not None:
+            lent = Stream(f"input-{lender.layer}", self.folder, self.dtype)
+            q = self.built.get_submodule(self.inside(module_of(lender.q), index))
+        for batch in range(len(self.batches)):
+            with ExitStack() as stack:
+                seen = stack.enter_context(_noted(q, output=False)) if lender is not None else []
+                after[batch] = self.student_step(index, batch)
+            if lender is not None:
+                lent[batch] = seen[0].reshape(*self.batches[batch][0].shape, -1)
+        if lender is not None:
+            self.noted[lender.layer] = lent
+        self._take(self.next_parent, after)
+
+    def _take(self, parent: Stream, student: Stream | None = None) -> None:
+        for old in {id(s): s for s in (self.parent, self.student)}.values():
+            old.drop()
+        self.parent = parent
+        self.student = parent if student is None else student
+
+    @torch.no_grad()
+    def student_step(self, index: int, batch: int) -> Tensor:
+        """One batch of the student's stream after layer `index`, as the copy is now."""
+        self.copy.reading = {layer: stream[batch].to(self.device) for layer, stream in self.noted.items()}
+        return self.layers.run(self.built, self.student[batch].to(self.device), self.call(batch, index))
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """KL(parent || copy) in nats per token on the windows that nothing was fitted on, once all layers are passed."""
+        total, tokens = 0.0, 0
+        for batch in range(self.fits, len(self.batches)):
+            ids, mask = self.batches[batch]
+            wanted, found = (
+                self.layers.answers(s[batch].to(self.device), ids, mask) for s in (self.parent, self.student)
+            )
+            total += float(distance(self.layers.shell, found, wanted))
+            tokens += len(found)
+        return total / tokens
+
+    def call(self, batch: int, index: int) -> Call:
+        """What layer `index` is called with beside the hidden states of a batch."""
+        if batch not in self._calls:
+            self._calls[batch] = self.layers.entering(self.batches[batch][0])[1]
+        return self._calls[batch][index]
+
+    def inside(self, name: str, index: int) -> str:
+        """The name of a part of the model inside its decoder layer."""
+        return name.removeprefix(f"{self.layers.name}.{index}.")
+
+
+def relative_error(found: Tensor, wanted: Tensor, mask_BT: Tensor) -> Tensor:
+    """Squared distance of hidden states in parts of the wanted ones', for each real token."""
+    width = found.shape[-1]
+    a, b = (h.reshape(-1, *mask_BT.shape, width)[:, mask_BT] for h in (found, wanted))
+    return ((a - b).square().sum((0, -1)) / b.square().sum((0, -1)).clamp_min(1e-30)).double()
+
+
+class _Reached(Exception):
+    """Ends the run of a layer that has delivered what it was run for."""
+
+
+@contextmanager
+def _noted(module: nn.Module, *, output: bool) -> Iterator[list[Tensor]]:
+    """What the module reads, or gives, inside."""
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+        found.append(given if output else args[0])
+
+    handle = module.register_forward_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _projected(layer: nn.Module, q: nn.Module, layers: DecoderLayers, h: Tensor, call: Call) -> Tensor:
+    """What `q` reads; the layer is run no further than that."""
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    # First: a hook that a form has put there would see the input as well, and nothing else is wanted of it.
+    handle = q.register_forward_pre_hook(note, prepend=True)
+    try:
+        layers.run(layer, h, call)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]

@@ -1,0 +1,215 @@
+"""Queries that face rewritten keys: W_q by least squares on the parent's attention scores.
+
+The normal equations are never written down. A product with them is what a change of W_q does to the scores, centred
+under the parent's attention and brought back: two passes over the scores, as cheap as attention itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...attention.forward import attend, project, rotation
+from ...attention.linalg import damp, hermitian, to_double
+from ...attention.maths import rotate_pairs
+from ...attention.weights import AttentionWeights
+from ...calibration.pipeline import Visit
+from ...errors import PlanError
+
+QUERY_TOKENS = 6_000
+"""Calibration tokens whose queries are fitted: each keeps N numbers for every token of its window."""
+PROBED = 4
+"""Queries of each window whose own metric of W_q is written out, for the preconditioner."""
+
+
+class Keys(Protocol):
+    """The keys of one batch as queries at chosen places see them; u stands for queries before their rotation."""
+
+    def scores(self, u_BNmH: Tensor) -> Tensor:
+        """[B, N, m, S]: without the scale."""
+
+    def pull(self, c_BNmS: Tensor) -> Tensor:
+        """[B, N, m, H]: the transpose of `scores`."""
+
+    def seen_from(self, query: int) -> Tensor:
+        """[B, N, S, H]: the keys themselves, as the query at the place `query` of m sees them."""
+
+
+@dataclass
+class _Batch:
+    x_BmD: Tensor
+    p_BNmS: Tensor
+    """The parent's attention; zero for queries that are padding."""
+    keys: Keys
+
+
+class ScoreFit:
+    """Least squares for all rows of W_q, head by head, on the parent's attention logits; add batches, then `solve`.
+
+    Minimises Σ_m Var_{n~p_m}(s'_mn - s_mn) over q' = W_q x, where p is the parent's attention and s its logits: to
+    second order the KL between the two attentions. Moments alone assume that queries know nothing of the keys' error
+    and that all positions count alike; here both are what they are. Linear in W_q, solved by conjugate gradients with
+    a Kronecker preconditioner.
+
+    Not for attentions with a q norm (not linear).
+
+    Args:
+        order: the parent's query head for each of the student's.
+    """
+
+    def __init__(self, parent: AttentionWeights, student: AttentionWeights, order: Sequence[int]) -> None:
+        if student.q_norm is not None or student.softcap is not None:
+            raise PlanError("queries that are normed or soft-capped are not linear in W_q. Leave out the query refit.")
+        self.parent, self.student = parent, student
+        self.order = list(order)
+        self.batches: list[_Batch] = []
+        self.tokens = 0
+        self.target_NHD = torch.zeros((), dtype=torch.float64)
+        self.metric_NHH = torch.zeros((), dtype=torch.float64)
+        self.seen_DD = torch.zeros((), dtype=torch.float64)
+        self.probed = 0
+
+    def take(self, x_parent_BTD: Tensor, x_BTD: Tensor, mask_BT: Tensor, time: Tensor, keys: Keys) -> None:
+        """Both streams' inputs of the projections; places `time` serve as queries and see `keys`."""
+        view = attend(self.parent, x_parent_BTD, time)
+        p, s = view.probs_BNTT[:, self.order], view.scores_BNTT[:, self.order]
+        if self.student.alibi_slopes is not None:
+            slopes = torch.tensor(self.student.alibi_slopes, dtype=s.dtype)
+            s = s - slopes[:, None, None] * (torch.arange(s.shape[-1])[None] - time[:, None])
+        # A sink takes no part in the comparison of keys.
+        p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
+        p = p * mask_BT[:, None, time, None]
+        x = x_BTD[:, time]
+        if self.student.q_bias_NH is not None:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        batch = _Batch(x, p, keys)
+        self.batches.append(batch)
+        self.tokens += int(mask_BT[:, time].sum())
+        self.target_NHD = self.target_NHD + self._bring_back(batch, s)
+        self._probe(batch)
+
+    def _bring_back(self, batch: _Batch, s_BNmS: Tensor) -> Tensor:
+        """Σ of Jᵀ applied to logits, [N, H, D], where J is what W_q does to logits centred under the attention."""
+        p = batch.p_BNmS
+        back = batch.keys.pull(p * (s_BNmS - (p * s_BNmS).sum(-1, keepdim=True))) * self.student.scale
+        return to_double(torch.einsum("bnmh,bmd->nhd", back, batch.x_BmD))
+
+    def _probe(self, batch: _Batch) -> None:
+        """What the preconditioner is made of: the metric of W_q's rows at a few queries, x weighted by that of each."""
+        p, x, scale = batch.p_BNmS, batch.x_BmD, self.student.scale
+        queries, norms = p.shape[2], None
+        for i in sorted({round((i + 1) * queries / PROBED) - 1 for i in range(PROBED)} - {-1}):
+            k_BNSH = batch.keys.seen_from(i) * scale
+            weighed = k_BNSH * p[:, :, i, :, None]
+            mean = weighed.sum(2)
+            metric = weighed.mT @ k_BNSH - mean[..., :, None] * mean[..., None, :]
+            self.metric_NHH = self.metric_NHH + to_double(metric.sum(0))
+            self.probed += len(p)
+            norms = k_BNSH.square().sum(-1)
+        assert norms is not None
+        # Var of the keys under each query's attention; which place the keys are seen from hardly changes their norms.
+        size = torch.einsum("bnms,bns->bnm", p, norms) - (batch.keys.pull(p) * scale).square().sum(-1)
+        weight = (size.clamp_min(0) / size.mean((0, 2), keepdim=True).clamp_min(1e-30)).mean(1)
+        self.seen_DD = self.seen_DD + to_double(torch.einsum("bmd,bm,bme->de", x, weight, x))
+
+    def solve(self, ridge: float = 1e-3, steps: int = 12) -> AttentionWeights:
+        """The student with refitted W_q; `ridge` is relative, and shrinks to the rows that it had."""
+        w = self.student.with_bias("q")[..., : self.batches[0].x_BmD.shape[-1]].double()
+        C = hermitian(self.seen_DD) / self.tokens
+        mean = hermitian(self.metric_NHH) / self.probed
+        mu = (ridge * mean.diagonal(0, -2, -1).mean(-1) * C.diagonal().mean())[:, None, None]
+        left, right = torch.linalg.inv(damp(mean, 1e-2)), torch.linalg.inv(damp(C, 1e-2))
+
+        def apply(W: Tensor) -> Tensor:
+            total = mu * W
+            for batch in self.batches:
+                u = torch.einsum("bmd,nhd->bnmh", batch.x_BmD, W.to(batch.x_BmD))
+                total = total + self._bring_back(batch, batch.keys.scores(u) * self.student.scale) / self.tokens
+            return total
+
+        goal = self.target_NHD / self.tokens + mu * w
+        return _with_queries(self.student, conjugate_gradients(apply, goal, w, lambda r: left @ r @ right, steps))
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], goal: Tensor, start: Tensor, precondition: Callable[[Tensor], Tensor], steps: int
+) -> Tensor:
+    """x with apply(x) = goal, for every matrix of a stack [N, H, D] on its own, from `start`."""
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((1, 2))
+
+    x, r = start.clone(), goal - apply(start)
+    z = precondition(r)
+    p, rz = z, dot(r, z)
+    enough = 1e-8 * rz
+    for _ in range(steps):
+        if not bool((rz > enough).any()):
+            break
+        Ap = apply(p)
+        step = torch.where(rz > 0, rz / dot(p, Ap).clamp_min(1e-30), 0)[:, None, None]
+        x, r = x + step * p, r - step * Ap
+        z = precondition(r)
+        rz, old = dot(r, z), rz
+        p = z + torch.where(old > 0, rz / old.clamp_min(1e-30), 0)[:, None, None] * p
+    return x
+
+
+class RotatedKeys:
+    """Keys that are rotated as the parent rotates them.
+
+    Args:
+        k_BNSH: rotated, for each query head.
+        time: places of the queries.
+    """
+
+    def __init__(self, weights: AttentionWeights, k_BNSH: Tensor, time: Tensor) -> None:
+        self.rotary, self.k = weights.rotary, k_BNSH
+        cos, sin = rotation(weights, k_BNSH.shape[2], k_BNSH)
+        self.cos, self.sin = cos[time], sin[time]
+
+    def scores(self, u_BNmH: Tensor) -> Tensor:
+        return rotate_pairs(self.rotary, u_BNmH, self.cos, self.sin) @ self.k.mT
+
+    def pull(self, c_BNmS: Tensor) -> Tensor:
+        return self._back(c_BNmS @ self.k, self.cos, self.sin)
+
+    def seen_from(self, query: int) -> Tensor:
+        return self._back(self.k, self.cos[query], self.sin[query])
+
+    def _back(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The transpose of the rotation of queries."""
+        return rotate_pairs(self.rotary, k, cos, -sin)
+
+
+class QueryFit(ScoreFit):
+    """`ScoreFit` for students that rotate their keys as the parent does."""
+
+    def add(
+        self, x_parent_BTD: Tensor, x_BTD: Tensor, mask_BT: Tensor, stride: int = 1, k_BKTH: Tensor | None = None
+    ) -> None:
+        """Both streams' inputs of the projections; every `stride`-th position serves as a query.
+
+        Args:
+            k_BKTH: the keys that the student reads, where it does not make them from its own input.
+        """
+        time = torch.arange(0, x_BTD.shape[1], stride)
+        k = project(self.student, x_BTD, time)[1] if k_BKTH is None else k_BKTH
+        keys = RotatedKeys(self.student, k[:, self.student.kv_of()], time)
+        self.take(x_parent_BTD, x_BTD, mask_BT, time, keys)
+
+
+def stride_of(visit: Visit) -> int:
+    """Every how many-th token of a window serves as a query."""
+    return max(1, round(visit.tokens / QUERY_TOKENS))
+
+
+def _with_queries(weights: AttentionWeights, w_NHD: Tensor) -> AttentionWeights:
+    if weights.q_bias_NH is None:
+        return replace(weights, q_NHD=w_NHD.to(weights.q_NHD.dtype))
+    bias = w_NHD[..., -1].to(weights.q_bias_NH.dtype)
+    return replace(weights, q_NHD=w_NHD[..., :-1].to(weights.q_NHD.dtype), q_bias_NH=bias)
