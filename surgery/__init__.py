@@ -1,22 +1,31 @@
-"""Rewrite the attention of pretrained language models so that their KV cache gets small."""
+"""Rewrite the attention of pretrained language models so that their KV cache gets small.
+
+The names of `__all__` are imported when the first of them is asked for, so that a command which needs neither torch nor
+transformers starts at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .versions import transformers_version, warn_of_untested_transformers
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy, examine
+    from .checkpoints.storage import load, save
+    from .convert import convert, convert_checkpoint
+    from .errors import CheckpointError, PlanError, RecipeError, SurgeryError, UnsupportedModel
+    from .export import export
+    from .generate import generate
+    from .measure.evaluate import evaluate
+    from .plan import Plan, plan
+    from .recipe import Recipe
+    from .report.data import Report
 
 __version__ = "0.1.0"
-
-import transformers as _transformers
-
-from .anatomy import Anatomy, examine
-from .checkpoints.storage import load, save
-from .convert import convert, convert_checkpoint
-from .errors import CheckpointError, PlanError, RecipeError, SurgeryError, UnsupportedModel
-from .export import export
-from .generate import generate
-from .measure.evaluate import evaluate
-from .plan import Plan, plan
-from .recipe import Recipe
-from .report.data import Report
-from .versions import warn_of_untested_transformers
-
-warn_of_untested_transformers(_transformers.__version__)
 
 __all__ = [
     "Anatomy",
@@ -38,3 +47,41 @@ __all__ = [
     "plan",
     "save",
 ]
+
+_DEFINED_IN = {
+    "anatomy": ("Anatomy", "examine"),
+    "checkpoints.storage": ("load", "save"),
+    "convert": ("convert", "convert_checkpoint"),
+    "errors": ("CheckpointError", "PlanError", "RecipeError", "SurgeryError", "UnsupportedModel"),
+    "export": ("export",),
+    "generate": ("generate",),
+    "measure.evaluate": ("evaluate",),
+    "plan": ("Plan", "plan"),
+    "recipe": ("Recipe",),
+    "report.data": ("Report",),
+}
+
+
+class _Surgery(ModuleType):
+    """This package: it imports all public names at the first use of one, or of a module that comes with them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            for module, names in _DEFINED_IN.items():
+                found = import_module(f"{__name__}.{module}")
+                vars(self).update({public: getattr(found, public) for public in names})
+            if name in vars(self):
+                return vars(self)[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python puts every imported submodule here, and `surgery.plan` is the function, not the module that holds it.
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *__all__})
+
+
+sys.modules[__name__].__class__ = _Surgery
+warn_of_untested_transformers(transformers_version())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 
 NEWEST_TRANSFORMERS = "5.24"
 """Newest minor release of transformers that the whole suite passed on; the pairs that are tested stand in `.ci/`."""
@@ -24,6 +27,16 @@ def warn_of_untested_transformers(installed: str) -> None:
             f"'transformers<{_next(NEWEST_TRANSFORMERS)}'.",
             stacklevel=3,
         )
+
+
+def transformers_version() -> str:
+    """Version of transformers, by the installed package where nobody has imported it yet: that would take seconds."""
+    if "transformers" not in sys.modules:
+        with contextlib.suppress(PackageNotFoundError):  # a folder on the path is no installed package
+            return version("transformers")
+    import transformers
+
+    return str(transformers.__version__)
 
 
 def _minor(version: str) -> tuple[int, ...]:

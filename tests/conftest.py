@@ -10,6 +10,9 @@ workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if workers > 1:  # read by torch when it is first imported, and by the programs that tests start
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+# Programs that tests start leave nothing in the user's cache, and work out what they are asked.
+os.environ.setdefault("SURGERY_CACHE", "0")
+
 
 @pytest.fixture
 def call(monkeypatch, capsys):

@@ -132,6 +132,7 @@ def test_import_needs_no_optional_package():
         "import sys\n"
         "for name in ('triton', 'peft', 'datasets', 'pyarrow', 'lm_eval'): sys.modules[name] = None\n"
         "import surgery, surgery.cli\n"
+        "surgery.convert  # imports all public names\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -135,3 +135,22 @@ def test_the_pairs_that_are_tested_are_those_that_are_claimed() -> None:
     versions = [tuple(int(n) for n in pair["transformers"].split(".")) for pair in (lowest, pinned, newest)]
     assert versions == sorted(versions)
     assert transformers.__version__.split(".")[0] == "5"
+
+
+def test_public_names_are_imported_when_they_are_asked_for() -> None:
+    code = (
+        "import sys\n"
+        "import surgery\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "import surgery.plan, surgery.export\n"
+        "assert set(surgery.__all__) <= set(dir(surgery))\n"
+        "for name in surgery.__all__:\n"
+        "    assert callable(getattr(surgery, name)), name\n"
+        "assert surgery.plan.__module__ == 'surgery.plan' and surgery.export.__module__ == 'surgery.export'\n"
+        "assert surgery.runtime.layout.LayerPlan\n"
+        "from surgery import *\n"
+        "assert plan is surgery.plan\n"
+        "assert not hasattr(surgery, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert set(surgery.__all__) == {name for names in surgery._DEFINED_IN.values() for name in names}

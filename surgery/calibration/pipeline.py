@@ -281,15 +281,18 @@ class Pipeline:
 
     @torch.no_grad()
     def divergence(self) -> float:
-        """KL(parent || copy) in nats per token on the windows that nothing was fitted on, once all layers are passed."""
+        """KL(parent || copy) in nats per token on windows that nothing was fitted on, once all layers are passed."""
         total, tokens = 0.0, 0
         for batch in range(self.fits, len(self.batches)):
-            ids, mask = self.batches[batch]
-            wanted, found = (
-                self.layers.answers(s[batch].to(self.device), ids, mask) for s in (self.parent, self.student)
-            )
-            total += float(distance(self.layers.shell, found, wanted))
-            tokens += len(found)
+            hidden = [stream[batch] for stream in (self.parent, self.student)]
+            # One window at a time: distributions over a vocabulary are large.
+            for row, (ids, mask) in enumerate(zip(*self.batches[batch], strict=True)):
+                wanted, found = (
+                    self.layers.answers(h[..., row : row + 1, :, :].to(self.device), ids[None], mask[None])
+                    for h in hidden
+                )
+                total += float(distance(self.layers.shell, found, wanted))
+                tokens += len(found)
         return total / tokens
 
     def call(self, batch: int, index: int) -> Call:

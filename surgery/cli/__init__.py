@@ -1,5 +1,5 @@
 """The command line: `surgery inspect | plan | convert | train | eval | report | export | push | generate | ...`."""
 
-from .app import app, main
+from .app import app, main, run
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]

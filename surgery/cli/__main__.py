@@ -1,6 +1,6 @@
 """`python -m surgery.cli`."""
 
-from .app import main
+from .app import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import gc
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
-from transformers.utils import logging as hf_logging
 
 from ..errors import CheckpointError, SurgeryError
-from ..export import command as exporting
 from ..train import command as training
+from . import exporting
+from .answers import Answer, answer_of
 from .bench import bench_app
-from .common import Json, MergeAdapter, Model, RecipeOption, SetOption, show, write_json, write_text
+from .common import (
+    Json,
+    MergeAdapter,
+    Model,
+    RecipeOption,
+    SetOption,
+    open_libraries,
+    show,
+    write_json,
+    write_text,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,13 +39,29 @@ app = typer.Typer(
 )
 
 
+READERS = ("inspect", "plan")
+"""Commands that write no model, and may know their answer without torch."""
+
+
+def run() -> None:
+    """The program `surgery`: `main`, in a process of its own."""
+    gc.set_threshold(20_000, 20, 20)  # importing torch makes millions of objects, and hardly any garbage
+    try:
+        main()
+    except SystemExit as end:
+        command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+        if command in READERS and isinstance(end.code, int):
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code)  # taking torch down piece by piece takes a second
+        raise
+
+
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 a bug, 2 wrong input (one line on stderr), 130 interrupted."""
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    enable_progress_bars()  # downloads keep theirs
     try:
         code = app(arguments, standalone_mode=False)
         if code == 130:  # Ctrl-C, which typer turns into an exit code without a word
@@ -65,9 +92,12 @@ def _fail(message: str) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """`--debug` is taken by `main`, wherever it stands; it is declared here for the help text."""
+    if context.invoked_subcommand not in READERS:
+        open_libraries()
 
 
 @app.command(
@@ -87,17 +117,23 @@ def inspect(
 ) -> None:
     """Show how every attention layer of a model is built. Reads the config only, no weights (but for --gates)."""
     if gates is not None:
+        open_libraries()
         if text is None:
             raise CheckpointError("--gates: needs --text, a file of text that the gates are to decide on.")
         _inspect_gates(gates, text, samples, length, plot, json_file)
         return
     if model is None:
         raise CheckpointError("inspect: name a model, or --gates DIR --text FILE.")
-    from ..anatomy import examine
 
-    anatomy = examine(model)
-    show(*anatomy.tables())
-    write_json(json_file, anatomy.to_dict())
+    def read() -> Answer:
+        from ..anatomy import examine
+
+        anatomy = examine(model)
+        return Answer(parts=anatomy.tables(), data=anatomy.to_dict())
+
+    answer = answer_of(read, "inspect", model)
+    show(*answer.parts)
+    write_json(json_file, answer.data)
 
 
 def _inspect_gates(
@@ -123,12 +159,17 @@ def _inspect_gates(
 @app.command(epilog="Examples: surgery plan ./my-model -r gqa-2x | surgery plan ./my-model -r gqa-4x --set kv_heads=2")
 def plan(model: Model, recipe: RecipeOption, set_: SetOption = None, json_file: Json = None) -> None:
     """Show what a recipe would do: bytes per token before and after, who can load the result. Changes nothing."""
-    from ..plan import plan as make_plan
-    from ..recipe import Recipe
 
-    made = make_plan(model, Recipe.load(recipe, set_ or ()))
-    show(*made.tables())
-    write_json(json_file, made.to_dict())
+    def decide() -> Answer:
+        from ..plan import plan as make_plan
+        from ..recipe import Recipe
+
+        made = make_plan(model, Recipe.load(recipe, set_ or ()))
+        return Answer(parts=made.tables(), data=made.to_dict())
+
+    answer = answer_of(decide, "plan", model, recipe, *(set_ or ()))
+    show(*answer.parts)
+    write_json(json_file, answer.data)
 
 
 @app.command(

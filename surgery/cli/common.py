@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,31 @@ MergeAdapter = Annotated[
     bool, typer.Option("--merge-adapter", help="Merge the adapter (LoRA and the like) that lies in the folder.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
+
+_COMMAND_LINE = ("surgery.cli", "surgery.console", "surgery.errors", "surgery.train", "surgery.versions")
+
+
+def untouched() -> bool:
+    """Whether this process has imported nothing yet that answers come from, so that nobody can have changed any of it.
+
+    Methods, scores and targets of other people are registered in modules of this library, which counts as a change.
+    """
+    return all(
+        name == "surgery" or name.startswith(_COMMAND_LINE)
+        for name in sys.modules
+        if name.partition(".")[0] in ("surgery", "torch", "transformers")
+    )
+
+
+def open_libraries() -> None:
+    """Import what every command that works on models needs, and keep transformers off the user's screen."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers import PreTrainedModel  # noqa: F401
+    from transformers.utils import logging as hf_logging
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    enable_progress_bars()  # downloads keep theirs
 
 
 def show(*parts: object) -> None:

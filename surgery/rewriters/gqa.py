@@ -13,11 +13,13 @@ from typing import Literal
 from ..anatomy import Anatomy
 from ..attention.weights import AttentionWeights
 from ..calibration.pipeline import Visit
+from ..calibration.text import Windows
 from ..calibration.working_copy import WorkingCopy
 from ..errors import PlanError, RecipeError
 from ..recipe import Step, Text
 from ..runtime.layout import AttentionSite, Heads, LayerPlan
 from . import Method
+from .common.gains import GainFit, fit_gains, tune_gains
 from .common.layerwise import Layerwise
 from .common.moments import Moments, visit_moments
 from .common.query_fit import QueryFit, stride_of
@@ -57,8 +59,9 @@ class GqaStep(Step):
     """Refit `q_proj` by least squares to the parent's attention scores. Needs calibration text."""
     refit_output: bool = True
     """Refit `o_proj` by ridge regression to the parent's attention output. Needs calibration text."""
-    gain_fit: bool = True
-    """Fit one gain per query head on q and on o by KL to the parent, then fold. Needs calibration text."""
+    gain_fit: GainFit = True
+    """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer; `global` by the
+    loss of the whole model, which has to be in memory. Needs calibration text."""
 
     @property
     def text(self) -> Text:
@@ -145,12 +148,18 @@ class Gqa(Layerwise, Method):
 
     def without_text(self, copy: WorkingCopy, plan: LayerPlan) -> None:
         """The data-free form."""
+        assert isinstance(plan.project, Heads)
         copy.write(plan.layer, self.rewrite(copy.read(plan.layer), plan.project))
 
     def rewrite(self, parent: AttentionWeights, heads: Heads) -> AttentionWeights:
         """The data-free form: as if the input of the projections were white."""
         moments = Moments.of_weights(parent)
         return self.pool(parent, moments, self.choose_groups(parent, moments, heads.kv_heads))
+
+    def finish(self, copy: WorkingCopy, windows: Windows) -> None:
+        """With `gain_fit: global`, the factors of all converted layers together."""
+        if self.step.gain_fit == "global":
+            tune_gains(copy, copy.converted, windows)
 
     def choose_groups(self, weights: AttentionWeights, moments: Moments, kv_heads: int) -> Groups:
         """The source KV heads of each new one."""
@@ -193,6 +202,8 @@ class Gqa(Layerwise, Method):
                 return found.solve()
 
             fits.append(fit_queries)
+        if self.step.gain_fit is True:
+            fits.append(fit_gains)
         if self.step.refit_output:
             fits.append(fit_output)
         return fits

@@ -25,6 +25,7 @@ from ..recipe import Step, Text
 from ..runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
 from ..runtime.project import latent_refusal
 from . import Method
+from .common.gains import GainFit, fit_gains, tune_gains
 from .common.query_fit import QueryFit, stride_of
 from .common.refit import Fit, fit_output, keep_what_helps
 from .layers.latent import share_latents
@@ -53,8 +54,9 @@ class ShareStep(Step):
     """Refit the readers' `q_proj` by least squares to the parent's attention scores."""
     refit_output: bool = True
     """Refit `o_proj` by ridge regression to the parent's attention output."""
-    gain_fit: bool = True
-    """Fit one gain per query head on q and on o by KL to the parent, then fold."""
+    gain_fit: GainFit = True
+    """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer; `global` by the
+    loss of the whole model, which has to be in memory."""
 
     @property
     def text(self) -> Text:
@@ -209,6 +211,8 @@ class Share(Method):
                     self._share_heads(visit, owners[layer])
                 else:
                     self._share_values(visit, values[layer])
+        if windows is not None and self.step.gain_fit == "global":
+            tune_gains(copy, copy.computed, windows)
 
     def _without_text(self, copy: WorkingCopy, owners: Mapping[int, int], values: Mapping[int, int]) -> None:
         """Readers as they are; with `init: mean`, owners with the mean of all that read them."""
@@ -293,6 +297,8 @@ class Share(Method):
         fits: list[Fit] = []
         if self.step.refit_queries and target.q_norm is None and target.softcap is None:
             fits.append(partial(self._fit_queries, target=target))
+        if self.step.gain_fit is True:
+            fits.append(fit_gains)
         keep_what_helps(visit, [*fits, fit_output] if self.step.refit_output else fits)
 
     def _fit_queries(self, visit: Visit, student: AttentionWeights, target: AttentionWeights) -> AttentionWeights:

@@ -1,25 +1,70 @@
-"""One factor per query head on q and on o, fitted over the whole model: the only step that sees the model's loss."""
+"""One factor per query head on q and on o: what least squares on scores and outputs leaves to be won.
+
+In closed form, layer by layer, or over the whole model by its loss (`gain_fit: global`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...attention.weights import parameter_names
+from ...attention.linalg import damp, to_double
+from ...attention.weights import AttentionWeights, parameter_names
 from ...calibration.outputs import compared, compared_module, distance
+from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
 
+GainFit = bool | Literal["global"]
+"""`true`: layer by layer, in closed form; `global`: by 60 steps on the loss of the whole model; `false`: not at all."""
+GAIN_TOKENS = 4_096
+"""Tokens that the closed form looks at: it fits 2N numbers per layer."""
+STEP = 0.05
+"""Part of q by which its effect on the head outputs is measured."""
 WINDOWS = 64
 BATCH = 8
 
 
+def fit_gains(visit: Visit, weights: AttentionWeights) -> AttentionWeights:
+    """One Gauss-Newton step on the factors of the visited layer, to what its attention should give.
+
+    A factor on q changes its own head's outputs alone, so that one look with all of q made a little larger has every
+    head's derivative. Under a norm of q only o gets factors: the norm would undo the others.
+    """
+    copy, layer, N = visit.copy, visit.layer, weights.heads
+    larger = replace(weights, q_NHD=weights.q_NHD * (1 + STEP), q_bias_NH=_times(weights.q_bias_NH, 1 + STEP))
+    gram, cross = torch.zeros(2 * N, 2 * N, dtype=torch.float64), torch.zeros(2 * N, dtype=torch.float64)
+    for a in visit.activations(GAIN_TOKENS):
+        now, then = (copy.head_outputs(layer, a.inputs, w) for w in (weights, larger))
+        heads = torch.cat([(then - now) / STEP, now], 2) if weights.q_norm is None else torch.cat([now * 0, now], 2)
+        o = torch.cat([weights.o_DNV] * 2, 1)
+        for row, mask, wanted in zip(heads, a.mask_BT, a.wanted_BTD, strict=True):
+            given_PCD = torch.einsum("pcv,dcv->pcd", row[mask], o)
+            missing = wanted[mask] - given_PCD[:, N:].sum(1)
+            gram += to_double(torch.einsum("pcd,ped->ce", given_PCD, given_PCD))
+            cross += to_double(torch.einsum("pcd,pd->c", given_PCD, missing))
+    factor = (1 + torch.linalg.solve(damp(gram, 1e-3), cross)).clamp(0.5, 2.0).to(weights.q_NHD.dtype)
+    q, o = factor[:N], factor[N:]
+    return replace(
+        weights,
+        q_NHD=weights.q_NHD * q[:, None, None],
+        q_bias_NH=_times(weights.q_bias_NH, q[:, None]),
+        o_DNV=weights.o_DNV * o[:, None],
+    )
+
+
+def _times(x: Tensor | None, factor: Tensor | float) -> Tensor | None:
+    return None if x is None else x * factor
+
+
 def tune_gains(copy: WorkingCopy, layers: Iterable[int], windows: Windows, steps: int = 60) -> float:
-    """`fit_gains` of the converted `layers` together, kept where the check windows agree. Returns their KL."""
+    """`descend_gains` of the converted `layers` together, kept where the check windows agree. Returns their KL."""
     fit, check = windows.take(WINDOWS).split()
     sites = [site for site in (copy.sites[layer] for layer in sorted(layers)) if not site.gated_output]
     before = copy.divergence(check)
@@ -27,16 +72,16 @@ def tune_gains(copy: WorkingCopy, layers: Iterable[int], windows: Windows, steps
         return before
     kept = {name: copy.tensor(name).clone() for site in sites for name in parameter_names(site)}
     batches = [{"input_ids": ids, "attention_mask": mask.long()} for ids, mask in fit.batches(BATCH)]
-    fit_gains(copy.model, copy.teacher, batches, sites, steps=steps)
-    copy.forget_streams()
+    copy.restore(descend_gains(copy.model, copy.teacher, batches, sites, steps=steps)[1])
     after = copy.divergence(check)
     if after > before:
         copy.restore(kept)
+    copy.forget_model()
     return min(before, after)
 
 
 @torch.enable_grad()
-def fit_gains(
+def descend_gains(
     student: PreTrainedModel,
     parent: PreTrainedModel,
     batches: Sequence[Mapping[str, Tensor]],
@@ -44,8 +89,8 @@ def fit_gains(
     *,
     steps: int = 60,
     lr: float = 0.02,
-) -> list[float]:
-    """Learn one factor on W_q and one on W_o per query head by KL(parent ‖ student), and fold them. In place.
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Learn one factor on W_q and one on W_o per query head by KL(parent ‖ student), and fold them.
 
     Where the models give no probabilities, by what `outputs.distance` takes in place of the KL.
 
@@ -57,7 +102,7 @@ def fit_gains(
             would undo the other.
 
     Returns:
-        The loss of each step, per token.
+        The loss of each step, per token, and the parameters of `student` with their factors, by name.
     """
     parameters = {name: p.detach() for name, p in student.named_parameters()}
     device = next(iter(parameters.values())).device
@@ -100,11 +145,7 @@ def fit_gains(
         optimizer.step()
         losses.append(loss.item())
     with torch.no_grad():
-        named = dict(student.named_parameters())
-        for name, w in scaled().items():
-            if w is not parameters[name]:
-                named[name].copy_(w)
-    return losses
+        return losses, {name: w for name, w in scaled().items() if w is not parameters[name]}
 
 
 def _scale_heads(w: Tensor, rows: Sequence[int], dim: int, gain_N: Tensor, axis: int) -> Tensor:

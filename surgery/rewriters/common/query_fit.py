@@ -81,8 +81,7 @@ class ScoreFit:
             slopes = torch.tensor(self.student.alibi_slopes, dtype=s.dtype)
             s = s - slopes[:, None, None] * (torch.arange(s.shape[-1])[None] - time[:, None])
         # A sink takes no part in the comparison of keys.
-        p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
-        p = p * mask_BT[:, None, time, None]
+        p = p * (mask_BT[:, None, time, None] / p.sum(-1, keepdim=True).clamp_min(1e-30))
         x = x_BTD[:, time]
         if self.student.q_bias_NH is not None:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
@@ -93,9 +92,15 @@ class ScoreFit:
         self._probe(batch)
 
     def _bring_back(self, batch: _Batch, s_BNmS: Tensor) -> Tensor:
-        """Σ of Jᵀ applied to logits, [N, H, D], where J is what W_q does to logits centred under the attention."""
+        """Σ of Jᵀ applied to logits, [N, H, D], where J is what W_q does to logits centred under the attention.
+
+        The logits are overwritten.
+        """
         p = batch.p_BNmS
-        back = batch.keys.pull(p * (s_BNmS - (p * s_BNmS).sum(-1, keepdim=True))) * self.student.scale
+        centred = s_BNmS.sub_(torch.linalg.vecdot(p, s_BNmS)[..., None]).mul_(
+            p
+        )  # in place: memory is what it waits for
+        back = batch.keys.pull(centred) * self.student.scale
         return to_double(torch.einsum("bnmh,bmd->nhd", back, batch.x_BmD))
 
     def _probe(self, batch: _Batch) -> None:
@@ -128,7 +133,7 @@ class ScoreFit:
             total = mu * W
             for batch in self.batches:
                 u = torch.einsum("bmd,nhd->bnmh", batch.x_BmD, W.to(batch.x_BmD))
-                total = total + self._bring_back(batch, batch.keys.scores(u) * self.student.scale) / self.tokens
+                total = total + self._bring_back(batch, batch.keys.scores(u * self.student.scale)) / self.tokens
             return total
 
         goal = self.target_NHD / self.tokens + mu * w

@@ -14,6 +14,7 @@ from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
+from ..common.gains import fit_gains
 from ..common.refit import fit_output, keep_what_helps
 from . import LowrankInit, MlaInit
 from .low_rank import Layout, LowrankOptions, lowrank
@@ -33,6 +34,8 @@ class FitOptions:
 
     queries: bool = True
     """Rows of W_q to the parent's attention scores."""
+    gains: bool = False
+    """A factor per query head on q and on o."""
     output: bool = True
     """W_o to the parent's attention output, and to what the layers before have lost."""
 
@@ -59,6 +62,8 @@ def fit_layer(
     latent, choice = _choose(visit, [candidates, *variants], parent, visit_moments(visit, parent))
     copy.write_latent(layer, latent, parent)
     fits = [fit_queries(parent, latent)] if options.queries and parent.q_norm is None and parent.softcap is None else []
+    if options.gains:
+        fits.append(fit_gains)
     keep_what_helps(visit, [*fits, fit_output] if options.output else fits)
     return choice
 

@@ -14,6 +14,7 @@ from ...planning.latent_size import ALIGNED, ALIGNED_FROM, full_rank
 from ...runtime.layout import AttentionSite, Latent, LayerPlan
 from .. import Method
 from ..common.allocation import share_out
+from ..common.gains import tune_gains
 from ..common.layerwise import Layerwise
 from .fit import Candidate, FitOptions, cost_alone, fit_layer
 from .options import LatentStep
@@ -26,7 +27,7 @@ class LatentMethod(Layerwise, Method):
 
     def __init__(self, step: LatentStep, seed: int = 0) -> None:
         super().__init__(step, seed)
-        self.fit = FitOptions(queries=step.refit_queries, output=step.refit_output)
+        self.fit = FitOptions(queries=step.refit_queries, gains=step.gain_fit is True, output=step.refit_output)
 
     def convert(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
         if windows is not None:
@@ -84,6 +85,11 @@ class LatentMethod(Layerwise, Method):
             PlanError: always.
         """
         raise PlanError(f"layer {plan.layer}: {self.step.rewriter} asks for calibration text: pass calibration=...")
+
+    def finish(self, copy: WorkingCopy, windows: Windows) -> None:
+        """With `gain_fit: global`, the factors of all converted layers together."""
+        if self.step.gain_fit == "global":
+            tune_gains(copy, copy.computed, windows)
 
     def candidates(self, site: AttentionSite, project: Latent) -> list[list[Candidate]]:
         """The forms of one layer that calibration text decides between, all of them within the planned bytes.

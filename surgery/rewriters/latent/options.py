@@ -13,6 +13,7 @@ from ...planning.latent_size import kept_numbers
 from ...recipe import Step, Text
 from ...runtime.layout import AttentionSite, Latent, LayerPlan
 from ...runtime.project import latent_refusal
+from ..common.gains import GainFit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,9 @@ class LatentStep(Step):
     """Refit `q_proj` by least squares to the parent's attention scores."""
     refit_output: bool = True
     """Refit `o_proj` by ridge regression to the parent's attention output."""
-    gain_fit: bool = False
-    """Fit one gain per query head on q and on o by KL to the parent, then fold. Little is left to gain after refits."""
+    gain_fit: GainFit = False
+    """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer; `global` by the
+    loss of the whole model, which has to be in memory. Little is left to gain after refits."""
     mean_split: bool | None = None
     """Keep the means of K and V apart from the latent: no bytes, better below half of them. None: where `init` is
     `lowrank`'s own; not in `mla`, whose native export would need a bias on o that not every engine has."""

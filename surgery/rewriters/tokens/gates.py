@@ -95,8 +95,8 @@ def score_threshold(visit: Visit, evict: Evict) -> Tensor:
     rate = evict.drop_rate(tokens, evict.ratio)
     if rate > 1:
         raise PlanError(
-            f"layer {visit.layer}: the first {evict.protected} and the newest {evict.window} of {tokens} calibration tokens "
-            f"always stay: {evict.ratio:g}x is out of reach. Use a smaller window, or longer calibration windows."
+            f"layer {visit.layer}: the first {evict.protected} and the newest {evict.window} of {tokens} calibration "
+            f"tokens always stay: {evict.ratio:g}x is out of reach. Use a smaller window, or longer calibration windows."
         )
     scores_PK = torch.cat(list(_scores(visit, evict.scorer)))
     return torch.quantile(scores_PK, 1 - rate, dim=0)

@@ -11,7 +11,6 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from ..console import stdout
-from ..planning.targets import TARGETS, option_fields, target_class
 
 EXPORT_EXAMPLES = (
     "Examples: surgery export ./smaller --to hub -o ./for-the-hub | "
@@ -31,6 +30,8 @@ class ExportCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The options that every target has, and those of each."""
+        from ..planning.targets import TARGETS
+
         params: list[Any] = [*super().get_params(ctx)]
         for param in params:
             if param.name == "to":
@@ -65,7 +66,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a converted model for other software, load it there, and compare its answers with the source's."""
-    from . import export as write
+    from ..export import export as write
 
     report = write(
         model, out, to=to, overwrite=overwrite, results=results or (), base_model=base_model, license=license_,
@@ -77,7 +78,7 @@ def export(
 
 def verify(folder: Annotated[Path, typer.Argument(help="What `surgery export` wrote.")]) -> None:
     """Check the code files of an export against their digests, and that nothing else in it would run code."""
-    from .remote_code import verify as check
+    from ..export.remote_code import verify as check
 
     names = check(folder)
     for line in (f"{len(names)} code files are as the export wrote them" if names else "no code files", *names):
@@ -93,7 +94,7 @@ def push(
     ] = False,
 ) -> None:
     """Upload an export to the Hugging Face Hub, after checking its code files."""
-    from .push import push as upload
+    from ..export.push import push as upload
 
     done = upload(folder, repo_id, private=private, dry_run=dry_run)
     for line in (*([done.card] if dry_run else []), *done.lines()):
@@ -102,6 +103,8 @@ def push(
 
 def _target_params() -> list[Any]:
     """One option for each name among the fields of the targets, as typer makes it of a function's arguments."""
+    from ..planning.targets import option_fields, target_class
+
     arguments = []
     for name, owners in option_fields().items():
         target, field = owners[0]
@@ -129,4 +132,6 @@ def _target_params() -> list[Any]:
 
 
 def _first_line(target: str) -> str:
+    from ..planning.targets import target_class
+
     return (inspect.getdoc(target_class(target)) or "").partition("\n")[0]
