@@ -7,6 +7,7 @@ next layer is read. Memory holds one layer of each model, the streams and the st
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.layout import AttentionSite
+from . import processes
 from .layers import Call, DecoderLayers
 from .outputs import distance
 from .statistics import Variety, module_of, residual_factor
@@ -59,23 +61,22 @@ class Visit:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the windows that are fitted on."""
-        return sum(int(mask.sum()) for _, mask in self._pipeline.batches[: self._pipeline.fits])
+        """Tokens of the windows that are fitted on, those of all processes."""
+        return self._pipeline.tokens
 
     def activations(self, tokens: int | None = None, sources: Iterable[int] = ()) -> Iterator[Activations]:
         """The windows to fit on, batch by batch.
 
         Args:
-            tokens: stop once so many have been given.
+            tokens: stop once so many have been given, in all processes together.
             sources: earlier layers whose inputs are wanted beside those that the layer's form reads.
         """
-        variety, seen = Variety(self.layer), 0
+        variety = Variety(self.layer)
         for batch in range(self._pipeline.fits):
-            if tokens is not None and seen >= tokens:
+            if tokens is not None and self._pipeline.before[batch] >= tokens:
                 break
             found = self._read(batch, sources)
             variety.see(found.x_student_BTD, found.mask_BT)
-            seen += int(found.mask_BT.sum())
             yield found
         variety.warn()
 
@@ -122,12 +123,12 @@ class Visit:
         """
         total, tokens = 0.0, 0
         at = range(self._pipeline.fits, len(self._pipeline.batches))
-        for batch in list(at)[:batches]:
+        for batch in list(at)[: None if batches is None else -(-batches // processes.count())]:
             mask = self._pipeline.batches[batch][1]
             found = self._pipeline.student_step(self._index, batch)
             total += float(relative_error(found.cpu(), self._pipeline.next_parent[batch], mask).sum())
             tokens += int(mask.sum())
-        return total / tokens
+        return _mean(total, tokens)
 
     @torch.no_grad()
     def _run_parent(self) -> None:
@@ -155,7 +156,8 @@ class Visit:
         h = pipe.parent[0][..., :1, :short, :].to(pipe.device)
         _, calls = pipe.layers.entering(ids[:1, :short])
         o = self._parent.get_submodule(pipe.inside(module_of(self.site.o), self._index))
-        return residual_factor(self._parent, o, lambda: pipe.layers.run(self._parent, h, calls[self._index]), h)
+        found = residual_factor(self._parent, o, lambda: pipe.layers.run(self._parent, h, calls[self._index]), h)
+        return processes.of_first(found)
 
     @torch.no_grad()
     def _read(self, batch: int, more: Iterable[int]) -> Activations:
@@ -196,8 +198,13 @@ class Pipeline:
         self.layers: DecoderLayers = copy.layers
         self.device = self.layers.device
         fit, check = windows.split()
-        self.batches = [*fit.batches(BATCH), *check.batches(BATCH)]
-        self.fits = len(list(fit.batches(BATCH)))
+        fitted = list(fit.batches(BATCH))
+        processes.check_enough(len(fitted))
+        self.tokens = fit.tokens
+        self.before = processes.mine([0, *itertools.accumulate(int(mask.sum()) for _, mask in fitted)][:-1])
+        """By batch that is fitted on: tokens of those before it."""
+        self.batches = [*processes.mine(fitted), *processes.mine(list(check.batches(BATCH)))]
+        self.fits = len(self.before)
         """Batches that are fitted on; the others are compared on."""
         self.parent = Stream("parent-0", folder, dtype)
         self.student = self.parent
@@ -293,7 +300,7 @@ class Pipeline:
                 )
                 total += float(distance(self.layers.shell, found, wanted))
                 tokens += len(found)
-        return total / tokens
+        return _mean(total, tokens)
 
     def call(self, batch: int, index: int) -> Call:
         """What layer `index` is called with beside the hidden states of a batch."""
@@ -304,6 +311,12 @@ class Pipeline:
     def inside(self, name: str, index: int) -> str:
         """The name of a part of the model inside its decoder layer."""
         return name.removeprefix(f"{self.layers.name}.{index}.")
+
+
+def _mean(summed: float, tokens: int) -> float:
+    """Over the tokens of all processes."""
+    found = processes.total(torch.tensor([summed, tokens], dtype=torch.float64))
+    return float(found[0] / found[1])
 
 
 def relative_error(found: Tensor, wanted: Tensor, mask_BT: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ...attention.linalg import damp, to_double
 from ...attention.weights import AttentionWeights, parameter_names
 from ...calibration.outputs import compared, compared_module, distance
 from ...calibration.pipeline import Visit
+from ...calibration.processes import total
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
@@ -49,7 +50,7 @@ def fit_gains(visit: Visit, weights: AttentionWeights) -> AttentionWeights:
             missing = wanted[mask] - given_PCD[:, N:].sum(1)
             gram += to_double(torch.einsum("pcd,ped->ce", given_PCD, given_PCD))
             cross += to_double(torch.einsum("pcd,pd->c", given_PCD, missing))
-    factor = (1 + torch.linalg.solve(damp(gram, 1e-3), cross)).clamp(0.5, 2.0).to(weights.q_NHD.dtype)
+    factor = (1 + torch.linalg.solve(damp(total(gram), 1e-3), total(cross))).clamp(0.5, 2.0).to(weights.q_NHD.dtype)
     q, o = factor[:N], factor[N:]
     return replace(
         weights,

@@ -16,6 +16,7 @@ from ...attention.linalg import hermitian, to_double
 from ...attention.maths import apply_norm
 from ...attention.weights import AttentionWeights
 from ...calibration.pipeline import Visit
+from ...calibration.processes import total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ def visit_moments(visit: Visit, weights: AttentionWeights) -> Moments:
             torch.einsum("pah,pbj->ahbj", v, v),
         ]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+    sums = [total(s) for s in sums]
     if not any(s.any() for s in sums):
         return Moments.of_weights(weights)
     k_KHKH, q_NHH, v_KVKV = (s / visit.tokens for s in sums)
@@ -90,13 +92,13 @@ def visit_moments(visit: Visit, weights: AttentionWeights) -> Moments:
 
 def input_moments(visit: Visit, with_bias: bool = False) -> Tensor:
     """E[x xᵀ] of what the projections read; E[x~ x~ᵀ] with x~ = [x; 1] where `with_bias`. float64."""
-    total: Tensor | None = None
+    seen: Tensor | None = None
     for x_PD in visit.inputs():
         x = torch.cat([x_PD, torch.ones_like(x_PD[:, :1])], -1) if with_bias else x_PD
         part = to_double(x.T @ x)
-        total = part if total is None else total + part
-    assert total is not None
-    return total / visit.tokens
+        seen = part if seen is None else seen + part
+    assert seen is not None
+    return total(seen) / visit.tokens
 
 
 def normed_heads(weights: AttentionWeights, x_PD: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ from ...attention.linalg import damp, hermitian, to_double
 from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
 from ...calibration.pipeline import Visit
+from ...calibration.processes import total
 from ...errors import PlanError
 
 QUERY_TOKENS = 6_000
@@ -124,19 +125,20 @@ class ScoreFit:
     def solve(self, ridge: float = 1e-3, steps: int = 12) -> AttentionWeights:
         """The student with refitted W_q; `ridge` is relative, and shrinks to the rows that it had."""
         w = self.student.with_bias("q")[..., : self.batches[0].x_BmD.shape[-1]].double()
-        C = hermitian(self.seen_DD) / self.tokens
-        mean = hermitian(self.metric_NHH) / self.probed
+        tokens, probed = total(torch.tensor([self.tokens, self.probed])).tolist()
+        C = hermitian(total(self.seen_DD)) / tokens
+        mean = hermitian(total(self.metric_NHH)) / probed
         mu = (ridge * mean.diagonal(0, -2, -1).mean(-1) * C.diagonal().mean())[:, None, None]
         left, right = torch.linalg.inv(damp(mean, 1e-2)), torch.linalg.inv(damp(C, 1e-2))
 
         def apply(W: Tensor) -> Tensor:
-            total = mu * W
+            found = torch.zeros_like(W)
             for batch in self.batches:
                 u = torch.einsum("bmd,nhd->bnmh", batch.x_BmD, W.to(batch.x_BmD))
-                total = total + self._bring_back(batch, batch.keys.scores(u * self.student.scale)) / self.tokens
-            return total
+                found += self._bring_back(batch, batch.keys.scores(u * self.student.scale))
+            return total(found) / tokens + mu * W
 
-        goal = self.target_NHD / self.tokens + mu * w
+        goal = total(self.target_NHD) / tokens + mu * w
         return _with_queries(self.student, conjugate_gradients(apply, goal, w, lambda r: left @ r @ right, steps))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...attention.linalg import ridge_regression, to_double
 from ...attention.weights import AttentionWeights
 from ...calibration.pipeline import Visit
+from ...calibration.processes import total
 
 Fit = Callable[[Visit, AttentionWeights], AttentionWeights]
 """Refits the visited layer, whose weights are given."""
@@ -59,7 +60,8 @@ class OutputFit:
 
     def solve(self, weights: AttentionWeights, ridge: float = 1e-3) -> AttentionWeights:
         """`weights` with `o` refitted; see `refit_output`."""
-        return refit_output(weights, self.cross_DP / self.tokens, self.moment_PP / self.tokens, ridge)
+        tokens = int(total(torch.tensor(self.tokens)))
+        return refit_output(weights, total(self.cross_DP) / tokens, total(self.moment_PP) / tokens, ridge)
 
 
 def refit_output(

@@ -11,12 +11,13 @@ from ...attention.forward import probabilities, project, rotation
 from ...attention.linalg import hermitian, to_double
 from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
+from ...calibration.processes import total
 from ..common.moments import Moments
 
 QUERIES = 1_024
 """Queries of each batch whose attention weighs the moments."""
-READ_QUERIES = 2_048
-"""Queries for `q_read_NHH`, which has H² numbers per head and costs H² products per pair of tokens."""
+READ_QUERIES = 512
+"""Queries of each batch for `q_read_NHH`, which has H² numbers per head and costs H² products per pair of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +116,9 @@ class MomentSums:
         self._sum("rho", self._phases(p, cos, sin, time))
         self.tokens += len(flat)
         self.queries += int(seen_at.sum())
-        if self.read_queries < READ_QUERIES:
-            few = slice(None, None, max(1, seen_at.numel() // READ_QUERIES * 4))
-            self._sum("read", self._read(p[:, :, few], q_turned[:, :, few], cos, sin))
-            self.read_queries += int(seen_at[:, few].sum())
+        few = slice(None, None, max(1, seen_at.numel() // READ_QUERIES))
+        self._sum("read", self._read(p[:, :, few], q_turned[:, :, few], cos, sin))
+        self.read_queries += int(seen_at[:, few].sum())
 
     def _sum(self, name: str, part: Tensor) -> None:
         self.sums[name] = self.sums[name] + to_double(part) if name in self.sums else to_double(part)
@@ -142,10 +142,12 @@ class MomentSums:
 
     def finish(self) -> LatentMoments:
         """The moments of all that was added; where all inputs were zero, those of a layer without text."""
-        if not self.sums["input"].any():
+        sums = {name: total(s) for name, s in self.sums.items()}
+        if not sums["input"].any():
             return LatentMoments.of_weights(self.parent)
-        counts = {"read": self.read_queries, "input": self.tokens, "q": self.tokens}
-        mean = {name: s / counts.get(name, self.queries) for name, s in self.sums.items()}
+        tokens, queries, read = total(torch.tensor([self.tokens, self.queries, self.read_queries])).tolist()
+        counts = {"read": read, "input": tokens, "q": tokens}
+        mean = {name: s / counts.get(name, queries) for name, s in sums.items()}
         return LatentMoments(
             input_DD=hermitian(mean["input"]),
             key_DD=hermitian(mean["seen"] - mean["value"]),

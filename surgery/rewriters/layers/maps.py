@@ -13,6 +13,7 @@ from ...attention.linalg import damp, hermitian
 from ...attention.weights import AttentionWeights
 from ...calibration.layers import DecoderLayers
 from ...calibration.pipeline import Visit
+from ...calibration.processes import total
 from ...calibration.statistics import module_of
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
@@ -50,7 +51,7 @@ def pair_moments(visit: Visit, owner: int) -> PairMoments:
             torch.einsum("pni,pnj->nij", q, q),
         ]
         sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-    k_KHKH, k_KHH, v_KVKV, v_KVV, q_NHH = (s / visit.tokens for s in sums)
+    k_KHKH, k_KHH, v_KVKV, v_KVV, q_NHH = (total(s) / visit.tokens for s in sums)
     return PairMoments(k_KHKH=k_KHKH, k_KHH=k_KHH, v_KVKV=v_KVKV, v_KVV=v_KVV, q_NHH=q_NHH)
 
 

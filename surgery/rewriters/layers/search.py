@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ...attention.latent import LatentWeights
 from ...attention.weights import AttentionWeights
 from ...calibration.pipeline import BATCH, Visit
+from ...calibration.processes import total
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...console import progress
@@ -169,12 +170,12 @@ def _mean_caches(copy: WorkingCopy, layers: Iterable[int], windows: Windows) -> 
     """K and V of each layer, averaged over texts, [K, T, H]."""
     means = {}
     for visit in copy.visits(windows, layers):
-        total: list[Tensor] = []
+        summed: list[Tensor] = []
         for a in visit.activations():
             k, v = (F.pad(t.sum(0), (0, 0, 0, windows.ids_BT.shape[1] - t.shape[2]))
                     for t in copy.keys_values(visit.layer, a.inputs))  # fmt: skip
-            total = [total[0] + k, total[1] + v] if total else [k, v]
-        means[visit.layer] = [t / len(windows) for t in total]
+            summed = [summed[0] + k, summed[1] + v] if summed else [k, v]
+        means[visit.layer] = [total(t) / len(windows) for t in summed]
     return means
 
 

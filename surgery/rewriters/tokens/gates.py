@@ -12,6 +12,7 @@ from torch import Tensor
 from ...attention.maths import apply_norm
 from ...attention.weights import halves
 from ...calibration.pipeline import Visit
+from ...calibration.processes import gathered
 from ...calibration.text import Windows
 from ...calibration.working_copy import WorkingCopy
 from ...errors import PlanError
@@ -96,9 +97,9 @@ def score_threshold(visit: Visit, evict: Evict) -> Tensor:
     if rate > 1:
         raise PlanError(
             f"layer {visit.layer}: the first {evict.protected} and the newest {evict.window} of {tokens} calibration "
-            f"tokens always stay: {evict.ratio:g}x is out of reach. Use a smaller window, or longer calibration windows."
+            f"tokens always stay: {evict.ratio:g}x is out of reach. Use a smaller window, or longer windows of text."
         )
-    scores_PK = torch.cat(list(_scores(visit, evict.scorer)))
+    scores_PK = gathered(torch.cat(list(_scores(visit, evict.scorer))))
     return torch.quantile(scores_PK, 1 - rate, dim=0)
 
 
