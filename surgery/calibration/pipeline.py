@@ -8,7 +8,7 @@ next layer is read. Memory holds one layer of each model, the streams and the st
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,6 +44,13 @@ class Activations(NamedTuple):
     """True at real tokens; padding on the right."""
     inputs: Mapping[int, Tensor] = MappingProxyType({})
     """By layer: input of the projections in the student's stream, [B, T, D], of the layers that the form reads."""
+
+
+class Part(NamedTuple):
+    """Some windows of one batch."""
+
+    batch: int
+    rows: slice
 
 
 class Visit:
@@ -129,6 +136,38 @@ class Visit:
             total += float(relative_error(found.cpu(), self._pipeline.next_parent[batch], mask).sum())
             tokens += int(mask.sum())
         return _mean(total, tokens)
+
+    def error_of(self, part: Part, attention: Callable[[Mapping[int, Tensor]], Tensor]) -> Tensor:
+        """`error` on some windows to fit on, with a gradient.
+
+        Args:
+            attention: the attention's output [B, T, D] from the inputs of the layer's sources.
+        """
+        pipe, built = self._pipeline, self._pipeline.built
+        ids, mask = (x[part.rows] for x in pipe.batches[part.batch])
+        h, wanted = (stream[part.batch][..., part.rows, :, :] for stream in (pipe.student, pipe.next_parent))
+        inputs = {layer: stream[part.batch][part.rows].to(pipe.device) for layer, stream in pipe.noted.items()}
+        call = pipe.layers.entering(ids)[1][self._index]
+        q, o = (built.get_submodule(pipe.inside(module_of(p), self._index)) for p in (self.site.q, self.site.o))
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[self.layer] = args[0].reshape(*mask.shape, -1)
+
+        def exchange(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return attention(inputs).reshape(output.shape)
+
+        handles = [q.register_forward_pre_hook(note), o.register_forward_hook(exchange)]
+        try:
+            with self.copy.parents_attention():
+                found = pipe.layers.run(built, h.to(pipe.device), call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return relative_error(found.cpu(), wanted, mask).mean().float()
+
+    def parts(self, tokens: int) -> list[Part | None]:
+        """The windows to fit on in parts of about so many tokens; None where another process has them."""
+        return self._pipeline.parts(tokens)
 
     @torch.no_grad()
     def _run_parent(self) -> None:
@@ -285,6 +324,17 @@ class Pipeline:
         """One batch of the student's stream after layer `index`, as the copy is now."""
         self.copy.reading = {layer: stream[batch].to(self.device) for layer, stream in self.noted.items()}
         return self.layers.run(self.built, self.student[batch].to(self.device), self.call(batch, index))
+
+    def parts(self, tokens: int) -> list[Part | None]:
+        """See `Visit.parts`."""
+        found: list[Part | None] = []
+        for number, (ids, _) in enumerate(self.windows.split()[0].batches(BATCH)):
+            windows = max(1, tokens // ids.shape[1])
+            mine = number % processes.count() == processes.rank()
+            for start in range(0, len(ids), windows):
+                rows = slice(start, min(start + windows, len(ids)))
+                found.append(Part(number // processes.count(), rows) if mine else None)
+        return found
 
     @torch.no_grad()
     def divergence(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -85,6 +86,7 @@ class WorkingCopy:
         self._forms: dict[int, HeadsForm] = {}
         self._built: tuple[str, nn.Module] | None = None
         self._hooked: dict[int, set[tuple[str, int]]] = {}
+        self._is_parents = False
         self._inputs: dict[int, Tensor] = {}
         """Of the forward pass that runs: by layer, what its projections read, where a form needs that."""
         self._wanted: dict[str, list[Tensor]] = {}
@@ -151,6 +153,15 @@ class WorkingCopy:
             if form.is_computed and self.layers.place[layer] == index:
                 self._install(made, prefix, (layer,), layer)
         return made
+
+    @contextmanager
+    def parents_attention(self) -> Iterator[None]:
+        """Inside, layers in a form of ours run the parent's attention: somebody else exchanges what it gives."""
+        self._is_parents = True
+        try:
+            yield
+        finally:
+            self._is_parents = False
 
     def leave(self) -> None:
         """The layer that was built is done with."""
@@ -354,6 +365,8 @@ class WorkingCopy:
             return found
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            if self._is_parents:
+                return None
             weights_of = partial(self._weights, get_tensor=tensor)
             inputs = {**self._inputs, **self.reading} if prefix else self._inputs
             found = self.form(site.layer).head_outputs(site.layer, weights_of, inputs)

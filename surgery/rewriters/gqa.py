@@ -23,6 +23,7 @@ from .common.gains import GainFit, fit_gains, tune_gains
 from .common.layerwise import Layerwise
 from .common.moments import Moments, visit_moments
 from .common.query_fit import QueryFit, stride_of
+from .common.refine import refine
 from .common.refit import Fit, fit_output, keep_what_helps
 from .heads import Init
 from .heads.grouping import (
@@ -63,6 +64,10 @@ class GqaStep(Step):
     """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer; `global` by the
     loss of the whole model, which has to be in memory. Needs calibration text."""
 
+    refine: int = 0
+    """Steps of training per layer, on its own new parameters, to the parent's output of the layer; a few hundred give
+    what closed forms leave. Needs calibration text."""
+
     @property
     def text(self) -> Text:
         return "none" if self.init in ("mean", "sqrt_g", "first", "random") else "better"
@@ -74,6 +79,8 @@ class GqaStep(Step):
 
     def validate(self, where: str) -> None:
         super().validate(where)
+        if self.refine < 0:
+            raise RecipeError(f"{where}.refine: {self.refine} must be a number of steps, such as 200, or 0 for none.")
         if self.groups is not None:
             heads = [head for group in self.groups for head in group]
             if not heads or not all(self.groups) or sorted(heads) != list(range(len(heads))):
@@ -145,6 +152,7 @@ class Gqa(Layerwise, Method):
         copy.write(layer, pooled)
         if pooled is not parent:
             keep_what_helps(visit, self._fits(visit.site, parent, groups))
+            refine(visit, self.step.refine)
 
     def without_text(self, copy: WorkingCopy, plan: LayerPlan) -> None:
         """The data-free form."""

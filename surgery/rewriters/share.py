@@ -27,6 +27,7 @@ from ..runtime.project import latent_refusal
 from . import Method
 from .common.gains import GainFit, fit_gains, tune_gains
 from .common.query_fit import QueryFit, stride_of
+from .common.refine import refine
 from .common.refit import Fit, fit_output, keep_what_helps
 from .layers.latent import share_latents
 from .layers.maps import least_squares, map_values, mean_weights, pair_moments
@@ -58,6 +59,10 @@ class ShareStep(Step):
     """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer; `global` by the
     loss of the whole model, which has to be in memory."""
 
+    refine: int = 0
+    """Steps of training per layer, on its own new parameters, to the parent's output of the layer; a few hundred give
+    what closed forms leave. Needs calibration text."""
+
     @property
     def text(self) -> Text:
         return "needed" if self.init not in ("replace", "mean") or self.is_searched else "better"
@@ -69,6 +74,8 @@ class ShareStep(Step):
 
     def validate(self, where: str) -> None:
         super().validate(where)
+        if self.refine < 0:
+            raise RecipeError(f"{where}.refine: {self.refine} must be a number of steps, such as 200, or 0 for none.")
         if isinstance(self.layout, str):
             check_layout(self.layout, self.kv_layers is not None, where)
         elif self.kv_layers is not None:
@@ -300,6 +307,7 @@ class Share(Method):
         if self.step.gain_fit is True:
             fits.append(fit_gains)
         keep_what_helps(visit, [*fits, fit_output] if self.step.refit_output else fits)
+        refine(visit, self.step.refine)
 
     def _fit_queries(self, visit: Visit, student: AttentionWeights, target: AttentionWeights) -> AttentionWeights:
         layer = visit.layer

@@ -16,6 +16,7 @@ from .. import Method
 from ..common.allocation import share_out
 from ..common.gains import tune_gains
 from ..common.layerwise import Layerwise
+from ..common.refine import refine
 from .fit import Candidate, FitOptions, cost_alone, fit_layer
 from .options import LatentStep
 
@@ -77,6 +78,7 @@ class LatentMethod(Layerwise, Method):
         assert isinstance(plan.project, Latent)
         first, *others = self.candidates(visit.site, plan.project)
         fit_layer(visit, first, self.fit, others)
+        refine(visit, self.step.refine)
 
     def without_text(self, copy: WorkingCopy, plan: LayerPlan) -> None:
         """Latents are fitted to text.
