@@ -8,6 +8,7 @@ next layer is read. Memory holds one layer of each model, the streams and the st
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
@@ -260,6 +261,7 @@ class Pipeline:
             lenders: layers whose inputs later ones ask for.
         """
         wanted, lending = set(layers), set(lenders)
+        self._check_text(wanted)
         sites = {self.layers.place[site.layer]: site for site in self.copy.sites.values()}
         with torch.no_grad():
             for batch, (ids, _) in enumerate(self.batches):
@@ -285,6 +287,16 @@ class Pipeline:
                 continue
             with self._standing(index, site, parent):
                 self._advance(index, site if site is not None and site.layer in lending else None)
+
+    def _check_text(self, layers: Iterable[int]) -> None:
+        """Warn where there are fewer tokens to fit on than a layer has channels."""
+        channels = max((self.copy.sites[layer].hidden_size for layer in layers), default=0)
+        if self.tokens < channels:
+            warnings.warn(
+                f"{self.tokens} calibration tokens to fit {channels} channels: moments are singular and damped. "
+                f"Give {10 * channels} tokens or more.",
+                stacklevel=2,
+            )
 
     @contextmanager
     def _standing(self, index: int, site: AttentionSite | None, parent: nn.Module) -> Iterator[None]:

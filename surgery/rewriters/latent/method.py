@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,21 +30,9 @@ class LatentMethod(Layerwise, Method):
         self.fit = FitOptions(queries=step.refit_queries, gains=step.gain_fit is True, output=step.refit_output)
 
     def convert(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
-        if windows is not None:
-            self._check_text(copy, plans, windows)
-            if self.step.ranks == "sensitivity":
-                plans = self._share_out(copy, plans, windows)
+        if windows is not None and self.step.ranks == "sensitivity":
+            plans = self._share_out(copy, plans, windows)
         super().convert(copy, plans, windows)
-
-    def _check_text(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows) -> None:
-        """Warn where there are fewer tokens than a layer has channels."""
-        tokens, channels = windows.split()[0].tokens, max(copy.sites[plan.layer].hidden_size for plan in plans)
-        if tokens < channels:
-            warnings.warn(
-                f"{tokens} calibration tokens to fit {channels} channels: moments are singular and damped. "
-                f"Give {10 * channels} tokens or more.",
-                stacklevel=2,
-            )
 
     def _share_out(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows) -> list[LayerPlan]:
         """`plans` with the same numbers in all, more of them in layers that miss them most."""
