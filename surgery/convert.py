@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from transformers import PreTrainedModel
 
 from .anatomy import examine
 from .assembly import in_own_class, in_parent_class, stored_dtypes
+from .calibration import processes
+from .calibration.journal import Journal, stream_bytes
 from .calibration.text import Windows, load_tokenizer, read_windows, tokenizer_of
 from .calibration.working_copy import WorkingCopy
 from .checkpoints.adapters import base_folder, check_adapter
+from .checkpoints.child_files import Parent, can_read_by_layers, write_child
 from .checkpoints.files import Checkpoint, check_model, exact_dtype, local_folder
 from .checkpoints.parents import plain_parent, without_loader
 from .checkpoints.provenance import provenance
 from .checkpoints.storage import check_whole, load_parent, save_like
 from .checkpoints.streaming import can_stream, stream
+from .checkpoints.unfinished import manifest, work_folder
 from .checkpoints.writing import check_output, check_space
 from .errors import PlanError, UnsupportedModel
 from .plan import Plan
@@ -91,19 +96,29 @@ def _carry_out(
     seed: int,
     told: dict[str, Any],
     left_out: Sequence[str] = (),
+    journal: Journal | None = None,
 ) -> tuple[PreTrainedModel, Plan]:
     """The result of a plan, and the plan with what the text has decided.
 
     Args:
         left_out: tensors of the parent's files that are not in the result; its provenance names them.
+        journal: where layers that are done are put away.
     """
     copy_ = WorkingCopy(parent, plan.anatomy)
-    for step in plan.recipe.steps:
-        rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
-    if not plan.native:
-        plan = plan.settled(map(copy_.settle, plan.after))
-    origin = provenance(plan, parent.config, windows, seed, left_out, told)
+    plan = _rewrite(copy_, plan, windows, seed, journal)
+    origin = provenance(plan, parent.config, windows, seed, left_out, told, copy_.held_out)
     return (in_parent_class if plan.native else in_own_class)(parent, plan, copy_, origin), plan
+
+
+def _rewrite(
+    copy_: WorkingCopy, plan: Plan, windows: Windows | None, seed: int, journal: Journal | None = None
+) -> Plan:
+    """Carry out the steps of a plan on a working copy; returns the plan with what the text has decided."""
+    copy_.journal = journal
+    for step in plan.recipe.steps:
+        copy_.doing = step.rewriter
+        rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
+    return plan if plan.native else plan.settled(map(copy_.settle, plan.after))
 
 
 def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -143,8 +158,12 @@ def convert_checkpoint(
 ) -> Plan:
     """Convert a checkpoint on disk into another.
 
-    Without calibration, and where the result is of the parent's own class, tensors are read, rewritten and written
-    layer by layer: the model is never in memory as a whole. Otherwise as `convert`, then `save`.
+    Tensors are read, rewritten and written layer by layer, where the files hold them as the model does and no adapter
+    is merged: the model is never in memory as a whole. Otherwise as `convert`, then `save`.
+
+    With calibration, layers that are done lie in a folder beside `out`, its name with `.unfinished` behind it, until
+    all is done: the same call goes on from there after an interruption. In several processes (see
+    `calibration.processes.joined`) each reads its part of the text, the first one writes, and nothing is put away.
 
     The adapter that lies in the folder, beside weights or alone, is merged into them where `merge_adapter` says so.
 
@@ -178,12 +197,45 @@ def convert_checkpoint(
         if tokenizer is None and not isinstance(calibration, (Tensor, Windows)):
             reader = load_tokenizer(folder) or load_tokenizer(base)
         windows = _windows(calibration, plan.anatomy.config, reader, length, samples)
-    parent, told = load_parent(folder, merge_adapter, dtype=exact_dtype(checkpoint, fit, plan.anatomy.config))
+    with _journal(out, folder, base, plan, windows, seed) as journal:
+        if not merge_adapter and can_read_by_layers(plan, fit):
+            by_layers = Parent(checkpoint, fit, plan)
+            plan = _as_built(plan, by_layers.hollow)
+            copy_ = by_layers.working_copy(plan)
+            plan = _rewrite(copy_, plan, windows, seed, journal)
+            origin = provenance(plan, by_layers.hollow.config, windows, seed, left_out, held_out=copy_.held_out)
+            if processes.rank() == 0:
+                write_child(by_layers, plan, copy_, origin, out, tokenizer=tokenizer, overwrite=overwrite)
+            return plan
+        parent, told = load_parent(folder, merge_adapter, dtype=exact_dtype(checkpoint, fit, plan.anatomy.config))
+        plan = _as_built(plan, parent)
+        model, plan = _carry_out(parent, plan, windows, seed, told, left_out, journal)
+        if processes.rank() == 0:
+            dtypes = stored_dtypes(model, plan.anatomy.sites, checkpoint, fit)
+            save_like(model, checkpoint, dtypes, out, tokenizer=tokenizer, overwrite=overwrite)
+        return plan
+
+
+@contextmanager
+def _journal(
+    out: str | Path, folder: Path, base: Path, plan: Plan, windows: Windows | None, seed: int
+) -> Iterator[Journal | None]:
+    """Where the layers of a conversion to `out` are put away; None without text, and in several processes."""
+    if windows is None or processes.count() > 1:
+        yield None
+        return
+    width = plan.anatomy.sites[0].hidden_size
+    lenders = {lender for layer in plan.after for lender in layer.lenders}
+    # The result is at most as large as the parent, and so are the layers that are put away, but in float32.
+    weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    numbers = sum(2 * site.hidden_size * (site.heads + site.kv_heads) * site.head_dim for site, _ in plan.changed())
+    check_space(out, weights + 4 * numbers + stream_bytes(windows, width, len(lenders)))
+    with work_folder(out, manifest(folder, base, plan, windows, seed)) as journal:
+        yield journal
+
+
+def _as_built(plan: Plan, parent: PreTrainedModel) -> Plan:
+    """The plan for a parent whose files may hold buffers that say otherwise than its config."""
     # Caches are in the dtype that the class computes in, whatever the files hold.
     anatomy = replace(examine(parent), dtype=plan.anatomy.dtype)
-    if anatomy.sites != plan.anatomy.sites:  # buffers in the files say otherwise than the config
-        plan = make_plan(anatomy, recipe)
-    model, plan = _carry_out(parent, plan, windows, seed, told, left_out)
-    dtypes = stored_dtypes(model, anatomy.sites, checkpoint, fit)
-    save_like(model, checkpoint, dtypes, out, tokenizer=tokenizer, overwrite=overwrite)
-    return plan
+    return plan if anatomy.sites == plan.anatomy.sites else make_plan(anatomy, plan.recipe)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import surgery
 from surgery.anatomy import examine
@@ -18,6 +22,8 @@ from surgery.errors import RecipeError
 from surgery.rewriters import gqa, share
 from surgery.rewriters.common.refine import refine
 from surgery.rewriters.latent import method
+
+REFERENCE = Path(os.environ.get("SURGERY_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))
 
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa": ("llama", {"rewriter": "gqa", "kv_heads": 1}),

@@ -39,7 +39,7 @@ class DecoderLayers:
 
     def __init__(self, shell: PreTrainedModel, sites: Sequence[AttentionSite], read: Callable[[str], Tensor]) -> None:
         self.shell, self.read = shell.eval(), read
-        self.name, self.place = _stack_of(sites)
+        self.name, self.place = stack_of(sites)
         found = shell.get_submodule(self.name)
         if not isinstance(found, nn.ModuleList):
             raise UnsupportedModel(f"{type(shell).__name__}: its decoder layers are no list of modules ({self.name}).")
@@ -202,11 +202,11 @@ def shell_of(parent: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
 
 def layer_parameters(model: PreTrainedModel, sites: Sequence[AttentionSite]) -> list[str]:
     """Names of all parameters of the decoder layers that the attentions stand in, and of the other layers beside."""
-    prefix = _stack_of(sites)[0] + "."
+    prefix = stack_of(sites)[0] + "."
     return [name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(prefix)]
 
 
-def _stack_of(sites: Sequence[AttentionSite]) -> tuple[str, dict[int, int]]:
+def stack_of(sites: Sequence[AttentionSite]) -> tuple[str, dict[int, int]]:
     """The name of the list of layers that all attentions are in, each in a layer of its own; and each one's place.
 
     Raises:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from ..runtime.layout import AttentionSite
 from . import processes
+from .journal import Way
 from .layers import Call, DecoderLayers
 from .outputs import distance
 from .statistics import Variety, module_of, residual_factor
 from .streams import Stream
+from .telling import told_layers
 from .text import Windows
 
 if TYPE_CHECKING:
@@ -254,19 +256,28 @@ class Pipeline:
         self.built: nn.Module
         self._calls: dict[int, list[Call]] = {}
 
-    def visits(self, layers: Iterable[int], lenders: Iterable[int] = ()) -> Iterator[Visit]:
+    def visits(self, layers: Iterable[int], lenders: Iterable[int], way: Way) -> Iterator[Visit]:
         """The attentions of `layers`, in order; what is done to one between two visits is there for the next.
 
         Args:
             lenders: layers whose inputs later ones ask for.
+            way: is told of each layer that is passed, and knows where to begin.
         """
-        wanted, lending = set(layers), set(lenders)
+        wanted, lending, self.way = set(layers), set(lenders), way
         self._check_text(wanted)
         sites = {self.layers.place[site.layer]: site for site in self.copy.sites.values()}
+        start = way.begin(self)
         with torch.no_grad():
-            for batch, (ids, _) in enumerate(self.batches):
+            for batch, (ids, _) in enumerate(self.batches if not start else ()):
                 self.parent[batch] = self.layers.entering(ids)[0]
-        for index in range(len(self.layers)):
+        told = told_layers(self.copy.doing, len(self.layers), start)
+        with told as self.tell:
+            yield from self._from(start, wanted, lending, sites)
+
+    def _from(
+        self, start: int, wanted: set[int], lending: set[int], sites: Mapping[int, AttentionSite]
+    ) -> Iterator[Visit]:
+        for index in range(start, len(self.layers)):
             parent = self.layers.build(index)
             site = sites.get(index)
             self.next_parent = Stream(f"parent-{index + 1}", self.folder, self.dtype)
@@ -283,7 +294,7 @@ class Pipeline:
                     self.next_parent[batch] = self.layers.run(parent, h, self.call(batch, index))
             touched = site is not None and site.layer in self.copy.converted
             if self.student is self.parent and not touched and (site is None or site.layer not in lending):
-                self._take(self.next_parent)
+                self._take(index, self.next_parent)
                 continue
             with self._standing(index, site, parent):
                 self._advance(index, site if site is not None and site.layer in lending else None)
@@ -323,13 +334,25 @@ class Pipeline:
                 lent[batch] = seen[0].reshape(*self.batches[batch][0].shape, -1)
         if lender is not None:
             self.noted[lender.layer] = lent
-        self._take(self.next_parent, after)
+        self._take(index, self.next_parent, after)
 
-    def _take(self, parent: Stream, student: Stream | None = None) -> None:
-        for old in {id(s): s for s in (self.parent, self.student)}.values():
-            old.drop()
+    def _take(self, index: int, parent: Stream, student: Stream | None = None) -> None:
+        left = {id(s): s for s in (self.parent, self.student)}
         self.parent = parent
         self.student = parent if student is None else student
+        self.way.passed(self, index)
+        self.tell(index, self._error())
+        for old in left.values():  # only now: what was interrupted before starts from there
+            old.drop()
+
+    def _error(self) -> float:
+        """`Visit.error` of the layer that both streams stand behind."""
+        total, tokens = 0.0, 0
+        for batch in range(self.fits, len(self.batches)) if self.student is not self.parent else ():
+            mask = self.batches[batch][1]
+            total += float(relative_error(self.student[batch], self.parent[batch], mask).sum())
+            tokens += int(mask.sum())
+        return total / max(1, tokens)
 
     @torch.no_grad()
     def student_step(self, index: int, batch: int) -> Tensor:

@@ -38,7 +38,7 @@ class Stream:
             return self._held[batch].float()
         with safe_open(self._files[batch], framework="pt") as file:
             found: Tensor = file.get_tensor("h")
-        return found.float()
+        return found.to(torch.float32, copy=True)  # not the mapped file, whose place in memory is none of a tensor's
 
     def files(self) -> list[str]:
         """Names of the files that hold it, in the order of the batches."""

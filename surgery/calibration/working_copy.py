@@ -18,13 +18,14 @@ from ..anatomy import Anatomy
 from ..attention.forward import head_outputs
 from ..attention.latent import LatentWeights
 from ..attention.weights import AttentionWeights, parameter_names, read_attention, write_changed
-from ..errors import PlanError
 from ..runtime.canonical import canonical_weights
 from ..runtime.layout import AttentionSite, LayerPlan, Project
 from .forms import HeadsForm, Inputs, LatentForm, ReaderForm
+from .journal import Journal, way_of
 from .layers import DecoderLayers, layer_parameters, shell_of
 from .outputs import answers, distance
 from .pipeline import Pipeline, Visit
+from .repeating import collapse, expand
 from .statistics import module_of
 from .text import Windows
 
@@ -81,6 +82,11 @@ class WorkingCopy:
         """KL(parent || copy) in nats per token on windows that nothing was fitted on, after the last way through."""
         self.reading: Mapping[int, Tensor] = {}
         """Of the layer that runs alone: what the projections of earlier layers read, whose caches it reads."""
+        self.journal: Journal | None = None
+        """Where layers that are done are put away; None keeps them in memory."""
+        self.doing = "converting"
+        """What is being done, for people."""
+        self._ways = 0
         self._make_shell, self._read = shell, read
         self._changed: dict[str, Tensor] = {}
         self._forms: dict[int, HeadsForm] = {}
@@ -127,20 +133,52 @@ class WorkingCopy:
         made = self.__dict__.pop("model", None)
         self._hooked.pop(id(made), None)
 
-    def visits(self, windows: Windows, layers: Iterable[int], lenders: Iterable[int] = ()) -> Iterator[Visit]:
+    def visits(
+        self,
+        windows: Windows,
+        layers: Iterable[int],
+        lenders: Iterable[int] = (),
+        kept: dict[Any, Any] | None = None,
+    ) -> Iterator[Visit]:
         """The attentions of `layers` in order, each to be read and rewritten before the next is reached.
+
+        Where a conversion goes on that was interrupted, layers that are done are not visited again.
 
         Args:
             lenders: layers whose inputs the forms of later ones read.
+            kept: all that the caller keeps from one layer to the next, empty at first: it is saved with the layers, and
+                filled where some are done. None for a caller that does not say: all its layers are visited anew.
 
         Raises:
             UnsupportedModel: a layer of the model cannot be run alone.
         """
         # Forms of earlier steps may read, too.
         lending = {*lenders, *(s for layer, form in self._forms.items() for s in form.sources(layer) if s != layer)}
-        pipeline = Pipeline(self, windows)
-        yield from pipeline.visits(layers, lending)
-        self.held_out = pipeline.divergence()
+        number, self._ways = self._ways, self._ways + 1
+        with way_of(self, number, windows, self.journal, kept) as way:
+            if not way.is_done():
+                pipeline = Pipeline(self, windows, way.folder)
+                yield from pipeline.visits(layers, lending, way)
+                self.held_out = pipeline.divergence()
+                way.end(len(self.layers))
+
+    def parts(self) -> dict[tuple[Any, ...], Any]:
+        """All that layers got: parameters, forms and gates."""
+        found: dict[tuple[Any, ...], Any] = {("parameter", name): value for name, value in self._changed.items()}
+        found |= {("form", layer): form for layer, form in self._forms.items()}
+        return found | {("gate", at, name): t for at, gate in self.gates.items() for name, t in gate.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What has been found out beside."""
+        return {"window_of": self.window_of, "choice": self.choice, "held_out": self.held_out}
+
+    def take_parts(self, parts: Mapping[tuple[Any, ...], Any], facts: Mapping[str, Any]) -> None:
+        """Take what `parts` and `facts` gave; the same numbers may lie in another place now."""
+        places: dict[str, Any] = {"parameter": self._changed, "form": self._forms}
+        for (kind, *where), part in parts.items():
+            place = self.gates.setdefault(where[0], {}) if kind == "gate" else places[kind]
+            place[where[-1]] = part
+        self.window_of, self.choice, self.held_out = facts["window_of"], facts["choice"], facts["held_out"]
 
     def build(self, index: int, like: nn.Module) -> nn.Module:
         """Decoder layer `index` of the copy as it is now; until `leave`, what is written to it goes there, too."""
@@ -402,46 +440,3 @@ def _untie(model: PreTrainedModel, names: list[str]) -> None:
 
 def _is_float32(model: PreTrainedModel) -> bool:
     return all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def expand(weights: AttentionWeights, kv_heads: int, layer: int) -> AttentionWeights:
-    """Repeat KV heads until `kv_heads` equal groups of consecutive queries read them: the same function.
-
-    Raises:
-        PlanError: a group of queries would have to be split between two slots.
-    """
-    size = weights.heads // kv_heads
-    kv_of = weights.kv_of()
-    sources = kv_of[::size]
-    if any(kv_of[h] != sources[h // size] for h in range(weights.heads)):
-        sizes = [len(group) for group in weights.groups]
-        raise PlanError(
-            f"layer {layer}: groups of {sizes} query heads do not fall on the parent's {kv_heads} groups of {size}. "
-            "Use an init whose groups are made of whole KV heads."
-        )
-    groups = tuple(tuple(range(a * size, (a + 1) * size)) for a in range(kv_heads))
-    return _select(weights, sources, groups)
-
-
-def collapse(weights: AttentionWeights, groups: tuple[tuple[int, ...], ...]) -> AttentionWeights:
-    """Undo `expand`: keep one copy of each KV head."""
-    kv_of = weights.kv_of()
-    return _select(weights, [kv_of[group[0]] for group in groups], groups)
-
-
-def _select(weights: AttentionWeights, sources: list[int], groups: tuple[tuple[int, ...], ...]) -> AttentionWeights:
-    """KV heads `sources`, in that order, read by `groups`."""
-
-    def take(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[sources]
-
-    return replace(
-        weights,
-        k_KHD=weights.k_KHD[sources],
-        v_KVD=weights.v_KVD[sources],
-        k_bias_KH=take(weights.k_bias_KH),
-        v_bias_KV=take(weights.v_bias_KV),
-        k_norm_KH=take(weights.k_norm_KH),
-        k_norm_bias_KH=take(weights.k_norm_bias_KH),
-        groups=groups,
-    )

@@ -206,7 +206,7 @@ def check_fits(checkpoint: Checkpoint, architecture: type[PreTrainedModel], conf
     trace = Trace({name: checkpoint.shape(name) for name in sorted(floating)})
     report: list[str] = []
     try:
-        with _kept_back(report):
+        with kept_back(report):
             loader: Any = architecture
             model, info = loader.from_pretrained(
                 None, config=copy.deepcopy(config), state_dict=trace.tensors, device_map="meta",
@@ -312,7 +312,7 @@ def quantised_by(section: Any) -> str | None:
 
 
 @contextmanager
-def _kept_back(report: list[str]) -> Iterator[None]:
+def kept_back(report: list[str]) -> Iterator[None]:
     """Put transformers' report of missing tensors into `report`, not on the screen, and show no progress bar."""
     log, bar = logging.getLogger("transformers"), hf_logging.is_progress_bar_enabled()
     before = log.handlers, log.level, log.propagate

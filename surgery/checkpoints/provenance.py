@@ -30,12 +30,14 @@ def provenance(
     seed: int,
     left_out: Sequence[str] = (),
     told: dict[str, Any] | None = None,
+    held_out: float | None = None,
 ) -> dict[str, Any]:
     """Parent and revision, recipe, seed, calibration digest, versions, plan with predicted bytes.
 
     Args:
         left_out: tensors of the parent's files that its class does not load; the result has none of them.
         told: facts about the parent beside its name: the adapter that was merged, the GGUF it came from.
+        held_out: KL of the result to its parent in nats per token, on calibration windows that nothing was fitted on.
     """
     return {
         # Read from a file, a config names that file.
@@ -51,6 +53,7 @@ def provenance(
             "tokens": windows.tokens,
             "digest": windows.digest,
             "start": None if windows.start is None else list(windows.start),
+            "held_out_kl": held_out,
         },
         "versions": versions(),
         "plan": plan.to_dict(),

@@ -125,7 +125,7 @@ def save_like(
         model.save_pretrained(target, state_dict=tensors)
         # A class computes in the dtype that its config names, whatever its files hold: that stays as it was, too.
         config = read_json(target / "config.json")
-        _copy_dtypes(read_json(checkpoint.folder / "config.json"), config)
+        copy_dtypes(read_json(checkpoint.folder / "config.json"), config)
         (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     _write(model, folder, tokenizer, overwrite, write)
@@ -182,7 +182,7 @@ def _plain(model: PreTrainedModel, names: Collection[str] = ()) -> dict[str, Ten
     return tensors
 
 
-def _copy_dtypes(source: dict[str, Any], target: dict[str, Any]) -> None:
+def copy_dtypes(source: dict[str, Any], target: dict[str, Any]) -> None:
     """The dtypes that a config, and those inside it, name."""
     target.pop("dtype", None)
     found = source.get("dtype", source.get("torch_dtype"))
@@ -190,4 +190,4 @@ def _copy_dtypes(source: dict[str, Any], target: dict[str, Any]) -> None:
         target["dtype"] = found
     for name, part in source.items():
         if isinstance(part, dict) and isinstance(target.get(name), dict):
-            _copy_dtypes(part, target[name])
+            copy_dtypes(part, target[name])

@@ -23,6 +23,7 @@ from .common import (
     Model,
     RecipeOption,
     SetOption,
+    logged_progress,
     open_libraries,
     show,
     write_json,
@@ -191,21 +192,33 @@ def convert(
     merge_adapter: MergeAdapter = False,
 ) -> None:
     """Convert a checkpoint: a new folder that loads like its parent and caches less."""
+    from ..calibration import processes
     from ..convert import convert_checkpoint
     from ..recipe import Recipe
 
-    made = convert_checkpoint(
-        model,
-        Recipe.load(recipe, set_ or ()),
-        out,
-        calibration=calibration,
-        samples=samples,
-        length=length,
-        seed=seed,
-        overwrite=overwrite,
-        merge_adapter=merge_adapter,
-    )
-    show(*made.tables(), f"[bold]written to {out}[/bold]")
+    with processes.joined(), logged_progress():
+        made = convert_checkpoint(
+            model,
+            Recipe.load(recipe, set_ or ()),
+            out,
+            calibration=calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            overwrite=overwrite,
+            merge_adapter=merge_adapter,
+        )
+        if processes.rank() == 0:
+            show(*made.tables(), *_measured(out), f"[bold]written to {out}[/bold]")
+
+
+def _measured(out: Path) -> list[str]:
+    """What the provenance of a result tells of its quality."""
+    from ..checkpoints.files import read_json
+    from ..checkpoints.provenance import FILE
+
+    kl = (read_json(out / FILE)["calibration"] or {}).get("held_out_kl")
+    return [] if kl is None else [f"KL to the parent on held-out calibration text: {kl:.3g} nats/token"]
 
 
 app.add_typer(bench_app, name="bench")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +52,24 @@ def open_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     hf_logging.disable_progress_bar()
     enable_progress_bars()  # downloads keep theirs
+
+
+@contextmanager
+def logged_progress() -> Iterator[None]:
+    """Inside, lines about progress go to stderr where that is no terminal, which shows a bar."""
+    logger, handler = logging.getLogger("surgery.calibration"), logging.StreamHandler()
+    if sys.stderr.isatty():
+        yield
+        return
+    before, logger.propagate = (logger.level, logger.propagate), False
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def show(*parts: object) -> None:

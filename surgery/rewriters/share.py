@@ -210,7 +210,7 @@ class Share(Method):
         else:
             lenders = {*owners.values(), *values.values()}
             means = lenders if self.step.init == "mean" else set()
-            for visit in copy.visits(windows, {*owners, *values, *means}, lenders):
+            for visit in copy.visits(windows, {*owners, *values, *means}, lenders, kept=self.orders):
                 layer = visit.layer
                 if layer in means:
                     self._take_mean(copy, layer, owners)

@@ -117,7 +117,7 @@ def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[Calli
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("cannot record how attention is called on the meta device: load the parent's weights first")
     modules = dict(model.named_modules())
-    kinds = {_kind(modules[site.module], site): site for site in reversed(sites)}
+    kinds = called_kinds(model, sites)
     projections = {id(modules[site.o.weight.rpartition(".")[0]]): site.module for site in kinds.values()}
     attentions = {id(modules[site.module]): (kind, site) for kind, site in kinds.items()}
     outputs: dict[str, Any] = {}
@@ -154,6 +154,11 @@ def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[Calli
     if missing:
         raise ValueError(f"{', '.join(missing)}: not called in a forward pass of {type(model).__name__}")
     return [found[_kind(modules[site.module], site)] for site in sites]
+
+
+def called_kinds(model: nn.Module, sites: Sequence[AttentionSite]) -> dict[tuple[type, bool], AttentionSite]:
+    """The kinds of attention modules that a model may call differently, each with its first site."""
+    return {_kind(model.get_submodule(site.module), site): site for site in reversed(sites)}
 
 
 class _Seen(Exception):

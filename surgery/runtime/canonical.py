@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .layout import AttentionSite, Projection
+from .layout import AttentionSite, LayerPlan, Projection
 
 
 def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -44,6 +44,12 @@ def canonical_weights(site: AttentionSite, get_tensor: Callable[[str], Tensor]) 
     if site.sinks is not None:
         weights["sinks"] = get_tensor(site.sinks).clone()
     return {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+
+
+def kept_weights(site: AttentionSite, plan: LayerPlan, get_tensor: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The canonical weights of an attention whose numbers stay: the parent's, but for what a reader has no use for."""
+    canonical = canonical_weights(site, get_tensor)
+    return {name: tensor for name, tensor in canonical.items() if name.split(".")[0] not in plan.absent}
 
 
 def origin_of(site: AttentionSite, name: str) -> str | None:

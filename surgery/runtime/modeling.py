@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm
 from .calling import CallingConvention, cache_of, record_calls
-from .canonical import canonical_weights, origin_of
+from .canonical import kept_weights, origin_of
 from .configuration import config_class, converted_config
 from .gated import SurgeryGatedHeadsAttention
 from .gated_latent import SurgeryGatedLatentAttention
@@ -264,6 +264,24 @@ def from_parent(
         ValueError: the model is a converted one, a plan and its weights do not fit, or the model does not call its
             attention as the sites say.
     """
+    config, replacing, origins = child_parts(model, sites, plans, provenance, weights)
+    swapped = tuple(site.module + "." for site in sites)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(swapped)}
+    return rebuild(model, surgery_class(type(model)), config, kept | replacing, origins)
+
+
+def child_parts(
+    model: PreTrainedModel,
+    sites: Sequence[AttentionSite],
+    plans: Sequence[LayerPlan],
+    provenance: dict[str, Any] | None = None,
+    weights: dict[int, dict[str, Tensor]] | None = None,
+) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str | None]]:
+    """Of the converted model that `from_parent` builds: its config, the tensors of its attentions, and their origins.
+
+    Args:
+        weights: as for `from_parent`; of those on the meta device, shapes are all that is asked for.
+    """
     if isinstance(model, SurgeryMixin):
         raise ValueError(f"{type(model).__name__} is converted already; convert its parent with all steps at once")
     tensors = dict(model.state_dict())
@@ -278,8 +296,7 @@ def from_parent(
                 raise ValueError(
                     f"layer {site.layer}: its plan is {plan.project.label()}, and no weights are given for it"
                 )
-            canonical = canonical_weights(site, tensors.__getitem__)
-            canonical = {name: t for name, t in canonical.items() if name.split(".")[0] not in plan.absent}
+            canonical = kept_weights(site, plan, tensors.__getitem__)
         _check_shapes(site, plan, canonical)
         shapes = {name: list(tensor.shape) for name, tensor in canonical.items()}
         layers.append({"site": site.to_dict(), "plan": plan.to_dict(), "call": call.to_dict(), "shapes": shapes})
@@ -290,10 +307,7 @@ def from_parent(
         "layers": layers,
         "provenance": provenance or {},
     }
-    config = converted_config(model.config, _as_json(surgery))
-    swapped = tuple(site.module + "." for site in sites)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(swapped)}
-    return rebuild(model, surgery_class(type(model)), config, kept | replacing, origins)
+    return converted_config(model.config, _as_json(surgery)), replacing, origins
 
 
 def rebuild(

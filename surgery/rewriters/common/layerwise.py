@@ -24,7 +24,7 @@ class Layerwise:
                 self.without_text(copy, plan)
             return
         plan_of = {plan.layer: plan for plan in plans}
-        for visit in copy.visits(windows, plan_of):
+        for visit in copy.visits(windows, plan_of, kept={}):
             self.convert_layer(visit, plan_of[visit.layer])
         self.finish(copy, windows)
 

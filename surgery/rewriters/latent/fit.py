@@ -124,7 +124,9 @@ def cost_alone(
     The function that is returned leaves `copy` as it was.
     """
     check = windows.split()[1]
-    moments = {visit.layer: visit_moments(visit, _parent(copy, visit.layer)) for visit in copy.visits(windows, layers)}
+    moments: dict[int, LatentMoments] = {}
+    for visit in copy.visits(windows, layers, kept=moments):
+        moments[visit.layer] = visit_moments(visit, _parent(copy, visit.layer))
 
     def cost(layer: int, numbers: int) -> float:
         parent, before = _parent(copy, layer), copy.form(layer)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,9 @@ def share_latents(copy: WorkingCopy, owners: Mapping[int, int], rank: int, windo
     """
     readers = {owner: [reader for reader, o in owners.items() if o == owner] for owner in set(owners.values())}
     before = {layer: copy.read(layer) for layer in {*owners, *readers}}
-    moments: dict[int, ReaderMoments] = {}
-    downs: dict[int, Tensor] = {}
-    for visit in copy.visits(windows, before, lenders=readers):
-        layer = visit.layer
+    kept: dict[str, dict[int, Any]] = {"moments": {}, "downs": {}}
+    for visit in copy.visits(windows, before, lenders=readers, kept=kept):
+        moments, downs, layer = kept["moments"], kept["downs"], visit.layer
         owner = owners.get(layer, layer)
         if owner == layer:
             own = ((a.x_parent_BTD, a.x_student_BTD, a.mask_BT) for a in visit.activations())

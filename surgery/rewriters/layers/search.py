@@ -78,7 +78,7 @@ def _nearest_forms(
     near = {reader: owners for reader, owners in near.items() if owners}
     lenders = {owner for owners in near.values() for owner in owners}
     chosen: dict[tuple[int, int], Form] = {}
-    for visit in copy.visits(windows, near, lenders):
+    for visit in copy.visits(windows, near, lenders, kept=chosen):
         reader = visit.layer
         before, own = copy.form(reader), copy.read(reader)
         tried: list[tuple[float, int, Form]] = []
@@ -168,8 +168,8 @@ def _with(pair: tuple[int, int], taken: Sequence[tuple[int, int]]) -> list[tuple
 
 def _mean_caches(copy: WorkingCopy, layers: Iterable[int], windows: Windows) -> dict[int, list[Tensor]]:
     """K and V of each layer, averaged over texts, [K, T, H]."""
-    means = {}
-    for visit in copy.visits(windows, layers):
+    means: dict[int, list[Tensor]] = {}
+    for visit in copy.visits(windows, layers, kept=means):
         summed: list[Tensor] = []
         for a in visit.activations():
             k, v = (F.pad(t.sum(0), (0, 0, 0, windows.ids_BT.shape[1] - t.shape[2]))

@@ -67,7 +67,7 @@ class GatedMethod(Method):
             copy.gates[plan.layer] = made
         if scored:
             assert windows is not None
-            for visit in copy.visits(windows, scored):
+            for visit in copy.visits(windows, scored, kept={}):
                 copy.gates[visit.layer]["threshold"] = score_threshold(visit, scored[visit.layer])
 
 
