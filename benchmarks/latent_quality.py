@@ -16,7 +16,8 @@ Contenders at the same numbers per token: `default` searches each layer's split 
 form` and the published forms take one split for all layers and fit nothing. The attentions run as the float64-checked
 forward of `surgery.attention.latent`, over whole sequences. No language-model loss is used. `fits` of each row
 says what was fitted around the latent: `prefix` moments and refits on the converted prefix, `queries` rows of W_q
-to the parent's scores, `output` W_o to the parent's output; `searched` what was chosen by KL on calibration text.
+to the parent's scores, `output` W_o to the parent's output; `searched` what was chosen by how far hidden states after
+the layer are from the parent's on calibration text that nothing was fitted on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import json
 import lzma
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +39,6 @@ from rich.table import Table
 import surgery
 from surgery.anatomy import examine
 from surgery.bundled import SMALL
-from surgery.calibration.statistics import layer_activations
 from surgery.calibration.text import Windows, load_tokenizer, load_windows
 from surgery.calibration.working_copy import WorkingCopy
 from surgery.measure.scoring import score_windows
@@ -51,13 +51,14 @@ from surgery.rewriters.latent.fit import (
     freq_candidates,
     lowrank_candidates,
     mla_candidates,
+    visit_moments,
 )
-from surgery.rewriters.latent.moments import LatentMoments, MomentSums
+from surgery.rewriters.latent.moments import LatentMoments
 from surgery.rewriters.lowrank import SHARES
 from surgery.runtime.layout import Latent
 
 SEED = 0
-PLAIN = FitOptions(compensate=False, queries=False, output=False)
+PLAIN = FitOptions(queries=False, output=False)
 STORIES, BUNDLED = "stories940K-tok105-hf", "surgery.bundled.SMALL"
 KEPT = {0.5: 1 / 4, 0.375: 1 / 3, 0.25: 1 / 2, 0.125: 1 / 2}
 """Part of the parent's bytes, and the part of it that the published forms rotate."""
@@ -74,6 +75,11 @@ class Row:
     searched: str = "none"
     step: dict[str, Any] | None = None
     """Instead of candidates: a step of a recipe, as users run it."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is fitted or chosen, and moments come from the parent alone."""
+        return self.fit == PLAIN and len(self.candidates) == 1
 
 
 def rows_of(site: Any) -> list[Row]:
@@ -151,13 +157,18 @@ class Bench:
             recipe = surgery.Recipe.load({"steps": [row.step]})
             plan = surgery.plan(self.anatomy, recipe)
             rewriter_for(recipe.steps[0]).convert(copy, [layer for _, layer in plan.changed()], self.calibration)
-        for layer in copy.sites if row.step is None else ():
-            if row.fit == PLAIN and len(row.candidates) == 1:
-                copy.write_latent(layer, row.candidates[0](copy.parent(layer), self.of_parent(copy, layer)))
-            else:
-                found = fit_layer(copy, layer, row.candidates, self.calibration, row.fit)
-                layers.append({"layer": layer, **asdict(found)})
-                print(f"  layer {layer}: {found}", flush=True)  # noqa: T201
+        elif row.is_closed:
+            for layer in copy.sites:
+                copy.write_latent(layer, row.candidates[0](copy.parent(layer), self.of_parent(layer)))
+        else:
+            for visit in copy.visits(self.calibration, copy.sites):
+                found = {
+                    "layer": visit.layer,
+                    "choice": fit_layer(visit, row.candidates, row.fit),
+                    "error": visit.error(),
+                }
+                layers.append(found)
+                print(f"  {found}", flush=True)  # noqa: T201
         kl, seconds = copy.divergence(self.calibration.split()[1]), time.process_time() - begun
         latents = [latent for layer in copy.sites if isinstance(latent := copy.project(layer), Latent)]
         numbers = sum(latent.dims for latent in latents)
@@ -173,20 +184,18 @@ class Bench:
             ],
             "fits": [
                 name for name, on in (
-                    ("prefix", row.fit.compensate), ("queries", row.fit.queries), ("output", row.fit.output),
+                    ("prefix", not row.is_closed), ("queries", row.fit.queries), ("output", row.fit.output),
                 ) if on
             ],
             "searched": row.searched, "layers": layers, "processor_seconds": seconds,
         }  # fmt: skip
 
-    def of_parent(self, copy: WorkingCopy, layer: int) -> LatentMoments:
+    def of_parent(self, layer: int) -> LatentMoments:
         """Moments from the parent's own stream, for the rows that fit nothing."""
-        if layer not in self.moments:
-            sums = MomentSums(copy.parent(layer))
-            fit: Windows = self.calibration.split()[0]
-            for a in layer_activations(copy, copy.sites[layer], fit):
-                sums.add(a.x_parent_BTD, a.x_parent_BTD, a.mask_BT)
-            self.moments[layer] = sums.finish()
+        if not self.moments:
+            copy = WorkingCopy(self.parent, self.anatomy)
+            for visit in copy.visits(self.calibration, copy.sites):
+                self.moments[visit.layer] = visit_moments(visit, copy.parent(visit.layer))
         return self.moments[layer]
 
 

@@ -229,17 +229,29 @@ def test_checkpoints_with_parts_that_nobody_registered_say_so(registered, monkey
         surgery.load(tmp_path / "child")
 
 
-def test_the_example_of_the_documentation_runs(monkeypatch):
+def test_the_examples_of_the_documentation_run(monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
-    code = text.partition("```python\n")[2].partition("```")[0]
+    examples = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(examples) == 2
     monkeypatch.setattr("surgery.rewriters.REWRITERS", dict(REWRITERS))
     registry = sys.modules["surgery.rewriters"].REWRITERS
     monkeypatch.setattr("surgery.recipe.REWRITERS", registry)
     module = types.ModuleType("example")
     monkeypatch.setitem(sys.modules, "example", module)  # hints of its dataclass are looked up there
-    exec(compile(code, "extending.md", "exec"), vars(module))
-    child = surgery.convert(tiny_model("llama"), {"steps": [{"rewriter": "first_head", "head": 1}]})
-    assert child.config.num_key_value_heads == 1
+    for code in examples:
+        exec(compile(code, "extending.md", "exec"), vars(module))
+    parent = tiny_model("llama")
+    ids = torch.randint(3, 128, (32, 32), generator=torch.Generator().manual_seed(1))
+    plain = surgery.convert(parent, {"steps": [{"rewriter": "first_head", "head": 1}]})
+    fitted = surgery.convert(parent, {"steps": [{"rewriter": "fitted_head", "head": 1}]}, calibration=ids)
+    untold = surgery.convert(parent, {"steps": [{"rewriter": "fitted_head", "head": 1}]})
+    for child, is_plain in ((plain, True), (untold, True), (fitted, False)):
+        assert child.config.num_key_value_heads == 1
+        q, o = (
+            torch.equal(*(m.model.layers[0].self_attn.get_parameter(f"{name}.weight") for m in (plain, child)))
+            for name in ("q_proj", "o_proj")
+        )
+        assert (q, o) == (True, is_plain)
 
 
 def test_each_toy_is_one_class_and_one_line():

@@ -13,6 +13,7 @@ import families
 import pytest
 import torch
 from closeness import assert_close
+from layerwise import LoneVisit
 
 import surgery
 from surgery.anatomy import examine
@@ -31,17 +32,17 @@ from surgery.attention.latent import (
 from surgery.attention.linalg import damp
 from surgery.attention.maths import rotate_pairs
 from surgery.attention.weights import AttentionWeights, read_attention
-from surgery.calibration.statistics import Activations, layer_activations
 from surgery.calibration.text import Windows, load_tokenizer, load_windows
 from surgery.calibration.working_copy import WorkingCopy
 from surgery.errors import PlanError, UnsupportedModel
 from surgery.planning.latent_size import aligned_rank, kept_numbers, latent_budget, rope_splits
 from surgery.rewriters.common.gains import tune_gains
+from surgery.rewriters.common.refit import fit_output
 from surgery.rewriters.latent.factors import alternate, joint_latent
-from surgery.rewriters.latent.fit import FitOptions, fit_layer, lowrank_candidates, mla_candidates
+from surgery.rewriters.latent.fit import FitOptions, fit_layer, lowrank_candidates, mla_candidates, visit_moments
 from surgery.rewriters.latent.low_rank import LOWRANK_INITS, lowrank
 from surgery.rewriters.latent.moments import LatentMoments, MomentSums
-from surgery.rewriters.latent.refit import refit_output, refit_queries
+from surgery.rewriters.latent.refit import fit_queries
 from surgery.rewriters.latent.rotary_mixing import mean_phase, mix_components, rotated_part, select_components
 from surgery.rewriters.latent.rotary_split import MLA_INITS, mla, mla_freq
 from surgery.runtime.layout import HeadNorm, Rotary
@@ -375,14 +376,15 @@ def test_refits_bring_a_cut_latent_nearer_to_its_parent():
     w, x = make(), inputs(8, 24)
     m, mask = moments_of(w, x), torch.ones(8, 24, dtype=torch.bool)
     for latent in (mla(w, m, 8, 4), lowrank(w, m, 5, 7)):
-        batch = [Activations(x, x, torch.zeros_like(x), mask)]
+        visit = LoneVisit(w, [(x, mask)], latent)
         want = torch.einsum("btnv,dnv->btd", attend(w, x).out_BTNV, w.o_DNV)
 
         def loss(s, latent=latent, want=want):
             return float((torch.einsum("btnv,dnv->btd", attend_latent(s, latent, x).out_BTNV, s.o_DNV) - want).norm())
 
-        queries = refit_queries(w, w, latent, batch)
-        both = refit_output(w, queries, latent, batch)
+        queries = fit_queries(w, latent)(visit, w)
+        visit.write(0, queries)
+        both = fit_output(visit, queries)
         parent, before, after = (attend(w, x), attend_latent(w, latent, x), attend_latent(queries, latent, x))
 
         def spread(s, parent=parent):
@@ -485,12 +487,7 @@ def stories() -> Iterator[tuple[WorkingCopy, Windows, Windows, dict[int, LatentM
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many small matrices: more threads only wait for each other
     copy = WorkingCopy(parent, examine(parent))
-    moments = {}
-    for layer, site in copy.sites.items():
-        sums = MomentSums(copy.parent(layer))
-        for a in layer_activations(copy, site, fit):
-            sums.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT)
-        moments[layer] = sums.finish()
+    moments = {visit.layer: visit_moments(visit, copy.parent(visit.layer)) for visit in copy.visits(fit, copy.sites)}
     yield copy, fit, held, moments
     torch.set_num_threads(threads)
 
@@ -520,34 +517,6 @@ def _lowrank(w, m, ranks, init):
     return lowrank(w, m, *ranks, options=init)
 
 
-def test_layers_that_return_more_than_their_stream_are_run_with_the_whole_model():
-    model = families.tiny_model("mpt")
-    copy = WorkingCopy(model, examine(model))
-    ids = torch.randint(3, 120, (4, 12), generator=torch.Generator().manual_seed(0))
-    windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), "random")
-    assert copy.streams(windows, 0) is None
-    assert copy.divergence(windows, 0) == 0.0
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_streams_that_move_on_are_those_of_the_whole_model(family):
-    model = families.tiny_model(family)
-    copy = WorkingCopy(model, examine(model))
-    ids = torch.randint(3, 120, (10, 24), generator=torch.Generator().manual_seed(0))
-    windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), "random")
-    for layer, site in copy.sites.items():
-        streams = copy.streams(windows, layer)
-        assert streams is not None
-        for a, b in zip(streams.activations(site), layer_activations(copy, site, windows), strict=True):
-            for got, want in zip(a[:4], b[:4], strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-        w = copy.parent(layer)
-        for rank in (9, 12):
-            copy.write_latent(layer, mla(w, LatentMoments.of_weights(w), rank, 2 if w.frequencies else 0))
-            assert copy.divergence(windows, layer) == pytest.approx(copy.divergence(windows), rel=1e-3)
-    assert copy.streams(windows, 0) is not streams  # the way back is a new start
-
-
 @pytest.mark.parametrize("kind", ["mla", "lowrank"])
 def test_fit_chooses_refits_and_keeps_only_what_helps(kind):
     model = families.tiny_model("llama")
@@ -555,9 +524,16 @@ def test_fit_chooses_refits_and_keeps_only_what_helps(kind):
     ids = torch.randint(3, 120, (16, 24), generator=torch.Generator().manual_seed(0))
     windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), "random")
     candidates = mla_candidates([(20, 4), (16, 8)], (1.0, 2.0)) if kind == "mla" else lowrank_candidates(24)
-    for layer in copy.sites:
-        found = fit_layer(copy, layer, candidates, windows, FitOptions())
-        assert set(found.kl) == {"latent", "queries", "output"}
-        assert copy.project(layer).dims == 24
+    for visit in copy.visits(windows, copy.sites):
+        parent = copy.parent(visit.layer)
+        place = fit_layer(visit, candidates, FitOptions(queries=False, output=False))
+        assert copy.choice == place < len(candidates)
+        assert copy.project(visit.layer).dims == 24
+        assert torch.equal(copy.read(visit.layer).q_NHD, parent.q_NHD)
+        chosen, choice = visit.error(), copy.choice
+        fit_layer(visit, candidates, FitOptions(gains=True))
+        assert copy.choice == choice
+        assert visit.error() <= chosen
     before = copy.divergence(windows.split()[1])
+    assert before == pytest.approx(copy.held_out, rel=1e-3)
     assert tune_gains(copy, copy.computed, windows, steps=4) <= before

@@ -68,7 +68,7 @@ def gqa(**options):
         (gqa(kv_heads=2.5), [], ["kv_heads", "float"]),
         (gqa(kv_heads=0), [], ["kv_heads", ">= 1"]),
         (gqa(kv_heads="3/2"), [], ["kv_heads", "between 0 and 1"]),
-        (gqa(gain_fit="perhaps"), [], ["gain_fit", "needs bool"]),
+        (gqa(gain_fit="perhaps"), [], ["gain_fit", "needs bool | 'global'."]),
         (gqa(layers="3-1"), [], ["layers", "0-3,8"]),
         (gqa(layers="all"), [], ["layers", "'all'"]),
         ({"steps": [{"rewriter": "gqa"}]}, [], ["needs `kv_heads`"]),

@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import surgery
 from surgery.anatomy import examine
 from surgery.assembly import in_own_class
-from surgery.calibration.statistics import layer_activations
 from surgery.calibration.text import Windows
 from surgery.calibration.working_copy import WorkingCopy
 from surgery.plan import Plan, plan
@@ -146,14 +145,17 @@ def test_activations_bring_the_inputs_that_they_were_computed_with() -> None:
     model = tiny()
     work = WorkingCopy(model, examine(model))
     work.read_from(3, 1)
-    batches = work.activations(3, text())
-    first = [a.inputs[1].clone() for a in batches]
-    # Neither another pass over the model nor a second iterator changes what a batch holds.
-    pair = zip(batches, layer_activations(work, work.sites[2], text(8), (1,)), strict=False)
-    for (a, _), want in zip(pair, first, strict=False):
+    visits = work.visits(text(), [3])
+    visit = next(visits)
+    first = [a.inputs[1].clone() for a in visit.activations()]
+    assert len(first) == 2
+    # Neither a pass over the model, nor a second iterator, nor a comparison changes what a batch holds.
+    for a, b, want in zip(visit.activations(), visit.activations(sources=[3]), first, strict=True):
         work.model(ids(3))
-        assert torch.equal(a.inputs[1], want)
-        assert torch.equal(a.inputs[3], a.x_student_BTD)
+        visit.error()
+        for found in (a, b):
+            assert torch.equal(found.inputs[1], want)
+            assert torch.equal(found.inputs[3], found.x_student_BTD)
 
 
 def test_measuring_windows_leaves_gates_as_they_were_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,9 +204,27 @@ class TwoDevices(TorchFunctionMode):
             for tensor in (*model.parameters(), *model.buffers()):
                 self.there[tensor] = True
 
+    def __enter__(self) -> TwoDevices:
+        """Inside, a parameter is where its tensor is, too: no mode sees how one is made."""
+        make = Tensor._make_subclass
+
+        def made(kind: type, data: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            found = make(kind, data, *args, **kwargs)
+            if data in self.there:
+                self.there[found] = True
+            return found
+
+        Tensor._make_subclass = staticmethod(made)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        del Tensor._make_subclass  # what it inherits is there again
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
+        # What deepcopy has copied before goes along with it.
+        tensors = [t for t in _leaves(args[:1] if name == "__deepcopy__" else (args, kwargs)) if isinstance(t, Tensor)]
         there = [t for t in tensors if t in self.there]
         if func == Tensor.device.__get__:
             return ELSEWHERE if there else torch.device("cpu")
@@ -258,8 +278,10 @@ def _leaves(value: Any) -> list[Any]:
     "step",
     [
         GQA | {"gain_fit": True},
-        MLA | {"gain_fit": True},
-        LOWRANK,
+        GQA | {"gain_fit": "global"},
+        MLA | {"gain_fit": "global"},
+        LOWRANK | {"gain_fit": True},
+        LOWRANK | {"ranks": "sensitivity"},
         SHARE,
         SHARE | {"layout": "kvsharer", "kv_layers": 3, "init": "replace"},
         SHARE | {"init": "latent", "keep": 0.5},

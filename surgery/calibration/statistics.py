@@ -62,15 +62,20 @@ def residual_factor(layer: nn.Module, o: nn.Module, run: Callable[[], Tensor], h
     outputs: list[Tensor] = []
     given: list[Tensor] = []
 
+    def stream(t: Any) -> Tensor | None:
+        """A copy, as layers add in place (Falcon), in the shape of `h`: some work on all tokens in one row (OPT)."""
+        fits = isinstance(t, Tensor) and t.is_floating_point() and t.numel() == h.numel() and t.shape[-1] == h.shape[-1]
+        return t.detach().reshape(h.shape).clone() if fits else None
+
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.extend(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        output = output[0] if isinstance(output, tuple) else output
-        if isinstance(output, Tensor):
-            outputs.append(output)
+        seen.extend(t for t in map(stream, (*args, *kwargs.values())) if t is not None)
+        found = stream(output[0] if isinstance(output, tuple) else output)
+        if found is not None:
+            outputs.append(found)
             if module is o:
-                given.append(output)
+                given.append(found)
             if module is layer:
-                seen.extend([output, *(output - other for other in outputs if other.shape == output.shape)])
+                seen.extend([found, *(found - other for other in outputs)])
 
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in layer.modules()]
     try:
@@ -78,15 +83,14 @@ def residual_factor(layer: nn.Module, o: nn.Module, run: Callable[[], Tensor], h
     finally:
         for handle in handles:
             handle.remove()
-    if not given or given[0].numel() != h.numel():
+    if not given:
         return None
-    y = given[0].reshape(h.shape)
+    y = given[0]
     for t in seen:
-        if t.shape == h.shape and t.is_floating_point():
-            difference = t - h
-            c = float((difference * y).sum() / y.square().sum().clamp_min(1e-30))
-            if c > 1e-3 and float((difference - c * y).norm()) < 1e-3 * float((c * y).norm()):
-                return c
+        difference = t - h
+        c = float((difference * y).sum() / y.square().sum().clamp_min(1e-30))
+        if c > 1e-3 and float((difference - c * y).norm()) < 1e-3 * float((c * y).norm()):
+            return c
     return None
 
 

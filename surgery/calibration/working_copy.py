@@ -406,7 +406,8 @@ class WorkingCopy:
             if self._is_parents:
                 return None
             weights_of = partial(self._weights, get_tensor=tensor)
-            inputs = {**self._inputs, **self.reading} if prefix else self._inputs
+            # Of a layer alone, nothing that a whole model has left there: a lender that is missing must be missed.
+            inputs = {site.layer: self._inputs[site.layer], **self.reading} if prefix else self._inputs
             found = self.form(site.layer).head_outputs(site.layer, weights_of, inputs)
             if found is None:
                 return None

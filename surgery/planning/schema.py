@@ -72,12 +72,17 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return str(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    name = getattr(hint, "__name__", None) if origin is None else None
-    raise RecipeError(f"{where}: {value!r} is of type {type(value).__name__}, needs {name or _spell(hint)}.")
+    raise RecipeError(f"{where}: {value!r} is of type {type(value).__name__}, needs {_spell(hint)}.")
 
 
 def _spell(hint: Any) -> str:
-    return str(hint).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+    """A type as users write it: `bool | 'global'`."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union, Literal):
+        return " | ".join(repr(a) if origin is Literal else _spell(a) for a in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and origin is None else str(hint).replace("typing.", "")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

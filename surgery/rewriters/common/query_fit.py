@@ -114,7 +114,7 @@ class ScoreFit:
             mean = weighed.sum(2)
             metric = weighed.mT @ k_BNSH - mean[..., :, None] * mean[..., None, :]
             self.metric_NHH = self.metric_NHH + to_double(metric.sum(0))
-            self.probed += len(p)
+            self.probed += int(p[:, 0, i].sum().round())  # padding looks at nothing
             norms = k_BNSH.square().sum(-1)
         assert norms is not None
         # Var of the keys under each query's attention; which place the keys are seen from hardly changes their norms.

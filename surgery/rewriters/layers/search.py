@@ -23,7 +23,7 @@ from .maps import least_squares, pair_moments
 NEAR = 4
 """Owners tried for a reader: those at most so many layers before it."""
 MEASURED = 2
-"""Owners of each reader, the best by what the reader's own layer loses, that the whole model is measured with."""
+"""Owners of each reader, the best by what the reader's own layer loses, that the whole model is measured with first."""
 AGAIN = 5
 """Cheapest pairs that are measured again on top of those already taken: errors do not add up."""
 PAIR_TOKENS = 2_048
@@ -52,14 +52,18 @@ def search_pairs(
     check = sample.split()[1]
     check = check.take(max(1, PAIR_TOKENS // check.ids_BT.shape[1]))
     forms = _nearest_forms(copy, possible, sample, latent)
+    promising = [pair for i, pair in enumerate(forms) if sum(r == pair[0] for r, _ in list(forms)[:i]) < MEASURED]
     cost = {}
-    with progress("measuring pairs of layers", len(forms)) as advance:
-        for pair in forms:
+    with progress("measuring pairs of layers", len(promising)) as advance:
+        for pair in promising:
             cost[pair] = _measure(copy, [pair], forms, check)
             advance(1)
     taken: list[tuple[int, int]] = []
     while len(taken) < readers:
-        legal = [pair for pair in forms if _legal(pair, taken, forms)]
+        legal = [pair for pair in cost if _legal(pair, taken, forms)]
+        if not legal:  # the budget before the price: the owners that promised less
+            legal = [pair for pair in forms if _legal(pair, taken, forms)]
+            cost |= {pair: _measure(copy, [pair], forms, check) for pair in legal}
         if not legal:
             break
         best = sorted(legal, key=cost.__getitem__)[:AGAIN]
@@ -73,7 +77,7 @@ def search_pairs(
 def _nearest_forms(
     copy: WorkingCopy, possible: Mapping[int, Sequence[int]], windows: Windows, latent: bool
 ) -> dict[tuple[int, int], Form]:
-    """By pair of reader and owner: the better way to read, for the owners with which the reader's layer loses least."""
+    """By pair of reader and near owner: the better way to read. Owners with which the reader loses least come first."""
     near = {reader: [o for o in owners if reader - o <= NEAR] for reader, owners in possible.items()}
     near = {reader: owners for reader, owners in near.items() if owners}
     lenders = {owner for owners in near.values() for owner in owners}
@@ -90,8 +94,7 @@ def _nearest_forms(
                 copy.take_form(reader, before)
                 copy.write(reader, own)
         for _, owner, form in sorted(tried, key=lambda found: found[0]):
-            if sum(r == reader for r, _ in chosen) < MEASURED:
-                chosen.setdefault((reader, owner), form)
+            chosen.setdefault((reader, owner), form)
     return chosen
 
 
