@@ -15,8 +15,8 @@ from surgery.anatomy import examine
 from surgery.attention.forward import attend
 from surgery.attention.latent import LatentWeights, latent_outputs
 from surgery.attention.weights import AttentionWeights
-from surgery.calibration.pipeline import Activations
 from surgery.calibration.text import Windows
+from surgery.calibration.visit import Activations
 from surgery.calibration.working_copy import WorkingCopy
 
 

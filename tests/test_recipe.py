@@ -23,6 +23,13 @@ def test_yaml_file_and_dict_give_the_same_recipe(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("global", "global"), ("false", False)])
+def test_gains_are_fitted_by_layers_or_globally_or_not_at_all(word, value):
+    for name in ("gqa-2x", "cla2", "mla-2x"):
+        found = Recipe.load(name, [f"gain_fit={word}"]).steps[0].gain_fit
+        assert (type(found), found) == (type(value), value)
+
+
 def test_overrides_reach_steps_and_uptrain():
     recipe = Recipe.load("gqa-2x", ["kv_heads=2", "steps.0.init=aligned", "uptrain.tokens=1e6"])
     step = recipe.steps[0]

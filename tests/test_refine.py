@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 import surgery
 from surgery.anatomy import examine
-from surgery.calibration.pipeline import Visit
 from surgery.calibration.text import Windows
+from surgery.calibration.visit import Visit
 from surgery.calibration.working_copy import WorkingCopy
 from surgery.errors import RecipeError
 from surgery.rewriters import gqa, share

@@ -21,6 +21,7 @@ from surgery.calibration.working_copy import WorkingCopy
 
 RECIPES = {
     "gqa": step("gqa", kv_heads=1),
+    "refined": step("gqa", kv_heads=1, refine=4),
     "mla": step("mla", keep=0.5),
     "lowrank": step("lowrank", keep=0.5),
     "share": step("share", layout="cla2"),
@@ -74,6 +75,20 @@ def test_a_conversion_goes_on_where_it_was(tmp_path, monkeypatch, parent, recipe
     assert len(steps) < total
     compare(again, whole)
     assert {file.name for file in tmp_path.iterdir()} == {"parent", "whole", "again"}
+
+
+def test_a_conversion_goes_on_where_the_parent_has_to_be_loaded(tmp_path, monkeypatch, parent):
+    monkeypatch.setattr(sys.modules["surgery.convert"], "can_read_by_layers", lambda *_: False)
+    surgery.convert_checkpoint(parent, RECIPES["mla"], tmp_path / "whole", calibration=TEXT)
+    with monkeypatch.context() as patch:
+        die_at(patch, "_advance", 3)
+        with pytest.raises(Killed):
+            surgery.convert_checkpoint(parent, RECIPES["mla"], tmp_path / "again", calibration=TEXT)
+    with monkeypatch.context() as patch:
+        passed = die_at(patch, "_advance", -1)
+        surgery.convert_checkpoint(parent, RECIPES["mla"], tmp_path / "again", calibration=TEXT)
+    assert len(passed) == 2
+    compare(tmp_path / "again", tmp_path / "whole")
 
 
 def test_layers_that_are_done_are_not_visited_again(tmp_path, monkeypatch, parent):

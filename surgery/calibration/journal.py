@@ -124,7 +124,7 @@ class Way:
         return int(self.last["next"])
 
     def passed(self, pipeline: Pipeline, index: int) -> None:
-        """Layer `index` is done, and both streams stand behind it."""
+        """Layer `index` is done, and both streams have come through it."""
         streams: dict[Any, list[str] | None] = {"parent": pipeline.parent.files()}
         streams["student"] = None if pipeline.student is pipeline.parent else pipeline.student.files()
         streams |= {layer: stream.files() for layer, stream in pipeline.noted.items()}

@@ -47,6 +47,12 @@ def total(x: Tensor) -> Tensor:
     return torch.view_as_complex(summed) if x.is_complex() else summed
 
 
+def mean(summed: float, tokens: int) -> float:
+    """A sum over tokens, in parts of their number, over those of all processes."""
+    found = total(torch.tensor([summed, tokens], dtype=torch.float64))
+    return float(found[0] / found[1].clamp_min(1))
+
+
 def of_first(x: T) -> T:
     """`x` of the first process, for all."""
     if count() == 1:

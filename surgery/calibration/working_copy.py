@@ -24,10 +24,11 @@ from .forms import HeadsForm, Inputs, LatentForm, ReaderForm
 from .journal import Journal, way_of
 from .layers import DecoderLayers, layer_parameters, shell_of
 from .outputs import answers, distance
-from .pipeline import Pipeline, Visit
+from .pipeline import Pipeline
 from .repeating import collapse, expand
 from .statistics import module_of
 from .text import Windows
+from .visit import Visit
 
 HELD_NUMBERS = 2**27
 """Answers of the parent that are kept in memory (512 MB) rather than computed anew."""

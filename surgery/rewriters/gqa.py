@@ -1,7 +1,7 @@
-"""The `gqa` step: pool KV heads layer by layer, refit what closed forms can, and fit gains over the whole model.
+"""The `gqa` step: pool KV heads layer by layer, and refit what closed forms can.
 
-A refit or gain is kept only where it brings the model nearer to its parent on calibration text that it was not fitted
-on: least squares on scores can win there and still lose after the softmax.
+A refit is kept only where it brings the layer's result nearer to the parent's on calibration text that it was not
+fitted on: least squares on scores can win there and still lose after the softmax.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Literal
 
 from ..anatomy import Anatomy
 from ..attention.weights import AttentionWeights
-from ..calibration.pipeline import Visit
 from ..calibration.text import Windows
+from ..calibration.visit import Visit
 from ..calibration.working_copy import WorkingCopy
 from ..errors import PlanError, RecipeError
 from ..recipe import Step, Text

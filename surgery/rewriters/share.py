@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from ..anatomy import Anatomy
 from ..attention.weights import AttentionWeights
-from ..calibration.pipeline import Visit
 from ..calibration.text import Windows
+from ..calibration.visit import Visit
 from ..calibration.working_copy import WorkingCopy
 from ..errors import PlanError, RecipeError
 from ..planning.latent_size import input_columns, kept_numbers

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from ...attention.linalg import damp, to_double
 from ...attention.weights import AttentionWeights, parameter_names
 from ...calibration.outputs import compared, compared_module, distance
-from ...calibration.pipeline import Visit
 from ...calibration.processes import total
 from ...calibration.text import Windows
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
 

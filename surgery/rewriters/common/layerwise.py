@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import LayerPlan
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...attention.linalg import hermitian, to_double
 from ...attention.maths import apply_norm
 from ...attention.weights import AttentionWeights
-from ...calibration.pipeline import Visit
 from ...calibration.processes import total
+from ...calibration.visit import Visit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Moments:
             cov_DD: E[x xᵀ], or E[x~ x~ᵀ] with x~ = [x; 1] where q, k or v has a bias. None: the identity.
 
         With a q/k norm this is what the norm would give if every head's rms were its mean over tokens; where there is
-        text, `stream_moments` has the normed moments themselves.
+        text, `visit_moments` has the normed moments themselves.
         """
         q, k, v = (weights.with_bias(name) for name in "qkv")
         if cov_DD is not None and cov_DD.shape[0] != q.shape[-1]:

@@ -17,8 +17,8 @@ from ...attention.forward import attend, project, rotation
 from ...attention.linalg import damp, hermitian, to_double
 from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
-from ...calibration.pipeline import Visit
 from ...calibration.processes import total
+from ...calibration.visit import Visit
 from ...errors import PlanError
 
 QUERY_TOKENS = 6_000

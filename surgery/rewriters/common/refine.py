@@ -20,8 +20,8 @@ from torch import Tensor
 from ...attention.forward import head_outputs
 from ...attention.weights import AttentionWeights
 from ...calibration.forms import HeadsForm, LatentForm, ReaderForm
-from ...calibration.pipeline import Visit
 from ...calibration.processes import total
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 
 RATE = 0.02

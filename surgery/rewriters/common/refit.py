@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...attention.linalg import ridge_regression, to_double
 from ...attention.weights import AttentionWeights
-from ...calibration.pipeline import Visit
 from ...calibration.processes import total
+from ...calibration.visit import Visit
 
 Fit = Callable[[Visit, AttentionWeights], AttentionWeights]
 """Refits the visited layer, whose weights are given."""

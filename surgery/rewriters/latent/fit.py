@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from ...attention.latent import LatentWeights, check_latent
 from ...attention.weights import AttentionWeights
-from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
 from ..common.gains import fit_gains

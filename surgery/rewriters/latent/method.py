@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ...errors import PlanError
 from ...planning.latent_size import ALIGNED, ALIGNED_FROM, full_rank

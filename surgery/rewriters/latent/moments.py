@@ -16,8 +16,8 @@ from ..common.moments import Moments
 
 QUERIES = 1_024
 """Queries of each batch whose attention weighs the moments."""
-READ_QUERIES = 512
-"""Queries of each batch for `q_read_NHH`, which has H² numbers per head and costs H² products per pair of tokens."""
+READ_KEYS = 16
+"""Keys of each query for `q_read_NHH`, which has H² numbers per head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,6 @@ class MomentSums:
         self.parent = parent
         self.tokens = 0
         self.queries = 0
-        self.read_queries = 0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor) -> None:
@@ -116,9 +115,7 @@ class MomentSums:
         self._sum("rho", self._phases(p, cos, sin, time))
         self.tokens += len(flat)
         self.queries += int(seen_at.sum())
-        few = slice(None, None, max(1, seen_at.numel() // READ_QUERIES))
-        self._sum("read", self._read(p[:, :, few], q_turned[:, :, few], cos, sin))
-        self.read_queries += int(seen_at[:, few].sum())
+        self._sum("read", self._read(p, q_turned, cos, sin))
 
     def _sum(self, name: str, part: Tensor) -> None:
         self.sums[name] = self.sums[name] + to_double(part) if name in self.sums else to_double(part)
@@ -132,22 +129,27 @@ class MomentSums:
         return torch.complex((at_c * c + at_s * s).sum((0, 2)), (at_s * c - at_c * s).sum((0, 2)))
 
     def _read(self, p_BNmT: Tensor, q_BNmH: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-        rotary, read = self.parent.rotary, []
-        for n in range(self.parent.heads):
-            outer = torch.einsum("bti,btj->btij", q_BNmH[:, n], q_BNmH[:, n])
-            at_key = (p_BNmT[:, n].mT @ outer.flatten(2)).unflatten(-1, outer.shape[-2:])
-            turned = rotate_pairs(rotary, at_key, cos_TF[:, None], -sin_TF[:, None])
-            read.append(rotate_pairs(rotary, turned.mT, cos_TF[:, None], -sin_TF[:, None]).sum((0, 1)))
-        return torch.stack(read)
+        """Σ_mn p_mn q'q'ᵀ [N, H, H] of queries turned to the keys' places, by a few keys that stand for all.
+
+        Keys are taken at even steps of the attention that is summed up along the text, so that each stands for the
+        same part of it.
+        """
+        steps = (torch.arange(READ_KEYS) + 0.5) / READ_KEYS
+        summed = p_BNmT.cumsum(-1)
+        at = torch.searchsorted(summed, (summed[..., -1:] * steps).contiguous()).clamp_max(p_BNmT.shape[-1] - 1)
+        q = q_BNmH[..., None, :].expand(*at.shape, -1)
+        turned = rotate_pairs(self.parent.rotary, q, cos_TF[at], -sin_TF[at])
+        rows = turned * (summed[..., -1] / READ_KEYS).sqrt()[..., None, None]
+        rows = rows.transpose(0, 1).flatten(1, 3)
+        return rows.mT @ rows
 
     def finish(self) -> LatentMoments:
         """The moments of all that was added; where all inputs were zero, those of a layer without text."""
         sums = {name: total(s) for name, s in self.sums.items()}
         if not sums["input"].any():
             return LatentMoments.of_weights(self.parent)
-        tokens, queries, read = total(torch.tensor([self.tokens, self.queries, self.read_queries])).tolist()
-        counts = {"read": read, "input": tokens, "q": tokens}
-        mean = {name: s / counts.get(name, queries) for name, s in sums.items()}
+        tokens, queries = total(torch.tensor([self.tokens, self.queries])).tolist()
+        mean = {name: s / (tokens if name in ("input", "q") else queries) for name, s in sums.items()}
         return LatentMoments(
             input_DD=hermitian(mean["input"]),
             key_DD=hermitian(mean["seen"] - mean["value"]),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...attention.latent import LatentWeights, cached_entries, expanded_weights, shared_rotary
 from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
-from ...calibration.pipeline import Visit
+from ...calibration.visit import Visit
 from ..common.query_fit import QueryFit, ScoreFit, stride_of
 from ..common.refit import Fit
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from ...attention.latent import LatentWeights
 from ...attention.linalg import blockdiag, damp, factorise, hermitian, ridge_regression
 from ...attention.weights import AttentionWeights
-from ...calibration.pipeline import Visit
 from ...calibration.text import Windows
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ..latent.factors import alternate
 from ..latent.moments import MomentSums

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ...attention.linalg import damp, hermitian
 from ...attention.weights import AttentionWeights
 from ...calibration.layers import DecoderLayers
-from ...calibration.pipeline import Visit
 from ...calibration.processes import total
 from ...calibration.statistics import module_of
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
 from ..common.moments import normed_heads

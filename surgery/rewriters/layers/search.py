@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from ...attention.latent import LatentWeights
 from ...attention.weights import AttentionWeights
-from ...calibration.pipeline import BATCH, Visit
+from ...calibration.pipeline import BATCH
 from ...calibration.processes import total
 from ...calibration.text import Windows
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ...console import progress
 from .latent import regress_reader

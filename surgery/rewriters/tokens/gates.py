@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...attention.maths import apply_norm
 from ...attention.weights import halves
-from ...calibration.pipeline import Visit
 from ...calibration.processes import gathered
 from ...calibration.text import Windows
+from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ...errors import PlanError
 from ...runtime.gated_latent import keys_before_rotation
