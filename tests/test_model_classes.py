@@ -135,7 +135,7 @@ def test_calibrated_result_keeps_the_head_and_is_nearer_than_the_data_free_one(n
         assert_same_tensors(untouched(child), untouched(parent))
         with torch.no_grad():
             found[path] = float(distance(child, answers(child, TEXT, torch.ones_like(TEXT).bool()), wanted))
-    assert 0 < found["child"] < 0.7 * found["plain"]
+    assert 0 < found["child"] < 0.8 * found["plain"]
 
 
 def test_latent_of_full_rank_is_the_classifier_itself(tmp_path):

@@ -55,9 +55,9 @@ class ShareStep(Step):
     """Refit the readers' `q_proj` by least squares to the parent's attention scores."""
     refit_output: bool = True
     """Refit `o_proj` by ridge regression to the parent's attention output."""
-    gain_fit: GainFit = True
-    """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer; `global` by the
-    loss of the whole model, which has to be in memory."""
+    gain_fit: GainFit = False
+    """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer, which does not
+    help most readers; `global` by the loss of the whole model, which has to be in memory and does."""
 
     refine: int = 0
     """Steps of training per layer, on its own new parameters, to the parent's output of the layer; a few hundred give

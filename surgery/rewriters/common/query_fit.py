@@ -21,7 +21,7 @@ from ...calibration.processes import total
 from ...calibration.visit import Visit
 from ...errors import PlanError
 
-QUERY_TOKENS = 6_000
+QUERY_TOKENS = 9_000
 """Calibration tokens whose queries are fitted: each keeps N numbers for every token of its window."""
 PROBED = 4
 """Queries of each window whose own metric of W_q is written out, for the preconditioner."""
