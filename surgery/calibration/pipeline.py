@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 BATCH = 8
 """Windows that go through a layer together."""
+ANSWERED = 128
+"""Tokens whose distributions over the vocabulary are in memory together."""
 
 
 class Pipeline:
@@ -189,12 +191,16 @@ class Pipeline:
         """KL(parent || copy) in nats per token on windows that nothing was fitted on, once all layers are passed."""
         total, tokens = 0.0, 0
         for batch in range(self.fits, len(self.batches)):
+            ids_BT, mask_BT = self.batches[batch]
             hidden = [stream[batch] for stream in (self.parent, self.student)]
-            # One window at a time: distributions over a vocabulary are large.
-            for row, (ids, mask) in enumerate(zip(*self.batches[batch], strict=True)):
+            # A few tokens at a time: distributions over a vocabulary are large, and no token's depends on another's.
+            for row, start in itertools.product(range(len(ids_BT)), range(0, ids_BT.shape[1], ANSWERED)):
+                at = (slice(row, row + 1), slice(start, start + ANSWERED))
+                ids, mask = ids_BT[at], mask_BT[at]
+                if not mask.any():
+                    continue
                 wanted, found = (
-                    self.layers.answers(h[..., row : row + 1, :, :].to(self.device), ids[None], mask[None])
-                    for h in hidden
+                    self.layers.answers(h[..., at[0], at[1], :].to(self.device), ids, mask) for h in hidden
                 )
                 total += float(distance(self.layers.shell, found, wanted))
                 tokens += len(found)

@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -80,32 +82,25 @@ def check_space(target: str | Path, bytes_needed: int) -> None:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 1_000_000_000) -> None:
-    """Write a stream of tensors as safetensors shards with an index, holding one shard at a time in memory.
+    """Write a stream of tensors as safetensors shards with an index, holding one tensor at a time in memory.
 
     Args:
         tensors: (name, tensor) in the order of writing.
         shard_bytes: size at which a shard is closed.
     """
-    shard: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}
-    size, written, count = 0, 0, 0
-
-    def close() -> None:
-        nonlocal shard, size, count
-        count += 1
-        name = f"shard-{count}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        shard, size = {}, 0
-
+    shard = _Shard(folder, 1)
+    written, count = 0, 1
     for name, tensor in tensors:
         bytes_here = tensor.numel() * tensor.element_size()
-        if shard and size + bytes_here > shard_bytes:
-            close()
-        shard[name] = plain(tensor)
-        size += bytes_here
+        if shard.bytes and shard.bytes + bytes_here > shard_bytes:
+            shard.close()
+            count += 1
+            shard = _Shard(folder, count)
+        shard.add(name, plain(tensor))
+        weight_map[name] = shard.name
         written += bytes_here
-    close()
+    shard.close()
     # The number of shards is known only now; the names follow the convention of the Hub.
     names = {f"shard-{i}.safetensors": f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)}
     if count == 1:
@@ -118,6 +113,45 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
             "weight_map": {name: names[file] for name, file in weight_map.items()},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+class _Shard:
+    """A safetensors file that is written tensor by tensor, which the library writes only whole, from memory.
+
+    Numbers go to a file beside it at once; the header, which says where each tensor lies, is put before them at the
+    end. Format: https://github.com/huggingface/safetensors#format.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.name, self.bytes = folder, f"shard-{number}.safetensors", 0
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._numbers = (folder / f"{self.name}.numbers").open("w+b")
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, which lies one number after another."""
+        size = tensor.numel() * tensor.element_size()
+        offsets = [self.bytes, self.bytes + size]
+        self._header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        tensor.cpu().reshape(-1).view(torch.uint8).numpy().tofile(self._numbers)
+        self.bytes += size
+
+    def close(self) -> None:
+        """Put header and numbers together."""
+        header = json.dumps(self._header).encode()
+        header += b" " * (-len(header) % 8)
+        self._numbers.seek(0)
+        with (self.folder / self.name).open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            shutil.copyfileobj(self._numbers, file, 2**22)
+        self._numbers.close()
+        Path(self._numbers.name).unlink()
+
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Names of the format."""
 
 
 def plain(tensor: Tensor) -> Tensor:
