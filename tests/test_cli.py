@@ -183,7 +183,7 @@ def test_failure_while_writing_leaves_nothing(refused, folder, tmp_path, monkeyp
         Path(file).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr("surgery.checkpoints.writing.save_file", fail)
+    monkeypatch.setattr("surgery.checkpoints.writing._Shard.close", lambda shard: fail({}, shard.folder / shard.name))
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
     assert words in refused("convert", folder, "-r", recipe, "-o", tmp_path / "out", code=code)
 

@@ -191,7 +191,7 @@ def test_interrupted_conversion_leaves_nothing(folder, tmp_path, monkeypatch, er
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("surgery.checkpoints.writing.save_file", fail)
+    monkeypatch.setattr("surgery.checkpoints.writing._Shard.close", fail)
     with pytest.raises(raised, match=words):
         surgery.convert_checkpoint(folder, gqa(1), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parent"]

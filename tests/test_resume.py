@@ -15,6 +15,7 @@ from test_lazy_conversion import LAYERS, TEXT, compare, step
 
 import surgery
 from surgery import CheckpointError
+from surgery.calibration.packing import load_packed, save_packed
 from surgery.calibration.pipeline import Pipeline
 from surgery.calibration.text import read_windows
 from surgery.calibration.working_copy import WorkingCopy
@@ -205,3 +206,13 @@ def test_two_processes_do_not_work_on_one_result(tmp_path, monkeypatch, parent):
 
     monkeypatch.setattr(Pipeline, "visits", nested)
     surgery.convert_checkpoint(parent, RECIPES["gqa"], tmp_path / "out", calibration=TEXT)
+
+
+def test_complex_numbers_are_kept_between_layers(tmp_path):
+    value = {
+        "phase": torch.randn(3, 2, dtype=torch.complex128),
+        "conjugate": torch.randn(2, dtype=torch.complex64).conj(),
+    }
+    save_packed(value, tmp_path / "kept.safetensors")
+    found = load_packed(tmp_path / "kept.safetensors", mapped=True)
+    assert all(found[name].dtype == value[name].dtype and found[name].equal(value[name]) for name in value)

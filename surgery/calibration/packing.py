@@ -58,6 +58,8 @@ def _pack(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Tensor):
+        if value.is_complex():  # which safetensors does not know in every width
+            return {"complex": _pack(torch.view_as_real(value.detach().resolve_conj()), tensors)}
         # Fresh memory: safetensors writes none twice.
         tensors.append(value.detach().cpu().clone(memory_format=torch.contiguous_format))
         return {"tensor": len(tensors) - 1}
@@ -77,6 +79,8 @@ def _unpack(described: Any, opened: Any) -> Any:
         return described
     if "tensor" in described:
         return opened.get_tensor(str(described["tensor"]))
+    if "complex" in described:
+        return torch.view_as_complex(_unpack(described["complex"], opened))
     if "dict" in described:
         return {_unpack(key, opened): _unpack(part, opened) for key, part in described["dict"]}
     if "class" in described:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -68,7 +68,10 @@ class WorkingCopy:
         """
         made = cls.__new__(cls)
         made._parent = None
-        made._begin(anatomy, shell, lambda name: wide(read(name)))
+        attentions = {name for site in anatomy.sites for name in parameter_names(site)}
+        # Those of one attention are asked for again and again while it is converted.
+        again = lru_cache(maxsize=8)(lambda name: wide(read(name)))
+        made._begin(anatomy, shell, lambda name: again(name) if name in attentions else wide(read(name)))
         return made
 
     def _begin(self, anatomy: Anatomy, shell: Callable[[], PreTrainedModel], read: Callable[[str], Tensor]) -> None:

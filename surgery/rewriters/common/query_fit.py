@@ -124,12 +124,13 @@ class ScoreFit:
 
     def solve(self, ridge: float = 1e-3, steps: int = 12) -> AttentionWeights:
         """The student with refitted W_q; `ridge` is relative, and shrinks to the rows that it had."""
-        w = self.student.with_bias("q")[..., : self.batches[0].x_BmD.shape[-1]].double()
+        x = self.batches[0].x_BmD
+        w = self.student.with_bias("q")[..., : x.shape[-1]].double()
         tokens, probed = total(torch.tensor([self.tokens, self.probed])).tolist()
         C = hermitian(total(self.seen_DD)) / tokens
         mean = hermitian(total(self.metric_NHH)) / probed
         mu = (ridge * mean.diagonal(0, -2, -1).mean(-1) * C.diagonal().mean())[:, None, None]
-        left, right = torch.linalg.inv(damp(mean, 1e-2)), torch.linalg.inv(damp(C, 1e-2))
+        left, right = (torch.linalg.inv(damp(m, 1e-2)).to(x) for m in (mean, C))
 
         def apply(W: Tensor) -> Tensor:
             found = torch.zeros_like(W)
@@ -139,7 +140,11 @@ class ScoreFit:
             return total(found) / tokens + mu * W
 
         goal = total(self.target_NHD) / tokens + mu * w
-        return _with_queries(self.student, conjugate_gradients(apply, goal, w, lambda r: left @ r @ right, steps))
+
+        def precondition(r: Tensor) -> Tensor:
+            return to_double(left @ r.to(x) @ right)  # how good it is decides the number of steps, not the result
+
+        return _with_queries(self.student, conjugate_gradients(apply, goal, w, precondition, steps))
 
 
 def conjugate_gradients(
