@@ -161,7 +161,7 @@ def convert_checkpoint(
     Tensors are read, rewritten and written layer by layer, where the files hold them as the model does and no adapter
     is merged: the model is never in memory as a whole. Otherwise as `convert`, then `save`.
 
-    With calibration, layers that are done lie in a folder beside `out`, its name with `.unfinished` behind it, until
+    With calibration, layers that are done lie in a folder beside `out`, whose name ends in `.unfinished`, until
     all is done: the same call goes on from there after an interruption. In several processes (see
     `calibration.processes.joined`) each reads its part of the text, the first one writes, and nothing is put away.
 

@@ -304,14 +304,16 @@ class WorkingCopy:
         """K [B, K, T, H] and V that the layer reads, from the inputs of its sources."""
         return self.form(layer).keys_values(layer, self.read, inputs)
 
-    def head_outputs(self, layer: int, inputs: Inputs, weights: AttentionWeights | None = None) -> Tensor:
+    def head_outputs(
+        self, layer: int, inputs: Inputs, weights: AttentionWeights | None = None, form: HeadsForm | None = None
+    ) -> Tensor:
         """What `o` of a layer reads, [B, T, N, V], from the inputs of its sources; a gate on outputs is not applied.
 
         Args:
-            weights: in the place of those that the layer has.
+            weights, form: in the place of those that the layer has.
         """
         own = self.read(layer) if weights is None else weights
-        found = self.form(layer).head_outputs(layer, lambda at: own if at == layer else self.read(at), inputs)
+        found = (form or self.form(layer)).head_outputs(layer, lambda at: own if at == layer else self.read(at), inputs)
         return head_outputs(own, inputs[layer]) if found is None else found
 
     # ------------------------------------------------------------------------------------------- measures

@@ -103,7 +103,7 @@ def write_child(
 ) -> None:
     """Write what a plan and a working copy make of a parent, as `save_like` writes the model that they make.
 
-    Memory: one output shard (1 GB).
+    Memory: one tensor.
 
     Args:
         origin: the provenance.

@@ -42,7 +42,7 @@ def stream(
 ) -> None:
     """Read, rewrite and write `checkpoint` by the data-free form of the plan's recipe.
 
-    Memory: one output shard (1 GB) and the statistics of one layer.
+    Memory: the tensors and the statistics of one layer.
 
     Args:
         tokenizer: written in the place of the checkpoint's.

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...attention.forward import head_outputs
 from ...attention.weights import AttentionWeights
 from ...calibration.forms import HeadsForm, LatentForm, ReaderForm
 from ...calibration.processes import total
@@ -129,8 +128,7 @@ def _attention(
 ) -> Tensor:
     """The attention's output [B, T, D], with what `o` adds."""
     form, own = _filled(form, weights, values)
-    heads = form.head_outputs(layer, lambda at: own if at == layer else copy.read(at), inputs)
-    heads = head_outputs(own, inputs[layer]) if heads is None else heads
+    heads = copy.head_outputs(layer, inputs, own, form)
     out = torch.einsum("btnv,dnv->btd", heads, own.o_DNV)
     return out if own.o_bias_D is None else out + own.o_bias_D
 
