@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedMo
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from surgery.anatomy import examine
+from surgery.calibration.journal import way_of
 from surgery.calibration.outputs import answers
 from surgery.calibration.pipeline import Pipeline
 from surgery.calibration.statistics import module_of
@@ -58,9 +59,11 @@ def check_streams(copy: WorkingCopy, pipeline: Pipeline) -> None:
 
 def go_through(copy: WorkingCopy, do: dict[int, Any], lenders: Any = ()) -> Pipeline:
     """One way through all layers, with what is done to some of them."""
-    pipeline = Pipeline(copy, random_windows())
-    for visit in pipeline.visits(do, lenders):
-        do[visit.layer](copy, visit.layer)
+    windows = random_windows()
+    pipeline = Pipeline(copy, windows)
+    with way_of(copy, 0, windows, None, None) as way:
+        for visit in pipeline.visits(do, lenders, way):
+            do[visit.layer](copy, visit.layer)
     check_streams(copy, pipeline)
     return pipeline
 
