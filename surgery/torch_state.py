@@ -1,9 +1,12 @@
-"""Torch's global modes and random state, which belong to the caller: set aside while this library works."""
+"""Torch's global modes and random state, which belong to the caller: set aside while this library works; its memory."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -35,3 +38,19 @@ def plain_torch() -> Iterator[None]:
 def _accelerator() -> str | None:
     found = torch.accelerator.current_accelerator()
     return None if found is None else found.type
+
+
+def give_memory_back() -> None:
+    """Let the system have what freed tensors took. The GNU C library keeps most of it otherwise, in pieces, and the
+    memory of a process that makes and frees large tensors grows with time. Elsewhere nothing happens."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no such library, or (Windows) no library without a name
+        return None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.layout import AttentionSite
+from ..torch_state import give_memory_back
 from . import processes
 from .journal import Way
 from .layers import Call, DecoderLayers
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from .working_copy import WorkingCopy
 
 BATCH = 8
-"""Windows that go through a layer together."""
+"""Windows that go through a layer together, at most."""
+BATCH_TOKENS = 2048
+"""Tokens that go through a layer together, where a window is not longer: intermediate results grow with them."""
 ANSWERED = 128
 """Tokens whose distributions over the vocabulary are in memory together."""
 
@@ -55,12 +58,13 @@ class Pipeline:
         self.layers: DecoderLayers = copy.layers
         self.device = self.layers.device
         fit, check = windows.split()
-        fitted = list(fit.batches(BATCH))
+        size = batch_size(windows)
+        fitted = list(fit.batches(size))
         processes.check_enough(len(fitted))
         self.tokens = fit.tokens
         self.before = processes.mine([0, *itertools.accumulate(int(mask.sum()) for _, mask in fitted)][:-1])
         """By batch that is fitted on: tokens of those before it."""
-        self.batches = [*processes.mine(fitted), *processes.mine(list(check.batches(BATCH)))]
+        self.batches = [*processes.mine(fitted), *processes.mine(list(check.batches(size)))]
         self.fits = len(self.before)
         """Batches that are fitted on; the others are compared on."""
         self.parent = Stream("parent-0", folder, dtype)
@@ -159,6 +163,7 @@ class Pipeline:
         self.tell(index, self._error())
         for old in left.values():  # only now: what was interrupted before starts from there
             old.drop()
+        give_memory_back()
 
     def _error(self) -> float:
         """`Visit.error` of the layer that both streams have come through."""
@@ -178,7 +183,7 @@ class Pipeline:
     def parts(self, tokens: int) -> list[Part | None]:
         """See `Visit.parts`."""
         found: list[Part | None] = []
-        for number, (ids, _) in enumerate(self.windows.split()[0].batches(BATCH)):
+        for number, (ids, _) in enumerate(self.windows.split()[0].batches(batch_size(self.windows))):
             windows = max(1, tokens // ids.shape[1])
             mine = number % processes.count() == processes.rank()
             for start in range(0, len(ids), windows):
@@ -215,3 +220,8 @@ class Pipeline:
     def inside(self, name: str, index: int) -> str:
         """The name of a part of the model inside its decoder layer."""
         return name.removeprefix(f"{self.layers.name}.{index}.")
+
+
+def batch_size(windows: Windows) -> int:
+    """Windows of a batch."""
+    return max(1, min(BATCH, BATCH_TOKENS // windows.ids_BT.shape[1]))

@@ -14,7 +14,7 @@ from ...attention.weights import AttentionWeights
 from ...calibration.processes import total
 from ..common.moments import Moments
 
-QUERIES = 1_024
+QUERIES = 512
 """Queries of each batch whose attention weighs the moments."""
 READ_KEYS = 16
 """Keys of each query for `q_read_NHH`, which has H² numbers per head."""
