@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -63,15 +64,17 @@ _DEFINED_IN = {
 
 
 class _Surgery(ModuleType):
-    """This package: it imports all public names at the first use of one, or of a module that comes with them."""
+    """This package: it imports all public names at the first use of one, and a module at its first use."""
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__"):
+        if name in __all__:
             for module, names in _DEFINED_IN.items():
                 found = import_module(f"{__name__}.{module}")
                 vars(self).update({public: getattr(found, public) for public in names})
-            if name in vars(self):
-                return vars(self)[name]
+            return vars(self)[name]
+        # `from .. import runtime` asks here first: only that module, for the one that asks is half imported.
+        if not name.startswith("__") and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

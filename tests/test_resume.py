@@ -191,8 +191,9 @@ def test_a_log_has_one_line_per_layer(tmp_path, call, parent):
         code, _, err = call("convert", parent, *options)
     lines = [line for line in err.splitlines() if line.startswith("layer ")]
     assert code == 0
-    assert [re.sub(r"[\d.e-]+ s, error [\d.e-]+", "?", line) for line in lines] == [
-        f"layer {i} of 4: gqa, ?, about 0:00 left" for i in (1, 2, 3, 4)
+    numbers = r"[\d.]+ s, error [\d.e-]+, about \d+:\d\d left"
+    assert [re.sub(numbers, "NUMBERS", line) for line in lines] == [
+        f"layer {i} of 4: gqa, NUMBERS" for i in (1, 2, 3, 4)
     ]
 
 
