@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,6 +39,20 @@ from .torch_state import plain_torch
 
 _log = logging.getLogger(__name__)
 
+STREAMS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Formats of the hidden states over the calibration text that are kept between layers."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a plan is carried out with."""
+
+    windows: Windows | None
+    seed: int
+    streams: torch.dtype
+    journal: Journal | None = None
+    """Where layers that are done are put away."""
+
 
 @plain_torch()
 def convert(
@@ -48,6 +64,7 @@ def convert(
     samples: int = 256,
     length: int | None = None,
     seed: int = 0,
+    streams: str = "float32",
     merge_adapter: bool = False,
 ) -> PreTrainedModel:
     """Convert a pretrained model; the parent stays as it is.
@@ -62,6 +79,8 @@ def convert(
         samples, length: at most `samples` windows of `length` tokens (default: the model's positions, at most 512;
             token ids: as they are).
         seed: of everything random.
+        streams: format of the hidden states over the text that are kept between layers: `float32`, or `bfloat16` for
+            half of that memory, which rounds what is fitted on.
         merge_adapter: merge the adapter (of the library peft) of the model, or of the folder, into its weights first.
 
     Returns:
@@ -71,7 +90,7 @@ def convert(
     Raises:
         RecipeError, PlanError, UnsupportedModel, CheckpointError: before any work is done.
     """
-    recipe = Recipe.load(recipe)
+    recipe, stream_dtype = Recipe.load(recipe), _stream_dtype(streams)
     parent, told = _parent(model_or_path, merge_adapter)
     if isinstance(parent, SurgeryMixin):
         raise UnsupportedModel(
@@ -86,38 +105,35 @@ def convert(
     if calibration is not None and tokenizer is None and told:
         tokenizer = tokenizer_of(parent.config, told)
     windows = _windows(calibration, parent.config, tokenizer, length, samples)
-    return _carry_out(without_loader(parent), plan, windows, seed, told)[0]
+    return _carry_out(without_loader(parent), plan, _Work(windows, seed, stream_dtype), told)[0]
+
+
+def _stream_dtype(name: str) -> torch.dtype:
+    if name not in STREAMS:
+        raise PlanError(f"streams: {name!r} must be one of {', '.join(STREAMS)}.")
+    return STREAMS[name]
 
 
 def _carry_out(
-    parent: PreTrainedModel,
-    plan: Plan,
-    windows: Windows | None,
-    seed: int,
-    told: dict[str, Any],
-    left_out: Sequence[str] = (),
-    journal: Journal | None = None,
+    parent: PreTrainedModel, plan: Plan, work: _Work, told: dict[str, Any], left_out: Sequence[str] = ()
 ) -> tuple[PreTrainedModel, Plan]:
     """The result of a plan, and the plan with what the text has decided.
 
     Args:
         left_out: tensors of the parent's files that are not in the result; its provenance names them.
-        journal: where layers that are done are put away.
     """
     copy_ = WorkingCopy(parent, plan.anatomy)
-    plan = _rewrite(copy_, plan, windows, seed, journal)
-    origin = provenance(plan, parent.config, windows, seed, left_out, told, copy_.held_out)
+    plan = _rewrite(copy_, plan, work)
+    origin = provenance(plan, parent.config, work.windows, work.seed, left_out, told, copy_.held_out)
     return (in_parent_class if plan.native else in_own_class)(parent, plan, copy_, origin), plan
 
 
-def _rewrite(
-    copy_: WorkingCopy, plan: Plan, windows: Windows | None, seed: int, journal: Journal | None = None
-) -> Plan:
+def _rewrite(copy_: WorkingCopy, plan: Plan, work: _Work) -> Plan:
     """Carry out the steps of a plan on a working copy; returns the plan with what the text has decided."""
-    copy_.journal = journal
+    copy_.journal, copy_.stream_dtype = work.journal, work.streams
     for step in plan.recipe.steps:
         copy_.doing = step.rewriter
-        rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
+        rewriter_for(step, work.seed).convert(copy_, [layer for _, layer in plan.changed(step)], work.windows)
     return plan if plan.native else plan.settled(map(copy_.settle, plan.after))
 
 
@@ -153,6 +169,7 @@ def convert_checkpoint(
     samples: int = 256,
     length: int | None = None,
     seed: int = 0,
+    streams: str = "float32",
     overwrite: bool = False,
     merge_adapter: bool = False,
 ) -> Plan:
@@ -173,7 +190,7 @@ def convert_checkpoint(
     Raises:
         RecipeError, PlanError, UnsupportedModel, CheckpointError: `out` then does not exist, or is as it was.
     """
-    recipe = Recipe.load(recipe)
+    recipe, stream_dtype = Recipe.load(recipe), _stream_dtype(streams)
     check_output(out, overwrite)
     folder = local_folder(source)
     check_adapter(folder, merge_adapter)
@@ -197,31 +214,34 @@ def convert_checkpoint(
         if tokenizer is None and not isinstance(calibration, (Tensor, Windows)):
             reader = load_tokenizer(folder) or load_tokenizer(base)
         windows = _windows(calibration, plan.anatomy.config, reader, length, samples)
-    with _journal(out, folder, base, plan, windows, seed) as journal:
+    work = _Work(windows, seed, stream_dtype)
+    with _journal(out, folder, base, plan, work) as journal:
+        work = replace(work, journal=journal)
         if not merge_adapter and can_read_by_layers(plan, fit):
-            by_layers = Parent(checkpoint, fit, plan)
-            plan = _as_built(plan, by_layers.hollow)
-            copy_ = by_layers.working_copy(plan)
-            plan = _rewrite(copy_, plan, windows, seed, journal)
-            origin = provenance(plan, by_layers.hollow.config, windows, seed, left_out, held_out=copy_.held_out)
-            if processes.rank() == 0:
-                write_child(by_layers, plan, copy_, origin, out, tokenizer=tokenizer, overwrite=overwrite)
-            return plan
-        parent, told = load_parent(folder, merge_adapter, dtype=exact_dtype(checkpoint, fit, plan.anatomy.config))
-        plan = _as_built(plan, parent)
-        model, plan = _carry_out(parent, plan, windows, seed, told, left_out, journal)
-        if processes.rank() == 0:
+            plan, write = _by_layers(Parent(checkpoint, fit, plan), plan, work, left_out)
+        else:
+            parent, told = load_parent(folder, merge_adapter, dtype=exact_dtype(checkpoint, fit, plan.anatomy.config))
+            model, plan = _carry_out(parent, _as_built(plan, parent), work, told, left_out)
             dtypes = stored_dtypes(model, plan.anatomy.sites, checkpoint, fit)
-            save_like(model, checkpoint, dtypes, out, tokenizer=tokenizer, overwrite=overwrite)
+            write = partial(save_like, model, checkpoint, dtypes)
+        if processes.rank() == 0:
+            write(out, tokenizer=tokenizer, overwrite=overwrite)
         return plan
 
 
+def _by_layers(parent: Parent, plan: Plan, work: _Work, left_out: Sequence[str]) -> tuple[Plan, Callable[..., None]]:
+    """Convert a parent that is not in memory; returns the plan with what the text has decided, and what writes."""
+    plan = _as_built(plan, parent.hollow)
+    copy_ = parent.working_copy(plan)
+    plan = _rewrite(copy_, plan, work)
+    origin = provenance(plan, parent.hollow.config, work.windows, work.seed, left_out, held_out=copy_.held_out)
+    return plan, partial(write_child, parent, plan, copy_, origin)
+
+
 @contextmanager
-def _journal(
-    out: str | Path, folder: Path, base: Path, plan: Plan, windows: Windows | None, seed: int
-) -> Iterator[Journal | None]:
+def _journal(out: str | Path, folder: Path, base: Path, plan: Plan, work: _Work) -> Iterator[Journal | None]:
     """Where the layers of a conversion to `out` are put away; None without text, and in several processes."""
-    if windows is None or processes.count() > 1:
+    if work.windows is None or processes.count() > 1:
         yield None
         return
     width = plan.anatomy.sites[0].hidden_size
@@ -229,8 +249,9 @@ def _journal(
     # The result is at most as large as the parent, and so are the layers that are put away, but in float32.
     weights = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     numbers = sum(2 * site.hidden_size * (site.heads + site.kv_heads) * site.head_dim for site, _ in plan.changed())
-    check_space(out, weights + 4 * numbers + stream_bytes(windows, width, len(lenders)))
-    with work_folder(out, manifest(folder, base, plan, windows, seed)) as journal:
+    check_space(out, weights + 4 * numbers + stream_bytes(work.windows, width, work.streams, len(lenders)))
+    streams = str(work.streams).removeprefix("torch.")
+    with work_folder(out, manifest(folder, base, plan, work.windows, work.seed, streams)) as journal:
         yield journal
 
 

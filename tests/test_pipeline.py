@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+import surgery
 from surgery.anatomy import examine
 from surgery.calibration.journal import way_of
 from surgery.calibration.outputs import answers
 from surgery.calibration.pipeline import Pipeline
 from surgery.calibration.statistics import module_of
+from surgery.calibration.streams import Stream
 from surgery.calibration.working_copy import WorkingCopy
 from surgery.errors import UnsupportedModel
 from surgery.rewriters.common.refit import fit_output
@@ -265,3 +267,26 @@ def test_layers_that_cannot_be_run_alone_are_refused_with_the_layers_name(kind: 
     model(input_ids=torch.tensor([[3, 4, 5]]))
     with pytest.raises(UnsupportedModel, match=f"layer {layer}: "):
         next(WorkingCopy(model, anatomy).visits(random_windows(), [0]))
+
+
+def test_streams_in_bfloat16_take_half_the_memory_and_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: set[torch.dtype] = set()
+    inner = Stream.__setitem__
+
+    def noted(self: Stream, batch: int, value: Tensor) -> None:
+        inner(self, batch, value)
+        kept.add(self._held[batch].dtype)
+
+    monkeypatch.setattr(Stream, "__setitem__", noted)
+    model, recipe = families.tiny_model("llama"), {"steps": [{"rewriter": "gqa", "kv_heads": 1}]}
+    ids = random_windows().ids_BT
+    wide = surgery.convert(model, recipe, calibration=ids)
+    assert kept == {torch.float32}
+    kept.clear()
+    narrow = surgery.convert(model, recipe, calibration=ids, streams="bfloat16")
+    assert kept == {torch.bfloat16}
+    for name, tensor in wide.state_dict().items():
+        assert 0 <= float((narrow.state_dict()[name] - tensor).norm()) <= 0.05 * float(tensor.norm()), name
+    assert any(not narrow.state_dict()[name].equal(tensor) for name, tensor in wide.state_dict().items())
+    with pytest.raises(surgery.PlanError, match="streams: 'float16' must be one of float32, bfloat16"):
+        surgery.convert(model, recipe, calibration=ids, streams="float16")

@@ -19,11 +19,9 @@ from surgery.calibration import processes
 from surgery.errors import CheckpointError
 
 STEPS: dict[str, dict[str, Any]] = {
-    "gqa": {"rewriter": "gqa", "kv_heads": 1},
     "gqa, refined": {"rewriter": "gqa", "kv_heads": 1, "refine": 6},
     "mla": {"rewriter": "mla", "keep": 0.5},
     "lowrank": {"rewriter": "lowrank", "keep": 0.5},
-    "share": {"rewriter": "share", "layout": "cla2"},
     "shared latents": {"rewriter": "share", "layout": "cla2", "init": "latent", "keep": 0.5},
     "key norm": {"rewriter": "evict", "scorer": "key_norm", "ratio": 2, "window": 4},
 }

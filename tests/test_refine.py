@@ -65,7 +65,13 @@ def test_refined_layers_lead_no_further_from_the_parents(name: str, monkeypatch:
         torch.testing.assert_close(child(text(4, 1)).logits, copies[0].model(text(4, 1)).logits, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("step", [{"rewriter": "gqa", "kv_heads": 1}, {"rewriter": "lowrank", "keep": 0.3}])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"rewriter": "gqa", "kv_heads": 1},
+        pytest.param({"rewriter": "lowrank", "keep": 0.3}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_real_model_comes_nearer(step: dict[str, Any], stories: Any) -> None:
     """On text that was neither trained on nor looked at."""
     model, ids = stories

@@ -33,6 +33,10 @@ RECIPES = {
 }
 
 
+OFTEN = "refined", "share_latent", "search", "two"
+"""Recipes that stand for the others, which `-m slow` runs."""
+
+
 class Killed(BaseException):
     """Ends a conversion as a signal would."""
 
@@ -57,7 +61,9 @@ def die_at(monkeypatch, place, count):
     return seen
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in RECIPES]
+)
 def test_a_conversion_goes_on_where_it_was(tmp_path, monkeypatch, parent, recipe):
     whole, again = tmp_path / "whole", tmp_path / "again"
     with monkeypatch.context() as patch:
@@ -124,7 +130,7 @@ def test_a_conversion_goes_on_after_it_was_killed(tmp_path, parent):
     arguments = [sys.executable, "-c", PROGRAM, str(parent), *options, str(tmp_path / "text.pt")]
     subprocess.run([*arguments, str(whole)], check=True)
     unfinished = tmp_path / "again.unfinished"
-    for layers in range(3):
+    for layers in (0, 2):
         program = subprocess.Popen([*arguments, str(again)])
         # The moment after a layer's file is there differs from run to run.
         while program.poll() is None and len(list(unfinished.glob("way-*.safetensors"))) <= layers:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .packing import load_packed, save_packed
 from .streams import Stream
 
@@ -28,14 +30,14 @@ STREAMS = 5
 """Streams that are there at once: those of both models before and after a layer, and the attention's wanted outputs."""
 
 
-def stream_bytes(windows: Windows, width: int, lenders: int = 0) -> int:
+def stream_bytes(windows: Windows, width: int, dtype: torch.dtype, lenders: int = 0) -> int:
     """What the streams over these windows take.
 
     Args:
         width: numbers in a hidden state.
         lenders: layers whose inputs later ones read.
     """
-    return (STREAMS + lenders) * windows.ids_BT.numel() * width * 4
+    return (STREAMS + lenders) * windows.ids_BT.numel() * width * dtype.itemsize
 
 
 class Journal:
@@ -162,7 +164,7 @@ def way_of(
     """
     if journal is None:
         width = next(iter(copy.sites.values())).hidden_size
-        if stream_bytes(windows, width) <= HELD_BYTES:
+        if stream_bytes(windows, width, copy.stream_dtype) <= HELD_BYTES:
             yield Way(copy, number, None, None, {})
             return
         with tempfile.TemporaryDirectory(prefix="surgery-streams-") as scratch:

@@ -88,6 +88,8 @@ class WorkingCopy:
         """Of the layer that runs alone: what the projections of earlier layers read, whose caches it reads."""
         self.journal: Journal | None = None
         """Where layers that are done are put away; None keeps them in memory."""
+        self.stream_dtype = torch.float32
+        """Format of the hidden states over the text that are kept between layers."""
         self.doing = "converting"
         """What is being done, for people."""
         self._ways = 0
@@ -161,7 +163,7 @@ class WorkingCopy:
         number, self._ways = self._ways, self._ways + 1
         with way_of(self, number, windows, self.journal, kept) as way:
             if not way.is_done():
-                pipeline = Pipeline(self, windows, way.folder)
+                pipeline = Pipeline(self, windows, way.folder, self.stream_dtype)
                 yield from pipeline.visits(layers, lending, way)
                 self.held_out = pipeline.divergence()
                 way.end(len(self.layers))

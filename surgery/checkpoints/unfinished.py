@@ -33,7 +33,7 @@ LOCK = "lock"
 _LOOKS, _LOOK = 16, 65_536
 
 
-def manifest(folder: Path, base: Path, plan: Plan, windows: Windows, seed: int) -> dict[str, Any]:
+def manifest(folder: Path, base: Path, plan: Plan, windows: Windows, seed: int, streams: str) -> dict[str, Any]:
     """What a conversion depends on, by the words in which people speak of it.
 
     Args:
@@ -46,6 +46,7 @@ def manifest(folder: Path, base: Path, plan: Plan, windows: Windows, seed: int) 
         "model": {file.name: _digest(file) for file in sorted({*files, base / "config.json"})},
         "text": {"windows": list(windows.ids_BT.shape), "tokens": windows.tokens, "digest": windows.digest},
         "seed": seed,
+        "streams": streams,
         "versions": versions(),
     }
 

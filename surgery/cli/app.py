@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -188,6 +188,10 @@ def convert(
     samples: Annotated[int, typer.Option(min=1, help="At most so many windows of calibration text.")] = 256,
     length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    streams: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(help="Format of the hidden states over the text that are kept; bfloat16 takes half the memory."),
+    ] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
     merge_adapter: MergeAdapter = False,
 ) -> None:
@@ -205,6 +209,7 @@ def convert(
             samples=samples,
             length=length,
             seed=seed,
+            streams=streams,
             overwrite=overwrite,
             merge_adapter=merge_adapter,
         )

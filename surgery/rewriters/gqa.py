@@ -16,12 +16,13 @@ from ..calibration.text import Windows
 from ..calibration.visit import Visit
 from ..calibration.working_copy import WorkingCopy
 from ..errors import PlanError, RecipeError
-from ..recipe import Step, Text
+from ..recipe import Text
 from ..runtime.layout import AttentionSite, Heads, LayerPlan
 from . import Method
 from .common.gains import GainFit, fit_gains, tune_gains
 from .common.layerwise import Layerwise
 from .common.moments import Moments, visit_moments
+from .common.options import RefinedStep
 from .common.query_fit import QueryFit, stride_of
 from .common.refine import refine
 from .common.refit import Fit, fit_output, keep_what_helps
@@ -40,7 +41,7 @@ from .heads.pooling import pool_heads, source_queries
 
 
 @dataclass(frozen=True, kw_only=True)
-class GqaStep(Step):
+class GqaStep(RefinedStep):
     """Pool KV heads into fewer, each shared by a group of query heads."""
 
     rewriter: Literal["gqa"] = "gqa"
@@ -64,10 +65,6 @@ class GqaStep(Step):
     """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer; `global` by the
     loss of the whole model, which has to be in memory. Needs calibration text."""
 
-    refine: int = 0
-    """Steps of training per layer, on its own new parameters, to the parent's output of the layer; a few hundred give
-    what closed forms leave. Needs calibration text."""
-
     @property
     def text(self) -> Text:
         return "none" if self.init in ("mean", "sqrt_g", "first", "random") else "better"
@@ -79,8 +76,6 @@ class GqaStep(Step):
 
     def validate(self, where: str) -> None:
         super().validate(where)
-        if self.refine < 0:
-            raise RecipeError(f"{where}.refine: {self.refine} must be a number of steps, such as 200, or 0 for none.")
         if self.groups is not None:
             heads = [head for group in self.groups for head in group]
             if not heads or not all(self.groups) or sorted(heads) != list(range(len(heads))):

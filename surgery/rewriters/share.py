@@ -21,11 +21,12 @@ from ..errors import PlanError, RecipeError
 from ..planning.latent_size import input_columns, kept_numbers
 from ..planning.parent_class import why_not_handed_down
 from ..planning.share_layouts import SEARCHED, SVFORMER, check_layout, check_map, kept_layers, owners_of, sharable
-from ..recipe import Step, Text
+from ..recipe import Text
 from ..runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
 from ..runtime.project import latent_refusal
 from . import Method
 from .common.gains import GainFit, fit_gains, tune_gains
+from .common.options import RefinedStep
 from .common.query_fit import QueryFit, stride_of
 from .common.refine import refine
 from .common.refit import Fit, fit_output, keep_what_helps
@@ -35,7 +36,7 @@ from .layers.search import kvsharer_pairs, search_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShareStep(Step):
+class ShareStep(RefinedStep):
     """Let layers read the cache of an earlier layer and keep none of their own; `layers` selects those that may."""
 
     rewriter: Literal["share"] = "share"
@@ -59,10 +60,6 @@ class ShareStep(Step):
     """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer, which does not
     help most readers; `global` by the loss of the whole model, which has to be in memory and does."""
 
-    refine: int = 0
-    """Steps of training per layer, on its own new parameters, to the parent's output of the layer; a few hundred give
-    what closed forms leave. Needs calibration text."""
-
     @property
     def text(self) -> Text:
         return "needed" if self.init not in ("replace", "mean") or self.is_searched else "better"
@@ -74,8 +71,6 @@ class ShareStep(Step):
 
     def validate(self, where: str) -> None:
         super().validate(where)
-        if self.refine < 0:
-            raise RecipeError(f"{where}.refine: {self.refine} must be a number of steps, such as 200, or 0 for none.")
         if isinstance(self.layout, str):
             check_layout(self.layout, self.kv_layers is not None, where)
         elif self.kv_layers is not None:

@@ -10,14 +10,15 @@ from ...anatomy import Anatomy
 from ...console import spans
 from ...errors import PlanError, RecipeError
 from ...planning.latent_size import kept_numbers
-from ...recipe import Step, Text
+from ...recipe import Text
 from ...runtime.layout import AttentionSite, Latent, LayerPlan
 from ...runtime.project import latent_refusal
 from ..common.gains import GainFit
+from ..common.options import RefinedStep
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentStep(Step):
+class LatentStep(RefinedStep):
     """What `mla` and `lowrank` share: a budget of cached numbers, and what is fitted around the latent."""
 
     keep: float | None = None
@@ -30,9 +31,6 @@ class LatentStep(Step):
     gain_fit: GainFit = False
     """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer; `global` by the
     loss of the whole model, which has to be in memory. Little is left to gain after refits."""
-    refine: int = 0
-    """Steps of training per layer, on its own new parameters, to the parent's output of the layer; a few hundred give
-    what closed forms leave. Needs calibration text."""
     mean_split: bool | None = None
     """Keep the means of K and V apart from the latent: no bytes, better below half of them. None: where `init` is
     `lowrank`'s own; not in `mla`, whose native export would need a bias on o that not every engine has."""
@@ -51,8 +49,6 @@ class LatentStep(Step):
 
     def validate(self, where: str) -> None:
         super().validate(where)
-        if self.refine < 0:
-            raise RecipeError(f"{where}.refine: {self.refine} must be a number of steps, such as 200, or 0 for none.")
         if (self.keep is None) == (self.rank is None):
             raise RecipeError(
                 f"{where}: needs one of `keep` (part of the parent's KV bytes, such as 0.5) and `rank`, and not both."

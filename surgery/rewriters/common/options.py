@@ -1,0 +1,22 @@
+"""Options that several methods have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import RecipeError
+from ...recipe import Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinedStep(Step):
+    """A step whose layers can be trained one by one after the closed forms (`refine.refine`)."""
+
+    refine: int = 0
+    """Steps of training per layer, on its own new parameters, to the parent's output of the layer; a few hundred give
+    what closed forms leave. Needs calibration text."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if self.refine < 0:
+            raise RecipeError(f"{where}.refine: {self.refine} must be a number of steps, such as 200, or 0 for none.")
