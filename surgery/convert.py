@@ -22,8 +22,10 @@ from .calibration.text import Windows, load_tokenizer, read_windows, tokenizer_o
 from .calibration.working_copy import WorkingCopy
 from .checkpoints.adapters import base_folder, check_adapter
 from .checkpoints.child_files import Parent, can_read_by_layers, write_child
-from .checkpoints.files import Checkpoint, check_model, exact_dtype, local_folder
-from .checkpoints.parents import plain_parent, without_loader
+from .checkpoints.classes import without_loader
+from .checkpoints.files import Checkpoint, check_model, exact_dtype
+from .checkpoints.parents import plain_parent
+from .checkpoints.places import local_folder
 from .checkpoints.provenance import provenance
 from .checkpoints.storage import check_whole, load_parent, save_like
 from .checkpoints.streaming import can_stream, stream

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import CheckpointError
-from surgery.checkpoints.files import INDEX, SINGLE, Checkpoint, local_folder
+from surgery.checkpoints.files import INDEX, SINGLE, Checkpoint
+from surgery.checkpoints.places import local_folder
 from surgery.checkpoints.storage import check_whole
 from surgery.checkpoints.writing import check_output, check_space, new_folder, write_shards
 

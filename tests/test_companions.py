@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import surgery
 from surgery import PlanError
-from surgery.checkpoints import files as checkpoint
-from surgery.checkpoints import provenance
+from surgery.checkpoints import places, provenance
 from surgery.checkpoints.companions import companions, copy_companions
 from surgery.convert import convert_checkpoint
 from surgery.export import Source, target_for
@@ -204,7 +203,7 @@ def test_files_of_a_parent_on_the_hub_are_fetched_for_a_model_in_memory(parent, 
         asked.append((name, revision, patterns))
         return str(parent)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
+    monkeypatch.setattr(places, "snapshot_download", fetch)
     model = tiny_model("llama")
     model.config.name_or_path, model.config._commit_hash = "somebody/small", "abc123"
     surgery.save(surgery.convert(model, GQA), tmp_path / "child")
@@ -228,8 +227,8 @@ def test_hub_that_cannot_be_reached_is_a_warning_and_not_the_end_of_a_conversion
 
 def test_weights_of_a_hub_id_are_fetched_without_other_formats(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *a, **k: asked.append(k) or str(tmp_path))
-    checkpoint.local_folder("somebody/small")
+    monkeypatch.setattr(places, "snapshot_download", lambda *a, **k: asked.append(k) or str(tmp_path))
+    places.local_folder("somebody/small")
     left = asked[0]["ignore_patterns"]
     assert "*.safetensors" not in left
     assert {"*.bin", "*.gguf", "*.onnx", "original/*", "consolidated*.safetensors"} <= set(left)

@@ -14,8 +14,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.adapters import base_folder
 from ..checkpoints.classes import plain_config
-from ..checkpoints.files import gguf_advice, local_folder, read_json
+from ..checkpoints.files import read_json
 from ..checkpoints.parents import changed, check_modules, plain_form
+from ..checkpoints.places import local_folder
 from ..errors import CheckpointError, UnsupportedModel
 from ..runtime.layout import AttentionSite, Projection
 from ..torch_state import plain_torch
@@ -45,8 +46,8 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     is seen to get the model's cache, and its layer of it to hold both of two tokens that were given one by one.
 
     Args:
-        source: a model (compiled, or under wrappers of torch, too), a config, or the path of a config.json or of a
-            directory that has one.
+        source: a model (compiled, or under wrappers of torch, too), a config, or the path of a config.json, of a
+            directory that has one, or of a GGUF.
 
     Raises:
         UnsupportedModel: the decoder has no softmax attention, or one that cannot be described, or was changed
@@ -107,9 +108,7 @@ def load_config(path: str | FilePath) -> PretrainedConfig:
     path = FilePath(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise CheckpointError(
-            f"{path}: has no config.json. {gguf_advice(path) or 'Give a model folder, or that file.'}"
-        )
+        raise CheckpointError(f"{path}: has no config.json. Give a model folder, or that file.")
     fields = read_json(file)
     quantised = fields.get("quantization_config") or {}
     if quantised.get("quantization_mode") == "online":

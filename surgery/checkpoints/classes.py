@@ -53,6 +53,18 @@ def plain_config(config: Any) -> Any:
     return config
 
 
+def without_loader(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of plain weights without the quantiser that unpacked them, and its config without a word of it."""
+    if getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config"):
+        return model
+    plain = copy.copy(model)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(plain).pop(name, None)
+    plain.config = plain_config(model.config)
+    plain.config.architectures = [type(model).__name__]
+    return plain
+
+
 def settle_attention(config: Any) -> None:
     """Leave the choice to transformers where the attention that `config`, or a part of it, names is not installed."""
     parts = (config, *(getattr(config, name, None) for name in config.sub_configs))

@@ -33,7 +33,7 @@ BULK = (
 """The same model in another layout, what a training left behind, data, and the pictures of a model card."""
 _OWN = (
     "config.json", "*.index.json", "*.index.*.json", "README.md", "adapter_config.json", "surgery.json", "recipe.yaml",
-    "export.json",
+    "export.json", "gguf.json",
 )  # fmt: skip
 """Files about the parent's weights alone, and files that we write ourselves."""
 _TOKENIZER = (

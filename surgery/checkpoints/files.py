@@ -12,62 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from ..errors import CheckpointError
-from .companions import BULK, WEIGHTS
 from .tracing import Trace, is_whole, origins_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _AGAIN = " Fetch the checkpoint again."
 _WEIGHT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def local_folder(model: str | Path, weights: bool = True) -> Path:
-    """The folder of a checkpoint: `model` itself where it is one, else the Hub's copy of that id.
-
-    Args:
-        model: folder, or Hub id (`owner/name`, `owner/name@revision`).
-        weights: also fetch the safetensors files; False fetches the small files only.
-
-    Raises:
-        CheckpointError: neither a folder nor to be had from the Hub.
-    """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.is_file() and path.suffix == ".json" and not weights:
-        return path.parent
-    if path.exists():
-        raise CheckpointError(f"{path}: is a file. {gguf_advice(path) or 'Give the folder that holds config.json.'}")
-    name, _, revision = str(model).partition("@")
-    left = [*BULK, *(pattern for pattern in WEIGHTS if pattern != "*.safetensors" or not weights)]
-    try:
-        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=left))
-    except HFValidationError:
-        raise CheckpointError(f"{model}: no such folder.") from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(f"{model}: no such folder, and the Hub cannot be reached to look for that id.") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{model}: no such folder, and the Hub says: {reason}") from None
-
-
-def gguf_advice(path: Path) -> str:
-    """What to do about a GGUF: a file, or one in a folder; empty where there is none."""
-    file = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))), None)
-    if file is None:
-        return ""
-    return (
-        f"{file.name} is a GGUF: load it with AutoModelForCausalLM.from_pretrained({str(file.parent)!r}, "
-        f"gguf_file={file.name!r}), and give that model to surgery.convert."
-    )
 
 
 class Checkpoint:
@@ -83,8 +39,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "config.json").is_file():
-            advice = gguf_advice(folder) or "Give the folder of a transformers checkpoint."
-            raise CheckpointError(f"{folder}: has no config.json. {advice}")
+            raise CheckpointError(f"{folder}: has no config.json. Give the folder of a transformers checkpoint.")
         expected = self._index()
         self._file_of: dict[str, str] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
@@ -111,7 +66,7 @@ class Checkpoint:
             advice = (
                 f" {others[0]} is a pickle, which runs code when it is read: convert it to safetensors first."
                 if others
-                else f" {gguf_advice(self.folder)}".rstrip()
+                else ""
             )
             raise CheckpointError(f"{self.folder}: has neither {SINGLE} nor {INDEX}.{advice}")
         try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import mmap
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +17,13 @@ from transformers.utils import cached_file
 
 from ..errors import UnsupportedModel
 from .adapters import has_adapter, merged, refuse_adapter
-from .classes import plain_config
 from .files import quantised_by
+from .gguf import Gguf, check_all_taken
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 """Modules of torch that answer as the one in them does, which has all weights as they are."""
 _HOLDERS = ("model", "module", "pretrained_model", "base_model")
 """Where other wrappers keep a model; named in the refusal."""
-_ROPE_TENSORS = (b"rope_freqs.weight", b"rope_factors_long.weight", b"rope_factors_short.weight")
-_ROPE_TYPE = b".rope.scaling.type"
-_HEADER = 2**27
-"""More bytes than the header of any GGUF has: its vocabulary is there."""
 
 
 def plain_parent(given: Any, merge_adapter: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -51,8 +45,8 @@ def plain_parent(given: Any, merge_adapter: bool = False) -> tuple[PreTrainedMod
     _check_plain(model)
     gguf = _gguf_of(model)
     if gguf is not None:
-        told["gguf_file"], file = gguf
-        _check_rope(model, file)
+        told["gguf_file"], place = gguf
+        _check_gguf(model, Gguf.read(place))
     if len({tensor.device for tensor in _tensors(model)}) > 1 or any(tensor.is_meta for tensor in _tensors(model)):
         return _gathered(model), told
     return _bare(model), told
@@ -160,39 +154,18 @@ def _gguf_of(model: PreTrainedModel) -> tuple[str, Path] | None:
     return (files[0].name, files[0]) if len(files) == 1 else None
 
 
-def _check_rope(model: PreTrainedModel, file: Path) -> None:
-    """Refuse a model whose loader has dropped the rotary frequencies that the file holds."""
+def _check_gguf(model: PreTrainedModel, file: Gguf) -> None:
+    """Refuse a model whose loader has dropped what the file holds: rotary frequencies, or tensors."""
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    found = _rope_scaling(file)
-    if found is None or any(part.get("rope_type", "default") != "default" for part in parts):
-        return
-    raise UnsupportedModel(
-        f"{_named(model)}: {file.name} scales its rotary frequencies ({found}), which transformers left out when it "
-        "loaded the file: rope_type is default, and its answers are wrong. Pass the original checkpoint, or load the "
-        "file with a config whose rope_parameters say so (`llama3` for Llama 3.1 and later)."
-    )
-
-
-def _rope_scaling(file: Path) -> str | None:
-    """The tensor or the setting by which a GGUF scales its rotary frequencies; None where it does not.
-
-    Its header has names as they are, each after its length.
-    """
-    if not file.stat().st_size:
-        return None
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        end = min(len(data), _HEADER)
-        for name in _ROPE_TENSORS:
-            if data.find(struct.pack("<Q", len(name)) + name, 0, end) >= 0:
-                return name.decode()
-        at = data.find(_ROPE_TYPE, 0, end)
-        if at < 0:
-            return None
-        _, length = struct.unpack_from("<IQ", data, at + len(_ROPE_TYPE))  # its type is text
-        begin = at + len(_ROPE_TYPE) + 12
-        kind = data[begin : begin + length].decode(errors="replace")
-        return None if kind == "none" else f"rope.scaling.type {kind}"
+    found = file.rope_scaling()
+    if found is not None and all(part.get("rope_type", "default") == "default" for part in parts):
+        raise UnsupportedModel(
+            f"{_named(model)}: {file.file.name} scales its rotary frequencies ({found}), which transformers left out "
+            "when it loaded the file: rope_type is default, and its answers are wrong. Pass the path of the file, the "
+            "original checkpoint, or load the file with a config whose rope_parameters say so."
+        )
+    check_all_taken(file, model)
 
 
 # Weights that are not all here
@@ -248,18 +221,6 @@ def _onloaded(module: nn.Module) -> Iterator[bool]:
 
 
 # What loaders and wrappers left
-
-
-def without_loader(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of plain weights without the quantiser that unpacked them, and its config without a word of it."""
-    if getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config"):
-        return model
-    plain = copy.copy(model)
-    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(plain).pop(name, None)
-    plain.config = plain_config(model.config)
-    plain.config.architectures = [type(model).__name__]
-    return plain
 
 
 def _bare(module: Any) -> Any:

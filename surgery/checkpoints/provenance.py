@@ -17,7 +17,8 @@ from ..calibration.text import Windows
 from ..errors import CheckpointError
 from ..plan import Plan
 from ..recipe import Recipe
-from .files import local_folder
+from .places import GGUF, local_folder
+from .restored import facts_in
 
 FILE = "surgery.json"
 RECIPE_FILE = "recipe.yaml"
@@ -39,10 +40,13 @@ def provenance(
         told: facts about the parent beside its name: the adapter that was merged, the GGUF it came from.
         held_out: KL of the result to its parent in nats per token, on calibration windows that nothing was fitted on.
     """
+    # Read from a file, a config names that file.
+    parent = config.name_or_path.removesuffix("config.json").rstrip("/") or None
+    gguf = facts_in(parent)
     return {
-        # Read from a file, a config names that file.
-        "parent": config.name_or_path.removesuffix("config.json").rstrip("/") or None,
+        "parent": parent if gguf is None else gguf["file"],
         "parent_revision": getattr(config, "_commit_hash", None),
+        **({} if gguf is None else {"gguf": gguf}),
         **(told or {}),
         "recipe": plan.recipe.to_dict(),
         "seed": seed,
@@ -81,10 +85,11 @@ def parent_folder(data: dict[str, Any]) -> Path | None:
     parent, revision = data.get("parent"), data.get("parent_revision")
     if not parent or Path(parent).is_dir():
         return Path(parent) if parent else None
-    if not revision:
+    is_gguf = parent.endswith(GGUF) and Path(parent).is_file()
+    if not revision and not is_gguf:
         return None
     try:
-        return local_folder(f"{parent}@{revision}", weights=False)
+        return local_folder(parent if is_gguf else f"{parent}@{revision}", weights=False)
     except CheckpointError as error:
         warnings.warn(f"{error} Written without the tokenizer and other files of {parent}.", stacklevel=2)
         return None

@@ -19,7 +19,8 @@ from ..torch_state import plain_torch
 from .adapters import base_folder, check_adapter, merged, with_adapter, without_adapter
 from .classes import model_class, settle_attention
 from .companions import copy_companions
-from .files import Checkpoint, Fit, check_fits, local_folder, read_json
+from .files import Checkpoint, Fit, check_fits, read_json
+from .places import local_folder
 from .provenance import parent_folder, provenance_of, write_provenance
 from .writing import new_folder, plain
 
@@ -29,7 +30,7 @@ def load(model: str | Path, *, merge_adapter: bool = False, **kwargs: Any) -> Pr
     """Load a converted checkpoint, or any other, checked before use.
 
     Args:
-        model: folder or Hub id.
+        model: folder, GGUF or Hub id.
         merge_adapter: merge the adapter (of the library peft) that lies in the folder, beside its weights or alone.
         kwargs: for `from_pretrained`; the dtype is the checkpoint's own unless given.
 

@@ -262,7 +262,7 @@ def evaluate(
 ) -> None:
     """Measure loss, KL, recall, cache bytes and speed, beside the baseline, through the cache."""
     from ..checkpoints.adapters import adapter_in
-    from ..checkpoints.files import local_folder
+    from ..checkpoints.places import local_folder
     from ..checkpoints.storage import load
     from ..measure.evaluate import evaluate as score
 

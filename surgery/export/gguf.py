@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import Checkpoint
+from ..checkpoints.gguf import package as _gguf
 from ..checkpoints.storage import check_whole
 from ..errors import CheckpointError, PlanError
 from ..planning.targets import NATIVE, Refusal, Subject, Way, refused_as_native, stored_otherwise
@@ -34,7 +35,6 @@ ARCHITECTURES = {
     "DeepseekV3ForCausalLM": "deepseek2",
 }
 FILE = "model.gguf"
-TESTED = "0.19"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,17 +131,6 @@ _TYPES: dict[torch.dtype, Callable[[], Any]] = {
     torch.float16: lambda: _gguf().GGMLQuantizationType.F16,
     torch.bfloat16: lambda: _gguf().GGMLQuantizationType.BF16,
 }
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise PlanError(
-            f"GGUF is written by the package gguf, which is not installed (tested: {TESTED}). "
-            "pip install 'kv-surgery[gguf]'."
-        ) from None
-    return gguf
 
 
 def _stock_refusal(subject: Subject) -> Refusal | None:

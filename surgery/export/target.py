@@ -17,8 +17,9 @@ from ..calibration.text import load_tokenizer
 from ..checkpoints.adapters import check_adapter
 from ..checkpoints.classes import model_class
 from ..checkpoints.companions import copy_companions
-from ..checkpoints.files import local_folder, read_json
+from ..checkpoints.files import read_json
 from ..checkpoints.parents import plain_form
+from ..checkpoints.places import local_folder
 from ..checkpoints.provenance import FILE, write_provenance
 from ..checkpoints.storage import copy_parents_companions, load
 from ..planning.targets import Refusal, Subject, Way

@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 
 from ..anatomy import examine
 from ..anatomy.reader import load_config
-from ..checkpoints.files import local_folder, read_json
+from ..checkpoints.files import read_json
+from ..checkpoints.places import local_folder
 from ..errors import RecipeError
 from ..plan import plan
 from ..runtime.layout import Dense, Heads, Latent, LayerPlan

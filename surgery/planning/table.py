@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..checkpoints.restored import facts_in
 from ..console import count, human_bytes, spans
 from ..runtime.layout import AttentionSite, LayerPlan
 
@@ -80,6 +81,8 @@ def notes(plan: Plan) -> list[str]:
         lines.append(
             f"left out: {layers} layer{'s' * (layers > 1)} that {name} counts; {plan.anatomy.architecture} loads none"
         )
+    for note in (facts_in(plan.anatomy.config.name_or_path.removesuffix("config.json")) or {}).get("notes", ()):
+        lines.append(f"the GGUF: {note}")
     if plan.recipe.uptrain:
         lines.append(f"uptraining afterwards: {count(plan.recipe.uptrain.tokens)} tokens suggested")
     return list(dict.fromkeys(lines))

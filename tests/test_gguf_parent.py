@@ -1,0 +1,337 @@
+"""GGUF files as parents: restored to the value, in tokens, settings and weights, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from vllm_models import decoder
+
+import surgery
+from surgery.checkpoints import places, restored
+from surgery.checkpoints.gguf import llama3_rope
+from surgery.checkpoints.restored import restore
+from surgery.errors import CheckpointError, UnsupportedModel
+from surgery.export import export
+from surgery.export.llama_cpp import LlamaCpp
+
+gguf = pytest.importorskip("gguf", reason="no gguf: install kv-surgery[gguf]")
+
+MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+CHAT = [{"role": "user", "content": "In 2024 the cat sat."}]
+TEXT = "In 2024 the  cat sat;<|im_end|>\n\nthen <think> 31 tths"
+VOCABULARY = 272
+IDS = torch.arange(48).reshape(2, 24)
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
+GQA = {"steps": [{"rewriter": "gqa", "kv_heads": 1, "init": "mean"}]}
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+@pytest.fixture(autouse=True)
+def shelf(tmp_path, monkeypatch):
+    """Restored checkpoints of a test lie in its own folder; llama.cpp is not asked."""
+    monkeypatch.setattr(restored, "shelf", lambda: tmp_path / "shelf")
+    monkeypatch.setattr(LlamaCpp, "find", classmethod(lambda cls, python=None: None))
+    return tmp_path / "shelf"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of GPT-2's splits with chat marks, a mark that is plain text, and a few merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("h", "e"), ("Ġ", "t"), ("Ġt", "he"), ("c", "a"), ("ca", "t")]
+    words = [*MARKS, *alphabet, *(a + b for a, b in merges), "<think>"]
+    core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=MARKS[1], eos_token=MARKS[2], unk_token=MARKS[0], pad_token=MARKS[2]
+    )
+    made.add_tokens([AddedToken("<think>", normalized=False)])
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Exports a model, with a tokenizer unless told otherwise, as a GGUF that lies alone; gives its path."""
+
+    def write(model, tokenizer=True):
+        model.save_pretrained(tmp_path / "parent")
+        if tokenizer:
+            byte_tokenizer().save_pretrained(tmp_path / "parent")
+        export(tmp_path / "parent", tmp_path / "written", to="gguf", overwrite=True)
+        (tmp_path / "only").mkdir(exist_ok=True)
+        return (tmp_path / "written" / "model.gguf").rename(tmp_path / "only" / "model.gguf")
+
+    return write
+
+
+def small(family="Llama", **changes):
+    return decoder(family, **{"vocab_size": VOCABULARY, "num_hidden_layers": 2, **changes})
+
+
+def with_biases():
+    model = small(attention_bias=True)
+    assert model.model.layers[0].self_attn.o_proj.bias.abs().max() > 0.1
+    return model
+
+
+PARENTS = {
+    "llama": small,
+    "tied": lambda: small(tie_word_embeddings=True, rms_norm_eps=1e-5),
+    "biases": with_biases,
+    "llama3 rope": lambda: small(rope_parameters=LLAMA3),
+    "bfloat16": lambda: small().to(torch.bfloat16),
+    "qwen2": lambda: small("Qwen2", hidden_size=128),
+    "qwen3": lambda: small("Qwen3", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+}
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_a_gguf_gives_back_the_checkpoint_that_it_was_made_of(name, written, tmp_path):
+    parent = PARENTS[name]()
+    file = written(parent)
+    facts = restore(file, tmp_path / "back")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    assert type(back) is type(parent)
+    assert back.dtype is parent.dtype
+    theirs = parent.state_dict()
+    assert {key for key, value in back.state_dict().items() if not torch.equal(value, theirs[key])} == set()
+    assert back.config.rms_norm_eps == parent.config.rms_norm_eps
+    assert back.config.tie_word_embeddings == parent.config.tie_word_embeddings
+    assert torch.equal(logits(back), logits(parent))
+    assert (back.generation_config.bos_token_id, back.generation_config.eos_token_id) == (1, 2)
+    assert [note for note in facts["notes"] if "llama3" in note] == [note for note in facts["notes"] if "rope" in note]
+    mine, own = AutoTokenizer.from_pretrained(tmp_path / "back"), byte_tokenizer()
+    assert mine(TEXT)["input_ids"] == own(TEXT)["input_ids"]
+    assert mine.apply_chat_template(CHAT, tokenize=False) == own.apply_chat_template(CHAT, tokenize=False)
+    for special in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        assert getattr(mine, special) == getattr(own, special)
+    said = gguf.GGUFReader(file).fields["tokenizer.ggml.tokens"].contents()
+    assert mine.convert_ids_to_tokens(range(len(own))) == said[: len(own)]
+
+
+def quantised(file, out, kind):
+    """The same file with its matrices quantised, and every setting as it was."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(out, "llama")
+    for name, value in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            sub = value.types[-1] if value.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, value.contents(), value.types[0], sub)
+    for tensor in reader.tensors:
+        if len(tensor.shape) == 1:
+            writer.add_tensor(tensor.name, tensor.data)
+        else:
+            writer.add_tensor(tensor.name, gguf.quantize(tensor.data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def test_quantised_weights_are_unpacked_to_the_value_and_it_is_said(written, tmp_path):
+    (tmp_path / "q8").mkdir()
+    file = quantised(written(small()), tmp_path / "q8" / "model.gguf", gguf.GGMLQuantizationType.Q8_0)
+    facts = restore(file, tmp_path / "back")
+    back = surgery.load(tmp_path / "back")
+    own = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    assert torch.equal(logits(back), logits(own))
+    up = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.1.ffn_up.weight")
+    assert np.array_equal(gguf.dequantize(up.data, up.tensor_type), back.model.layers[1].mlp.up_proj.weight.detach())
+    assert back.dtype is torch.float32
+    assert facts["types"] == {"Q8_0": 16, "F32": 5}
+    assert any("quantised (16 Q8_0, 5 F32)" in note for note in facts["notes"])
+
+
+def test_a_gguf_is_planned_converted_and_loaded_by_its_path(written, tmp_path, call, shelf, caplog):
+    parent = small()
+    file = written(parent)
+    code, out, _ = call("plan", file, "-r", "mqa", "--set", "init=mean")
+    assert code == 0 and "LlamaForCausalLM" in out
+    assert not list(shelf.glob("*/*.safetensors"))  # a plan reads no weights
+    surgery.convert_checkpoint(file, GQA, tmp_path / "out")
+    [kept] = shelf.glob("*/model.safetensors")
+    made = kept.stat().st_mtime_ns
+    child = surgery.load(tmp_path / "out")
+    assert torch.equal(logits(child), logits(surgery.convert(parent, GQA)))
+    told = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    assert told["parent"] == told["gguf"]["file"] == str(file)
+    assert len(told["gguf"]["sha256"]) == 64
+    assert not (tmp_path / "out" / "gguf.json").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == byte_tokenizer()(TEXT)["input_ids"]
+    # The folder that holds the file alone is as good as the file, and what was restored is found again.
+    assert torch.equal(logits(surgery.load(file.parent)), logits(parent))
+    surgery.save(surgery.convert(surgery.load(file), GQA), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "surgery.json").read_text())["parent"] == str(file)
+    assert (tmp_path / "again" / "tokenizer.json").is_file()
+    assert kept.stat().st_mtime_ns == made
+    assert [record for record in caplog.records if "written as a checkpoint" in record.message]
+
+
+def test_a_changed_file_is_restored_anew(written, shelf):
+    first = logits(surgery.load(written(small())))
+    other = small()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(2)
+    assert not torch.equal(logits(surgery.load(written(other))), first)
+    assert len(list(shelf.iterdir())) == 2
+
+
+def test_the_tokenizer_beside_a_gguf_is_taken_and_must_have_its_tokens(written, tmp_path):
+    file = written(small(), tokenizer=False)
+    with pytest.raises(CheckpointError, match=r"model\.gguf: holds no tokenizer\. Put that of the model"):
+        restore(file, tmp_path / "back")
+    byte_tokenizer().save_pretrained(file.parent)
+    restore(file, tmp_path / "back")
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
+    file = written(small())
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(file.parent)
+    with pytest.raises(UnsupportedModel, match=r"token 0 is '<\|endoftext\|>' in the file, and 'w0' in the tokenizer"):
+        restore(file, tmp_path / "two")
+
+
+@pytest.mark.parametrize("length", [64, 8192])
+def test_parameters_of_llama3_rope_are_found_from_its_factors(length):
+    theirs = {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": length, "factor": 32.0}
+    config = LlamaConfig(hidden_size=256, num_attention_heads=2, head_dim=128, rope_parameters=theirs)
+    slowed = ROPE_INIT_FUNCTIONS["llama3"](config, device=torch.device("cpu"))[0].double()
+    plain = 5e5 ** -(torch.arange(64, dtype=torch.float64) / 64)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    factors = (plain / slowed).float()
+    assert llama3_rope(factors, config) == theirs
+    factors[40] *= 1.01
+    assert llama3_rope(factors, config) is None
+
+
+# Bad input
+
+
+def rewritten(file, changes, tensors=True):
+    """The same file with other settings; a name that is None goes."""
+    reader = gguf.GGUFReader(file)
+    out = file.with_name("changed.gguf")
+    kind = changes.get("general.architecture", "llama")
+    writer = gguf.GGUFWriter(out, kind)
+    for name, value in reader.fields.items():
+        if name.startswith("GGUF.") or name in changes:
+            continue
+        sub = value.types[-1] if value.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name.replace("llama.", f"{kind}."), value.contents(), value.types[0], sub)
+    for name, value in changes.items():
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        elif name != "general.architecture":
+            writer.add_string(name, value)
+    for tensor in reader.tensors if tensors else ():
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.unlink()
+    return out.rename(file)
+
+
+def cut(file):
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) * 2 // 3])
+    return file
+
+
+def cut_in_the_header(file):
+    file.write_bytes(file.read_bytes()[:3000])
+    return file
+
+
+BAD = {
+    "cut short": (cut, CheckpointError, "damaged or cut short"),
+    "cut in its header": (cut_in_the_header, CheckpointError, "damaged or cut short"),
+    "no GGUF": (lambda f: f.write_bytes(b"PK\3\4" * 99), CheckpointError, "does not begin as a GGUF does"),
+    "encoder": (lambda f: rewritten(f, {"general.architecture": "bert"}), UnsupportedModel, r"is an encoder \(bert\)"),
+    "family": (
+        lambda f: rewritten(f, {"general.architecture": "deepseek2"}), UnsupportedModel,
+        "is of the family deepseek2, which transformers .* does not read from a GGUF",
+    ),
+    "part": (lambda f: rewritten(f, {"split.count": 3}), CheckpointError, "is one of 3 parts. Join them by"),
+    "vision": (lambda f: rewritten(f, {"general.type": "mmproj"}), UnsupportedModel, "holds no language model"),
+    "yarn": (
+        lambda f: rewritten(f, {"llama.rope.scaling.type": "yarn"}), UnsupportedModel,
+        r"scales its rotary frequencies \(rope\.scaling\.type yarn\)",
+    ),
+    "experts": (lambda f: rewritten(f, {}, tensors=False), UnsupportedModel, "has no tensor for"),
+    "window": (
+        lambda f: rewritten(f, {"llama.attention.sliding_window": 16}), UnsupportedModel, "attends to 16 tokens at most"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_gguf_that_cannot_be_a_parent_is_refused_in_one_line_that_names_it(name, written, tmp_path, call, shelf):
+    change, error, message = BAD[name]
+    file = written(small())
+    change(file)
+    with pytest.raises(error, match=message) as caught:
+        surgery.load(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert "Give" in str(caught.value) or "Fetch" in str(caught.value) or "decoders" in str(caught.value)
+    code, _, said = call("convert", file, "-r", "mqa", "-o", tmp_path / "out")
+    assert code == 2 and len(said.strip().splitlines()) == 1 and str(file) in said
+    assert not (tmp_path / "out").exists()
+    assert not list(shelf.glob("*/*.safetensors"))
+
+
+def test_tensors_that_the_class_has_no_place_for_are_refused_by_name(written):
+    file = written(small(attention_bias=True))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    with pytest.raises(UnsupportedModel, match=r"it has no place for blk\.0\.attn_.\.bias"):
+        surgery.convert(model, GQA)
+
+
+def test_settings_that_nothing_reads_are_told(written, tmp_path, caplog):
+    file = rewritten(written(small()), {"llama.some.factor": 0.5})
+    with caplog.at_level(logging.WARNING, "surgery"):
+        surgery.load(file)
+    assert "nothing reads its setting llama.some.factor = 0.5" in caplog.text
+    assert "nothing reads its setting llama.some.factor" in " ".join(map(str, surgery.plan(file, GQA).tables()))
+
+
+def test_several_files_in_a_folder_are_refused_by_name(written):
+    file = written(small())
+    file.with_name("other.gguf").write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF files, such as model\.gguf and other\.gguf\. Give one"):
+        surgery.load(file.parent)
+    with pytest.raises(CheckpointError, match=r"nothing/here\.gguf: no such file"):
+        surgery.load("./nothing/here.gguf")
+
+
+def test_a_file_in_a_repository_of_the_hub_is_fetched_and_restored(written, monkeypatch):
+    file, asked = written(small()), []
+
+    def fetch(name, path, revision=None):
+        asked.append((name, path, revision))
+        return str(file)
+
+    monkeypatch.setattr(places, "hf_hub_download", fetch)
+    assert torch.equal(logits(surgery.load("me/small-GGUF/Q8/model.gguf@v1")), logits(small()))
+    assert asked == [("me/small-GGUF", "Q8/model.gguf", "v1")]
