@@ -109,6 +109,7 @@ def test_a_gguf_gives_back_the_checkpoint_that_it_was_made_of(name, written, tmp
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert type(back) is type(parent)
     assert back.dtype is parent.dtype
+    parent = AutoModelForCausalLM.from_pretrained(tmp_path / "parent", dtype="auto")  # its rotary table in float32
     theirs = parent.state_dict()
     assert {key for key, value in back.state_dict().items() if not torch.equal(value, theirs[key])} == set()
     assert back.config.rms_norm_eps == parent.config.rms_norm_eps
@@ -159,12 +160,9 @@ def test_quantised_weights_are_unpacked_to_the_value_and_it_is_said(written, tmp
     assert any("quantised (16 Q8_0, 5 F32)" in note for note in facts["notes"])
 
 
-def test_a_gguf_is_planned_converted_and_loaded_by_its_path(written, tmp_path, call, shelf, caplog):
+def test_a_gguf_is_converted_and_loaded_by_its_path(written, tmp_path, shelf, caplog):
     parent = small()
     file = written(parent)
-    code, out, _ = call("plan", file, "-r", "mqa", "--set", "init=mean")
-    assert code == 0 and "LlamaForCausalLM" in out
-    assert not list(shelf.glob("*/*.safetensors"))  # a plan reads no weights
     surgery.convert_checkpoint(file, GQA, tmp_path / "out")
     [kept] = shelf.glob("*/model.safetensors")
     made = kept.stat().st_mtime_ns
@@ -177,9 +175,6 @@ def test_a_gguf_is_planned_converted_and_loaded_by_its_path(written, tmp_path, c
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == byte_tokenizer()(TEXT)["input_ids"]
     # The folder that holds the file alone is as good as the file, and what was restored is found again.
     assert torch.equal(logits(surgery.load(file.parent)), logits(parent))
-    surgery.save(surgery.convert(surgery.load(file), GQA), tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "surgery.json").read_text())["parent"] == str(file)
-    assert (tmp_path / "again" / "tokenizer.json").is_file()
     assert kept.stat().st_mtime_ns == made
     assert [record for record in caplog.records if "written as a checkpoint" in record.message]
 
@@ -279,7 +274,7 @@ BAD = {
         lambda f: rewritten(f, {"llama.rope.scaling.type": "yarn"}), UnsupportedModel,
         r"scales its rotary frequencies \(rope\.scaling\.type yarn\)",
     ),
-    "experts": (lambda f: rewritten(f, {}, tensors=False), UnsupportedModel, "has no tensor for"),
+    "no tensors": (lambda f: rewritten(f, {}, tensors=False), UnsupportedModel, "holds 0 numbers, of which .* has"),
     "window": (
         lambda f: rewritten(f, {"llama.attention.sliding_window": 16}), UnsupportedModel, "attends to 16 tokens at most"
     ),
@@ -308,12 +303,14 @@ def test_tensors_that_the_class_has_no_place_for_are_refused_by_name(written):
         surgery.convert(model, GQA)
 
 
-def test_settings_that_nothing_reads_are_told(written, tmp_path, caplog):
+def test_settings_that_nothing_reads_are_told(written, call, shelf, caplog):
     file = rewritten(written(small()), {"llama.some.factor": 0.5})
+    code, out, _ = call("plan", file, "-r", "mqa")
+    assert code == 0 and "nothing reads its setting llama.some.factor = 0.5" in " ".join(out.split())
+    assert not list(shelf.glob("*/*.safetensors"))  # a plan reads no weights
     with caplog.at_level(logging.WARNING, "surgery"):
         surgery.load(file)
-    assert "nothing reads its setting llama.some.factor = 0.5" in caplog.text
-    assert "nothing reads its setting llama.some.factor" in " ".join(map(str, surgery.plan(file, GQA).tables()))
+    assert "Note: nothing reads its setting llama.some.factor = 0.5" in caplog.text
 
 
 def test_several_files_in_a_folder_are_refused_by_name(written):

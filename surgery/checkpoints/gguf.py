@@ -134,8 +134,8 @@ class Gguf:
         parts = self.settings.get("split.count") or 0
         if parts > 1:
             raise CheckpointError(
-                f"{where}: is one of {parts} parts. Join them by `llama-gguf-split --merge FIRST-PART WHOLE.gguf` of "
-                "llama.cpp, and give the whole."
+                f"{where}: is one of {parts} parts. Join them by llama.cpp's `llama-gguf-split --merge FIRST WHOLE`. "
+                "Give the whole."
             )
         if self.settings.get("general.type", "model") != "model" or kind == "clip":
             raise UnsupportedModel(
@@ -307,7 +307,7 @@ def llama3_rope(factors: Tensor, config: Any) -> dict[str, Any] | None:
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    base, factor = config.rope_parameters["rope_theta"], float(factors.max())
+    base, factor = config.rope_parameters["rope_theta"], round(float(factors.max()), 4)
     wanted = factors.double()
     plain = base ** -(torch.arange(len(wanted), dtype=torch.float64) / len(wanted))
     guesses = [(4.0, float(2**power)) for power in range(5, 20)]
@@ -317,7 +317,7 @@ def llama3_rope(factors: Tensor, config: Any) -> dict[str, Any] | None:
         lines = torch.stack([plain[middle] / (2 * torch.pi), -torch.ones_like(smooth)], 1)
         slope, start = torch.linalg.lstsq(lines, smooth[:, None]).solution[:, 0].tolist()
         if start > 0:
-            guesses.insert(0, (round(1 + 1 / start, 4), float(round(slope / start))))
+            guesses.append((round(1 + 1 / start, 4), float(round(slope / start))))
     for high, length in guesses:
         rope = {
             "rope_type": "llama3", "rope_theta": base, "factor": factor, "low_freq_factor": 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -46,6 +47,8 @@ def restore(file: str | Path, folder: str | Path, *, overwrite: bool = False, we
     check_output(folder, overwrite)
     header = Gguf.read(file)
     config, notes = config_of(header)
+    with torch.device("meta"):
+        notes += check_all_taken(header, model_class(config)._from_config(copy.deepcopy(config)))
     tokenizer, more = tokenizer_in(header)
     notes += more
     facts = header.facts()
@@ -124,11 +127,10 @@ def _load(header: Gguf, config: Any) -> tuple[PreTrainedModel, list[str]]:
     missing = sorted(info["missing_keys"])
     if missing:
         raise header.refuse(f"has no tensor for {missing[0]} of {loader.__name__}")
-    notes = check_all_taken(header, model)
     check_model(model)
     model = without_loader(model)
     model.config.architectures = [loader.__name__]
-    kind = header.dtype
+    kind, notes = header.dtype, []
     if kind is not None and kind is not torch.float32:
         if all(torch.equal(p.to(kind).float(), p) for p in model.parameters()):
             model = model.to(kind)
