@@ -77,7 +77,7 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
     console = stdout()
     tokenizer = load_tokenizer(SMALL)
     parent = load(SMALL, dtype=torch.float32)
-    calibration, held_out = _text(tokenizer, parent.config.vocab_size, effort)
+    calibration, held_out = topic_windows(tokenizer, parent.config.vocab_size, effort.calibration, effort.held_out)
 
     console.rule("[bold]the model[/bold] (bundled, pretrained on English prose)", align="left")
     console.print(*examine(parent).tables(), sep="\n")
@@ -145,20 +145,20 @@ def layer_sensitivity(parent: PreTrainedModel, calibration: Windows, held_out: W
     return costs
 
 
-def _text(tokenizer: Any, vocab_size: int, effort: Effort) -> tuple[Windows, Windows]:
+def topic_windows(tokenizer: Any, vocab_size: int, calibration: int, held_out: int) -> tuple[Windows, Windows]:
     """Calibration and held-out windows of English that every Python brings along: the topics of `help()`, by topic."""
     from pydoc_data.topics import topics
 
     parts: tuple[list[str], list[str]] = ([], [])
     for i, name in enumerate(sorted(topics)):
         parts[i % 2].append(topics[name])
-    calibration, held_out = (
+    first, second = (
         load_windows(
             part, tokenizer, vocab_size=vocab_size, length=LENGTH, samples=samples, every_window=True, where="topics"
         )
-        for part, samples in zip(parts, (effort.calibration, effort.held_out), strict=True)
+        for part, samples in zip(parts, (calibration, held_out), strict=True)
     )
-    return calibration, held_out
+    return first, second
 
 
 def _continued(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:

@@ -41,7 +41,7 @@ LEVELS = [
     ("convert", "assembly", "checkpoints.streaming", "checkpoints.child_files"),
     ("measure", "report"),
     ("generate",),
-    ("cli", "calibrate", "demo", "export", "serve", "train", "benchmarks"),
+    ("cli", "calibrate", "demo", "real_demo", "export", "serve", "train", "benchmarks"),
 ]
 """A lower line never imports a higher one. The longest name that fits counts; `rewriters` is the registry alone."""
 

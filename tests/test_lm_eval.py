@@ -8,8 +8,13 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM, PreTrainedTokenizerFast
 
+from surgery.bundled import SMALL
+from surgery.calibration.text import encode, load_tokenizer
+from surgery.checkpoints.storage import load
+from surgery.convert import convert
 from surgery.errors import CheckpointError, RecipeError
-from surgery.measure.lm_eval import OURS, _language_model, check_known, recall_task, run_tasks
+from surgery.measure.cloze import cloze_questions
+from surgery.measure.lm_eval import OURS, _language_model, check_known, cloze_task, recall_task, run_tasks
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'kv-surgery[eval]'"
@@ -152,3 +157,59 @@ def test_without_lm_eval_the_error_says_what_to_install(tokenizer, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'kv-surgery\[eval\]'"):
         run_tasks(tiny_llama(), tokenizer, ["surgery_passkey"])
+
+
+THINGS = ("castle", "garden", "bridge", "market", "temple", "forest")
+SENTENCES = [
+    " ".join(f"On day {i} of that year the people of the {place} went to see the {thing}." for thing in THINGS)
+    for i, place in enumerate(("town", "village", "harbour", "valley"))
+]
+
+
+def test_cloze_questions_ask_for_last_words_with_others_of_the_same_text_in_balance():
+    made = cloze_questions(SENTENCES, lambda text: len(text.split()), context=40)
+    assert len(made) == 24
+    for question in made:
+        right = question.choices[question.label]
+        [source] = [text for text in SENTENCES if f"{question.text} {right}." in text]
+        assert len(set(question.choices)) == 4 and set(question.choices) <= set(THINGS)
+        assert not set(question.choices) & set(question.text.split())
+        assert len(question.text.split()) <= 40 and source
+    assert [question.label for question in made] == [0, 1, 2, 3] * 6
+    assert made == cloze_questions(SENTENCES, lambda text: len(text.split()), context=40)
+    assert made != cloze_questions(SENTENCES, lambda text: len(text.split()), context=40, seed=1)
+    with pytest.raises(CheckpointError, match="found no sentence of 8 to 40 words"):
+        cloze_questions(["Too short. No word!"], len)
+
+
+@needs_lm_eval
+def test_cloze_scores_parent_and_child_in_one_table_through_the_cache(monkeypatch):
+    parent = load(SMALL, dtype=torch.float32)
+    steps = [{"rewriter": "gqa", "kv_heads": 1, "init": "mean"}]
+    child = convert(parent, {"steps": steps})
+    lengths = []
+    forward = LlamaForCausalLM.forward
+
+    def watched(self, input_ids=None, **options):
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **options)
+
+    # The likeliest choice by one forward pass over each whole text: what a cache that loses nothing must give.
+    tokenizer = load_tokenizer(SMALL)
+    documents = list(cloze_task(parent, tokenizer, seed=3).test_docs())[:6]
+    right = 0
+    for document in documents:
+        nats = []
+        prompt = encode(tokenizer, document["text"])
+        for choice in document["choices"]:
+            ids = torch.tensor([encode(tokenizer, f"{document['text']} {choice}")])
+            with torch.no_grad():
+                logp = parent(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            nats.append(float(logp.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum()))
+        right += max(range(4), key=nats.__getitem__) == document["label"]
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
+    scores = {name: run_tasks(m, tokenizer, ["surgery_cloze"], limit=6, seed=3) for name, m in
+              (("parent", parent), ("child", child))}  # fmt: skip
+    assert scores["parent"] == {"surgery_cloze acc": right / 6}
+    assert scores["child"].keys() == scores["parent"].keys()
+    assert set(lengths) == {1}

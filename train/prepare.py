@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from surgery.calibration.text import has_surplus_ids, read_windows, window_length
 from surgery.checkpoints.adapters import adapter_in
-from surgery.checkpoints.files import local_folder, read_json
+from surgery.checkpoints.files import read_json
+from surgery.checkpoints.places import local_folder
 from surgery.checkpoints.provenance import provenance_of
 from surgery.checkpoints.storage import load
 from surgery.checkpoints.writing import check_output

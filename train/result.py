@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from surgery.checkpoints.companions import copy_companions
-from surgery.checkpoints.files import local_folder
+from surgery.checkpoints.places import local_folder
 from surgery.checkpoints.provenance import provenance_of, versions, write_provenance
 from surgery.checkpoints.writing import new_folder
 

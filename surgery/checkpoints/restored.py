@@ -104,7 +104,8 @@ def shelf() -> Path:
 
 
 def facts_in(folder: str | Path | None) -> dict[str, Any] | None:
-    """What a restored folder tells of its GGUF; None for any other folder."""
+    """What a restored folder tells of its GGUF, or the folder of a config.json; None for any other folder."""
+    folder = str(folder or "").removesuffix("config.json")
     if not folder or not (Path(folder) / FACTS).is_file():
         return None
     return read_json(Path(folder) / FACTS)
@@ -133,7 +134,7 @@ def _load(header: Gguf, config: Any) -> tuple[PreTrainedModel, list[str]]:
     kind, notes = header.dtype, []
     if kind is not None and kind is not torch.float32:
         if all(torch.equal(p.to(kind).float(), p) for p in model.parameters()):
-            model = model.to(kind)
+            model.to(dtype=kind)  # type: ignore[call-arg]
         else:
             notes.append(f"not all of its tensors are {str(kind).removeprefix('torch.')}: they are float32 here")
     return model, notes

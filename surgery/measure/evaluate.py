@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from ..anatomy.positions import max_positions
 from ..calibration.outputs import check_speaks
-from ..calibration.text import Windows, read_windows, tokenizer_of
+from ..calibration.text import Windows, read_texts, read_windows, tokenizer_of
 from ..checkpoints.provenance import versions
 from ..errors import CheckpointError, RecipeError
 from ..report.data import GateRatios, Measured, Report
 from .gates import gated, read_gates
-from .lm_eval import check_known, check_prompts, run_tasks
+from .lm_eval import CLOZE, check_known, check_prompts, run_tasks
 from .memory import cache_size, max_batch, parse_bytes
 from .recall import TASKS, answer_questions, check_tasks, compose_questions
 from .scoring import Path, score_windows
@@ -57,7 +57,8 @@ def evaluate(
         recall_lengths: tokens of context of the questions; default: a quarter, half and all of the model's.
         questions: per task, length and depth.
         speed: also time prefill and decoding, both models in turn.
-        lm_eval_tasks: names that lm-eval knows, run on the models in memory; needs the extra `eval`.
+        lm_eval_tasks: names that lm-eval knows, run on the models in memory; needs the extra `eval`. `surgery_cloze`
+            asks about `text`.
         memory, context: for the largest batch of sequences of `context` tokens (default: the model's) in `memory`.
         seed: of questions and bootstrap.
         names: of model and baseline, for the tables.
@@ -90,6 +91,8 @@ def evaluate(
     if baseline is not None:
         _check_same_tokens(config, baseline.config)
     windows = read_windows(config, text, tokenizer, length=length, samples=samples, where="evaluation text")
+    is_text = CLOZE in lm_eval_tasks and not isinstance(text, (Tensor, Windows))
+    texts = read_texts(text) if is_text else None
     asked = None
     if tasks:
         asked = compose_questions(
@@ -134,9 +137,11 @@ def evaluate(
         versions=versions(),
         device=str(model.device),
         window_start=windows.start,
-        tasks={n: run_tasks(m, tokenizer, lm_eval_tasks, seed=seed) for n, m in zip(names, models, strict=False)}
-        if lm_eval_tasks
-        else {},
+        tasks={
+            n: run_tasks(m, tokenizer, lm_eval_tasks, seed=seed, texts=texts)
+            for n, m in zip(names, models, strict=False)
+            if lm_eval_tasks
+        },
     )
     for m, was in zip(models, training, strict=True):
         m.train(was)

@@ -1,7 +1,7 @@
 """lm-eval's tasks, and our recall questions as lm-eval tasks, on a model in memory. Needs the extra `eval`.
 
-Likelihood tasks of lm-eval score in one forward pass, which never reads the cache; `surgery_*` tasks generate, so
-they do.
+Likelihood tasks of lm-eval score in one forward pass, which never reads the cache; `surgery_*` tasks generate, or
+score token by token through the cache (`surgery_cloze`), so they do.
 """
 
 from __future__ import annotations
@@ -12,20 +12,27 @@ import importlib.util
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy.positions import max_positions
 from ..calibration.text import check_known_ids, special_tokens
 from ..errors import CheckpointError, RecipeError
+from .cloze import CONTEXT, cloze_questions
 from .recall import FILLER, TASKS, Reader, compose
+from .scoring import DECODE_BATCH, decode
 
 OURS = {f"surgery_{name}": name for name in TASKS}
 """Name among lm-eval's tasks -> name in `measure.recall.TASKS`."""
+CLOZE = "surgery_cloze"
+NAMES = (*OURS, CLOZE)
+"""All tasks of ours."""
 DEPTHS = (0.0, 0.5, 1.0)
 QUESTIONS = 8
 """Per length and depth."""
@@ -40,10 +47,10 @@ def check_known(tasks: Sequence[str]) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError("tasks: lm-eval is not installed. Run: pip install 'kv-surgery[eval]'")
     if not tasks:
-        raise RecipeError(f"tasks: none named. Ours are {', '.join(OURS)}; `lm-eval ls tasks` lists lm-eval's.")
+        raise RecipeError(f"tasks: none named. Ours are {', '.join(NAMES)}; `lm-eval ls tasks` lists lm-eval's.")
     for name in tasks:
-        if name not in OURS and name not in _manager().all_tasks:
-            near = difflib.get_close_matches(name, [*OURS, *_manager().all_tasks], 3)
+        if name not in NAMES and name not in _manager().all_tasks:
+            near = difflib.get_close_matches(name, [*NAMES, *_manager().all_tasks], 3)
             raise RecipeError(
                 f"tasks: lm-eval has no task {name!r}. "
                 + (f"Nearest: {', '.join(near)}." if near else "`lm-eval ls tasks` lists them.")
@@ -72,14 +79,16 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    texts: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Run tasks of lm-eval on `model`.
 
     Args:
-        tasks: names of tasks, groups or tags of lm-eval, or of `OURS`. lm-eval fetches its data from the Hub; ours
+        tasks: names of tasks, groups or tags of lm-eval, or of `NAMES`. lm-eval fetches its data from the Hub; ours
             are generated.
         limit: at most so many questions of each task.
         seed: of our questions and of few-shot examples. lm-eval seeds the generators of the process with it.
+        texts: what `surgery_cloze` asks about; by default the topics of Python's `help()`.
 
     Returns:
         `task metric` -> score, with lm-eval's filter after it where it has one. Of a group, its own scores where
@@ -99,30 +108,39 @@ def run_tasks(
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of what is meant here: a model in memory, a data set made by a function
     try:
-        loaded = [item for name in dict.fromkeys(tasks) for item in _load(name, model, tokenizer, seed)]
-        results = simple_evaluate(
-            model=_language_model(model, tokenizer, batch_size),
-            tasks=loaded,
-            # Without lm-eval's own: building the index of them reads thousands of files, and ours are loaded.
-            task_manager=_manager(defaults=False),
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        found: dict[str, dict[str, Any]] = {}
+        for through_cache in (False, True):
+            names = [name for name in dict.fromkeys(tasks) if (name == CLOZE) == through_cache]
+            if not names:
+                continue
+            results = simple_evaluate(
+                model=_language_model(model, tokenizer, DECODE_BATCH if through_cache else batch_size, through_cache),
+                tasks=[item for name in names for item in _load(name, model, tokenizer, seed, texts)],
+                # Without lm-eval's own: building the index of them reads thousands of files, and ours are loaded.
+                task_manager=_manager(defaults=False),
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+            if results is None:  # lm-eval gives results to the first process only
+                return {}
+            found |= results["results"]
     finally:
         log.setLevel(level)
         model.train(training)
-    if results is None:  # lm-eval gives results to the first process only
-        return {}
-    return _flat(results["results"], tasks)
+    return _flat(found, tasks)
 
 
-def _language_model(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> Any:
-    """lm-eval's door to a model, which refuses token ids that the model does not know."""
+def _language_model(model: PreTrainedModel, tokenizer: Any, batch_size: int, through_cache: bool = False) -> Any:
+    """lm-eval's door to a model, which refuses token ids that the model does not know.
+
+    Args:
+        through_cache: likelihoods come from decoding token by token, not from one forward pass.
+    """
     from lm_eval.models.huggingface import HFLM
 
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
@@ -137,6 +155,14 @@ def _language_model(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> 
             ids, mask = super().tok_batch_encode(*args, **kwargs)
             check_known_ids(ids[mask.bool()], vocab_size, "tasks", self.tokenizer)
             return ids, mask
+
+        def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not through_cache:
+                logits: Tensor = super()._model_call(inps, *args, **kwargs)
+                return logits
+            with torch.inference_mode():
+                # Rows are padded on the right, which no earlier token sees.
+                return torch.cat([logp for _, logp in decode(model, inps, prefill=1)], 1).to(inps.device)
 
     # A copy: HFLM gives a tokenizer without padding token one.
     lm = Checked(
@@ -155,8 +181,12 @@ def _manager(defaults: bool = True) -> Any:
     return TaskManager(include_defaults=defaults)
 
 
-def _load(name: str, model: PreTrainedModel, tokenizer: Any, seed: int) -> list[Any]:
+def _load(
+    name: str, model: PreTrainedModel, tokenizer: Any, seed: int, texts: Sequence[str] | None = None
+) -> list[Any]:
     """The task or group of that name, or the tasks of a tag, with their data."""
+    if name == CLOZE:
+        return [cloze_task(model, tokenizer, texts, seed)]
     if name in OURS:
         return [recall_task(name, model, tokenizer, seed)]
     from datasets.exceptions import DatasetsError
@@ -168,7 +198,7 @@ def _load(name: str, model: PreTrainedModel, tokenizer: Any, seed: int) -> list[
     except (OSError, DatasetsError) as error:
         raise CheckpointError(
             f"tasks: the data of {name} cannot be had ({_first_line(error)}). lm-eval fetches it from the Hub; "
-            f"{', '.join(OURS)} need no download."
+            f"{', '.join(NAMES)} need no download."
         ) from None
     groups = found.get("groups", {})
     return [groups[name]] if name in groups else list(found["tasks"].values())
@@ -198,6 +228,43 @@ def recall_task(name: str, model: PreTrainedModel, tokenizer: Any, seed: int = 0
             "generation_kwargs": {"until": [".", ",", "\n"], "max_gen_toks": answer_tokens, "do_sample": False},
             "process_results": lambda doc, results: {"exact_match": float(_first_word(results[0]) == doc["answer"])},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+    )
+
+
+def cloze_task(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str] | None = None, seed: int = 0) -> Any:
+    """`surgery_cloze` as a task of lm-eval: the likeliest of four words at the end of a sentence.
+
+    Args:
+        texts: what is asked about; by default the topics of Python's `help()`.
+
+    Raises:
+        CheckpointError: the texts give no question, or the tokenizer does not cover plain English.
+    """
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    if texts is None:
+        from pydoc_data.topics import topics
+
+        texts = [topics[name] for name in sorted(topics)]
+    reader = Reader(tokenizer)
+    spell = str.lower if reader.lower else str
+    room = (max_positions(model.config) or CONTEXT) - len(reader.start) - 16  # the choices
+    questions = cloze_questions(texts, reader.length, seed=seed, context=min(CONTEXT, room))
+    documents = [{**asdict(q), "text": spell(q.text), "choices": list(map(spell, q.choices))} for q in questions]
+    return ConfigurableTask(
+        config={
+            "task": CLOZE,
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "text",
+            "doc_to_choice": "choices",
+            "doc_to_target": "label",
+            "num_fewshot": 0,
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": 1.0},
         }
     )

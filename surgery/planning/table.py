@@ -81,7 +81,7 @@ def notes(plan: Plan) -> list[str]:
         lines.append(
             f"left out: {layers} layer{'s' * (layers > 1)} that {name} counts; {plan.anatomy.architecture} loads none"
         )
-    for note in (facts_in(plan.anatomy.config.name_or_path.removesuffix("config.json")) or {}).get("notes", ()):
+    for note in (facts_in(plan.anatomy.config.name_or_path) or {}).get("notes", ()):
         lines.append(f"the GGUF: {note}")
     if plan.recipe.uptrain:
         lines.append(f"uptraining afterwards: {count(plan.recipe.uptrain.tokens)} tokens suggested")
