@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -29,6 +30,7 @@ CHAT = [{"role": "user", "content": "In 2024 the cat sat."}]
 TEXT = "In 2024 the  cat sat;<|im_end|>\n\nthen <think> 31 tths"
 VOCABULARY = 272
 IDS = torch.arange(48).reshape(2, 24)
+"""Below the vocabulary of every model here."""
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64, "rope_theta": 10000.0,
@@ -215,6 +217,85 @@ def test_parameters_of_llama3_rope_are_found_from_its_factors(length):
     assert llama3_rope(factors, config) is None
 
 
+# Families that no export of ours writes
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+SHAPE = {
+    "context_length": 128, "embedding_length": 32, "block_count": 2, "feed_forward_length": 48,
+    "attention.head_count": 4, "attention.head_count_kv": 2,
+}  # fmt: skip
+FAMILIES = {
+    "starcoder2": (
+        "Starcoder2Config", {**TINY, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rope.freq_base": 1e6, "attention.layer_norm_epsilon": 1e-5},
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        {**TINY, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "attn_logit_softcapping": 20.0,
+         "final_logit_softcapping": 10.0},
+        {"attention.key_length": 16, "attention.value_length": 16, "attention.layer_norm_rms_epsilon": 1e-6,
+         "attention.sliding_window": 8, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
+    ),
+    "phi3": (
+        "Phi3Config", {**TINY, "sliding_window": 4, "partial_rotary_factor": 0.5},
+        {"attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": 4, "rope.freq_base": 10000.0,
+         "attention.sliding_window": 4},
+    ),
+    "stablelm": (
+        "StableLmConfig", {**TINY, "partial_rotary_factor": 0.5, "rope_theta": 50000.0},
+        {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 4, "rope.freq_base": 50000.0},
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3},
+        {"attention.layer_norm_epsilon": 1e-5},
+    ),
+}  # fmt: skip
+"""Settings in which a model of each differs from what its class has by default."""
+
+
+def as_stored(family, name, tensor):
+    """A tensor as llama.cpp's converter writes it."""
+    if family == "gemma2" and "norm" in name:
+        return tensor + 1
+    return tensor.T if family == "gpt2" and ".h." in name and tensor.ndim == 2 else tensor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_that_transformers_leaves_out_are_taken_from_the_file(family, tmp_path):
+    kind, changes, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter)).mul_(2**10).round_().div_(2**10)  # + 1 and - 1 are exact
+    (tmp_path / "only").mkdir()
+    file = tmp_path / "only" / "model.gguf"
+    writer = gguf.GGUFWriter(file, family)
+    for name, value in {**SHAPE, **settings}.items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{family}.{name}", value)
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family)
+    names = gguf.get_tensor_name_map(arch, 2)
+    for name, tensor in model.named_parameters():
+        stored = as_stored(family, name, tensor.detach()).contiguous().numpy()
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    words = [f"t{i}" for i in range(64)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(file.parent)
+    back = surgery.load(file)
+    assert type(back) is type(model)
+    assert torch.equal(logits(back), logits(model))
+    assert back.config.max_position_embeddings == 128
+
+
 # Bad input
 
 
@@ -300,6 +381,15 @@ def test_tensors_that_the_class_has_no_place_for_are_refused_by_name(written):
     file = written(small(attention_bias=True))
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     with pytest.raises(UnsupportedModel, match=r"it has no place for blk\.0\.attn_.\.bias"):
+        surgery.convert(model, GQA)
+
+
+def test_a_model_in_memory_whose_settings_got_lost_is_refused(written):
+    file = written(small(rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    surgery.convert(model, GQA)
+    model.config.rope_parameters["rope_theta"] = 10000.0  # as of a family whose base transformers does not read
+    with pytest.raises(UnsupportedModel, match=r"has rope_theta 500000\.0, and the model 10000\.0.*Pass the path"):
         surgery.convert(model, GQA)
 
 

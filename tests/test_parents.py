@@ -506,14 +506,6 @@ def test_a_gguf_whose_rope_scaling_got_lost_is_refused(gguf):
     assert torch.equal(logits(surgery.convert(told, "identity")), logits(plain))
 
 
-@pytest.mark.parametrize("name", ["", "model.gguf"], ids=["folder", "file"])
-def test_a_path_to_a_gguf_alone_is_refused_with_what_to_do(tmp_path, name):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    for work in (surgery.load, surgery.examine, lambda path: surgery.convert_checkpoint(path, GQA, tmp_path / "out")):
-        with pytest.raises(CheckpointError, match=r"model\.gguf is a GGUF: load it with AutoModelForCausalLM"):
-            work(tmp_path / name)
-
-
 # What a Trainer left
 
 

@@ -192,7 +192,7 @@ def config_of(file: Gguf) -> tuple[Any, list[str]]:
         )
     config = plain_config(config)
     notes: list[str] = []
-    for take in (_exact_eps, _take_heads, _take_biases, _take_rope, _take_window, _take_caps):
+    for take in (_exact_eps, _take_sizes, _take_heads, _take_scale, _take_biases, _take_rope, _take_window, _take_caps):
         notes += take(file, config)
     config.architectures = [model_class(config).__name__]
     if file.dtype is None:
@@ -216,6 +216,27 @@ def _exact_eps(_: Gguf, config: Any) -> list[str]:
         if isinstance(value, float) and name.endswith(("eps", "epsilon")):
             setattr(config, name, float(str(np.float32(value))))
     return []
+
+
+def _take_sizes(file: Gguf, config: Any) -> list[str]:
+    """Rows of the embeddings, positions, and no padding token beyond the rows, which some classes have by default."""
+    embeddings, positions = file.shapes.get("token_embd.weight"), file.get("context_length")
+    if embeddings:
+        config.vocab_size = embeddings[0]
+    if positions and hasattr(config, "max_position_embeddings"):
+        config.max_position_embeddings = int(positions)
+    if (getattr(config, "pad_token_id", None) or 0) >= config.vocab_size:
+        config.pad_token_id = None
+    return []
+
+
+def _take_scale(file: Gguf, config: Any) -> list[str]:
+    """What scores are divided by, where a class has a setting for it: no file holds that, and llama.cpp knows it."""
+    if not hasattr(config, "query_pre_attn_scalar"):
+        return []
+    is_27b = (file.architecture, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62))
+    config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else _head_dim(config)
+    return [f"its query_pre_attn_scalar is not in the file; {config.query_pre_attn_scalar} is taken, as by llama.cpp"]
 
 
 def _head_dim(config: Any) -> int:
@@ -333,7 +354,39 @@ def llama3_rope(factors: Tensor, config: Any) -> dict[str, Any] | None:
     return None
 
 
-# The weights of a model that transformers loaded from a file
+# A model that transformers loaded from a file
+_COMPARED = ("sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def check_loaded(file: Gguf, model: Any) -> None:
+    """Refuse a model whose loader has left out what the file holds: rotary frequencies, settings, or tensors.
+
+    Raises:
+        UnsupportedModel: says what is missing.
+    """
+    where, config = f"{type(model).__name__}: {file.file.name}", model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    scaling = file.rope_scaling()
+    if scaling is not None and all(part.get("rope_type", "default") == "default" for part in parts):
+        raise UnsupportedModel(
+            f"{where} scales its rotary frequencies ({scaling}), which transformers left out when it loaded the file: "
+            "rope_type is default, and its answers are wrong. Pass the path of the file, the original checkpoint, or "
+            "load the file with a config whose rope_parameters say so."
+        )
+    check_all_taken(file, model)
+    if scaling is not None:
+        return
+    wanted, _ = config_of(file)
+    pairs = {name: tuple(getattr(c, name, None) for c in (wanted, config)) for name in _COMPARED}
+    theirs = getattr(wanted, "rope_parameters", None) or {}
+    pairs |= {name: (theirs.get(name, 1.0), rope.get(name, 1.0)) for name in ("rope_theta", "partial_rotary_factor")}
+    for name, (said, found) in pairs.items():
+        if said != found:
+            raise UnsupportedModel(
+                f"{where} has {name} {said}, and the model {found}: transformers left that out when it loaded the "
+                "file, and its answers are wrong. Pass the path of the file."
+            )
 
 
 def check_all_taken(file: Gguf, model: Any) -> list[str]:

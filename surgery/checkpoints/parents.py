@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from ..errors import UnsupportedModel
 from .adapters import has_adapter, merged, refuse_adapter
 from .files import quantised_by
-from .gguf import Gguf, check_all_taken
+from .gguf import Gguf, check_loaded
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 """Modules of torch that answer as the one in them does, which has all weights as they are."""
@@ -46,7 +46,7 @@ def plain_parent(given: Any, merge_adapter: bool = False) -> tuple[PreTrainedMod
     gguf = _gguf_of(model)
     if gguf is not None:
         told["gguf_file"], place = gguf
-        _check_gguf(model, Gguf.read(place))
+        check_loaded(Gguf.read(place), model)
     if len({tensor.device for tensor in _tensors(model)}) > 1 or any(tensor.is_meta for tensor in _tensors(model)):
         return _gathered(model), told
     return _bare(model), told
@@ -152,20 +152,6 @@ def _gguf_of(model: PreTrainedModel) -> tuple[str, Path] | None:
     # Older versions of transformers leave no trace of the file.
     files = sorted(folder.glob("*.gguf")) if config.name_or_path and not (folder / "config.json").exists() else []
     return (files[0].name, files[0]) if len(files) == 1 else None
-
-
-def _check_gguf(model: PreTrainedModel, file: Gguf) -> None:
-    """Refuse a model whose loader has dropped what the file holds: rotary frequencies, or tensors."""
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    found = file.rope_scaling()
-    if found is not None and all(part.get("rope_type", "default") == "default" for part in parts):
-        raise UnsupportedModel(
-            f"{_named(model)}: {file.file.name} scales its rotary frequencies ({found}), which transformers left out "
-            "when it loaded the file: rope_type is default, and its answers are wrong. Pass the path of the file, the "
-            "original checkpoint, or load the file with a config whose rope_parameters say so."
-        )
-    check_all_taken(file, model)
 
 
 # Weights that are not all here
