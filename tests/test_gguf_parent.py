@@ -9,26 +9,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from gguf_files import TEMPLATE, VOCABULARY, byte_tokenizer, small, write_gguf
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from vllm_models import decoder
 
 import surgery
 from surgery.checkpoints import places, restored
 from surgery.checkpoints.gguf import llama3_rope
 from surgery.checkpoints.restored import restore
 from surgery.errors import CheckpointError, UnsupportedModel
-from surgery.export import export
 from surgery.export.llama_cpp import LlamaCpp
 
 gguf = pytest.importorskip("gguf", reason="no gguf: install kv-surgery[gguf]")
 
-MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 CHAT = [{"role": "user", "content": "In 2024 the cat sat."}]
 TEXT = "In 2024 the  cat sat;<|im_end|>\n\nthen <think> 31 tths"
-VOCABULARY = 272
 IDS = torch.arange(48).reshape(2, 24)
 """Below the vocabulary of every model here."""
 LLAMA3 = {
@@ -51,39 +47,11 @@ def shelf(tmp_path, monkeypatch):
     return tmp_path / "shelf"
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of GPT-2's splits with chat marks, a mark that is plain text, and a few merges."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("h", "e"), ("Ġ", "t"), ("Ġt", "he"), ("c", "a"), ("ca", "t")]
-    words = [*MARKS, *alphabet, *(a + b for a, b in merges), "<think>"]
-    core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    core.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=MARKS[1], eos_token=MARKS[2], unk_token=MARKS[0], pad_token=MARKS[2]
-    )
-    made.add_tokens([AddedToken("<think>", normalized=False)])
-    made.chat_template = TEMPLATE
-    return made
-
-
 @pytest.fixture
 def written(tmp_path):
     """Exports a model, with a tokenizer unless told otherwise, as a GGUF that lies alone; gives its path."""
 
-    def write(model, tokenizer=True):
-        model.save_pretrained(tmp_path / "parent")
-        if tokenizer:
-            byte_tokenizer().save_pretrained(tmp_path / "parent")
-        export(tmp_path / "parent", tmp_path / "written", to="gguf", overwrite=True)
-        (tmp_path / "only").mkdir(exist_ok=True)
-        return (tmp_path / "written" / "model.gguf").rename(tmp_path / "only" / "model.gguf")
-
-    return write
-
-
-def small(family="Llama", **changes):
-    return decoder(family, **{"vocab_size": VOCABULARY, "num_hidden_layers": 2, **changes})
+    return lambda model, tokenizer=True: write_gguf(model, tmp_path, tokenizer)
 
 
 def with_biases():

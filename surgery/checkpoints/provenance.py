@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from ..plan import Plan
 from ..recipe import Recipe
 from .places import GGUF, local_folder
-from .restored import facts_in
+from .restored import facts_in, is_kept
 
 FILE = "surgery.json"
 RECIPE_FILE = "recipe.yaml"
@@ -44,7 +44,7 @@ def provenance(
     parent = config.name_or_path.removesuffix("config.json").rstrip("/") or None
     gguf = facts_in(parent)
     return {
-        "parent": parent if gguf is None else gguf["file"],
+        "parent": gguf["file"] if gguf is not None and is_kept(parent) else parent,
         "parent_revision": getattr(config, "_commit_hash", None),
         **({} if gguf is None else {"gguf": gguf}),
         **(told or {}),

@@ -103,6 +103,11 @@ def shelf() -> Path:
     return Path(HF_HOME) / "surgery" / "gguf"
 
 
+def is_kept(folder: str | Path | None) -> bool:
+    """Whether `restored` made a folder: its GGUF stands for it, and makes it again."""
+    return Path(folder or "").parent == shelf()
+
+
 def facts_in(folder: str | Path | None) -> dict[str, Any] | None:
     """What a restored folder tells of its GGUF, or the folder of a config.json; None for any other folder."""
     folder = str(folder or "").removesuffix("config.json")
