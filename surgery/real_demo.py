@@ -54,7 +54,7 @@ class Effort:
     rows: int
 
 
-WHOLE = Effort(calibration=16, held_out=6, questions=2, rows=3)
+WHOLE = Effort(calibration=16, held_out=4, questions=1, rows=3)
 FAST = Effort(calibration=4, held_out=2, questions=1, rows=1)
 
 
@@ -85,7 +85,7 @@ def run(
         raise CheckpointError(f"{model}: no tokenizer beside the model. The demo reads text with it.")
     vocab_size = parent.config.get_text_config(decoder=True).vocab_size
     calibration, held_out = topic_windows(tokenizer, vocab_size, effort.calibration, effort.held_out)
-    longest = min(384, anatomy.max_positions or 384)
+    longest = min(384, (anatomy.max_positions or 512) - 16)  # an answer comes after
 
     console.rule(f"[bold]the model[/bold]: {Path(model).name}", align="left")
     console.print(*anatomy.tables(), sep="\n")

@@ -33,8 +33,8 @@ def test_the_demo_converts_a_gguf_and_shows_answers_bytes_quality_and_recall(tmp
     seen = []
     run = real_demo.run
     monkeypatch.setattr(real_demo, "run", lambda *a, **k: seen.append(run(*a, **k)))
-    code, out, _ = call("demo", "--real", file, "--fast", "-o", tmp_path / "out")
-    assert code == 0
+    code, out, said = call("demo", "--real", file, "--fast", "-o", tmp_path / "out")
+    assert code == 0, said
     [(reports, samples)] = seen
     names = ["2 to 1 KV head, mean pooling", "2 to 1 KV head, surgery", "half, as latents"]
     assert [report.model.name for report in reports] == names
