@@ -72,8 +72,8 @@ def convert(
     """Convert a pretrained model; the parent stays as it is.
 
     Args:
-        model_or_path: model, folder or Hub id. A model under torch.compile or DataParallel is taken out of it; one with
-            weights offloaded by accelerate is brought together on the CPU.
+        model_or_path: model, folder, GGUF or Hub id. A model under torch.compile or DataParallel is taken out of it;
+            one with weights offloaded by accelerate is brought together on the CPU.
         recipe: shipped name, path, dict or Recipe.
         calibration: text that the statistics are streamed from: a file, a list of strings, or token ids
             [windows, tokens]. None uses the data-free form of the recipe.

@@ -15,6 +15,7 @@ import torch
 
 from .anatomy import Anatomy, examine
 from .calibration.text import tokenizer_of
+from .checkpoints.gguf import package
 from .checkpoints.restored import shelf
 from .checkpoints.storage import load
 from .console import human_bytes, stdout
@@ -71,11 +72,12 @@ def run(
 
     Raises:
         CheckpointError: `out` is not empty, the model cannot be had, or it has no tokenizer.
-        PlanError: nothing of the demo applies to the model.
+        PlanError: nothing of the demo applies to the model, or the package gguf is missing.
     """
     check_report_folder(out, overwrite)
     begun, effort, console = time.monotonic(), FAST if fast else WHOLE, stdout()
     if model is None:
+        package()  # before the download: without it the file cannot be read
         model = str(fetch())
     anatomy = examine(model)
     rows = rows_for(anatomy)[-effort.rows :]

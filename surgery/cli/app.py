@@ -106,7 +106,9 @@ def _options(
     "surgery inspect --gates ./dms-4x --text held-out.jsonl --plot gates.png"
 )
 def inspect(
-    model: Annotated[str | None, typer.Argument(help="Folder of a checkpoint, its config.json, or Hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder of a checkpoint, its config.json, GGUF, or Hub id.")
+    ] = None,
     gates: Annotated[
         str | None, typer.Option(help="Instead: folder of a model made by dms or dmc; what its gates do to --text.")
     ] = None,
@@ -175,7 +177,8 @@ def plan(model: Model, recipe: RecipeOption, set_: SetOption = None, json_file: 
 
 @app.command(
     epilog="Examples: surgery convert ./my-model -r gqa-2x --calibration text.jsonl -o ./smaller | "
-    "surgery convert ./my-model -r gqa-4x --set kv_heads=2 --set layers=8-31 -o ./smaller"
+    "surgery convert ./my-model -r gqa-4x --set kv_heads=2 --set layers=8-31 -o ./smaller | "
+    "surgery convert ./model.gguf -r mla-2x --calibration text.jsonl -o ./smaller"
 )
 def convert(
     model: Model,
@@ -253,7 +256,7 @@ def evaluate(
     memory: Annotated[str, typer.Option(help="Memory for the largest batch, such as 80GiB.")] = "80GiB",
     context: Annotated[int | None, typer.Option(min=1, help="Its tokens per sequence; default: the model's.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, with commas between; needs kv-surgery[eval].")
+        str | None, typer.Option(help="Tasks of lm-eval or surgery_cloze, with commas between; needs kv-surgery[eval].")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of questions and intervals.")] = 0,
     merge_adapter: MergeAdapter = False,

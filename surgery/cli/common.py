@@ -15,7 +15,9 @@ import typer
 from ..console import stdout
 from ..errors import CheckpointError
 
-Model = Annotated[str, typer.Argument(help="Folder of a checkpoint, or Hub id (owner/name, owner/name@revision).")]
+Model = Annotated[
+    str, typer.Argument(help="Folder of a checkpoint, GGUF, or Hub id (owner/name, owner/name@revision).")
+]
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Shipped name (gqa-2x, gqa-4x, mqa, identity) or path to a YAML file.")
 ]
