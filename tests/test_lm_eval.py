@@ -1,6 +1,7 @@
 """lm-eval on models in memory: our recall tasks, unknown names, a package that is not there."""
 
 import copy
+import importlib
 import importlib.util
 
 import pytest
@@ -189,7 +190,7 @@ def test_cloze_scores_parent_and_child_in_one_table_through_the_cache():
     child = convert(parent, {"steps": steps})
     # The likeliest choice by one forward pass over each whole text: what a cache that loses nothing must give.
     tokenizer = load_tokenizer(SMALL)
-    documents = list(cloze_task(parent, tokenizer, seed=3).test_docs())[:6]
+    documents = list(cloze_task(parent, tokenizer, seed=3).test_docs())[:4]
     right = 0
     for document in documents:
         nats = []
@@ -203,8 +204,24 @@ def test_cloze_scores_parent_and_child_in_one_table_through_the_cache():
     lengths = []
     for model in (parent, child):
         model.register_forward_pre_hook(lambda _, __, k: lengths.append(k["input_ids"].shape[1]), with_kwargs=True)
-    scores = {name: run_tasks(m, tokenizer, ["surgery_cloze"], limit=6, seed=3) for name, m in
+    scores = {name: run_tasks(m, tokenizer, ["surgery_cloze"], limit=4, seed=3) for name, m in
               (("parent", parent), ("child", child))}  # fmt: skip
-    assert scores["parent"] == {"surgery_cloze acc": right / 6}
+    assert scores["parent"] == {"surgery_cloze acc": right / 4}
     assert scores["child"].keys() == scores["parent"].keys()
     assert set(lengths) == {1}
+
+
+def test_an_evaluation_asks_cloze_questions_about_its_own_text(tokenizer, monkeypatch):
+    module, asked = importlib.import_module("surgery.measure.evaluate"), []
+    monkeypatch.setattr(module, "check_known", lambda _: None)
+    monkeypatch.setattr(
+        module, "run_tasks", lambda *_, texts, **__: asked.append(texts) or {"surgery_cloze acc": len(asked) / 4}
+    )
+    report = module.evaluate(
+        tiny_llama(), baseline=tiny_llama(), text=SENTENCES, tokenizer=tokenizer, path="prefill", samples=1,
+        lm_eval_tasks=["surgery_cloze"],
+    )  # fmt: skip
+    assert asked == [SENTENCES, SENTENCES]
+    assert report.tasks == {"converted": {"surgery_cloze acc": 0.25}, "baseline": {"surgery_cloze acc": 0.5}}
+    [row] = [line for line in report.to_markdown().splitlines() if "surgery_cloze acc" in line]
+    assert "0.25" in row and "0.5" in row

@@ -306,7 +306,8 @@ def _take_rope(file: Gguf, config: Any) -> list[str]:
     scaling = file.rope_scaling()
     if scaling is None or rope.get("rope_type", "default") != "default":
         return []
-    found = None if file.rope_factors is None else llama3_rope(file.rope_factors, config)
+    plain = rope is whole and file.rope_factors is not None
+    found = llama3_rope(file.rope_factors, config) if plain else None  # type: ignore[arg-type]
     if found is None:
         raise file.refuse(f"scales its rotary frequencies ({scaling}) otherwise than llama3 does; transformers leaves "
                           "that out")  # fmt: skip
