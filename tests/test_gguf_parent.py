@@ -185,6 +185,22 @@ def test_parameters_of_llama3_rope_are_found_from_its_factors(length):
     assert llama3_rope(factors, config) is None
 
 
+def test_text_is_cut_and_begun_as_the_name_of_the_splits_says(written, tmp_path):
+    def back(pre, number):
+        restore(rewritten(written(small()), {"tokenizer.ggml.pre": pre}), tmp_path / f"back{number}")
+        return AutoTokenizer.from_pretrained(tmp_path / f"back{number}")
+
+    digits = back("smollm", 0)
+    pieces = [piece for piece, _ in digits.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n12 cats")]
+    assert pieces == ["a", "ĊĊ", "1", "2", "Ġcats"]
+    assert digits("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
+    llama3 = back("llama-bpe", 1)
+    assert llama3("a")["input_ids"] == [1, *byte_tokenizer()("a")["input_ids"]]
+    assert llama3.backend_tokenizer.model.ignore_merges
+    facts = restore(rewritten(written(small()), {"tokenizer.ggml.pre": "poro-chat"}), tmp_path / "other")
+    assert any("its splits before BPE (poro-chat) are not known here" in note for note in facts["notes"])
+
+
 # Families that no export of ours writes
 
 TINY = {
