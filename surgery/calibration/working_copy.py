@@ -81,7 +81,7 @@ class WorkingCopy:
         self.window_of: dict[int, int] = {}
         """Newest tokens that gates may not drop, where the text has decided that by layer."""
         self.choice: int | None = None
-        """Index of the candidate that the last latent layer chose: where the search of the next one starts."""
+        """Candidate that the last latent layer chose: where the search of the next one starts."""
         self.held_out: float | None = None
         """KL(parent || copy) in nats per token on windows that nothing was fitted on, after the last way through."""
         self.reading: Mapping[int, Tensor] = {}
@@ -89,7 +89,6 @@ class WorkingCopy:
         self.journal: Journal | None = None
         """Where layers that are done are put away; None keeps them in memory."""
         self.stream_dtype = torch.float32
-        """Format of the hidden states over the text that are kept between layers."""
         self.doing = "converting"
         """What is being done, for people."""
         self._ways = 0
