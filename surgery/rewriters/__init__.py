@@ -21,6 +21,7 @@ REWRITERS: dict[str, str | type] = {
     "identity": "surgery.rewriters.identity:Identity",
     "lowrank": "surgery.rewriters.lowrank:Lowrank",
     "mla": "surgery.rewriters.mla:Mla",
+    "quantise": "surgery.rewriters.quantise:Quantise",
     "share": "surgery.rewriters.share:Share",
 }
 """Name in recipes -> class, or `module:Class`."""

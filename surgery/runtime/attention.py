@@ -23,6 +23,7 @@ from .functions import (
     turn_halves,
 )
 from .layout import AttentionSite, HeadNorm, LayerPlan
+from .quantised_cache import note_mask
 
 Shapes = Mapping[str, tuple[int, ...]]
 KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None
@@ -288,6 +289,7 @@ class SurgeryAttention(nn.Module):
         if inputs.cache is not None:
             if has_own_layer(self.plan):
                 install_layers(inputs.cache, self.all_plans)
+                note_mask(inputs.cache.layers[self.layer_idx], inputs.mask, self.call.mask_true_hides)
             key, value = inputs.cache.update(key, value, self.layer_idx)
         if self.has_readers:
             assert inputs.shared is not None

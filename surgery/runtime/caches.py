@@ -13,6 +13,7 @@ from .layout import LayerPlan
 from .page_pool import PagePool
 from .paged_cache import PagedLayer
 from .pooling_cache import PoolingLayer
+from .quantised_cache import QuantisedLayer
 
 
 class MakeLayer(Protocol):
@@ -24,7 +25,7 @@ class MakeLayer(Protocol):
 
 PAGED: dict[str, type[PagedLayer]] = {"dmc": PoolingLayer, "dms": EvictingLayer, "evict": EvictingLayer}
 """`kind` of a `Retain` -> cache layer, in pages that the layers of a static cache share."""
-CACHE_LAYERS: dict[str, MakeLayer] = {}
+CACHE_LAYERS: dict[str, MakeLayer] = {"codec": QuantisedLayer}
 """`kind` of a `Store` -> what makes the cache layer, a `CacheLayerMixin` of transformers whose `update` gives back what
 attention is to read. `dense` has none: it lies in transformers' own layers."""
 
@@ -81,6 +82,11 @@ def check_replaceable(layer: Any, plan: LayerPlan) -> None:
         ValueError: it has been written to, or has a form that ours cannot replace.
     """
     plain = type(layer) in (DynamicLayer, StaticLayer)
+    if isinstance(layer, QuantisedLayer) and layer.store != plan.store:
+        raise ValueError(
+            f"layer {plan.layer}: the given cache stores it as {layer.store.label()}, and its plan says "
+            f"{plan.store.label() or plan.store.dtype}. Begin with an empty cache."
+        )
     if _is_own(layer) or (plain and not layer.is_initialized):
         return
     why = "its tokens are averaged or leave" if plan.retain is not None else f"it is stored as {plan.store.label()}"

@@ -11,14 +11,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from .codecs import CODECS
 from .project import PROJECTS, Heads, Latent, Project, position_numbers
 from .retain import AHEAD, RETAINS, Evict, Gate, Pool, Retain, Trained
 from .scorers import SCORERS
 from .site import AttentionSite, HeadNorm, OutputGate, Projection, Rotary, from_json
-from .store import STORES, Dense, Store, itemsize_of
+from .store import STORES, Codec, Dense, Store, itemsize_of
 
 __all__ = [
-    "AHEAD", "AttentionSite", "Dense", "Evict", "Gate", "HeadNorm", "Heads", "Latent", "LayerPlan",
+    "AHEAD", "AttentionSite", "Codec", "Dense", "Evict", "Gate", "HeadNorm", "Heads", "Latent", "LayerPlan",
     "OutputGate", "Pool", "Project", "Projection", "Retain", "Rotary", "Store", "Trained", "position_numbers",
 ]  # fmt: skip
 
@@ -146,6 +147,11 @@ class LayerPlan:
             raise ValueError(
                 f"layer {data['layer']}: tokens leave by the score {data['retain'].scorer!r}, which is not known here. "
                 f"Known: {', '.join(SCORERS)}. Register it first, or use the version of surgery that wrote it."
+            )
+        if isinstance(data["store"], Codec) and data["store"].codec not in CODECS:
+            raise ValueError(
+                f"layer {data['layer']}: its cache is stored by the codec {data['store'].codec!r}, which is not known "
+                f"here. Known: {', '.join(CODECS)}. Register it first, or use the version of surgery that wrote it."
             )
         return cls(**data)
 

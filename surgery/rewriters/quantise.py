@@ -1,0 +1,130 @@
+"""The `quantise` step: the cache holds packed codes of a few bits in the place of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..anatomy import Anatomy
+from ..console import spans
+from ..errors import PlanError, RecipeError
+from ..planning.schema import nearest
+from ..recipe import Step
+from ..runtime.codecs import CODECS, PerToken, fitted
+from ..runtime.layout import Codec, Latent, LayerPlan
+from . import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseStep(Step):
+    """Hold K and V as packed codes, but for the first tokens of a sequence and its newest ones.
+
+    Layers with a sliding window hold few tokens, and are left as they are; so are positions beside latents.
+    """
+
+    rewriter: Literal["quantise"] = "quantise"
+    codec: str = "int4"
+    """`int8`, `fp8`: one scale per token and head. `int4`: Hadamard rotation, then groups of channels of each token.
+    `kivi`: keys by channel over groups of tokens. `turbo`: random rotation, levels that suit a Gaussian."""
+    k_bits: int | None = None
+    """Bits of one number of a key or a latent, scales left out; the codec's own by default."""
+    v_bits: int | None = None
+    """The same of values; as `k_bits` by default."""
+    sinks: int = 4
+    """First tokens of a sequence that stay as they are: they are outliers, and most attention goes there."""
+    recent: int = 32
+    """Newest tokens that stay as they are, at least. As many can be taken back (assisted decoding)."""
+    group: int = 32
+    """Numbers that share a scale, and tokens that are packed at a time."""
+
+    def validate(self, where: str) -> None:
+        super().validate(where)
+        if self.codec not in CODECS:
+            near = nearest(self.codec, CODECS)
+            raise RecipeError(f"{where}.codec: no codec {self.codec!r}.{near} Known: {', '.join(CODECS)}.")
+        known = CODECS[self.codec].bits
+        for name in ("k_bits", "v_bits"):
+            bits = getattr(self, name)
+            if bits is not None and bits not in known:
+                raise RecipeError(f"{where}.{name}: {self.codec} knows {', '.join(map(str, known))} bits, not {bits}.")
+        for name, least in (("sinks", 0), ("recent", 0), ("group", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{where}.{name}: {getattr(self, name)} must be at least {least}.")
+
+
+class Quantise(Method):
+    """The method of `QuantiseStep`: weights stay as they are."""
+
+    Options = QuantiseStep
+    axis = "store"
+    step: QuantiseStep
+
+    def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
+        """Codes in each selected layer that keeps a cache without a window.
+
+        Raises:
+            PlanError: no selected layer does, or one that is named has a window or tokens that leave.
+        """
+        step = self.step
+        able = [layer.layer for layer in layers if layer.owns_cache and layer.window is None]
+        for layer in layers if step.layers is not None else ():
+            if step.selects(layer.layer) and layer.owns_cache and layer.window is not None:
+                can = f" Layers that can: {spans(able)}." if able else ""
+                raise PlanError(
+                    f"layer {layer.layer}: {where}.layers names it, but it keeps its newest {layer.window} tokens in a "
+                    f"sliding cache, which is not packed.{can}"
+                )
+        if not any(step.selects(layer) for layer in able):
+            raise PlanError(
+                f"{where}: none of the selected layers keeps a cache of its own without a window: readers read what "
+                f"their owners have packed, and sliding caches hold few tokens."
+                + (f" Select these: {spans(able)}." if able else "")
+            )
+        return tuple(
+            replace(layer, store=self._value(layer)) if layer.layer in able and step.selects(layer.layer) else layer
+            for layer in layers
+        )
+
+    def notes(self, plan: Any) -> list[str]:
+        """What is packed how, and where groups became smaller."""
+        step, lines = self.step, []
+        layers = [layer for layer in plan.after if isinstance(layer.store, Codec) and step.selects(layer.layer)]
+        bits = sum(
+            form.bytes_of(layer.store.group, layer.entry()[0], width) * 8
+            for layer in layers
+            for form, width in zip(layer.store.forms(), layer.entry()[1:], strict=True)
+            if form is not None and width
+        ) / sum(
+            layer.store.group * layer.entry()[0] * width
+            for layer in layers
+            for form, width in zip(layer.store.forms(), layer.entry()[1:], strict=True)
+            if form is not None
+        )
+        lines.append(
+            f"quantise: {step.codec}, {bits:.2f} bits per number with scales; the first {step.sinks} and the newest "
+            f"{step.recent} to {step.recent + step.group - 1} tokens stay as they are"
+        )
+        smaller = {
+            (width, fitted(width, form.group))
+            for layer in layers
+            for form, width in zip(layer.store.forms(), layer.entry()[1:], strict=True)
+            if isinstance(form, PerToken) and width and fitted(width, form.group) < min(form.group, width)
+        }
+        for width, size in sorted(smaller):
+            lines.append(f"quantise: {step.group} does not divide {width} channels, which share scales by {size}")
+        left = [layer.layer for layer in plan.after if layer.owns_cache and layer.window and step.selects(layer.layer)]
+        if left:
+            lines.append(f"quantise: layers {spans(left)} keep their windows as they are")
+        return lines
+
+    def convert(self, copy: Any, layers: Any, windows: Any) -> None:
+        """The weights stay."""
+
+    def _value(self, layer: LayerPlan) -> Codec:
+        step = self.step
+        k_bits = CODECS[step.codec].default if step.k_bits is None else step.k_bits
+        v_bits = k_bits if step.v_bits is None else step.v_bits
+        return Codec(
+            codec=step.codec, k_bits=k_bits, v_bits=None if isinstance(layer.project, Latent) else v_bits,
+            group=step.group, sinks=step.sinks, recent=step.recent, dtype=layer.dtype,
+        )  # fmt: skip

@@ -1,0 +1,305 @@
+"""Codecs of quantised caches: keys and values of whole groups of tokens as packed bytes, scales beside them, and back.
+
+A codec is a pair of forms, one for keys and one for values. What a form makes of a stretch of tokens is a few tensors
+that all have time, or groups of it, in dimension 2: stretches are put behind each other, and read in parts, without
+being encoded again. Statistics are of one KV head, and of one group or one token, never of the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Parts = tuple[Tensor, ...]
+SCALE_BYTES = 2
+"""Of one scale or offset: float16, of which codes are rounded against the rounded value."""
+_LARGEST = 65504.0
+_SEED = 0
+
+
+class Form(Protocol):
+    """How keys, or values, are encoded."""
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        """Encode whole groups of tokens; every part has T, or T over a constant, entries in dimension 2.
+
+        Args:
+            skip_BT: True at tokens that are never read, padding among them: they may not set a scale.
+        """
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        """float32 [B, K, T, W] of what `encode` made.
+
+        Args:
+            turned: leave the numbers in the basis of `basis`, where queries can be taken to instead.
+        """
+
+    def basis(self, width: int) -> Tensor | None:
+        """Orthogonal [W, W] float32 by which vectors are multiplied before they are rounded; None where by none."""
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        """Bytes of all parts of one sequence."""
+
+
+def planes(bits: int) -> tuple[int, ...]:
+    """Widths of the bit planes of codes: powers of two that fill bytes, 3 bits as 2 and 1."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def packed_width(width: int, bits: int) -> int:
+    """Bytes of a row of `width` codes."""
+    return sum(math.ceil(width * plane / 8) for plane in planes(bits))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., bytes] of codes uint8 [..., W]. In each plane, code i of byte d is that of channel d + i * bytes."""
+    rows, shift = [], 0
+    for plane in planes(bits):
+        part = (codes >> shift) & (2**plane - 1)
+        shift += plane
+        each = 8 // plane
+        part = torch.nn.functional.pad(part, (0, -part.shape[-1] % each))
+        packed = torch.zeros_like(part[..., : part.shape[-1] // each])
+        for i, piece in enumerate(part.chunk(each, -1)):
+            packed |= piece << (plane * i)
+        rows.append(packed)
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -1)
+
+
+def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    """uint8 [..., W]: the codes."""
+    codes, shift, start = None, 0, 0
+    for plane in planes(bits):
+        size = math.ceil(width * plane / 8)
+        row = packed[..., start : start + size]
+        start += size
+        if plane < 8:
+            mask = 2**plane - 1
+            row = torch.cat([(row >> (plane * i)) & mask for i in range(8 // plane)], -1)[..., :width]
+        codes = row if codes is None else codes | (row << shift)
+        shift += plane
+    assert codes is not None
+    return codes
+
+
+def fitted(width: int, group: int) -> int:
+    """The largest number of channels, `group` at most, that divides `width`."""
+    return next((size for size in range(min(group, width), 0, -1) if width % size == 0), 1)
+
+
+@functools.lru_cache(maxsize=64)
+def hadamard(width: int) -> Tensor:
+    """Orthogonal [W, W]: blocks of the largest power of two that divides `width`."""
+    block, size = torch.ones(1, 1), width & -width
+    while len(block) < size:
+        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)), 0)
+    return torch.block_diag(*[block / math.sqrt(len(block))] * (width // len(block))) if width else torch.zeros(0, 0)
+
+
+@functools.lru_cache(maxsize=64)
+def random_rotation(width: int) -> Tensor:
+    """A random orthogonal [W, W], the same for everybody."""
+    random = torch.Generator().manual_seed(_SEED + width)
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float()
+
+
+@functools.lru_cache(maxsize=8)
+def gaussian_codebook(bits: int) -> Tensor:
+    """[2^bits] levels in rising order with the least mean squared error for a standard normal (Lloyd, Max)."""
+    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    count = 2**bits
+    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    for _ in range(400):
+        edges = torch.cat((torch.tensor([-torch.inf]), (levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf])))
+        density = torch.where(edges.isinf(), 0.0, normal.log_prob(edges.clamp(-40, 40)).exp())
+        levels = (density[:-1] - density[1:]) / (normal.cdf(edges[1:]) - normal.cdf(edges[:-1]))
+    return levels.float()
+
+
+def _affine(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8, and the float16 scale and offset that they are rounded against."""
+    scale = ((high - low) / (2**bits - 1)).clamp_max(_LARGEST).half()
+    low = low.clamp(-_LARGEST, _LARGEST).half()
+    step = torch.where(scale == 0, 1.0, scale.float())
+    codes = ((x - low.float()) / step).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return codes, scale, low
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerToken:
+    """Asymmetric integers: a scale and an offset for each token and `group` channels.
+
+    Source: QuaRot, arXiv:2404.00456, for the rotation by a Hadamard matrix (`rotated`).
+    """
+
+    bits: int
+    group: int
+    rotated: bool = False
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        x = x_BKTW.float()
+        matrix = self.basis(x.shape[-1])
+        if matrix is not None:
+            x = x @ matrix.to(x.device)
+        x = x.unflatten(-1, (-1, fitted(x.shape[-1], self.group)))
+        codes, scale, low = _affine(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), self.bits)
+        return pack(codes.flatten(-2), self.bits), scale.squeeze(-1), low.squeeze(-1)
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        words, scale, low = parts
+        codes = unpack(words, self.bits, width).unflatten(-1, (-1, fitted(width, self.group))).float()
+        x = torch.addcmul(low.float()[..., None], codes, scale.float()[..., None]).flatten(-2)
+        matrix = None if turned else self.basis(width)
+        return x if matrix is None else x @ matrix.t().to(x.device)
+
+    def basis(self, width: int) -> Tensor | None:
+        return hadamard(width) if self.rotated else None
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        groups = width // fitted(width, self.group) if width else 0
+        return tokens * heads * (packed_width(width, self.bits) + 2 * SCALE_BYTES * groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerChannel:
+    """Asymmetric integers: a scale and an offset for each channel and `group` tokens.
+
+    Source: KIVI, arXiv:2402.02750, which holds keys so, as they are after their rotation.
+    """
+
+    bits: int
+    group: int
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        x = x_BKTW.float().unflatten(2, (-1, self.group))
+        low, high = x, x
+        if skip_BT is not None:
+            skip = skip_BT.unflatten(1, (-1, self.group))[:, None, ..., None]
+            low, high = (x.masked_fill(skip, limit) for limit in (math.inf, -math.inf))
+            nothing = skip.all(3, keepdim=True)
+            low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
+        codes, scale, low = _affine(x, low.amin(3, keepdim=True), high.amax(3, keepdim=True), self.bits)
+        return pack(codes.flatten(2, 3), self.bits), scale.squeeze(3), low.squeeze(3)
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        words, scale, low = parts
+        codes = unpack(words, self.bits, width).unflatten(2, (-1, self.group)).float()
+        return torch.addcmul(low.float()[:, :, :, None], codes, scale.float()[:, :, :, None]).flatten(2, 3)
+
+    def basis(self, width: int) -> Tensor | None:
+        return None
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        return heads * (tokens * packed_width(width, self.bits) + tokens // self.group * 2 * SCALE_BYTES * width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symmetric:
+    """One scale for each token and head, no offset: signed integers of 8 bits, or floats of 8 bits (e4m3)."""
+
+    floats: bool = False
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        x = x_BKTW.float()
+        largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+        top = torch.finfo(torch.float8_e4m3fn).max if self.floats else 127
+        scale = (largest / top).clamp_max(_LARGEST).half()
+        x = (x / torch.where(scale == 0, 1.0, scale.float())).clamp(-top, top)
+        return x.to(torch.float8_e4m3fn) if self.floats else x.round_().to(torch.int8), scale.squeeze(-1)
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        codes, scale = parts
+        return codes.float() * scale.float()[..., None]
+
+    def basis(self, width: int) -> Tensor | None:
+        return None
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        return tokens * heads * (width + SCALE_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spherical:
+    """The norm of each vector apart; its direction after a random rotation, in levels that suit a Gaussian.
+
+    Source: TurboQuant, arXiv:2504.19874, without its second stage for inner products.
+    """
+
+    bits: int
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        x, width = x_BKTW.float(), x_BKTW.shape[-1]
+        norm = x.norm(dim=-1, keepdim=True).clamp_max(_LARGEST).half()
+        matrix = self.basis(width)
+        assert matrix is not None
+        unit = (x @ matrix.to(x.device)) * (math.sqrt(width) / norm.float().clamp_min(1e-12))
+        levels = gaussian_codebook(self.bits).to(x.device)
+        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        return pack(codes, self.bits), norm.squeeze(-1)
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        words, norm = parts
+        levels = gaussian_codebook(self.bits).to(words.device) / math.sqrt(max(width, 1))
+        x = levels[unpack(words, self.bits, width).int()] * norm.float()[..., None]
+        matrix = None if turned else self.basis(width)
+        return x if matrix is None else x @ matrix.t().to(x.device)
+
+    def basis(self, width: int) -> Tensor | None:
+        return random_rotation(width)
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        return tokens * heads * (packed_width(width, self.bits) + SCALE_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecKind:
+    """A codec by its name: the bits that it knows, and its forms."""
+
+    bits: tuple[int, ...]
+    """Bits of one number, scales left out, in rising order."""
+    default: int
+    keys: Callable[[int, int], Form]
+    """(bits, group) -> form of keys."""
+    values: Callable[[int, int], Form]
+    describes: str
+    """For help and tables."""
+
+
+CODECS: dict[str, CodecKind] = {
+    "int8": CodecKind(
+        bits=(8,), default=8, keys=lambda bits, group: Symmetric(), values=lambda bits, group: Symmetric(),
+        describes="one scale per token and head",
+    ),
+    "fp8": CodecKind(
+        bits=(8,), default=8, keys=lambda bits, group: Symmetric(floats=True),
+        values=lambda bits, group: Symmetric(floats=True), describes="e4m3, one scale per token and head",
+    ),
+    "int4": CodecKind(
+        bits=(2, 3, 4, 5, 6, 7, 8), default=4,
+        keys=lambda bits, group: PerToken(bits=bits, group=group, rotated=True),
+        values=lambda bits, group: PerToken(bits=bits, group=group, rotated=True),
+        describes="Hadamard, then groups of channels of each token",
+    ),
+    "kivi": CodecKind(
+        bits=(2, 3, 4, 5, 6, 7, 8), default=2, keys=lambda bits, group: PerChannel(bits=bits, group=group),
+        values=lambda bits, group: PerToken(bits=bits, group=group),
+        describes="keys by channel over groups of tokens, values by token over groups of channels",
+    ),
+    "turbo": CodecKind(
+        bits=(1, 2, 3, 4, 5), default=4, keys=lambda bits, group: Spherical(bits=bits),
+        values=lambda bits, group: Spherical(bits=bits), describes="norms apart, random rotation, Gaussian levels",
+    ),
+}  # fmt: skip
+"""Name in recipes -> codec."""
+
+
+def groups_of(parts: Sequence[Tensor], first: int, count: int, total: int) -> Parts:
+    """`count` of `total` groups of tokens, from the `first` on."""
+    return tuple(part.narrow(2, first * (part.shape[2] // total), count * (part.shape[2] // total)) for part in parts)

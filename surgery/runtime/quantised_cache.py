@@ -1,0 +1,314 @@
+"""Cache of a layer whose tokens are held as packed codes (`Codec`), with the first and the newest ones in full.
+
+Column s of the cache is that of the s-th token that came, padding included. The first `sinks` tokens of each sequence
+lie in `first`, the next columns are packed in whole groups, and the newest, at least `recent` of them, wait in `ring`.
+What is packed is never encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .codecs import Form, Parts, groups_of
+from .layout import LayerPlan
+from .masks import HIDDEN
+from .store import Codec
+
+BLOCK = 1024
+"""Tokens that are decoded at once where one token attends to many."""
+
+
+class Stream:
+    """Keys, or values, of one layer; without a `form` they are held as they are."""
+
+    def __init__(self, form: Form | None, like_BKTW: Tensor) -> None:
+        self.form, self.width, self.dtype = form, like_BKTW.shape[-1], like_BKTW.dtype
+        self.first_BKsW: Tensor = like_BKTW[:, :, :0]
+        self.parts: Parts = ()
+        self.ring_BKrW: Tensor = like_BKTW[:, :, :0]
+        self.packed = 0
+        """Tokens in `parts`."""
+
+    def append(self, new_BKTW: Tensor) -> None:
+        """Put tokens behind the newest."""
+        self.ring_BKrW = torch.cat((self.ring_BKrW, new_BKTW), 2) if self.ring_BKrW.shape[2] else new_BKTW
+
+    def everything(self) -> Tensor:
+        """[B, K, S, W] in the dtype that came; the first columns of padded sequences are not in their places."""
+        if not self.packed:
+            return torch.cat((self.first_BKsW, self.ring_BKrW), 2) if self.first_BKsW.shape[2] else self.ring_BKrW
+        assert self.form is not None
+        decoded = self.form.decode(self.parts, self.width).to(self.dtype)
+        return torch.cat((self.first_BKsW, decoded, self.ring_BKrW), 2)
+
+    def pack(self, count: int, skip_BT: Tensor | None) -> None:
+        """Encode the oldest `count` tokens of the ring."""
+        if self.form is None:
+            return
+        made = self.form.encode(self.ring_BKrW[:, :, :count].detach(), skip_BT)
+        self.parts = made if not self.packed else tuple(torch.cat(p, 2) for p in zip(self.parts, made, strict=True))
+        self.packed += count
+        self.ring_BKrW = self.ring_BKrW[:, :, count:].clone()  # a slice would keep all of it
+
+    def blocks(self, group: int) -> Iterator[Parts]:
+        """The parts of a stretch of whole groups after another."""
+        total, each = self.packed // group, max(1, BLOCK // group)
+        for start in range(0, total, each):
+            yield groups_of(self.parts, start, min(each, total - start), total)
+
+    def crop(self, count: int) -> None:
+        """Forget the newest `count` tokens, all in the ring."""
+        self.ring_BKrW = self.ring_BKrW[:, :, : self.ring_BKrW.shape[2] - count].clone()
+
+    def select(self, rows_B: Tensor) -> None:
+        """Go on with these sequences."""
+        self.first_BKsW, self.ring_BKrW, *parts = (
+            t.index_select(0, rows_B) for t in (self.first_BKsW, self.ring_BKrW, *self.parts)
+        )
+        self.parts = tuple(parts)
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held."""
+        return [self.first_BKsW, self.ring_BKrW, *self.parts]
+
+
+class QuantisedLayer(CacheLayerMixin):
+    """A layer of a dynamic cache.
+
+    `update` gives back what attention reads, decoded: tokens of the call itself, the first ones and the newest as they
+    came. So a chunk of tokens sees what each of them would see alone, until a group is full.
+
+    Padding is told by `mask`, which whoever runs the model sets before each call (`note_mask`). It is packed with the
+    other columns and never sets a scale, and the first tokens of a padded sequence are its own first ones.
+    """
+
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, plan: LayerPlan, max_length: int | None = None) -> None:
+        super().__init__()
+        if max_length is not None:
+            raise ValueError(
+                f"layer {plan.layer}: it is stored as {plan.store.label()}, which grows by groups of tokens. Use a "
+                "dynamic cache: cache_implementation='dynamic'."
+            )
+        assert isinstance(plan.store, Codec)
+        self.store, self.layer = plan.store, plan.layer
+        self.mask: Tensor | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.streams: tuple[Stream, ...] = ()
+        self.seen = 0
+        self.hidden_BS: Tensor | None = None
+        """True at padding, of all columns; None where there was none."""
+        self.begin_B: Tensor | None = None
+        """Column of each sequence's first token; None where that is 0 in all."""
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, len(key_states)
+        forms = self.store.forms()
+        given = (key_states, value_states)
+        # Without numbers there is nothing to encode: keys alone are cached where values are read elsewhere.
+        self.streams = tuple(Stream(f if x.shape[-1] else None, x) for f, x in zip(forms, given, strict=True))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if len(key_states) != self.batch_size:
+            raise ValueError(f"layer {self.layer}: the cache holds {self.batch_size} sequences, {len(key_states)} came")
+        self._note_padding(key_states.shape[2])
+        for stream, new in zip(self.streams, (key_states, value_states), strict=True):
+            stream.append(new)
+        self.seen += key_states.shape[2]
+        key, value = (self._in_place(stream.everything(), stream) for stream in self.streams)
+        self._pack()
+        return key, value
+
+    def _note_padding(self, tokens: int) -> None:
+        real_BT = None if self.mask is None else _real(self.mask, self.seen, tokens, self.batch_size)
+        if real_BT is None and self.hidden_BS is None:
+            return
+        if real_BT is None:
+            real_BT = torch.ones(self.batch_size, tokens, dtype=torch.bool, device=self.device)
+        before = self.hidden_BS
+        if before is None:
+            before = torch.zeros(self.batch_size, self.seen, dtype=torch.bool, device=self.device)
+        self.hidden_BS = torch.cat((before, ~real_BT.to(self.device)), 1)
+
+    def _pack(self) -> None:
+        store, ring = self.store, self.streams[0].ring_BKrW.shape[2]
+        held = self.streams[0].first_BKsW.shape[2]
+        count = store.packed(ring + held) if not held else (ring - store.recent) // store.group * store.group
+        if count <= 0 or (not held and store.sinks and not self._set_first()):
+            return
+        start = self.seen - self.streams[0].ring_BKrW.shape[2]
+        skip = self._skipped(start, count)
+        for name, stream in zip(("keys", "values"), self.streams, strict=True):
+            if stream.form is not None and not bool(stream.ring_BKrW[:, :, :count].isfinite().all()):
+                raise ValueError(
+                    f"layer {self.layer}: its {name} hold numbers that are not finite, which {store.label()} cannot "
+                    "keep. The model overflows: run it in bfloat16 or float32."
+                )
+            stream.pack(count, skip)
+
+    def _set_first(self) -> bool:
+        """Put the first tokens of each sequence apart; False while one has fewer than that."""
+        sinks = self.store.sinks
+        if self.hidden_BS is not None:
+            begin = self.hidden_BS.int().argmin(1)
+            if bool((begin + sinks > self.seen).any()) or bool(self.hidden_BS.all(1).any()):
+                return False
+            self.begin_B = begin if bool(begin.any()) else None
+        for stream in self.streams:
+            if stream.form is None:
+                continue
+            ring = stream.ring_BKrW
+            if self.begin_B is None:
+                stream.first_BKsW = ring[:, :, :sinks].clone()
+            else:
+                stream.first_BKsW = ring.gather(2, self._first_columns(ring))
+            stream.ring_BKrW = ring[:, :, sinks:]
+        return True
+
+    def _first_columns(self, like_BKTW: Tensor) -> Tensor:
+        """[B, K, sinks, W]: indices of the columns that `first` holds."""
+        assert self.begin_B is not None
+        columns = self.begin_B[:, None] + torch.arange(self.store.sinks, device=self.device)
+        return columns[:, None, :, None].expand(-1, like_BKTW.shape[1], -1, like_BKTW.shape[3])
+
+    def _in_place(self, x_BKSW: Tensor, stream: Stream) -> Tensor:
+        """The first tokens of padded sequences in their own columns."""
+        if self.begin_B is None or not stream.first_BKsW.shape[2]:
+            return x_BKSW
+        return x_BKSW.scatter(2, self._first_columns(x_BKSW), stream.first_BKsW)
+
+    def _skipped(self, start: int, count: int) -> Tensor | None:
+        """True at columns that are hidden, or that `first` holds."""
+        if self.hidden_BS is None:
+            return None
+        skip = self.hidden_BS[:, start : start + count]
+        if self.begin_B is not None:
+            place = torch.arange(start, start + count, device=self.device) - self.begin_B[:, None]
+            skip = skip | ((place >= 0) & (place < self.store.sinks))
+        return skip if bool(skip.any()) else None
+
+    def tensors(self) -> list[Tensor]:
+        """All that the layer keeps."""
+        beside = [t for t in (self.hidden_BS, self.begin_B) if t is not None]
+        return [t for stream in self.streams for t in stream.tensors()] + beside
+
+    # What rebuilds a cache from its tensors, as `DynamicCache(list(cache))` does, would begin an empty one unnoticed.
+
+    @property
+    def keys(self) -> Tensor:
+        raise ValueError(self._no_tensors("keys"))
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise ValueError(self._no_tensors("keys"))
+
+    @property
+    def values(self) -> Tensor:
+        raise ValueError(self._no_tensors("values"))
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise ValueError(self._no_tensors("values"))
+
+    def _no_tensors(self, what: str) -> str:
+        return (
+            f"layer {self.layer}: a cache that is stored as {self.store.label()} has no {what} as tensors of numbers, "
+            "and cannot be taken apart or built from them. Copy it whole: copy.deepcopy(cache)."
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # Releases before 5.18 take a length to keep where the number is positive.
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if not count or not self.is_initialized:
+            return
+        held = self.streams[0].ring_BKrW.shape[2]
+        if count > held:
+            raise ValueError(
+                f"layer {self.layer}: {count} tokens are to be taken back, and only the newest {held} are not packed "
+                f"yet ({self.store.label()} keeps at least {self.store.recent} so). Raise `recent` in the recipe."
+            )
+        for stream in self.streams:
+            stream.crop(count)
+        self.seen -= count
+        if self.hidden_BS is not None:
+            self.hidden_BS = self.hidden_BS[:, : self.seen]
+
+    def reset(self) -> None:
+        self._clear()
+
+    def offload(self) -> None:
+        raise ValueError(f"layer {self.layer}: a cache of codes cannot be offloaded. Use a dynamic cache.")
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size)[indices.cpu()])
+
+    def _select(self, rows_B: Tensor) -> None:
+        if not self.is_initialized:
+            return
+        rows = rows_B.to(self.device)
+        self.batch_size = len(rows)
+        for stream in self.streams:
+            stream.select(rows)
+        self.hidden_BS, self.begin_B = (
+            None if t is None else t.index_select(0, rows) for t in (self.hidden_BS, self.begin_B)
+        )
+
+
+def note_mask(layer: Any, mask: Tensor | None, true_hides: bool = False) -> None:
+    """Tell a layer of a cache which of the tokens of the next call are padding; others than ours ask for nothing.
+
+    Args:
+        mask: [B, S] of which 0 is padding, or of four dimensions, bool or additive; None without padding.
+        true_hides: what True of a boolean mask of four dimensions means.
+    """
+    if isinstance(layer, QuantisedLayer):
+        flip = mask is not None and mask.ndim == 4 and mask.dtype == torch.bool and true_hides
+        layer.mask = ~mask if flip else mask  # type: ignore[operator]
+
+
+def _real(mask: Tensor, past: int, tokens: int, batch: int) -> Tensor | None:
+    """[B, T] of new tokens, False at padding; None where none is. A token that does not see itself is padding."""
+    if mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask > HIDDEN
+        real = seen[:, 0, -tokens:, past : past + tokens].diagonal(dim1=-2, dim2=-1)
+    else:
+        real = mask[:, past : past + tokens] != 0
+    if real.shape[1] != tokens:
+        raise ValueError(f"an attention mask of shape {tuple(mask.shape)} came with {past} + {tokens} tokens")
+    return None if bool(real.all()) else real.expand(batch, -1)

@@ -1,0 +1,254 @@
+"""Codecs, quantised caches and the `quantise` step."""
+
+import copy
+
+import pytest
+import torch
+from families import tiny_model
+from transformers import DynamicCache
+
+import surgery
+from surgery.measure.memory import tensor_bytes
+from surgery.runtime.calling import cache_argument
+from surgery.runtime.codecs import CODECS, Spherical, gaussian_codebook, hadamard, pack, packed_width, unpack
+from surgery.runtime.layout import Codec, LayerPlan
+from surgery.runtime.quantised_cache import QuantisedLayer
+
+IDS = torch.randint(3, 128, (2, 60), generator=torch.Generator().manual_seed(0))
+SMALL = {"rewriter": "quantise", "group": 8, "recent": 6, "sinks": 2}
+
+
+def relative_error(got, want):
+    """Root mean square of the difference over that of what is wanted."""
+    return float((got - want).norm() / want.norm())
+
+
+def codecs_and_bits():
+    return [(name, bits) for name, kind in CODECS.items() for bits in kind.bits]
+
+
+def converted(codec="kivi", family="llama", before=(), **options):
+    step = SMALL | {"codec": codec} | options
+    return surgery.convert(tiny_model(family).eval(), {"steps": [*before, step]}).eval()
+
+
+@torch.no_grad()
+def decoded(model, ids, prompt, **kwargs):
+    """Logits of the prompt at once and of the other tokens one by one, and the cache."""
+    cache = DynamicCache(config=model.config)
+    given = {cache_argument(model): cache}
+    parts = [model(ids[:, :prompt], **given, **kwargs).logits]
+    parts += [model(ids[:, t : t + 1], **given).logits for t in range(prompt, ids.shape[1])]
+    return torch.cat(parts, 1), cache
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("width", [1, 7, 16, 24])
+def test_codes_fill_bytes_and_come_back(bits, width):
+    codes = torch.randint(0, 2**bits, (3, 5, width), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, 5, packed_width(width, bits))
+    assert torch.equal(unpack(packed, bits, width), codes)
+    if width % 8 == 0:
+        assert packed.shape[-1] * 8 == width * bits
+
+
+@pytest.mark.parametrize(("name", "bits"), codecs_and_bits())
+def test_more_bits_err_as_much_less_as_theory_says(name, bits):
+    """A uniform code of b bits over the range of its group errs at most by half a step."""
+    x = torch.randn(2, 3, 16, 128, generator=torch.Generator().manual_seed(1))
+    for make in (CODECS[name].keys, CODECS[name].values):
+        form = make(bits, 8)
+        parts = form.encode(x)
+        got = form.decode(parts, 128)
+        assert got.shape == x.shape and got.dtype == torch.float32
+        assert sum(p[:1].numel() * p.element_size() for p in parts) == form.bytes_of(16, 3, 128)
+        turned, basis = form.decode(parts, 128, turned=True), form.basis(128)
+        torch.testing.assert_close(got, turned if basis is None else turned @ basis.T, rtol=1e-5, atol=1e-5)
+        error = relative_error(got, x)
+        if isinstance(form, Spherical):
+            ideal = [0.3634, 0.1175, 0.03454, 0.009497, 0.002499][bits - 1] ** 0.5  # Max, 1960: of a normal
+            assert error == pytest.approx(ideal, rel=0.08)
+        elif name == "fp8":
+            assert error < 2**-4
+        else:
+            assert error < 6 / (2**bits - 1) / 12**0.5, error
+
+
+def test_levels_of_a_gaussian_are_those_of_the_literature():
+    torch.testing.assert_close(gaussian_codebook(1), torch.tensor([-0.7979, 0.7979]), atol=1e-4, rtol=0)
+    want = torch.tensor([-1.5104, -0.4528, 0.4528, 1.5104])
+    torch.testing.assert_close(gaussian_codebook(2), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("width", [1, 16, 24, 48])
+def test_hadamard_blocks_are_orthogonal(width):
+    torch.testing.assert_close(hadamard(width) @ hadamard(width).T, torch.eye(width))
+
+
+def test_a_group_of_equal_or_of_huge_numbers_is_kept():
+    for name in ("int4", "kivi", "int8"):
+        for value in (0.0, 3.0, 3e4):
+            x = torch.full((1, 1, 8, 8), value)
+            form = CODECS[name].values(CODECS[name].default, 8)
+            assert relative_error(form.decode(form.encode(x), 8), x) < 1e-2 or value == 0
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_planned_bytes_are_allocated_and_the_model_is_still_the_model(codec):
+    steps = {"steps": [SMALL | {"codec": codec}]}
+    plan = surgery.plan(tiny_model("llama"), steps)
+    model = converted(codec)
+    logits, cache = decoded(model, IDS, 20)
+    assert tensor_bytes(cache) == len(IDS) * plan.cache_bytes(IDS.shape[1])
+    assert plan.cache_bytes(60) < 0.75 * plan.cache_bytes(60, parent=True)
+    with torch.no_grad():
+        error = relative_error(logits, tiny_model("llama").eval()(IDS).logits)
+    assert 0 < error < {"int8": 0.03, "fp8": 0.08, "int4": 0.2, "turbo": 0.3, "kivi": 0.6}[codec]
+
+
+def test_a_chunk_up_to_a_whole_group_sees_what_its_tokens_see_one_by_one():
+    model = converted("int4")
+    one, _ = decoded(model, IDS, 8)
+    cache, parts = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for start, end in [(0, 8), *((t, t + 8) for t in range(8, 56, 8)), (56, 60)]:
+            parts.append(model(IDS[:, start:end], **{cache_argument(model): cache}).logits)
+    assert relative_error(torch.cat(parts, 1), one) < 3e-3  # a code may fall on the other side of its edge by rounding
+
+
+def test_history_is_never_encoded_again():
+    model = converted("kivi")
+    _, cache = decoded(model, IDS[:, :40], 40)
+    before = [part.clone() for part in cache.layers[0].streams[0].parts]
+    with torch.no_grad():
+        for t in range(40, 60):
+            model(IDS[:, t : t + 1], **{cache_argument(model): cache})
+    for old, new in zip(before, cache.layers[0].streams[0].parts, strict=True):
+        assert new.shape[2] > old.shape[2]
+        assert torch.equal(new[:, :, : old.shape[2]], old)
+
+
+@pytest.mark.parametrize("codec", ["int4", "kivi"])
+@torch.no_grad()
+def test_padding_sets_no_scale_and_takes_no_place_of_a_first_token(codec):
+    """What comes in front of a sequence in a batch may not change it: the padded row packs other columns together, so
+    that it is compared with itself behind other padding."""
+    model = converted(codec)
+    pads = torch.full((1, 8), 5), torch.full((1, 8), 90)
+    mask = torch.cat((torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 40, dtype=torch.long)), 1)
+    found = []
+    for pad in pads:
+        ids = torch.cat((torch.cat((pad, IDS[:1, :40]), 1), IDS[1:, :48]))
+        both = torch.cat((mask, torch.ones(1, 48, dtype=torch.long)))
+        positions = (both.cumsum(1) - 1).clamp_min(0)
+        cache = DynamicCache(config=model.config)
+        given = {cache_argument(model): cache}
+        model(ids[:, :44], attention_mask=both[:, :44], position_ids=positions[:, :44], **given)
+        steps = [
+            model(
+                ids[:, t : t + 1], attention_mask=both[:, : t + 1], position_ids=positions[:, t : t + 1], **given
+            ).logits
+            for t in range(44, 48)
+        ]
+        found.append(torch.cat(steps, 1))
+        layer = cache.layers[0]
+        assert layer.begin_B.tolist() == [8, 0]
+        alone = DynamicCache(config=model.config)
+        model(IDS[:1, :40], **{cache_argument(model): alone})
+        torch.testing.assert_close(layer.streams[0].first_BKsW[:1], alone.layers[0].streams[0].first_BKsW)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def greedy(model, ids, **kwargs):
+    more = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0} | kwargs
+    return model.generate(ids, attention_mask=(ids != 0).long(), **more)
+
+
+def test_generation_beams_batches_and_conversations():
+    model = converted("int8", recent=60)
+    parent = tiny_model("llama").eval()
+    prompt = IDS[:, :20].clone()
+    prompt[0, :7] = 0
+    assert torch.equal(greedy(model, prompt), greedy(parent, prompt))
+    model, beams = converted("int8"), {"num_beams": 3}
+    one = greedy(model, prompt, **beams)
+    assert torch.equal(one, torch.cat([greedy(model, row[None], **beams) for row in prompt]))
+    first = greedy(model, IDS[:, :20], return_dict_in_generate=True)
+    cache = first[cache_argument(model)]
+    second = torch.cat((first.sequences, IDS[:, 20:25]), 1)
+    untouched, again = copy.deepcopy(cache), copy.deepcopy(cache)
+    assert torch.equal(greedy(model, second, **{cache_argument(model): cache}), greedy(model, second))
+    again.batch_repeat_interleave(2)
+    again.batch_select_indices(torch.tensor([3, 0]))
+    assert again.layers[0].batch_size == 2
+    for kept, row in ((0, 1), (1, 0)):  # of the doubled sequences 0 0 1 1 those at 3 and 0 were asked for
+        for old, new in zip(untouched.layers[1].tensors(), again.layers[1].tensors(), strict=True):
+            assert torch.equal(new[kept], old[row])
+
+
+def test_drafts_are_taken_back_as_far_as_the_newest_tokens_go():
+    model = converted("int8", recent=12)
+    prompt = IDS[:1, :30]
+    plain = greedy(model, prompt)
+    assert torch.equal(greedy(model, prompt, prompt_lookup_num_tokens=6), plain)
+    _, cache = decoded(model, IDS, 40)
+    layer = cache.layers[0]
+    newest = layer.streams[0].ring_BKrW.clone()
+    cache.crop(-5)
+    assert layer.get_seq_length() == 55 and torch.equal(layer.streams[0].ring_BKrW, newest[:, :, :-5])
+    with pytest.raises(ValueError, match="layer 0: 30 tokens are to be taken back, and only the newest"):
+        cache.crop(-30)
+
+
+@torch.no_grad()
+def test_what_cannot_be_is_refused_with_the_place_and_the_way_out():
+    parent = tiny_model("llama").eval()
+    for options, message in [
+        ({"codec": "int5"}, "no codec 'int5'. Did you mean 'int"),
+        ({"codec": "int8", "k_bits": 4}, "k_bits: int8 knows 8 bits, not 4"),
+        ({"group": 0}, "group: 0 must be at least 1"),
+        ({"sinks": -1}, "sinks: -1 must be at least 0"),
+    ]:
+        with pytest.raises(surgery.RecipeError, match=message):
+            surgery.plan(parent, {"steps": [{"rewriter": "quantise"} | options]})
+    with pytest.raises(surgery.PlanError, match="pages hold plain numbers, not int4 4 bits"):
+        surgery.plan(parent, {"steps": [{"rewriter": "evict", "window": 4}, {"rewriter": "quantise"}]})
+    with pytest.raises(surgery.PlanError, match="none of the selected layers keeps a cache of its own without"):
+        surgery.plan(tiny_model("mistral"), {"steps": [{"rewriter": "quantise"}]})
+    with pytest.raises(surgery.PlanError, match=r"layer 0: .* keeps its newest 8 tokens in a sliding cache"):
+        surgery.plan(tiny_model("mistral"), {"steps": [{"rewriter": "quantise", "layers": "0"}]})
+    model = converted("int4")
+    with pytest.raises(ValueError, match="layer 0: it is stored as int4 4 bits, which grows by groups"):
+        greedy(model, IDS[:, :20], cache_implementation="static")
+    with pytest.raises(ValueError, match="stored as int4 4 bits already"):
+        greedy(model, IDS[:, :20], cache_implementation="quantized")
+    _, cache = decoded(model, IDS[:, :30], 30)
+    with pytest.raises(ValueError, match="has no keys as tensors"):
+        DynamicCache(list(cache))
+    with pytest.raises(ValueError, match="the given cache stores it as int4 4 bits, and its plan says kivi 2 bits"):
+        converted("kivi")(IDS[:, :1], **{cache_argument(model): cache})
+    model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 1: its keys hold numbers that are not finite"):
+        model(IDS)
+
+
+def test_groups_that_do_not_divide_a_head_get_smaller_with_a_note():
+    plan = surgery.plan(tiny_model("llama"), {"steps": [{"rewriter": "quantise", "group": 12}]})
+    assert "12 does not divide 16 channels, which share scales by 8" in " ".join(str(plan).split())
+
+
+def test_plans_travel_as_json_and_name_codecs_that_are_not_known(tmp_path):
+    model = converted("int4", v_bits=2)
+    plan = model.plans[0]
+    assert plan.store == Codec(codec="int4", k_bits=4, v_bits=2, group=8, sinks=2, recent=6, dtype="float32")
+    assert LayerPlan.from_dict(plan.to_dict()) == plan
+    odd = plan.to_dict()
+    odd["store"] = odd["store"] | {"codec": "int5"}
+    with pytest.raises(ValueError, match="layer 0: its cache is stored by the codec 'int5', which is not known here"):
+        LayerPlan.from_dict(odd)
+    surgery.save(model, tmp_path / "child")
+    loaded = surgery.load(tmp_path / "child").eval()
+    assert torch.equal(greedy(loaded, IDS[:, :30]), greedy(model, IDS[:, :30]))
+    cache = loaded(IDS, use_cache=True)[cache_argument(loaded)]
+    assert all(isinstance(layer, QuantisedLayer) for layer in cache.layers)
