@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .generate import generate
     from .measure.evaluate import evaluate
     from .plan import Plan, plan
+    from .quick_cache import cache, quantise_cache
     from .recipe import Recipe
     from .report.data import Report
 
@@ -38,6 +39,7 @@ __all__ = [
     "Report",
     "SurgeryError",
     "UnsupportedModel",
+    "cache",
     "convert",
     "convert_checkpoint",
     "evaluate",
@@ -46,6 +48,7 @@ __all__ = [
     "generate",
     "load",
     "plan",
+    "quantise_cache",
     "save",
 ]
 
@@ -58,6 +61,7 @@ _DEFINED_IN = {
     "generate": ("generate",),
     "measure.evaluate": ("evaluate",),
     "plan": ("Plan", "plan"),
+    "quick_cache": ("cache", "quantise_cache"),
     "recipe": ("Recipe",),
     "report.data": ("Report",),
 }

@@ -28,6 +28,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "dms": {"rewriter": "dms", "ratio": 1, "window": 4, "sinks": 2},
     "dmc": {"rewriter": "dmc", "ratio": 1, "window": 3, "sinks": 0},
     "evict": {"rewriter": "evict", "window": 4, "sinks": 2},
+    "quantise": {"rewriter": "quantise", "codec": "int8", "group": 8, "recent": 4, "sinks": 2},
 }
 """Each method, and forms of one that combine otherwise; in the order of their axes. Untrained gates drop nothing: 1."""
 REASONS = {
@@ -36,6 +37,7 @@ REASONS = {
     "who reads whose cache is one map": "one map says who reads whose cache",
     "K is rotated at read by the position": "a slot of several tokens has no one position to rotate K at, at read",
     "whose slots are not those of its own K": "K and V would lie in slots of different tokens",
+    "pages hold plain numbers": "slots of tokens that leave lie in pages, which hold no codes",
     "other layers read its V beside keys": "K and V would lie in slots of different tokens",
 }
 """A piece of a refusal -> the mathematical reason behind it, in short. A refusal that is not here fails the test."""

@@ -252,3 +252,24 @@ def test_plans_travel_as_json_and_name_codecs_that_are_not_known(tmp_path):
     assert torch.equal(greedy(loaded, IDS[:, :30]), greedy(model, IDS[:, :30]))
     cache = loaded(IDS, use_cache=True)[cache_argument(loaded)]
     assert all(isinstance(layer, QuantisedLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_stock_models_take_a_quantised_cache_without_a_conversion(family):
+    model = tiny_model(family).eval()
+    options = {"group": 8, "recent": 6, "sinks": 2}
+    prompt = IDS[:, :30].clone()
+    prompt[0, :11] = 0
+    made = surgery.cache(model, "int8", **options)
+    got = greedy(model, prompt, **{cache_argument(model): made})
+    own = surgery.quantise_cache(model, "int8", **options).eval()
+    assert torch.equal(greedy(own, prompt), got)
+    coded = [layer for layer in made.layers if isinstance(layer, QuantisedLayer)]
+    assert coded and all(layer.begin_B.tolist() == [11, 0] for layer in coded)
+    assert all(layer.streams[0].packed == (53 - 8) // 8 * 8 for layer in coded)
+
+
+def test_a_converted_model_names_its_recipe_as_the_place_for_codes():
+    with pytest.raises(surgery.PlanError, match="the form of its cache stands in its recipe"):
+        surgery.cache(converted("int8"))

@@ -1,0 +1,76 @@
+"""Quantised caches without a conversion: for `generate` of a stock model, or as a model that makes its own."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .convert import convert
+from .errors import PlanError
+from .plan import plan
+from .runtime.calling import take_cache
+from .runtime.layout import Codec
+from .runtime.modeling import SurgeryMixin
+from .runtime.quantised_cache import QuantisedLayer, note_mask
+
+_TELLING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that tell their caches which tokens are padding."""
+
+
+def cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> DynamicCache:
+    """An empty quantised cache for a stock model; pass it to `generate` as `past_key_values` (`cache` from 5.24 on).
+
+    Layers with a sliding window keep it as it is. K and V are decoded for each layer in turn: it saves memory, and
+    `quantise_cache` is faster. The model gets one hook, which tells its quantised caches what is padding.
+
+    Args:
+        model: of a class of transformers, whose anatomy is read; its weights are not.
+        codec: see `surgery.rewriters.quantise.QuantiseStep`, as for `options`.
+
+    Raises:
+        RecipeError, PlanError, UnsupportedModel: before anything is made.
+    """
+    if isinstance(model, SurgeryMixin):
+        raise PlanError(
+            f"{type(model).__name__}: was converted, and the form of its cache stands in its recipe. Add the step "
+            "quantise there, and convert its parent."
+        )
+    planned = plan(model, _recipe(codec, options))
+    made = DynamicCache(config=model.config)
+    for layer in planned.after:
+        if not isinstance(layer.store, Codec):
+            continue
+        if layer.layer >= len(made.layers) or type(made.layers[layer.layer]) is not DynamicLayer:
+            raise PlanError(
+                f"layer {layer.layer}: {type(model).__name__} keeps its cache in a form of its own. Leave the layer "
+                "out: layers='...'."
+            )
+        made.layers[layer.layer] = QuantisedLayer(layer)
+    if model not in _TELLING:
+        model.register_forward_pre_hook(_tell, with_kwargs=True)
+        _TELLING.add(model)
+    return made
+
+
+def quantise_cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> PreTrainedModel:
+    """A model that holds its cache as packed codes, without calibration; the given one stays as it is.
+
+    It is what `convert` makes of the step `quantise`, and can be saved and exported. Arguments and errors as of `cache`.
+    """
+    return convert(model, _recipe(codec, options))
+
+
+def _recipe(codec: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {"name": f"kv-{codec}", "steps": [{"rewriter": "quantise", "codec": codec, **options}]}
+
+
+def _tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    for layer in getattr(take_cache(dict(kwargs)), "layers", ()):
+        note_mask(layer, mask)
