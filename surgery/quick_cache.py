@@ -12,10 +12,11 @@ from transformers.cache_utils import DynamicLayer
 from .convert import convert
 from .errors import PlanError
 from .plan import plan
+from .recipe import Recipe
 from .runtime.calling import take_cache
 from .runtime.layout import Codec
 from .runtime.modeling import SurgeryMixin
-from .runtime.quantised_cache import QuantisedLayer, note_mask
+from .runtime.quantised_cache import QuantisedLayer, prepare
 
 _TELLING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that tell their caches which tokens are padding."""
@@ -39,7 +40,10 @@ def cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> Dynami
             f"{type(model).__name__}: was converted, and the form of its cache stands in its recipe. Add the step "
             "quantise there, and convert its parent."
         )
-    planned = plan(model, _recipe(codec, options))
+    recipe = Recipe.load(_recipe(codec, options))
+    if any(step.text == "needed" for step in recipe.steps):
+        raise PlanError(f"codec {codec!r} reads tables from calibration text: convert the model with the step quantise.")
+    planned = plan(model, recipe)
     made = DynamicCache(config=model.config)
     for layer in planned.after:
         if not isinstance(layer.store, Codec):
@@ -73,4 +77,4 @@ def _tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)
     for layer in getattr(take_cache(dict(kwargs)), "layers", ()):
-        note_mask(layer, mask)
+        prepare(layer, mask)

@@ -78,6 +78,8 @@ class WorkingCopy:
         self.sites = {site.layer: site for site in anatomy.sites}
         self.gates: dict[int, dict[str, Tensor]] = {}
         """Tensors of the gates that layers got, by name."""
+        self.codecs: dict[int, dict[str, Tensor]] = {}
+        """Tables of the codecs of their caches, by name."""
         self.window_of: dict[int, int] = {}
         """Newest tokens that gates may not drop, where the text has decided that by layer."""
         self.choice: int | None = None
@@ -168,10 +170,12 @@ class WorkingCopy:
                 way.end(len(self.layers))
 
     def parts(self) -> dict[tuple[Any, ...], Any]:
-        """All that layers got: parameters, forms and gates."""
+        """All that layers got: parameters, forms, gates and codecs."""
         found: dict[tuple[Any, ...], Any] = {("parameter", name): value for name, value in self._changed.items()}
         found |= {("form", layer): form for layer, form in self._forms.items()}
-        return found | {("gate", at, name): t for at, gate in self.gates.items() for name, t in gate.items()}
+        for kind, place in (("gate", self.gates), ("codec", self.codecs)):
+            found |= {(kind, at, name): t for at, tensors in place.items() for name, t in tensors.items()}
+        return found
 
     def facts(self) -> dict[str, Any]:
         """What has been found out beside."""
@@ -180,8 +184,9 @@ class WorkingCopy:
     def take_parts(self, parts: Mapping[tuple[Any, ...], Any], facts: Mapping[str, Any]) -> None:
         """Take what `parts` and `facts` gave; the same numbers may lie in another place now."""
         places: dict[str, Any] = {"parameter": self._changed, "form": self._forms}
+        beside = {"gate": self.gates, "codec": self.codecs}
         for (kind, *where), part in parts.items():
-            place = self.gates.setdefault(where[0], {}) if kind == "gate" else places[kind]
+            place = beside[kind].setdefault(where[0], {}) if kind in beside else places[kind]
             place[where[-1]] = part
         self.window_of, self.choice, self.held_out = facts["window_of"], facts["choice"], facts["held_out"]
 
@@ -268,7 +273,7 @@ class WorkingCopy:
     @property
     def converted(self) -> list[int]:
         """Layers written so far."""
-        return sorted({*self._forms, *self.gates})
+        return sorted({*self._forms, *self.gates, *self.codecs})
 
     @property
     def computed(self) -> list[int]:
@@ -296,7 +301,8 @@ class WorkingCopy:
     def canonical(self, layer: int) -> dict[str, Tensor]:
         """The layer under the names and in the layout of the runtime's attention."""
         tensors = canonical_weights(self.sites[layer], self.tensor)
-        tensors |= {f"gate.{name}": tensor for name, tensor in self.gates.get(layer, {}).items()}
+        for kind, place in (("gate", self.gates), ("codec", self.codecs)):
+            tensors |= {f"{kind}.{name}": tensor for name, tensor in place.get(layer, {}).items()}
         return self.form(layer).canonical(self.sites[layer], tensors)
 
     # --------------------------------------------------------------------------------------- activations

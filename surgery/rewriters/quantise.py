@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..anatomy import Anatomy
+from ..calibration.text import Windows
+from ..calibration.working_copy import WorkingCopy
 from ..console import spans
 from ..errors import PlanError, RecipeError
 from ..planning.schema import nearest
-from ..recipe import Step
+from ..recipe import Step, Text
 from ..runtime.codecs import CODECS, PerToken, fitted
 from ..runtime.layout import Codec, Latent, LayerPlan
 from . import Method
+from .stored.directions import codec_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +29,12 @@ class QuantiseStep(Step):
     rewriter: Literal["quantise"] = "quantise"
     codec: str = "int4"
     """`int8`, `fp8`: one scale per token and head. `int4`: Hadamard rotation, then groups of channels of each token.
-    `kivi`: keys by channel over groups of tokens. `turbo`: random rotation, levels that suit a Gaussian."""
-    k_bits: int | None = None
-    """Bits of one number of a key or a latent, scales left out; the codec's own by default."""
-    v_bits: int | None = None
+    `kivi`: keys by channel over groups of tokens. `turbo`: random rotation, levels that suit a Gaussian. `metric`:
+    principal directions of calibration text, each with bits of its own."""
+    k_bits: float | None = None
+    """Bits of one number of a key or a latent, scales left out (`metric`: any number, all that is packed); the codec's
+    own by default."""
+    v_bits: float | None = None
     """The same of values; as `k_bits` by default."""
     sinks: int = 4
     """First tokens of a sequence that stay as they are: they are outliers, and most attention goes there."""
@@ -37,16 +43,21 @@ class QuantiseStep(Step):
     group: int = 32
     """Numbers that share a scale, and tokens that are packed at a time."""
 
+    @property
+    def text(self) -> Text:
+        return "needed" if CODECS[self.codec].calibrated else "none"
+
     def validate(self, where: str) -> None:
         super().validate(where)
         if self.codec not in CODECS:
             near = nearest(self.codec, CODECS)
             raise RecipeError(f"{where}.codec: no codec {self.codec!r}.{near} Known: {', '.join(CODECS)}.")
-        known = CODECS[self.codec].bits
+        kind = CODECS[self.codec]
+        known = f"{kind.bits[0]:g} to {kind.bits[-1]:g}" if kind.calibrated else ", ".join(f"{b:g}" for b in kind.bits)
         for name in ("k_bits", "v_bits"):
             bits = getattr(self, name)
-            if bits is not None and bits not in known:
-                raise RecipeError(f"{where}.{name}: {self.codec} knows {', '.join(map(str, known))} bits, not {bits}.")
+            if bits is not None and not kind.knows(bits):
+                raise RecipeError(f"{where}.{name}: {self.codec} knows {known} bits, not {bits:g}.")
         for name, least in (("sinks", 0), ("recent", 0), ("group", 1)):
             if getattr(self, name) < least:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} must be at least {least}.")
@@ -79,6 +90,12 @@ class Quantise(Method):
                 f"{where}: none of the selected layers keeps a cache of its own without a window: readers read what "
                 f"their owners have packed, and sliding caches hold few tokens."
                 + (f" Select these: {spans(able)}." if able else "")
+            )
+        latent = [layer.layer for layer in layers if isinstance(layer.project, Latent) and step.selects(layer.layer)]
+        if CODECS[step.codec].calibrated and latent:
+            raise PlanError(
+                f"layer {latent[0]}: {where}: {step.codec} reads keys and values of heads, and the layer caches a "
+                "latent. Use the codec int4 or kivi."
             )
         return tuple(
             replace(layer, store=self._value(layer)) if layer.layer in able and step.selects(layer.layer) else layer
@@ -117,13 +134,23 @@ class Quantise(Method):
             lines.append(f"quantise: layers {spans(left)} keep their windows as they are")
         return lines
 
-    def convert(self, copy: Any, layers: Any, windows: Any) -> None:
-        """The weights stay."""
+    def convert(self, copy: WorkingCopy, layers: Sequence[LayerPlan], windows: Windows | None) -> None:
+        """The weights stay; a codec that is calibrated gets its tables."""
+        if not CODECS[self.step.codec].calibrated:
+            return
+        assert windows is not None
+        plan_of = {plan.layer: plan for plan in layers}
+        for visit in copy.visits(windows, plan_of, kept={}):
+            store = plan_of[visit.layer].store
+            assert isinstance(store, Codec)
+            if plan_of[visit.layer].entry()[2] == 0:
+                store = replace(store, v_bits=None)
+            copy.codecs[visit.layer] = codec_tables(visit, store)
 
     def _value(self, layer: LayerPlan) -> Codec:
         step = self.step
         k_bits = CODECS[step.codec].default if step.k_bits is None else step.k_bits
-        v_bits = k_bits if step.v_bits is None else step.v_bits
+        v_bits: float = k_bits if step.v_bits is None else step.v_bits
         return Codec(
             codec=step.codec, k_bits=k_bits, v_bits=None if isinstance(layer.project, Latent) else v_bits,
             group=step.group, sinks=step.sinks, recent=step.recent, dtype=layer.dtype,

@@ -23,7 +23,7 @@ from .functions import (
     turn_halves,
 )
 from .layout import AttentionSite, HeadNorm, LayerPlan
-from .quantised_cache import note_mask
+from .quantised_cache import prepare
 
 Shapes = Mapping[str, tuple[int, ...]]
 KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None
@@ -145,6 +145,11 @@ class SurgeryAttention(nn.Module):
             norm: HeadNorm | None = None if name in plan.absent else getattr(site, name)
             module = SurgeryHeadNorm(norm, shapes.get(f"{name}.weight"), shapes.get(f"{name}.bias")) if norm else None
             setattr(self, name, module)
+        self.codec = nn.Module()
+        """Tables of a codec that calibration text has decided, int32."""
+        for name, shape in shapes.items():
+            if name.startswith("codec."):
+                self.codec.register_buffer(name.removeprefix("codec."), torch.zeros(shape, dtype=torch.int32))
         for name in self.tensors:
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])) if name in shapes else None)
 
@@ -289,12 +294,18 @@ class SurgeryAttention(nn.Module):
         if inputs.cache is not None:
             if has_own_layer(self.plan):
                 install_layers(inputs.cache, self.all_plans)
-                note_mask(inputs.cache.layers[self.layer_idx], inputs.mask, self.call.mask_true_hides)
+                layer = inputs.cache.layers[self.layer_idx]
+                prepare(layer, inputs.mask, self.call.mask_true_hides, dict(self.codec.named_buffers()))
             key, value = inputs.cache.update(key, value, self.layer_idx)
+        key = self._as_read(key, inputs)
         if self.has_readers:
             assert inputs.shared is not None
             inputs.shared[self.layer_idx] = key, value
         return key, value
+
+    def _as_read(self, key: Tensor, inputs: Inputs) -> Tensor:
+        """Keys as attention reads them, of what the cache gave."""
+        return key
 
     def _lent(self, lender: int, shared: KVStates) -> tuple[Tensor, Tensor]:
         """What another layer sees in its cache, in this forward pass."""

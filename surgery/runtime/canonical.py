@@ -58,7 +58,7 @@ def origin_of(site: AttentionSite, name: str) -> str | None:
     Args:
         name: as `canonical_weights` has it, or as forms of the cache name parameters of their own.
     """
-    if name.startswith("gate."):
+    if name.startswith(("gate.", "codec.")):
         return None
     if name == "sinks":
         return site.sinks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 Parts = tuple[Tensor, ...]
+Tables = Mapping[str, Tensor]
+"""What calibration text has decided for one stream of one layer, by name (`TABLES`)."""
 SCALE_BYTES = 2
 """Of one scale or offset: float16, of which codes are rounded against the rounded value."""
 _LARGEST = 65504.0
@@ -115,7 +117,8 @@ def gaussian_codebook(bits: int) -> Tensor:
     """[2^bits] levels in rising order with the least mean squared error for a standard normal (Lloyd, Max)."""
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
     count = 2**bits
-    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    # For many levels their density is that of a normal of three times the variance.
+    levels = 3**0.5 * normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     for _ in range(400):
         edges = torch.cat((torch.tensor([-torch.inf]), (levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf])))
         density = torch.where(edges.isinf(), 0.0, normal.log_prob(edges.clamp(-40, 40)).exp())
@@ -258,43 +261,136 @@ class Spherical:
         return tokens * heads * (packed_width(width, self.bits) + SCALE_BYTES)
 
 
+TABLES = ("turn", "back", "step", "mean", "widths")
+"""Tables of `Directions`, per KV head: [W, W] to directions and back, [W] of each direction its step, of each channel
+what is subtracted, and of each direction its bits."""
+_GAIN_STEPS = 8
+"""Gains are powers of two in steps of an eighth, from 2^-16 on."""
+
+
+class Directions:
+    """Directions of calibration text, each with bits of its own and a fixed step; what is larger is clamped.
+
+    Vectors less their mean are turned to the principal directions under the metric in which their errors are felt.
+    Codes of a vector lie bit behind bit. A decoded number is linear in them, so that one product with [bits, W] decodes.
+
+    Args:
+        bits: of one number, the gain included; those of a vector fill whole bytes.
+        scaled: each vector is divided by a gain of its own, a byte: its norm under the metric.
+        tables: None where bytes are asked for and nothing else.
+    """
+
+    def __init__(self, bits: float, scaled: bool, tables: Tables | None) -> None:
+        self.bits, self.scaled = bits, scaled
+        if tables is None:
+            return
+        self.turn, self.back, self.step, self.mean = (tables[name].view(torch.float32) for name in TABLES[:4])
+        widths = tables["widths"].long()
+        count = int(widths[0].sum())
+        if bool((widths.sum(-1) != count).any()) or count != self.code_bits(widths.shape[-1]):
+            raise ValueError(
+                f"the bits of the directions of a head add up to {widths.sum(-1).tolist()}; "
+                f"{self.code_bits(widths.shape[-1])} were planned. The checkpoint is damaged."
+            )
+        self.half = 2.0 ** (widths - 1)[:, None]
+        pairs = [[(d, j) for d, w in enumerate(row) for j in range(w)] for row in widths.tolist()]
+        places = torch.tensor(pairs, device=widths.device)
+        self.direction, self.shift = places[..., 0], places[..., 1]
+        scaled_back = self.step[..., None] * self.back
+        # Code c stands for c + 1/2 - half; directions without bits stand for nothing.
+        middle = torch.where(widths > 0, 0.5 - self.half[:, 0], 0.0)
+        self.base = torch.einsum("kd,kdw->kw", middle, scaled_back)[:, None]
+        rows = self.direction[..., None].expand(-1, -1, scaled_back.shape[-1])
+        self.weights = 2.0 ** self.shift[..., None] * scaled_back.gather(1, rows)
+        self.there = widths[:, None] > 0
+
+    def code_bits(self, width: int) -> int:
+        """Bits of the codes of one vector."""
+        return 8 * (self._bytes(width) - self.scaled)
+
+    def _bytes(self, width: int) -> int:
+        return max(int(self.bits * width) // 8, 1 + self.scaled)
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        z, gain = (x_BKTW.float() - self.mean[:, None]) @ self.turn, ()
+        if self.scaled:
+            level = (z.norm(dim=-1, keepdim=True).clamp_min(2.0**-16).log2() + 16) * _GAIN_STEPS
+            level = level.round_().clamp_(0, 255)
+            z, gain = z / _gain(level), (level.squeeze(-1).to(torch.uint8),)
+        codes = torch.minimum(torch.maximum((z / self.step[:, None]).floor_(), -self.half), self.half - 1) + self.half
+        codes = torch.where(self.there, codes, 0.0).to(torch.uint8)
+        index = self.direction[None, :, None].expand(*codes.shape[:3], -1)
+        bits = (codes.gather(-1, index) >> self.shift[:, None].to(torch.uint8)) & 1
+        places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        return (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8), *gain
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        places = torch.arange(8, dtype=torch.uint8, device=parts[0].device)
+        bits = ((parts[0][..., None] >> places) & 1).flatten(-2).float()
+        x = bits @ self.weights + self.base
+        return (x * _gain(parts[1].float())[..., None] if self.scaled else x) + self.mean[:, None]
+
+    def basis(self, width: int) -> Tensor | None:
+        return None
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        return tokens * heads * self._bytes(width)
+
+
+def _gain(level: Tensor) -> Tensor:
+    return torch.exp2(level / _GAIN_STEPS - 16)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CodecKind:
     """A codec by its name: the bits that it knows, and its forms."""
 
-    bits: tuple[int, ...]
-    """Bits of one number, scales left out, in rising order."""
-    default: int
-    keys: Callable[[int, int], Form]
-    """(bits, group) -> form of keys."""
-    values: Callable[[int, int], Form]
+    bits: tuple[float, ...]
+    """Bits of one number that can be asked for, in rising order; the least and the most where `calibrated`."""
+    default: float
+    keys: Callable[[float, int, Tables | None], Form]
+    """(bits, group, tables) -> form of keys."""
+    values: Callable[[float, int, Tables | None], Form]
     describes: str
     """For help and tables."""
+    calibrated: bool = False
+    """Whether it reads tables from calibration text; bits need not be whole then, and count all that is packed."""
+    unrotated: bool = False
+    """Whether keys are held before their rotation."""
+
+    def knows(self, bits: float) -> bool:
+        """Whether so many can be asked for."""
+        return self.bits[0] <= bits <= self.bits[-1] if self.calibrated else bits in self.bits
 
 
 CODECS: dict[str, CodecKind] = {
     "int8": CodecKind(
-        bits=(8,), default=8, keys=lambda bits, group: Symmetric(), values=lambda bits, group: Symmetric(),
+        bits=(8,), default=8, keys=lambda *_: Symmetric(), values=lambda *_: Symmetric(),
         describes="one scale per token and head",
     ),
     "fp8": CodecKind(
-        bits=(8,), default=8, keys=lambda bits, group: Symmetric(floats=True),
-        values=lambda bits, group: Symmetric(floats=True), describes="e4m3, one scale per token and head",
+        bits=(8,), default=8, keys=lambda *_: Symmetric(floats=True), values=lambda *_: Symmetric(floats=True),
+        describes="e4m3, one scale per token and head",
     ),
     "int4": CodecKind(
         bits=(2, 3, 4, 5, 6, 7, 8), default=4,
-        keys=lambda bits, group: PerToken(bits=bits, group=group, rotated=True),
-        values=lambda bits, group: PerToken(bits=bits, group=group, rotated=True),
+        keys=lambda bits, group, _: PerToken(bits=int(bits), group=group, rotated=True),
+        values=lambda bits, group, _: PerToken(bits=int(bits), group=group, rotated=True),
         describes="Hadamard, then groups of channels of each token",
     ),
     "kivi": CodecKind(
-        bits=(2, 3, 4, 5, 6, 7, 8), default=2, keys=lambda bits, group: PerChannel(bits=bits, group=group),
-        values=lambda bits, group: PerToken(bits=bits, group=group),
+        bits=(2, 3, 4, 5, 6, 7, 8), default=2, keys=lambda bits, group, _: PerChannel(bits=int(bits), group=group),
+        values=lambda bits, group, _: PerToken(bits=int(bits), group=group),
         describes="keys by channel over groups of tokens, values by token over groups of channels",
     ),
     "turbo": CodecKind(
-        bits=(1, 2, 3, 4, 5), default=4, keys=lambda bits, group: Spherical(bits=bits),
-        values=lambda bits, group: Spherical(bits=bits), describes="norms apart, random rotation, Gaussian levels",
+        bits=(1, 2, 3, 4, 5), default=4, keys=lambda bits, *_: Spherical(bits=int(bits)),
+        values=lambda bits, *_: Spherical(bits=int(bits)), describes="norms apart, random rotation, Gaussian levels",
+    ),
+    "metric": CodecKind(
+        bits=(1, 8), default=3, keys=lambda bits, _, tables: Directions(bits, False, tables),
+        values=lambda bits, _, tables: Directions(bits, True, tables), calibrated=True, unrotated=True,
+        describes="principal directions of calibration text, each with bits of its own",
     ),
 }  # fmt: skip
 """Name in recipes -> codec."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .attention import Inputs, Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
 from .calling import CallingConvention
-from .layout import AttentionSite, Heads, LayerPlan
+from .functions import angles_of
+from .layout import AttentionSite, Codec, Heads, LayerPlan
 
 
 class SurgeryHeadsAttention(SurgeryAttention):
@@ -34,6 +35,7 @@ class SurgeryHeadsAttention(SurgeryAttention):
         _check_heads(site, self.heads)
         # repeat_kv undoes uniform groups inside the attention function; others are spread by an index before it.
         self.num_key_value_groups = site.heads // self.heads.kv_heads if self.heads.is_uniform else 1
+        self.turns_at_read = isinstance(plan.store, Codec) and plan.store.unrotated and site.rotary is not None
         self.build_tables(self.q_proj.weight.device)
         self.reset()
 
@@ -45,14 +47,16 @@ class SurgeryHeadsAttention(SurgeryAttention):
         return tables
 
     def _needs_frequencies(self) -> bool:
-        return self.call.rotary_layout is None
+        store = self.plan.store
+        return self.call.rotary_layout is None or (isinstance(store, Codec) and store.unrotated)
 
     def _query_key_value(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         q = self._queries(inputs.hidden_BTD)
         turn = self._rotation(inputs, q.dtype)
         query = norm_heads(self.q_norm, turn(q), True).transpose(1, 2)
         if self.owns_cache:
-            k = norm_heads(self.k_norm, turn(self._key_heads(inputs.hidden_BTD)), True).transpose(1, 2)
+            k = self._key_heads(inputs.hidden_BTD)
+            k = (k if self.turns_at_read else norm_heads(self.k_norm, turn(k), True)).transpose(1, 2)
             if self.plan.value_owner is None:
                 key, value = self._store(k, self._value_heads(inputs.hidden_BTD).transpose(1, 2), inputs)
             else:
@@ -63,6 +67,17 @@ class SurgeryHeadsAttention(SurgeryAttention):
         if not self.heads.is_uniform:
             key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
         return query, key, value
+
+    def _as_read(self, key: Tensor, inputs: Inputs) -> Tensor:
+        if not self.turns_at_read:
+            return key
+        assert self.site.rotary is not None
+        if inputs.cache is None:
+            positions = self._positions(inputs)
+        else:
+            positions = inputs.cache.layers[self.layer_idx].positions(inputs.hidden_BTD.shape[1], inputs.position_ids)
+        cos, sin = angles_of(positions, self.inv_freq_bits, self.site.rotary.scaling, key.dtype)
+        return self._turn(key, cos.unsqueeze(1), sin.unsqueeze(1))
 
     def _rotation(self, inputs: Inputs, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What turns [B, T, heads, H] by the positions of this call; nothing where the parent does not."""

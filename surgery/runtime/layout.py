@@ -89,7 +89,7 @@ class LayerPlan:
     @property
     def absent(self) -> tuple[str, ...]:
         """Modules that the layer does without: those that would make K and V which it reads elsewhere."""
-        keys = () if self.owns_cache else ("k_proj", "k_norm", "kv_down", "gate")
+        keys = () if self.owns_cache else ("k_proj", "k_norm", "kv_down", "gate", "codec")
         return (*keys, "v_proj", "v_norm") if self.lenders else keys
 
     def bytes_at(self, tokens: int) -> int:

@@ -32,7 +32,7 @@ from .gates import gate_shapes
 from .generation import SurgeryGeneration, check_given_cache
 from .heads import SurgeryHeadsAttention
 from .latent import SurgeryLatentAttention
-from .layout import AttentionSite, LayerPlan
+from .layout import AttentionSite, Codec, LayerPlan
 from .parallel import drop_plans
 from .recording import prepare_recording, records_of, running_model
 
@@ -394,15 +394,16 @@ def _check_shapes(site: AttentionSite, plan: LayerPlan, weights: dict[str, Tenso
         known = name in wanted or not name.endswith(".bias")  # a bias is where the parent has one
         if not absent and known and wanted.get(name) != found.get(name):
             raise ValueError(f"{where}: {name} has shape {found.get(name)}, its plan asks for {wanted.get(name)}")
-    wanted_gate: dict[str, tuple[int, ...]] = {}
+    beside: dict[str, tuple[int, ...]] = {}
     if plan.retain is not None and plan.owns_cache:
-        wanted_gate = gate_shapes(plan.retain, site.hidden_size, plan.decisions)
-    gate = {name.removeprefix("gate."): tuple(t.shape) for name, t in weights.items() if name.startswith("gate.")}
-    for name in sorted({*wanted_gate, *gate}):
-        if wanted_gate.get(name) != gate.get(name):
-            raise ValueError(
-                f"{where}: gate.{name} has shape {gate.get(name)}, its plan asks for {wanted_gate.get(name)}"
-            )
+        shapes = gate_shapes(plan.retain, site.hidden_size, plan.decisions)
+        beside |= {f"gate.{name}": shape for name, shape in shapes.items()}
+    if isinstance(plan.store, Codec) and plan.owns_cache:
+        beside |= {f"codec.{name}": shape for name, shape in plan.store.table_shapes(plan.entry()).items()}
+    found = {name: shape for name, shape in found.items() if name.startswith(("gate.", "codec."))}
+    for name in sorted({*beside, *found}):
+        if beside.get(name) != found.get(name):
+            raise ValueError(f"{where}: {name} has shape {found.get(name)}, its plan asks for {beside.get(name)}")
 
 
 _MAKES_KV = ("kv_down", "k_up", "k_mean", "v_up", "q_rope", "rope_freq_bits", "q_proj", "k_proj", "v_proj")

@@ -7,7 +7,7 @@ What is packed is never encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class QuantisedLayer(CacheLayerMixin):
     `update` gives back what attention reads, decoded: tokens of the call itself, the first ones and the newest as they
     came. So a chunk of tokens sees what each of them would see alone, until a group is full.
 
-    Padding is told by `mask`, which whoever runs the model sets before each call (`note_mask`). It is packed with the
+    Padding is told by `mask`, which whoever runs the model sets before each call (`prepare`). It is packed with the
     other columns and never sets a scale, and the first tokens of a padded sequence are its own first ones.
     """
 
@@ -102,6 +102,7 @@ class QuantisedLayer(CacheLayerMixin):
         assert isinstance(plan.store, Codec)
         self.store, self.layer = plan.store, plan.layer
         self.mask: Tensor | None = None
+        self.tables: Mapping[str, Tensor] | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -111,11 +112,13 @@ class QuantisedLayer(CacheLayerMixin):
         """True at padding, of all columns; None where there was none."""
         self.begin_B: Tensor | None = None
         """Column of each sequence's first token; None where that is 0 in all."""
+        self.before: list[int | None] = []
+        """Columns of each sequence before position 0, where positions are asked for; None while it has no token."""
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, len(key_states)
-        forms = self.store.forms()
+        forms = self.store.forms(self.tables)
         given = (key_states, value_states)
         # Without numbers there is nothing to encode: keys alone are cached where values are read elsewhere.
         self.streams = tuple(Stream(f if x.shape[-1] else None, x) for f, x in zip(forms, given, strict=True))
@@ -202,6 +205,36 @@ class QuantisedLayer(CacheLayerMixin):
             skip = skip | ((place >= 0) & (place < self.store.sinks))
         return skip if bool(skip.any()) else None
 
+    def positions(self, tokens: int, given_BT: Tensor | None) -> Tensor:
+        """[B, S]: of every column, by those of the newest `tokens`; none are kept, so that they must follow each other.
+
+        Args:
+            given_BT: [B or 1, T]; None where they are the columns.
+
+        Raises:
+            ValueError: the tokens of a sequence do not follow each other.
+        """
+        columns = torch.arange(self.seen, device=self.device)[None].expand(self.batch_size, -1)
+        new = columns[:, self.seen - tokens :]
+        before_BT = new - (new if given_BT is None else given_BT)
+        real_BT = torch.ones_like(new, dtype=torch.bool)
+        if self.hidden_BS is not None:
+            real_BT = ~self.hidden_BS[:, self.seen - tokens :]
+        first = before_BT.gather(1, real_BT.int().argmax(1, keepdim=True))[:, 0].tolist()
+        there = real_BT.any(1).tolist()
+        self.before = [
+            old if old is not None else (at if is_there else None)
+            for old, at, is_there in zip(self.before or [None] * self.batch_size, first, there, strict=True)
+        ]
+        offset = torch.tensor([at or 0 for at in self.before], device=self.device)[:, None]
+        if bool(((before_BT != offset) & real_BT).any()):
+            raise ValueError(
+                f"layer {self.layer}: {self.store.label()} holds keys before their rotation, and no positions: the "
+                "tokens of a sequence must follow each other, and the position_ids that came do not. Leave them out, or "
+                "use the codec kivi or int4."
+            )
+        return (columns - offset).clamp_min(0)
+
     def tensors(self) -> list[Tensor]:
         """All that the layer keeps."""
         beside = [t for t in (self.hidden_BS, self.begin_B) if t is not None]
@@ -283,6 +316,7 @@ class QuantisedLayer(CacheLayerMixin):
             return
         rows = rows_B.to(self.device)
         self.batch_size = len(rows)
+        self.before = [self.before[row] for row in rows_B.tolist()] if self.before else []
         for stream in self.streams:
             stream.select(rows)
         self.hidden_BS, self.begin_B = (
@@ -290,16 +324,20 @@ class QuantisedLayer(CacheLayerMixin):
         )
 
 
-def note_mask(layer: Any, mask: Tensor | None, true_hides: bool = False) -> None:
-    """Tell a layer of a cache which of the tokens of the next call are padding; others than ours ask for nothing.
+def prepare(
+    layer: Any, mask: Tensor | None, true_hides: bool = False, tables: Mapping[str, Tensor] | None = None
+) -> None:
+    """Tell a layer of a cache what the tokens of the next call bring; layers that are not ours ask for nothing.
 
     Args:
         mask: [B, S] of which 0 is padding, or of four dimensions, bool or additive; None without padding.
         true_hides: what True of a boolean mask of four dimensions means.
+        tables: of a codec that is calibrated.
     """
     if isinstance(layer, QuantisedLayer):
         flip = mask is not None and mask.ndim == 4 and mask.dtype == torch.bool and true_hides
         layer.mask = ~mask if flip else mask  # type: ignore[operator]
+        layer.tables = tables
 
 
 def _real(mask: Tensor, past: int, tokens: int, batch: int) -> Tensor | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from .codecs import CODECS, Form
+from torch import Tensor
+
+from .codecs import CODECS, TABLES, Form
 from .site import AttentionSite
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -67,9 +70,9 @@ class Codec:
     """Packed codes of `codecs.CODECS`, but for the first tokens of a sequence and its newest ones."""
 
     codec: str
-    k_bits: int
+    k_bits: float
     """Of one number of a key, or of a latent that keys and values are made from; scales are beside it."""
-    v_bits: int | None
+    v_bits: float | None
     """None where what lies in the place of values is kept as it is: positions beside latents."""
     group: int = 32
     """Numbers that share a scale, and tokens that are packed at a time."""
@@ -83,17 +86,54 @@ class Codec:
     def label(self) -> str:
         """Name and bits."""
         same = self.v_bits in (None, self.k_bits)
-        return f"{self.codec} {f'{self.k_bits} bits' if same else f'K {self.k_bits} V {self.v_bits} bits'}"
+        return f"{self.codec} {f'{self.k_bits:g} bits' if same else f'K {self.k_bits:g} V {self.v_bits:g} bits'}"
 
     def supports(self, site: AttentionSite) -> str | None:
-        """Every attention that keeps all its tokens; `legality` refuses windows."""
+        """Why keys cannot be rotated at read, where the codec holds them before; `legality` refuses windows."""
+        if not self.unrotated or site.rotary is None:
+            return None
+        what = f"{self.codec} holds keys before their rotation"
+        if site.rotary.length_dependent:
+            return f"{what}, and the rotary frequencies vary with the length. Use kivi or int4."
+        if site.rotary.axes is not None:
+            return f"{what}, and tokens of an image have several positions each. Use kivi or int4."
+        if site.k_norm is not None and site.k_norm.after_rotary:
+            return f"{what}, and keys are normed after it. Use kivi or int4."
         return None
 
-    def forms(self) -> tuple[Form, Form | None]:
-        """How keys and values are encoded."""
-        kind = CODECS[self.codec]
-        values = None if self.v_bits is None else kind.values(self.v_bits, self.group)
-        return kind.keys(self.k_bits, self.group), values
+    @property
+    def unrotated(self) -> bool:
+        """Whether keys are held before their rotation."""
+        return CODECS[self.codec].unrotated
+
+    def table_shapes(self, entry: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+        """Shape by name of what calibration text has decided for a layer; int32, floats seen as their bits.
+
+        Args:
+            entry: as for `bytes_at`.
+        """
+        heads, *widths = entry
+        shapes = {}
+        for letter, width in zip("kv", widths, strict=True) if CODECS[self.codec].calibrated else ():
+            for name in TABLES if width else ():
+                square = (width,) if name in ("turn", "back") else ()
+                shapes[f"{letter}_{name}_bits"] = (heads, width, *square)
+        return shapes
+
+    def forms(self, tables: Mapping[str, Tensor] | None = None) -> tuple[Form, Form | None]:
+        """How keys and values are encoded.
+
+        Args:
+            tables: by the names of `table_shapes`; without them, calibrated forms tell their bytes and nothing else.
+        """
+        kind, group = CODECS[self.codec], self.group
+        own = {
+            letter: {name: tables[f"{letter}_{name}_bits"] for name in TABLES}
+            for letter in "kv"
+            if tables is not None and f"{letter}_turn_bits" in tables
+        }
+        values = None if self.v_bits is None else kind.values(self.v_bits, group, own.get("v"))
+        return kind.keys(self.k_bits, group, own.get("k")), values
 
     def packed(self, tokens: int) -> int:
         """Tokens that are packed when so many have come."""

@@ -1,0 +1,1 @@
+"""The mathematics of codecs that are calibrated."""

@@ -1,0 +1,144 @@
+"""Tables of `Directions`: which directions of K and V are held with how many bits, from calibration text.
+
+A vector x is turned to z = U'M^(1/2)(x - mean). M is the metric in which an error is felt: of keys E[q q'] of the
+queries that read them, turned to the places of the keys; of values W_o'W_o. U are the principal directions there, so
+that z is uncorrelated. Bits go one by one to the direction whose error falls most (reverse water-filling), and the step
+of each direction is the one with the least squared error on the text. Keys are taken before their rotation, which would
+mix the channels of a pair; values are divided by their norms, for attention may look at short ones alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ...attention.forward import project
+from ...attention.linalg import hermitian
+from ...attention.weights import halves
+from ...calibration.processes import gathered
+from ...calibration.visit import Visit
+from ...errors import PlanError
+from ...runtime.codecs import TABLES, Directions
+from ...runtime.layout import Codec
+from ..latent.moments import MomentSums
+
+TOKENS = 4096
+"""Tokens of text whose K and V are looked at."""
+_MOST = 8
+_LEAST_METRIC = 1e-6
+"""Of the largest eigenvalue: directions that nothing reads are held all the same, roughly."""
+_STEPS = 9
+
+
+def codec_tables(visit: Visit, store: Codec) -> dict[str, Tensor]:
+    """The tables of one layer by the names of `Codec.table_shapes`.
+
+    Raises:
+        PlanError: the text has too few tokens behind the first ones.
+    """
+    weights = visit.copy.read(visit.layer)
+    plain = replace(weights, rotary=None)  # before their rotation
+    sums, keys, values = MomentSums(weights), [], []
+    for found in visit.activations(TOKENS):
+        x, mask = found.x_student_BTD, found.mask_BT
+        sums.add(x, x, mask)
+        _, k, v = project(plain, x, torch.tensor([0]))
+        behind = mask & (torch.arange(x.shape[1]) >= store.sinks)
+        keys.append(k.transpose(1, 2)[behind])
+        values.append(v.transpose(1, 2)[behind])
+    k_KPH, v_KPV = (gathered(torch.cat(parts)).transpose(0, 1) for parts in (keys, values))
+    if k_KPH.shape[1] < 2 * k_KPH.shape[2]:
+        raise PlanError(
+            f"layer {visit.layer}: {k_KPH.shape[1]} tokens of text behind the first {store.sinks} are too few for "
+            f"{k_KPH.shape[2]} directions. Give more text, or longer windows."
+        )
+    order = halves(visit.site.rotary, visit.site.head_dim)
+    back = [order.index(j) for j in range(visit.site.head_dim)]  # channels where the runtime has them
+    read_NHH = sums.finish().q_read_NHH[:, back][:, :, back]
+    key_metric = torch.stack([read_NHH[list(group)].sum(0) for group in weights.groups])
+    o_KDGV = [weights.o_DNV[:, list(group)].double() for group in weights.groups]
+    value_metric = torch.stack([torch.einsum("dgv,dgw->vw", o, o) for o in o_KDGV])
+    made = tables_of(k_KPH[..., back], key_metric, store.k_bits, scaled=False, mean=True, letter="k")
+    if store.v_bits is not None:
+        made |= tables_of(v_KPV, value_metric, store.v_bits, scaled=True, mean=False, letter="v")
+    return made
+
+
+def tables_of(
+    x_KPW: Tensor, metric_KWW: Tensor, bits: float, *, scaled: bool, mean: bool, letter: str
+) -> dict[str, Tensor]:
+    """Tables of one stream, int32, floats seen as their bits.
+
+    Args:
+        x_KPW: vectors of the text.
+        scaled: vectors are held less their norms under the metric.
+        mean: their mean is subtracted.
+    """
+    x = x_KPW.double()
+    middle = x.mean(1) if mean else torch.zeros_like(x[:, 0])
+    root, inverse = _roots(metric_KWW)
+    y = (x - middle[:, None]) @ root
+    if scaled:
+        y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    u = torch.linalg.eigh(hermitian(y.mT @ y)).eigenvectors.flip(-1)
+    z = y @ u
+    steps, errors = _steps(z)
+    count = Directions(bits, scaled, None).code_bits(x.shape[-1])
+    widths = shared_out(errors, count)
+    step = steps.gather(0, widths[None])[0]
+    found = {"turn": root @ u, "back": u.mT @ inverse, "step": step, "mean": middle}
+    tables = {name: found[name].float().contiguous().view(torch.int32) for name in TABLES[:4]}
+    return {f"{letter}_{name}_bits": t for name, t in (tables | {"widths": widths.int()}).items()}
+
+
+def shared_out(errors_bKW: Tensor, count: int) -> Tensor:
+    """[K, W]: bits of each direction, `count` in each head, by what one more takes off the error.
+
+    Args:
+        errors_bKW: squared error with 0, 1, .. bits; made to fall ever less where it does not.
+    """
+    most = len(errors_bKW) - 1
+    gains = (errors_bKW[:-1] - errors_bKW[1:]).clamp_min(0.0)
+    gains = torch.flip(torch.flip(gains, (0,)).cummax(0).values, (0,))
+    widths = torch.zeros(errors_bKW.shape[1:], dtype=torch.long)
+    for k in range(len(widths)):
+        left = torch.cat((gains[:, k], torch.full_like(gains[:1, k], -1.0)))
+        for _ in range(count):
+            best = left.gather(0, widths[k][None])[0].argmax()
+            widths[k, best] += 1
+        if int(widths[k].max()) > most:
+            raise PlanError(f"{count} bits are more than {widths.shape[1]} directions can take. Ask for fewer bits.")
+    return widths
+
+
+def _roots(metric_KWW: Tensor) -> tuple[Tensor, Tensor]:
+    """M^(1/2) and its inverse, float64."""
+    values, vectors = torch.linalg.eigh(hermitian(metric_KWW.double()))
+    largest = values[:, -1:].clamp_min(1e-30)
+    values = values.clamp_min(_LEAST_METRIC * largest)
+    root, inverse = ((vectors * v[:, None]) @ vectors.mT for v in (values.sqrt(), values.rsqrt()))
+    return root, inverse
+
+
+def _steps(z_KPW: Tensor) -> tuple[Tensor, Tensor]:
+    """[bits, K, W]: of each direction the step with the least squared error, and that error, for 0 to 8 bits."""
+    spread = z_KPW.square().mean(1).sqrt().clamp_min(1e-12)
+    steps, errors = [torch.ones_like(spread)], [spread.square()]
+    z = z_KPW.float()
+    for bits in range(1, _MOST + 1):
+        half = 2.0 ** (bits - 1)
+        # From well inside to well outside of what suits a normal; heavy tails ask for more.
+        reaches = torch.linspace(0.6 + 0.3 * bits, 2.2 + 0.8 * bits, _STEPS, dtype=torch.float64)
+        tried = reaches[:, None, None] * spread / half
+        found = torch.stack([_error(z, step.float(), half) for step in tried])
+        best = found.argmin(0, keepdim=True)
+        steps.append(tried.gather(0, best)[0])
+        errors.append(found.gather(0, best)[0].double())
+    return torch.stack(steps), torch.stack(errors)
+
+
+def _error(z_KPW: Tensor, step_KW: Tensor, half: float) -> Tensor:
+    step = step_KW[:, None]
+    return (((z_KPW / step).floor_().clamp_(-half, half - 1) + 0.5) * step - z_KPW).square_().mean(1)
