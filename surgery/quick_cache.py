@@ -42,7 +42,9 @@ def cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> Dynami
         )
     recipe = Recipe.load(_recipe(codec, options))
     if any(step.text == "needed" for step in recipe.steps):
-        raise PlanError(f"codec {codec!r} reads tables from calibration text: convert the model with the step quantise.")
+        raise PlanError(
+            f"codec {codec!r} reads tables from calibration text: convert the model with the step quantise."
+        )
     planned = plan(model, recipe)
     made = DynamicCache(config=model.config)
     for layer in planned.after:
@@ -63,7 +65,7 @@ def cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> Dynami
 def quantise_cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> PreTrainedModel:
     """A model that holds its cache as packed codes, without calibration; the given one stays as it is.
 
-    It is what `convert` makes of the step `quantise`, and can be saved and exported. Arguments and errors as of `cache`.
+    It is what `convert` makes of the step `quantise`, to be saved and exported. Arguments and errors as of `cache`.
     """
     return convert(model, _recipe(codec, options))
 

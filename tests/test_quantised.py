@@ -9,12 +9,24 @@ from transformers import DynamicCache
 
 import surgery
 from surgery.measure.memory import tensor_bytes
+from surgery.rewriters.stored.directions import shared_out, tables_of
 from surgery.runtime.calling import cache_argument
-from surgery.runtime.codecs import CODECS, Spherical, gaussian_codebook, hadamard, pack, packed_width, unpack
+from surgery.runtime.codecs import (
+    CODECS,
+    TABLES,
+    Directions,
+    Spherical,
+    gaussian_codebook,
+    hadamard,
+    pack,
+    packed_width,
+    unpack,
+)
 from surgery.runtime.layout import Codec, LayerPlan
 from surgery.runtime.quantised_cache import QuantisedLayer
 
 IDS = torch.randint(3, 128, (2, 60), generator=torch.Generator().manual_seed(0))
+TEXT = torch.randint(3, 128, (12, 40), generator=torch.Generator().manual_seed(1))
 SMALL = {"rewriter": "quantise", "group": 8, "recent": 6, "sinks": 2}
 
 
@@ -24,12 +36,13 @@ def relative_error(got, want):
 
 
 def codecs_and_bits():
-    return [(name, bits) for name, kind in CODECS.items() for bits in kind.bits]
+    return [(name, bits) for name, kind in CODECS.items() if not kind.calibrated for bits in kind.bits]
 
 
 def converted(codec="kivi", family="llama", before=(), **options):
     step = SMALL | {"codec": codec} | options
-    return surgery.convert(tiny_model(family).eval(), {"steps": [*before, step]}).eval()
+    text = TEXT if CODECS[codec].calibrated else None
+    return surgery.convert(tiny_model(family).eval(), {"steps": [*before, step]}, calibration=text).eval()
 
 
 @torch.no_grad()
@@ -58,7 +71,7 @@ def test_more_bits_err_as_much_less_as_theory_says(name, bits):
     """A uniform code of b bits over the range of its group errs at most by half a step."""
     x = torch.randn(2, 3, 16, 128, generator=torch.Generator().manual_seed(1))
     for make in (CODECS[name].keys, CODECS[name].values):
-        form = make(bits, 8)
+        form = make(bits, 8, None)
         parts = form.encode(x)
         got = form.decode(parts, 128)
         assert got.shape == x.shape and got.dtype == torch.float32
@@ -90,7 +103,7 @@ def test_a_group_of_equal_or_of_huge_numbers_is_kept():
     for name in ("int4", "kivi", "int8"):
         for value in (0.0, 3.0, 3e4):
             x = torch.full((1, 1, 8, 8), value)
-            form = CODECS[name].values(CODECS[name].default, 8)
+            form = CODECS[name].values(CODECS[name].default, 8, None)
             assert relative_error(form.decode(form.encode(x), 8), x) < 1e-2 or value == 0
 
 
@@ -104,7 +117,7 @@ def test_planned_bytes_are_allocated_and_the_model_is_still_the_model(codec):
     assert plan.cache_bytes(60) < 0.75 * plan.cache_bytes(60, parent=True)
     with torch.no_grad():
         error = relative_error(logits, tiny_model("llama").eval()(IDS).logits)
-    assert 0 < error < {"int8": 0.03, "fp8": 0.08, "int4": 0.2, "turbo": 0.3, "kivi": 0.6}[codec]
+    assert 0 < error < {"int8": 0.03, "fp8": 0.08, "int4": 0.2, "turbo": 0.3, "kivi": 0.6, "metric": 0.6}[codec]
 
 
 def test_a_chunk_up_to_a_whole_group_sees_what_its_tokens_see_one_by_one():
@@ -207,6 +220,7 @@ def test_what_cannot_be_is_refused_with_the_place_and_the_way_out():
     for options, message in [
         ({"codec": "int5"}, "no codec 'int5'. Did you mean 'int"),
         ({"codec": "int8", "k_bits": 4}, "k_bits: int8 knows 8 bits, not 4"),
+        ({"codec": "metric", "v_bits": 9.5}, "v_bits: metric knows 1 to 8 bits, not 9.5"),
         ({"group": 0}, "group: 0 must be at least 1"),
         ({"sinks": -1}, "sinks: -1 must be at least 0"),
     ]:
@@ -273,3 +287,104 @@ def test_stock_models_take_a_quantised_cache_without_a_conversion(family):
 def test_a_converted_model_names_its_recipe_as_the_place_for_codes():
     with pytest.raises(surgery.PlanError, match="the form of its cache stands in its recipe"):
         surgery.cache(converted("int8"))
+
+
+def directions(x, metric, bits, **options):
+    """A form with tables that were made of x."""
+    made = tables_of(x, metric, bits, letter="k", **options)
+    return Directions(bits, options["scaled"], {name: made[f"k_{name}_bits"] for name in TABLES})
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_bits_go_where_the_metric_feels_their_errors(scaled):
+    """Channels of very different sizes, of which a query reads some: fewer bits than one for each are enough."""
+    random = torch.Generator().manual_seed(0)
+    spread = torch.tensor([[8.0, 4, 2, 1, 1, 0.1, 0.1, 0.1] * 4, [1.0] * 32])
+    x = torch.randn(2, 4000, 32, generator=random) * spread[:, None] + 3
+    metric = torch.diag_embed(torch.tensor([[1.0, 1, 1, 1e-4, 1, 1, 1, 1] * 4, [1.0] * 32])).double()
+    form = directions(x, metric, 2.0, scaled=scaled, mean=not scaled)
+    given = x[None, :, :512]
+    parts = form.encode(given)
+    assert sum(p.numel() * p.element_size() for p in parts) == 2 * form.bytes_of(512, 1, 32) == 2 * 512 * 8
+    got = form.decode(parts, 32)
+
+    def felt(e):
+        return torch.einsum("bktw,kwv,bktv->bk", e.double(), metric, e.double())[0]
+
+    middle = given if scaled else given - x.mean(1)[None, :, None]
+    plain = CODECS["int4"].values(2, 32, None)
+    error = felt(got - given) / felt(middle)
+    assert error[0] < (0.03 if scaled else 0.015) and error[1] < 0.2, error
+    if not scaled:  # of a normal whose directions are alike, two bits leave 0.119 of its power (uniform levels, Max)
+        assert error[1] == pytest.approx(0.1188, rel=0.05)
+    wider = felt(plain.decode(plain.encode(given), 32) - given) / felt(middle)
+    assert error[0] < 0.2 * wider[0]
+
+
+def test_bits_are_shared_out_by_what_one_more_takes_off():
+    errors = torch.tensor([[[16.0, 4.0, 1.0]], [[4.0, 1.0, 0.9]], [[1.0, 0.3, 0.8]], [[0.2, 0.1, 0.7]]])
+    assert shared_out(errors, 4).tolist() == [[2, 1, 1]] or shared_out(errors, 4).tolist() == [[3, 1, 0]]
+    assert shared_out(errors, 3).tolist() == [[2, 1, 0]]
+    with pytest.raises(surgery.PlanError, match="10 bits are more than 3 directions can take"):
+        shared_out(errors, 10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen3"])
+def test_directions_of_keys_before_their_rotation_are_close_at_eight_bits(family):
+    model = converted("metric", family, k_bits=8)
+    logits, cache = decoded(model, IDS, 20)
+    with torch.no_grad():
+        want = tiny_model(family).eval()(IDS).logits
+    assert 0 < relative_error(logits, want) < 0.03
+    assert cache.layers[0].streams[0].packed == 48
+
+
+@torch.no_grad()
+def test_keys_that_are_rotated_at_read_follow_padding_and_refuse_leaps():
+    model = converted("metric", k_bits=8)
+    pad = torch.zeros(1, 7, dtype=torch.long)
+    ids = torch.cat((torch.cat((pad, IDS[:1, :43]), 1), IDS[1:, :50]))
+    mask = (torch.arange(50) >= torch.tensor([[7], [0]])).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache(config=model.config)
+    given = {cache_argument(model): cache}
+    parts = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], **given).logits
+        for a, b in [(0, 30), *((t, t + 1) for t in range(30, 50))]
+    ]
+    want = model(ids, attention_mask=mask, position_ids=positions).logits
+    got = torch.cat(parts, 1)
+    assert relative_error(got[0, 7:], want[0, 7:]) < 0.02 and relative_error(got[1], want[1]) < 0.02
+    with pytest.raises(ValueError, match="layer 0: metric 8 bits holds keys before their rotation"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 51).long(), position_ids=torch.tensor([[90], [50]]), **given)
+    turned = model(IDS, position_ids=torch.arange(5, 65)[None], use_cache=True)  # all of it moved on is fine
+    torch.testing.assert_close(turned.logits, model(IDS).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_codecs_that_read_text_say_so_and_refuse_what_they_cannot_hold():
+    parent = tiny_model("llama").eval()
+    step = {"rewriter": "quantise", "codec": "metric"}
+    with pytest.raises(surgery.PlanError, match="quantise asks for calibration text"):
+        surgery.convert(parent, {"steps": [step]})
+    with pytest.raises(surgery.PlanError, match="reads tables from calibration text"):
+        surgery.cache(parent, "metric")
+    with pytest.raises(
+        surgery.PlanError, match="layer 0: .* reads keys and values of heads, and the layer caches a la"
+    ):
+        surgery.plan(parent, {"steps": [{"rewriter": "mla", "rank": 24, "rope_dims": 8}, step]})
+    with pytest.raises(surgery.PlanError, match="tokens of text behind the first 4 are too few for 16 directions"):
+        surgery.convert(parent, {"steps": [step]}, calibration=TEXT[:1, :16])
+
+
+def test_tables_travel_with_the_checkpoint_and_through_halves(tmp_path):
+    model = converted("metric")
+    surgery.save(model, tmp_path / "child")
+    loaded = surgery.load(tmp_path / "child").eval()
+    assert torch.equal(greedy(loaded, IDS[:, :30]), greedy(model, IDS[:, :30]))
+    name = "model.layers.1.self_attn.codec.v_turn_bits"
+    assert torch.equal(loaded.to(torch.bfloat16).state_dict()[name], model.state_dict()[name])
+    broken = dict(model.state_dict())
+    broken[name.replace("turn", "widths")] = broken[name.replace("turn", "widths")] + 1
+    model.load_state_dict(broken)
+    with pytest.raises(ValueError, match="The checkpoint is damaged"):
+        decoded(model, IDS, 30)

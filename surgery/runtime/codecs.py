@@ -272,7 +272,7 @@ class Directions:
     """Directions of calibration text, each with bits of its own and a fixed step; what is larger is clamped.
 
     Vectors less their mean are turned to the principal directions under the metric in which their errors are felt.
-    Codes of a vector lie bit behind bit. A decoded number is linear in them, so that one product with [bits, W] decodes.
+    Codes of a vector lie bit behind bit. Decoded numbers are linear in them: one product with [bits, W] decodes.
 
     Args:
         bits: of one number, the gain included; those of a vector fill whole bytes.
@@ -312,7 +312,8 @@ class Directions:
         return max(int(self.bits * width) // 8, 1 + self.scaled)
 
     def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        z, gain = (x_BKTW.float() - self.mean[:, None]) @ self.turn, ()
+        z = (x_BKTW.float() - self.mean[:, None]) @ self.turn
+        gain: Parts = ()
         if self.scaled:
             level = (z.norm(dim=-1, keepdim=True).clamp_min(2.0**-16).log2() + 16) * _GAIN_STEPS
             level = level.round_().clamp_(0, 255)

@@ -230,8 +230,8 @@ class QuantisedLayer(CacheLayerMixin):
         if bool(((before_BT != offset) & real_BT).any()):
             raise ValueError(
                 f"layer {self.layer}: {self.store.label()} holds keys before their rotation, and no positions: the "
-                "tokens of a sequence must follow each other, and the position_ids that came do not. Leave them out, or "
-                "use the codec kivi or int4."
+                "tokens of a sequence must follow each other, and the position_ids that came do not. Leave them out, "
+                "or use the codec kivi or int4."
             )
         return (columns - offset).clamp_min(0)
 
