@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 
 from .attention import Inputs, Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
 from .calling import CallingConvention
-from .functions import angles_of
+from .functions import LIKE_SDPA, angles_of, complete_mask
 from .layout import AttentionSite, Codec, Heads, LayerPlan
+from .quantised_attention import Seen, attend_packed
+from .quantised_cache import QuantisedLayer, prepare
 
 
 class SurgeryHeadsAttention(SurgeryAttention):
@@ -64,20 +68,65 @@ class SurgeryHeadsAttention(SurgeryAttention):
                 _, value = self._lent(self.plan.value_owner, inputs.shared)
         else:
             key, value = self._borrow(inputs)
-        if not self.heads.is_uniform:
+        if not self.heads.is_uniform and isinstance(key, Tensor):
             key, value = key.index_select(1, self.kv_of_query), value.index_select(1, self.kv_of_query)
         return query, key, value
+
+    def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        if not self._steps(inputs):
+            return super()._attend(inputs)
+        query, seen, _ = self._query_key_value(inputs)
+        assert isinstance(seen, Seen)
+        slopes = None if self.site.alibi_slopes is None else self.slope_bits
+        mask = complete_mask(
+            self.site, self.call, self.plan.owner, slopes, inputs.mask, query, seen, inputs.cache, skippable=False
+        )  # fmt: skip
+        spread = None if self.heads.is_uniform else self.kv_of_query
+        return attend_packed(query, seen, mask, self.scaling, spread, self.site.softcap, self.sinks), None
+
+    def _steps(self, inputs: Inputs) -> bool:
+        """Whether one new token reads packed blocks as they lie in the cache of the layer, or of its owner."""
+        plain = self.config._attn_implementation in LIKE_SDPA and not self.gives_weights(inputs.rest)
+        if inputs.hidden_BTD.shape[1] != 1 or inputs.cache is None or self.training or not plain:
+            return False
+        if not self.owns_cache:
+            lent = (inputs.shared or {}).get(self.plan.owner)
+            return lent is not None and isinstance(lent[0], Seen)
+        layers = inputs.cache.layers
+        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        apart = {plan.value_owner for plan in self.all_plans}  # what they lend is read beside keys of others
+        return isinstance(layer, QuantisedLayer) and layer.can_step and self.layer_idx not in apart
+
+    def _store(self, key: Tensor, value: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        if not self._steps(inputs):
+            return super()._store(key, value, inputs)
+        layer = inputs.cache.layers[self.layer_idx]
+        prepare(layer, inputs.mask, self.call.mask_true_hides, dict(self.codec.named_buffers()))
+        seen = layer.step(key, value)
+        if self.turns_at_read:
+            cos, sin = self._angles_at_read(inputs, key.dtype)
+            turn = functools.partial(_turn_columns, self._turn, cos, sin)
+            seen = dataclasses.replace(seen, key_map=turn)
+        if self.has_readers:
+            assert inputs.shared is not None
+            inputs.shared[self.layer_idx] = seen, seen
+        return seen, seen
 
     def _as_read(self, key: Tensor, inputs: Inputs) -> Tensor:
         if not self.turns_at_read:
             return key
+        cos, sin = self._angles_at_read(inputs, key.dtype)
+        return self._turn(key, cos, sin)
+
+    def _angles_at_read(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, 1, S, F] of all columns."""
         assert self.site.rotary is not None
         if inputs.cache is None:
             positions = self._positions(inputs)
         else:
             positions = inputs.cache.layers[self.layer_idx].positions(inputs.hidden_BTD.shape[1], inputs.position_ids)
-        cos, sin = angles_of(positions, self.inv_freq_bits, self.site.rotary.scaling, key.dtype)
-        return self._turn(key, cos.unsqueeze(1), sin.unsqueeze(1))
+        cos, sin = angles_of(positions, self.inv_freq_bits, self.site.rotary.scaling, dtype)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
     def _rotation(self, inputs: Inputs, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """What turns [B, T, heads, H] by the positions of this call; nothing where the parent does not."""
@@ -94,6 +143,11 @@ class SurgeryHeadsAttention(SurgeryAttention):
     def _value_heads(self, hidden_states: Tensor) -> Tensor:
         """[B, T, K, V]"""
         return norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
+
+
+def _turn_columns(turn: Callable[..., Tensor], cos: Tensor, sin: Tensor, key: Tensor, start: int) -> Tensor:
+    at = slice(start, start + key.shape[2])
+    return turn(key, cos[:, :, at], sin[:, :, at])
 
 
 def _check_heads(site: AttentionSite, heads: Heads) -> None:

@@ -7,6 +7,8 @@ What is packed is never encoded again.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,10 +19,18 @@ from transformers.cache_utils import CacheLayerMixin
 from .codecs import Form, Parts, groups_of
 from .layout import LayerPlan
 from .masks import HIDDEN
+from .quantised_attention import Seen, decoded_blocks
 from .store import Codec
 
 BLOCK = 1024
 """Tokens that are decoded at once where one token attends to many."""
+
+
+def in_blocks(parts: Parts, packed: int, group: int) -> Iterator[Parts]:
+    """The parts of a stretch of whole groups after another."""
+    total, each = packed // group, max(1, BLOCK // group)
+    for start in range(0, total, each):
+        yield groups_of(parts, start, min(each, total - start), total)
 
 
 class Stream:
@@ -54,12 +64,6 @@ class Stream:
         self.parts = made if not self.packed else tuple(torch.cat(p, 2) for p in zip(self.parts, made, strict=True))
         self.packed += count
         self.ring_BKrW = self.ring_BKrW[:, :, count:].clone()  # a slice would keep all of it
-
-    def blocks(self, group: int) -> Iterator[Parts]:
-        """The parts of a stretch of whole groups after another."""
-        total, each = self.packed // group, max(1, BLOCK // group)
-        for start in range(0, total, each):
-            yield groups_of(self.parts, start, min(each, total - start), total)
 
     def crop(self, count: int) -> None:
         """Forget the newest `count` tokens, all in the ring."""
@@ -127,15 +131,45 @@ class QuantisedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._append(key_states, value_states)
+        key, value = (self._in_place(stream.everything(), stream) for stream in self.streams)
+        self._pack()
+        return key, value
+
+    def step(self, key_states: Tensor, value_states: Tensor) -> Seen:
+        """As `update`, for one token of each sequence: what it sees, as it lies there. Something must be packed."""
+        keys, values = self.streams
+        assert keys.form is not None and values.form is not None
+        self._append(key_states, value_states)
+        parts = keys.parts, values.parts
+        decode = [functools.partial(s.form.decode, width=s.width, turned=True) for s in (keys, values) if s.form]
+        start = self.seen - keys.ring_BKrW.shape[2] - keys.packed
+
+        def blocks() -> Iterator[tuple[int, int, Tensor, Tensor]]:
+            both = (in_blocks(p, stream.packed, self.store.group) for p, stream in zip(parts, packed, strict=True))
+            return decoded_blocks(*both, (decode[0], decode[1]), start)
+
+        packed = [copy.copy(stream) for stream in self.streams]  # readers look later, when more may be packed
+        seen = Seen(
+            first=(keys.first_BKsW, values.first_BKsW), begin_B=self.begin_B, blocks=blocks,
+            ring=(keys.ring_BKrW, values.ring_BKrW), tokens=self.seen,
+            bases=(keys.form.basis(keys.width), values.form.basis(values.width)),
+        )  # fmt: skip
+        self._pack()
+        return seen
+
+    @property
+    def can_step(self) -> bool:
+        """Whether something is packed, of keys and of values."""
+        return self.is_initialized and all(stream.packed for stream in self.streams)
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         if len(key_states) != self.batch_size:
             raise ValueError(f"layer {self.layer}: the cache holds {self.batch_size} sequences, {len(key_states)} came")
         self._note_padding(key_states.shape[2])
         for stream, new in zip(self.streams, (key_states, value_states), strict=True):
             stream.append(new)
         self.seen += key_states.shape[2]
-        key, value = (self._in_place(stream.everything(), stream) for stream in self.streams)
-        self._pack()
-        return key, value
 
     def _note_padding(self, tokens: int) -> None:
         real_BT = None if self.mask is None else _real(self.mask, self.seen, tokens, self.batch_size)
