@@ -80,6 +80,9 @@ def test_more_bits_err_as_much_less_as_theory_says(name, bits):
         assert sum(p[:1].numel() * p.element_size() for p in parts) == form.bytes_of(16, 3, 128)
         turned, basis = form.decode(parts, 128, turned=True), form.basis(128)
         torch.testing.assert_close(got, turned if basis is None else turned @ basis.T, rtol=1e-5, atol=1e-5)
+        q, weight = torch.randn(2, 3, 4, 128), torch.rand(2, 3, 4, 16)
+        torch.testing.assert_close(form.scores(q, parts), q @ turned.mT, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(form.mean(weight, parts, 128), weight @ turned, rtol=1e-3, atol=1e-3)
         error = relative_error(got, x)
         if isinstance(form, Spherical):
             ideal = [0.3634, 0.1175, 0.03454, 0.009497, 0.002499][bits - 1] ** 0.5  # Max, 1960: of a normal
@@ -309,6 +312,9 @@ def test_bits_go_where_the_metric_feels_their_errors(scaled):
     parts = form.encode(given)
     assert sum(p.numel() * p.element_size() for p in parts) == 2 * form.bytes_of(512, 1, 32) == 2 * 512 * 8
     got = form.decode(parts, 32)
+
+    weight = torch.rand(1, 2, 3, 512)
+    torch.testing.assert_close(form.mean(weight, parts, 32), weight @ got, rtol=1e-3, atol=1e-2)
 
     def felt(e):
         return torch.einsum("bktw,kwv,bktv->bk", e.double(), metric, e.double())[0]

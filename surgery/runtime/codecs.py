@@ -26,7 +26,7 @@ _SEED = 0
 
 
 class Form(Protocol):
-    """How keys, or values, are encoded."""
+    """How keys, or values, are encoded. `Decoded` has what scores and means are where nothing better is known."""
 
     def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
         """Encode whole groups of tokens; every part has T, or T over a constant, entries in dimension 2.
@@ -42,11 +42,29 @@ class Form(Protocol):
             turned: leave the numbers in the basis of `basis`, where queries can be taken to instead.
         """
 
+    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
+        """float32 [B, K, G, T]: products of queries, in the basis, with all vectors."""
+
+    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
+        """float32 [B, K, G, W]: sums of all vectors with these weights, in the basis."""
+
     def basis(self, width: int) -> Tensor | None:
         """Orthogonal [W, W] float32 by which vectors are multiplied before they are rounded; None where by none."""
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
         """Bytes of all parts of one sequence."""
+
+
+class Decoded:
+    """Scores and means by way of the decoded vectors."""
+
+    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
+        x: Tensor = self.decode(parts, q_BKGW.shape[-1], turned=True)  # type: ignore[attr-defined]
+        return q_BKGW @ x.mT
+
+    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
+        x: Tensor = self.decode(parts, width, turned=True)  # type: ignore[attr-defined]
+        return weight_BKGT @ x
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -162,6 +180,22 @@ class PerToken:
         matrix = None if turned else self.basis(width)
         return x if matrix is None else x @ matrix.t().to(x.device)
 
+    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
+        words, scale, low = (part.float() if part.is_floating_point() else part for part in parts)
+        codes, groups = unpack(words, self.bits, q_BKGW.shape[-1]).float(), scale.shape[-1]
+        total = q_BKGW.new_zeros(())
+        # Scales multiply products of whole groups: far fewer numbers than codes.
+        for i, (q, code) in enumerate(zip(q_BKGW.chunk(groups, -1), codes.chunk(groups, -1), strict=True)):
+            total = total + (q @ code.mT) * scale[:, :, None, :, i] + q.sum(-1, keepdim=True) * low[:, :, None, :, i]
+        return total
+
+    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
+        words, scale, low = (part.float() if part.is_floating_point() else part for part in parts)
+        codes = unpack(words, self.bits, width).float().chunk(scale.shape[-1], -1)
+        found = [(weight_BKGT * scale[:, :, None, :, i]) @ code for i, code in enumerate(codes)]
+        shifts = (weight_BKGT @ low).unbind(-1)
+        return torch.cat([x + shift[..., None] for x, shift in zip(found, shifts, strict=True)], -1)
+
     def basis(self, width: int) -> Tensor | None:
         return hadamard(width) if self.rotated else None
 
@@ -171,7 +205,7 @@ class PerToken:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerChannel:
+class PerChannel(Decoded):
     """Asymmetric integers: a scale and an offset for each channel and `group` tokens.
 
     Source: KIVI, arXiv:2402.02750, which holds keys so, as they are after their rotation.
@@ -195,6 +229,13 @@ class PerChannel:
         words, scale, low = parts
         codes = unpack(words, self.bits, width).unflatten(2, (-1, self.group)).float()
         return torch.addcmul(low.float()[:, :, :, None], codes, scale.float()[:, :, :, None]).flatten(2, 3)
+
+    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
+        words, scale, low = parts
+        codes = unpack(words, self.bits, q_BKGW.shape[-1]).unflatten(2, (-1, self.group)).float()
+        scaled = q_BKGW[:, :, None] * scale.float()[:, :, :, None]  # [B, K, groups, G, W]
+        shift = (q_BKGW @ low.float().mT).mT[..., None]
+        return (scaled @ codes.mT + shift).transpose(2, 3).flatten(3)
 
     def basis(self, width: int) -> Tensor | None:
         return None
@@ -221,6 +262,14 @@ class Symmetric:
         codes, scale = parts
         return codes.float() * scale.float()[..., None]
 
+    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
+        codes, scale = parts
+        return (q_BKGW @ codes.float().mT) * scale.float()[:, :, None]
+
+    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
+        codes, scale = parts
+        return (weight_BKGT * scale.float()[:, :, None]) @ codes.float()
+
     def basis(self, width: int) -> Tensor | None:
         return None
 
@@ -229,7 +278,7 @@ class Symmetric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spherical:
+class Spherical(Decoded):
     """The norm of each vector apart; its direction after a random rotation, in levels that suit a Gaussian.
 
     Source: TurboQuant, arXiv:2504.19874, without its second stage for inner products.
@@ -268,7 +317,7 @@ _GAIN_STEPS = 8
 """Gains are powers of two in steps of an eighth, from 2^-16 on."""
 
 
-class Directions:
+class Directions(Decoded):
     """Directions of calibration text, each with bits of its own and a fixed step; what is larger is clamped.
 
     Vectors less their mean are turned to the principal directions under the metric in which their errors are felt.
@@ -284,7 +333,7 @@ class Directions:
         self.bits, self.scaled = bits, scaled
         if tables is None:
             return
-        self.turn, self.back, self.step, self.mean = (tables[name].view(torch.float32) for name in TABLES[:4])
+        self.turn, self.back, self.step, self.middle = (tables[name].view(torch.float32) for name in TABLES[:4])
         widths = tables["widths"].long()
         count = int(widths[0].sum())
         if bool((widths.sum(-1) != count).any()) or count != self.code_bits(widths.shape[-1]):
@@ -312,7 +361,7 @@ class Directions:
         return max(int(self.bits * width) // 8, 1 + self.scaled)
 
     def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        z = (x_BKTW.float() - self.mean[:, None]) @ self.turn
+        z = (x_BKTW.float() - self.middle[:, None]) @ self.turn
         gain: Parts = ()
         if self.scaled:
             level = (z.norm(dim=-1, keepdim=True).clamp_min(2.0**-16).log2() + 16) * _GAIN_STEPS
@@ -326,16 +375,31 @@ class Directions:
         return (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8), *gain
 
     def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        places = torch.arange(8, dtype=torch.uint8, device=parts[0].device)
-        bits = ((parts[0][..., None] >> places) & 1).flatten(-2).float()
-        x = bits @ self.weights + self.base
-        return (x * _gain(parts[1].float())[..., None] if self.scaled else x) + self.mean[:, None]
+        x = _bits(parts[0]) @ self.weights + self.base
+        return (x * _gain(parts[1].float())[..., None] if self.scaled else x) + self.middle[:, None]
+
+    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
+        weight = weight_BKGT * _gain(parts[1].float())[:, :, None] if self.scaled else weight_BKGT
+        x = (weight @ _bits(parts[0])) @ self.weights + weight.sum(-1, keepdim=True) * self.base
+        return x + weight_BKGT.sum(-1, keepdim=True) * self.middle[:, None]
 
     def basis(self, width: int) -> Tensor | None:
         return None
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
         return tokens * heads * self._bytes(width)
+
+
+@functools.lru_cache(maxsize=8)
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """[256, 8] float32."""
+    return ((torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1).float()
+
+
+def _bits(packed: Tensor) -> Tensor:
+    """float32 [..., 8 * bytes], 0 or 1."""
+    found = _bits_of_bytes(packed.device).index_select(0, packed.flatten().int())
+    return found.view(*packed.shape[:-1], 8 * packed.shape[-1])
 
 
 def _gain(level: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ the query is taken into its basis, and the mean of the values out of it, once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .codecs import Parts
+from .codecs import Form, Parts
 
 KeyMap = Callable[[Tensor, int], Tensor]
 """(keys [B, K, n, H], their first column) -> keys as attention reads them."""
@@ -26,13 +27,13 @@ class Seen:
     """Keys and values [B, K, s, .] of the first tokens."""
     begin_B: Tensor | None
     """Column of each sequence's first token; None where that is 0 in all."""
-    blocks: Callable[[], Iterator[tuple[int, int, Tensor, Tensor]]]
-    """(first column, tokens, keys, values) of packed blocks, float32 in the bases of their codecs."""
+    blocks: Callable[[], Iterator[tuple[int, int, Parts, Parts]]]
+    """(first column, tokens, parts of keys, parts of values) of packed blocks."""
+    forms: tuple[Form, Form]
+    """Of keys and of values."""
     ring: tuple[Tensor, Tensor]
     tokens: int
     """Columns in all."""
-    bases: tuple[Tensor | None, Tensor | None]
-    """By which keys and values of `blocks` are multiplied."""
     key_map: KeyMap | None = None
 
     @property
@@ -46,16 +47,6 @@ class Seen:
         return self.ring[0].device
 
 
-def decoded_blocks(
-    keys: Iterator[Parts], values: Iterator[Parts], decode: tuple[Callable[[Parts], Tensor], ...], start: int
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Blocks of `Seen`, from the column `start` on."""
-    for k_parts, v_parts in zip(keys, values, strict=True):
-        k, v = decode[0](k_parts), decode[1](v_parts)
-        yield start, k.shape[2], k, v
-        start += k.shape[2]
-
-
 class _Sum:
     """Softmax-weighted sums that go on from block to block, per KV head and the queries that read it."""
 
@@ -65,7 +56,7 @@ class _Sum:
         self.total = query_BKGH.new_zeros(B, K, G, 1)
         self.sums = [query_BKGH.new_zeros(B, K, G, widths) for _ in range(2)]
 
-    def add(self, scores: Tensor, value: Tensor, which: int) -> None:
+    def add(self, scores: Tensor, mean: Callable[[Tensor], Tensor], which: int) -> None:
         most = torch.maximum(self.most, scores.amax(-1, keepdim=True))
         weight = torch.exp(scores - most)
         if bool((most == -torch.inf).any()):  # nothing was visible so far
@@ -73,7 +64,7 @@ class _Sum:
         shrink = torch.where(most == -torch.inf, 1.0, torch.exp(self.most - most))
         self.total = self.total * shrink + weight.sum(-1, keepdim=True)
         self.sums = [t * shrink for t in self.sums]
-        self.sums[which] = self.sums[which] + weight @ value
+        self.sums[which] = self.sums[which] + mean(weight)
         self.most = most
 
 
@@ -96,32 +87,44 @@ def attend_packed(
     B, N, _, H = query_BN1H.shape
     K, V = (seen.shape[1] if kv_of_query is None else N), seen.ring[1].shape[-1]
     query = query_BN1H.float().reshape(B, K, N // K, H) * scaling
-    turned = query if seen.bases[0] is None else query @ seen.bases[0].to(query.device)
+    keys, values = seen.forms
+    bases = keys.basis(H), values.basis(V)
+    turned = query if bases[0] is None else query @ bases[0].to(query.device)
     done = _Sum(query, V)
 
     def spread(x: Tensor) -> Tensor:
         return x.float() if kv_of_query is None else x.float().index_select(1, kv_of_query)
 
-    def add(q: Tensor, key: Tensor, value: Tensor, start: int, which: int) -> None:
-        scores = q @ spread(key).mT
+    def add(scores: Tensor, mean: Callable[[Tensor], Tensor], start: int, which: int) -> None:
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        hidden = _elsewhere(seen, start, key.shape[2])
-        scores = _masked(scores, None if mask is None else mask[..., start : start + key.shape[2]], hidden)
-        done.add(scores, spread(value), which)
+        end = start + scores.shape[-1]
+        hidden = _elsewhere(seen, start, end)
+        done.add(_masked(scores, None if mask is None else mask[..., start:end], hidden), mean, which)
+
+    def add_plain(key: Tensor, value: Tensor, start: int) -> None:
+        key = key if seen.key_map is None else seen.key_map(key, start)
+        add(query @ spread(key).mT, lambda weight: weight @ spread(value), start, 1)
 
     if seen.first[0].shape[2]:
-        key, value = seen.first
         if seen.begin_B is None:
-            add(query, key if seen.key_map is None else seen.key_map(key, 0), value, 0, 1)
+            add_plain(*seen.first, 0)
         else:
             _add_first(query, seen, mask, spread, done, softcap)
-    for start, _, key, value in seen.blocks():
-        add(turned, key if seen.key_map is None else seen.key_map(key, start), value, start, 0)
-    start = seen.tokens - seen.ring[0].shape[2]
-    key, value = seen.ring
-    add(query, key if seen.key_map is None else seen.key_map(key, start), value, start, 1)
-    mean = done.sums[0] if seen.bases[1] is None else done.sums[0] @ seen.bases[1].t().to(query.device)
+    for start, _, key_parts, value_parts in seen.blocks():
+        if seen.key_map is not None:
+            scores = query @ spread(seen.key_map(keys.decode(key_parts, H), start)).mT
+        elif kv_of_query is not None:
+            scores = turned @ spread(keys.decode(key_parts, H, turned=True)).mT
+        else:
+            scores = keys.scores(turned, key_parts)
+        if kv_of_query is not None:
+            value = spread(values.decode(value_parts, V, turned=True))
+            add(scores, functools.partial(_weighted, value=value), start, 0)
+        else:
+            add(scores, functools.partial(values.mean, parts=value_parts, width=V), start, 0)
+    add_plain(*seen.ring, seen.tokens - seen.ring[0].shape[2])
+    mean = done.sums[0] if bases[1] is None else done.sums[0] @ bases[1].t().to(query.device)
     total = done.total
     if sinks_N is not None:
         total = total + torch.exp(sinks_N.float().reshape(1, K, N // K, 1) - done.most)
@@ -129,11 +132,15 @@ def attend_packed(
     return out.to(query_BN1H.dtype).reshape(B, 1, N, V)
 
 
-def _elsewhere(seen: Seen, start: int, tokens: int) -> Tensor | None:
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    return weight @ value
+
+
+def _elsewhere(seen: Seen, start: int, end: int) -> Tensor | None:
     """[B, 1, 1, n]: columns of padded sequences whose tokens lie in `first`."""
     if seen.begin_B is None:
         return None
-    place = torch.arange(start, start + tokens, device=seen.device) - seen.begin_B[:, None]
+    place = torch.arange(start, end, device=seen.device) - seen.begin_B[:, None]
     return ((place >= 0) & (place < seen.first[0].shape[2]))[:, None, None]
 
 
@@ -166,4 +173,4 @@ def _add_first(
     if mask is not None:
         wide = mask.expand(len(key), -1, -1, -1)
         mask = wide.gather(3, columns[:, None, None].expand(-1, wide.shape[1], 1, -1))
-    done.add(_masked(scores, mask, None), spread(value), 1)
+    done.add(_masked(scores, mask, None), lambda weight: weight @ spread(value), 1)

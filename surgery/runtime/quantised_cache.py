@@ -7,8 +7,6 @@ What is packed is never encoded again.
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,18 +17,22 @@ from transformers.cache_utils import CacheLayerMixin
 from .codecs import Form, Parts, groups_of
 from .layout import LayerPlan
 from .masks import HIDDEN
-from .quantised_attention import Seen, decoded_blocks
+from .quantised_attention import Seen
 from .store import Codec
 
-BLOCK = 1024
+BLOCK = 2048
 """Tokens that are decoded at once where one token attends to many."""
 
 
-def in_blocks(parts: Parts, packed: int, group: int) -> Iterator[Parts]:
-    """The parts of a stretch of whole groups after another."""
+def in_blocks(
+    both: tuple[Parts, Parts], packed: int, group: int, start: int
+) -> Iterator[tuple[int, int, Parts, Parts]]:
+    """Stretches of whole groups of `packed` tokens, as `Seen` has them; the first column is `start`."""
     total, each = packed // group, max(1, BLOCK // group)
-    for start in range(0, total, each):
-        yield groups_of(parts, start, min(each, total - start), total)
+    for at in range(0, total, each):
+        count = min(each, total - at)
+        keys, values = (groups_of(parts, at, count, total) for parts in both)
+        yield start + at * group, count * group, keys, values
 
 
 class Stream:
@@ -141,19 +143,13 @@ class QuantisedLayer(CacheLayerMixin):
         keys, values = self.streams
         assert keys.form is not None and values.form is not None
         self._append(key_states, value_states)
-        parts = keys.parts, values.parts
-        decode = [functools.partial(s.form.decode, width=s.width, turned=True) for s in (keys, values) if s.form]
-        start = self.seen - keys.ring_BKrW.shape[2] - keys.packed
-
-        def blocks() -> Iterator[tuple[int, int, Tensor, Tensor]]:
-            both = (in_blocks(p, stream.packed, self.store.group) for p, stream in zip(parts, packed, strict=True))
-            return decoded_blocks(*both, (decode[0], decode[1]), start)
-
-        packed = [copy.copy(stream) for stream in self.streams]  # readers look later, when more may be packed
+        # What was there is never changed, and readers may look later, when more is packed.
+        both, packed, group = (keys.parts, values.parts), keys.packed, self.store.group
+        start = self.seen - keys.ring_BKrW.shape[2] - packed
         seen = Seen(
-            first=(keys.first_BKsW, values.first_BKsW), begin_B=self.begin_B, blocks=blocks,
+            first=(keys.first_BKsW, values.first_BKsW), begin_B=self.begin_B,
+            blocks=lambda: in_blocks(both, packed, group, start), forms=(keys.form, values.form),
             ring=(keys.ring_BKrW, values.ring_BKrW), tokens=self.seen,
-            bases=(keys.form.basis(keys.width), values.form.basis(values.width)),
         )  # fmt: skip
         self._pack()
         return seen
