@@ -50,8 +50,9 @@ PAIRS = [
 ]
 RETURNED = ["identity", "gqa-2x", "mla-8x", "lowrank-3x", "cla2", "cla2-latent", "window-1k", "dmc-4x"]
 """Recipes whose returned plans stand for those of the others, which `-m slow` converts from folders too."""
-TOKENS = {"window-1k": 1500, "dmc-4x": 5}
-"""Beyond the window; and as many as gates never average, whose bytes are known before they are trained."""
+CODED = ("kv-int8", "kv-int4", "kv-3bit", "kv-2bit", "gqa-2x-int4", "mla-4x-int4", "cla2-int4")
+TOKENS = {"window-1k": 1500, "dmc-4x": 5, **dict.fromkeys(CODED, 150)}
+"""Beyond the window; as many as gates never average, whose bytes are known before they are trained; some groups."""
 
 
 @functools.cache
