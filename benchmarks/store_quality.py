@@ -48,6 +48,15 @@ CODECS: dict[str, dict[str, Any]] = {
     **{f"metric, {b:g} bits": {"codec": "metric", "k_bits": b} for b in (5, 4, 3, 2.25, 2)},
     **{f"metric, {b:g} bits, other text": {"codec": "metric", "k_bits": b} for b in (4, 3, 2.25)},
 }
+PAIRS = {
+    name + second: [step, *more]
+    for name, step in (
+        ("gqa-2x", {"rewriter": "gqa", "kv_heads": "1/2"}),
+        ("mla-4x", {"rewriter": "mla", "keep": 0.25}),
+    )
+    for second, more in (("", []), (" and int4", [{"codec": "int4"}]))
+}
+"""Steps before the codec, and the same with it: what the pair costs beside its parts."""
 BACKENDS = {f"transformers {name}, {bits} bits": (name, bits) for name in ("quanto", "hqq") for bits in (4, 2)}
 
 
@@ -101,14 +110,14 @@ def score(
 def packed_bits(model: PreTrainedModel) -> float:
     """Bits of one packed number, by the plan."""
     bits = numbers = 0
-    for plan in model.plans:
+    for plan in model.plans if hasattr(model, "plans") else ():
         heads, *widths = plan.entry()
-        assert isinstance(plan.store, Codec)
-        for form, width in zip(plan.store.forms(), widths, strict=True):
-            assert form is not None
-            bits += 8 * form.bytes_of(GROUP, heads, width)
-            numbers += GROUP * heads * width
-    return bits / numbers
+        forms = plan.store.forms() if isinstance(plan.store, Codec) else ()
+        for form, width in zip(forms, widths, strict=False):
+            if form is not None:
+                bits += 8 * form.bytes_of(GROUP, heads, width)
+                numbers += GROUP * heads * width
+    return bits / numbers if numbers else 32.0
 
 
 def rows(
@@ -126,6 +135,13 @@ def rows(
         seconds = time.perf_counter() - began
         found = score(model, windows, wanted, lambda m: DynamicCache(config=m.config))
         yield name, {"bits": round(packed_bits(model), 4), "conversion_seconds": round(seconds, 1), **found}
+    for name, steps in PAIRS.items():
+        if not wants(name):
+            continue
+        made = [step if "rewriter" in step else fixed | step for step in steps]
+        model = surgery.convert(parent, {"steps": made}, calibration=same, seed=SEED).eval()
+        found = score(model, windows, wanted, lambda m: DynamicCache(config=m.config))
+        yield name, {"bits": round(packed_bits(model), 4), **found}
     for name, (backend, bits) in BACKENDS.items():
         if not wants(name) or importlib.util.find_spec({"quanto": "optimum.quanto", "hqq": "hqq"}[backend]) is None:
             continue

@@ -19,9 +19,11 @@ from transformers.cache_utils import DynamicLayer
 
 import surgery
 from surgery.checkpoints.provenance import provenance_of
+from surgery.measure.memory import tensor_bytes
 from surgery.recipe import Step
 from surgery.rewriters import REWRITERS, Method
 from surgery.runtime.caches import CACHE_LAYERS
+from surgery.runtime.codecs import CODECS, CodecKind, Decoded
 from surgery.runtime.layout import Heads
 from surgery.runtime.scorers import SCORERS
 from surgery.runtime.store import STORES
@@ -206,6 +208,37 @@ def test_a_format_of_ones_own(registered, tmp_path):
         want, got = (m(PROMPT, use_cache=True).logits for m in (tiny_model("llama").eval(), model))
     error = relative_error(got, want)
     assert 0 < error < 0.05, error  # encoded, and still the model
+
+
+class Halves(Decoded):
+    """Numbers of 16 bits, whatever was asked for."""
+
+    def encode(self, x_BKTW, skip_BT=None):
+        return (x_BKTW.half(),)
+
+    def decode(self, parts, width, *, turned=False):
+        return parts[0].float()
+
+    def basis(self, width):
+        return None
+
+    def bytes_of(self, tokens, heads, width):
+        return 2 * tokens * heads * width
+
+
+def test_a_codec_of_ones_own(monkeypatch, tmp_path):
+    kind = CodecKind(
+        bits=(16,), default=16, keys=lambda *_: Halves(), values=lambda *_: Halves(), describes="half of float32"
+    )
+    monkeypatch.setitem(CODECS, "halves", kind)
+    step = {"rewriter": "quantise", "codec": "halves", "group": 4, "recent": 4, "sinks": 1}
+    plan, model = through_the_door([step], tmp_path)
+    assert plan.bytes_per_token * 2 == plan.parent_bytes_per_token
+    cache = model(PROMPT, use_cache=True).past_key_values
+    assert tensor_bytes(cache) == len(PROMPT) * plan.cache_bytes(PROMPT.shape[1])
+    assert cache.layers[0].streams[0].packed == 16
+    with pytest.raises(surgery.PlanError, match="has a Halves, whose code is not part of surgery"):
+        surgery.export(model, tmp_path / "hub", to="hub")
 
 
 def test_formats_that_no_cache_layer_holds_are_refused_while_planning(registered, monkeypatch):

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LINKED = ("kernels", "recipes", "train")
 
-METHODS = tuple(f"rewriters.{name}" for name in ("identity", "gqa", "mla", "lowrank", "share", "dms", "dmc", "evict"))
+METHODS = tuple(
+    f"rewriters.{name}" for name in ("identity", "gqa", "mla", "lowrank", "share", "dms", "dmc", "evict", "quantise")
+)
 LEVELS = [
     ("kernels",),
     ("errors", "console", "bundled", "torch_state", "versions"),
@@ -35,12 +37,19 @@ LEVELS = [
     ),
     ("planning", "calibration.text", "calibration.outputs"),
     ("calibration",),
-    ("rewriters.common", "rewriters.heads", "rewriters.latent", "rewriters.layers", "rewriters.tokens"),
+    (
+        "rewriters.common",
+        "rewriters.heads",
+        "rewriters.latent",
+        "rewriters.layers",
+        "rewriters.stored",
+        "rewriters.tokens",
+    ),
     METHODS,
     ("plan", "checkpoints.provenance", "checkpoints.storage", "checkpoints.unfinished"),
     ("convert", "assembly", "checkpoints.streaming", "checkpoints.child_files"),
     ("measure", "report"),
-    ("generate",),
+    ("generate", "quick_cache"),
     ("cli", "calibrate", "demo", "real_demo", "export", "serve", "train", "benchmarks"),
 ]
 """A lower line never imports a higher one. The longest name that fits counts; `rewriters` is the registry alone."""

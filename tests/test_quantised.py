@@ -12,18 +12,9 @@ from surgery.measure.memory import tensor_bytes
 from surgery.rewriters.stored.directions import shared_out, tables_of
 from surgery.runtime import quantised_cache
 from surgery.runtime.calling import cache_argument
-from surgery.runtime.codecs import (
-    CODECS,
-    TABLES,
-    Directions,
-    Spherical,
-    gaussian_codebook,
-    hadamard,
-    pack,
-    packed_width,
-    unpack,
-)
+from surgery.runtime.codecs import CODECS, TABLES, Directions, Spherical
 from surgery.runtime.layout import Codec, LayerPlan
+from surgery.runtime.packing import gaussian_codebook, hadamard, pack, packed_width, unpack
 from surgery.runtime.quantised_cache import QuantisedLayer
 
 IDS = torch.randint(3, 128, (2, 60), generator=torch.Generator().manual_seed(0))
@@ -437,3 +428,17 @@ def test_attention_by_blocks_is_that_over_the_decoded_cache(case, codec, monkeyp
         owners = sum(plan.owns_cache and plan.window is None for plan in model.plans)
         assert len(seen) - count == (20 * owners if implementation == "surgery" else 0)
     assert relative_error(found[0], found[1]) < 2e-3  # a code may fall on the other side of its edge by rounding
+
+
+def test_what_was_made_in_inference_mode_serves_calls_with_gradients():
+    model = converted("int4")
+    for cached in (hadamard, gaussian_codebook):
+        cached.cache_clear()
+    with torch.inference_mode():
+        decoded(model, IDS, 58)
+    cache = DynamicCache(config=model.config)
+    given = {cache_argument(model): cache}
+    model(IDS[:, :59], **given)
+    logits = model(IDS[:, 59:], **given).logits
+    logits.square().sum().backward()
+    assert model.model.layers[1].self_attn.q_proj.weight.grad.isfinite().all()

@@ -76,10 +76,9 @@ class WorkingCopy:
 
     def _begin(self, anatomy: Anatomy, shell: Callable[[], PreTrainedModel], read: Callable[[str], Tensor]) -> None:
         self.sites = {site.layer: site for site in anatomy.sites}
-        self.gates: dict[int, dict[str, Tensor]] = {}
-        """Tensors of the gates that layers got, by name."""
-        self.codecs: dict[int, dict[str, Tensor]] = {}
-        """Tables of the codecs of their caches, by name."""
+        self._beside: dict[str, dict[int, dict[str, Tensor]]] = {"gate": {}, "codec": {}}
+        self.gates, self.codecs = self._beside.values()
+        """Tensors of the gates that layers got, and tables of the codecs of their caches, by name."""
         self.window_of: dict[int, int] = {}
         """Newest tokens that gates may not drop, where the text has decided that by layer."""
         self.choice: int | None = None
@@ -172,10 +171,8 @@ class WorkingCopy:
     def parts(self) -> dict[tuple[Any, ...], Any]:
         """All that layers got: parameters, forms, gates and codecs."""
         found: dict[tuple[Any, ...], Any] = {("parameter", name): value for name, value in self._changed.items()}
-        found |= {("form", layer): form for layer, form in self._forms.items()}
-        for kind, place in (("gate", self.gates), ("codec", self.codecs)):
-            found |= {(kind, at, name): t for at, tensors in place.items() for name, t in tensors.items()}
-        return found
+        found |= {(k, at, n): t for k, by in self._beside.items() for at, ts in by.items() for n, t in ts.items()}
+        return found | {("form", layer): form for layer, form in self._forms.items()}
 
     def facts(self) -> dict[str, Any]:
         """What has been found out beside."""
@@ -184,9 +181,8 @@ class WorkingCopy:
     def take_parts(self, parts: Mapping[tuple[Any, ...], Any], facts: Mapping[str, Any]) -> None:
         """Take what `parts` and `facts` gave; the same numbers may lie in another place now."""
         places: dict[str, Any] = {"parameter": self._changed, "form": self._forms}
-        beside = {"gate": self.gates, "codec": self.codecs}
         for (kind, *where), part in parts.items():
-            place = beside[kind].setdefault(where[0], {}) if kind in beside else places[kind]
+            place = self._beside[kind].setdefault(where[0], {}) if kind in self._beside else places[kind]
             place[where[-1]] = part
         self.window_of, self.choice, self.held_out = facts["window_of"], facts["choice"], facts["held_out"]
 
@@ -301,8 +297,7 @@ class WorkingCopy:
     def canonical(self, layer: int) -> dict[str, Tensor]:
         """The layer under the names and in the layout of the runtime's attention."""
         tensors = canonical_weights(self.sites[layer], self.tensor)
-        for kind, place in (("gate", self.gates), ("codec", self.codecs)):
-            tensors |= {f"{kind}.{name}": tensor for name, tensor in place.get(layer, {}).items()}
+        tensors |= {f"{k}.{n}": t for k, by in self._beside.items() for n, t in by.get(layer, {}).items()}
         return self.form(layer).canonical(self.sites[layer], tensors)
 
     # --------------------------------------------------------------------------------------- activations

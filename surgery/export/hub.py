@@ -25,6 +25,7 @@ from ..checkpoints.writing import copy_weights
 from ..console import human_bytes
 from ..errors import CheckpointError, PlanError
 from ..planning.targets import NATIVE, REMOTE, Refusal, Subject, Way, refused_as_native
+from ..runtime.layout import Codec
 from ..runtime.modeling import load_converted
 from ..runtime.scorers import SCORERS
 from .parity import Ask, Parity, answers_alone, answers_of, compare
@@ -61,7 +62,8 @@ class Hub:
             return refused_as_native(subject) or Way(by=NATIVE)
         for plan in subject.plans:
             scorer = SCORERS.get(getattr(plan.retain, "scorer", ""))
-            for value in (plan.project, plan.retain, plan.store, scorer):
+            forms = plan.store.forms() if isinstance(plan.store, Codec) else ()
+            for value in (plan.project, plan.retain, plan.store, scorer, *forms):
                 if value is not None and not type(value).__module__.startswith(runtime.__name__):
                     return Refusal(
                         reason=f"layer {plan.layer} has a {type(value).__name__}, whose code is not part of "

@@ -13,8 +13,9 @@ from ..console import spans
 from ..errors import PlanError, RecipeError
 from ..planning.schema import nearest
 from ..recipe import Step, Text
-from ..runtime.codecs import CODECS, PerToken, fitted
+from ..runtime.codecs import CODECS, PerToken
 from ..runtime.layout import Codec, Latent, LayerPlan
+from ..runtime.packing import fitted
 from . import Method
 from .stored.directions import codec_tables
 
