@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .packing import fitted, gaussian_codebook, hadamard, pack, packed_width, random_rotation, unpack
+from .packing import fitted, gaussian_codebook, groups_as_floats, hadamard, pack, packed_width, random_rotation, unpack
 
 Parts = tuple[Tensor, ...]
 Tables = Mapping[str, Tensor]
@@ -106,16 +106,18 @@ class PerToken:
 
     def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
         words, scale, low = (part.float() if part.is_floating_point() else part for part in parts)
-        codes, groups = unpack(words, self.bits, q_BKGW.shape[-1]).float(), scale.shape[-1]
+        width = q_BKGW.shape[-1]
+        size = width // scale.shape[-1]
+        codes = groups_as_floats(words, self.bits, width, size)
         total = q_BKGW.new_zeros(())
         # Scales multiply products of whole groups: far fewer numbers than codes.
-        for i, (q, code) in enumerate(zip(q_BKGW.chunk(groups, -1), codes.chunk(groups, -1), strict=True)):
+        for i, (q, code) in enumerate(zip(q_BKGW.split(size, -1), codes, strict=True)):
             total = total + (q @ code.mT) * scale[:, :, None, :, i] + q.sum(-1, keepdim=True) * low[:, :, None, :, i]
         return total
 
     def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
         words, scale, low = (part.float() if part.is_floating_point() else part for part in parts)
-        codes = unpack(words, self.bits, width).float().chunk(scale.shape[-1], -1)
+        codes = groups_as_floats(words, self.bits, width, width // scale.shape[-1])
         found = [(weight_BKGT * scale[:, :, None, :, i]) @ code for i, code in enumerate(codes)]
         shifts = (weight_BKGT @ low).unbind(-1)
         return torch.cat([x + shift[..., None] for x, shift in zip(found, shifts, strict=True)], -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -50,6 +51,17 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
         shift += plane
     assert codes is not None
     return codes
+
+
+def groups_as_floats(packed: Tensor, bits: int, width: int, size: int) -> Iterator[Tensor]:
+    """float32 [..., size]: the codes of one group of channels after another."""
+    each = 8 // bits
+    if bits not in (2, 4) or width % (each * size):
+        yield from unpack(packed, bits, width).float().split(size, -1)
+        return
+    for i in range(each):  # planes hold whole groups: they need not be put beside each other first
+        plane = packed >> (bits * i) if i else packed
+        yield from (plane & (2**bits - 1) if i + 1 < each else plane).float().split(size, -1)
 
 
 def fitted(width: int, group: int) -> int:
