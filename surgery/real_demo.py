@@ -55,7 +55,7 @@ class Effort:
     rows: int
 
 
-WHOLE = Effort(calibration=16, held_out=4, questions=1, rows=3)
+WHOLE = Effort(calibration=16, held_out=4, questions=1, rows=4)
 FAST = Effort(calibration=4, held_out=2, questions=1, rows=1)
 
 
@@ -120,7 +120,7 @@ def run(
     console.print(
         f"Mean pooling is the published form of GQA. {time.monotonic() - begun:.0f} s in all; more text makes all but "
         f"that better.\nPlots and answers: [bold]{page}[/bold]\n"
-        "Next: surgery convert YOUR-MODEL -r mla-2x --calibration text.jsonl -o ./smaller"
+        "Next: surgery convert YOUR-MODEL -r kv-3bit --calibration text.jsonl -o ./smaller"
     )
     return reports, samples
 
@@ -133,8 +133,10 @@ def rows_for(anatomy: Anatomy) -> list[Row]:
     """
     heads = {site.kv_heads for site in anatomy.sites}
     fewer = max((n for n in range(1, min(heads)) if all(count % n == 0 for count in heads)), default=None)
-    half = Recipe.load("mla-2x")
-    tried = [Row(name="half, as latents", recipe=half)]
+    tried = [
+        Row(name="half, as latents", recipe=Recipe.load("mla-2x")),
+        Row(name="codes of 3 bits", recipe=Recipe.load("kv-3bit")),
+    ]
     if fewer is not None:
         pooled = {"rewriter": "gqa", "kv_heads": fewer}
         name = f"{'/'.join(map(str, sorted(heads)))} to {fewer} KV head{'s' * (fewer > 1)}"
@@ -152,7 +154,7 @@ def rows_for(anatomy: Anatomy) -> list[Row]:
         else:
             rows.append(row)
     if not rows:
-        raise PlanError(f"demo: neither fewer KV heads nor latents apply to {anatomy.architecture}. {reasons[0]}")
+        raise PlanError(f"demo: neither fewer KV heads, nor latents, nor codes apply to {anatomy.architecture}. {reasons[0]}")
     return rows
 
 

@@ -28,7 +28,7 @@ def shelf(tmp_path, monkeypatch):
 def test_the_demo_converts_a_gguf_and_shows_answers_bytes_quality_and_recall(tmp_path, call, monkeypatch):
     pytest.importorskip("gguf", reason="no gguf: install kv-surgery[gguf]")
     file = write_gguf(small(max_position_embeddings=256, num_hidden_layers=1), tmp_path)
-    monkeypatch.setattr(real_demo, "FAST", real_demo.Effort(calibration=1, held_out=1, questions=1, rows=3))
+    monkeypatch.setattr(real_demo, "FAST", real_demo.Effort(calibration=1, held_out=1, questions=1, rows=4))
     monkeypatch.setattr(real_demo, "ANSWER_TOKENS", 4)
     seen = []
     run = real_demo.run
@@ -36,14 +36,15 @@ def test_the_demo_converts_a_gguf_and_shows_answers_bytes_quality_and_recall(tmp
     code, out, said = call("demo", "--real", file, "--fast", "-o", tmp_path / "out")
     assert code == 0, said
     [(reports, samples)] = seen
-    names = ["2 to 1 KV head, mean pooling", "2 to 1 KV head, surgery", "half, as latents"]
+    names = ["2 to 1 KV head, mean pooling", "2 to 1 KV head, surgery", "half, as latents", "codes of 3 bits"]
     assert [report.model.name for report in reports] == names
     assert [name for name, _, _ in samples] == ["parent", *names]
     parent = 2 * 2 * 32 * 4  # keys and values, heads, dims, bytes
-    assert [report.baseline.kv_bytes_per_token for report in reports] == [parent] * 3
-    assert [report.model.kv_bytes_per_token for report in reports] == [parent / 2] * 3
-    mean, ours, _ = (report.kl for report in reports)
-    assert 0 < ours < mean
+    assert [report.baseline.kv_bytes_per_token for report in reports] == [parent] * 4
+    assert [report.model.kv_bytes_per_token for report in reports[:3]] == [parent / 2] * 3
+    assert reports[3].model.kv_bytes_per_token < parent / 2
+    mean, ours, _, codes = (report.kl for report in reports)
+    assert 0 < codes < ours < mean
     words = " ".join(out.split())
     assert real_demo.QUESTION in words and "KL" in words and "passkey" in words
     assert "keeps 256 B of 512 B per token and, on text that it was not fitted on, gives the parent's" in words
@@ -53,14 +54,14 @@ def test_the_demo_converts_a_gguf_and_shows_answers_bytes_quality_and_recall(tmp
 def test_what_does_not_apply_to_a_model_is_left_out_and_nothing_at_all_is_refused(monkeypatch):
     anatomy = examine(decoder(num_key_value_heads=1))
     rows = real_demo.rows_for(anatomy)
-    assert [row.name for row in rows] == ["half, as latents"]
-    assert [row.recipe.steps[0].rewriter for row in rows] == ["mla"]
+    assert [row.name for row in rows] == ["half, as latents", "codes of 3 bits"]
+    assert [row.recipe.steps[0].rewriter for row in rows] == ["mla", "quantise"]
 
     def refuse(*_):
         raise PlanError("layer 0: has a reason.")
 
     monkeypatch.setattr(real_demo, "plan", refuse)
-    with pytest.raises(PlanError, match="nor latents apply to LlamaForCausalLM. layer 0: has a reason"):
+    with pytest.raises(PlanError, match="nor codes apply to LlamaForCausalLM. layer 0: has a reason"):
         real_demo.rows_for(anatomy)
 
 
