@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import lzma
 import os
 import platform
 import resource
@@ -25,6 +27,22 @@ def reference(*parts: str) -> Path:
     path = REFERENCE.joinpath(*parts)
     if not path.exists():
         sys.exit(f"{path} is absent. Point SURGERY_REFERENCE to the folder with checkpoints/ and text/.")
+    return path
+
+
+def calibration_text(folder: Path) -> Path:
+    """A file in `folder` of 128 documents of the reference corpus that fill a window each.
+
+    WikiText, which is evaluated on, is not in it.
+    """
+    path = folder / "calibration.jsonl"
+    if not path.is_file():
+        with lzma.open(reference("corpus", "train.jsonl.xz"), "rt", encoding="utf-8") as lines:
+            texts = (json.loads(line)["text"] for line in lines)
+            chosen = list(itertools.islice((text[:6000] for text in texts if len(text) > 6000), 128))
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+        part.replace(path)
     return path
 
 

@@ -29,9 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import filecmp
-import itertools
 import json
-import lzma
 import math
 import os
 import random
@@ -48,7 +46,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment, reference, write
+from common import ROOT, calibration_text, environment, reference, write
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -239,16 +237,8 @@ class Bench:
     # ------------------------------------------------------------------------------------------- text
 
     def calibration(self) -> Path:
-        """Documents of the reference corpus that fill a window each. WikiText, which is evaluated on, is not in it."""
-        path = self.folder / "calibration.jsonl"
-        if not path.is_file():
-            with lzma.open(reference("corpus", "train.jsonl.xz"), "rt", encoding="utf-8") as lines:
-                texts = (json.loads(line)["text"] for line in lines)
-                chosen = list(itertools.islice((text[:6000] for text in texts if len(text) > 6000), 128))
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
-            part.replace(path)
-        return path
+        """The text that all conversions read."""
+        return calibration_text(self.folder)
 
     def child_folder(self, *names: str) -> Path:
         """Where the result of a conversion is kept for `quality`."""
