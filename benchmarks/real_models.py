@@ -239,7 +239,8 @@ def measured(bench: Bench, part: str, measure: Callable[[Row, PreTrainedModel], 
         with torch.inference_mode():
             found = measure(row, model)
         if found is not None:
-            bench.keep(row, part, {**found, "processor_seconds": round(time.process_time() - begun, 1)})
+            took = {"processor_seconds": round(time.process_time() - begun, 1), "commit": environment(SEED)["commit"]}
+            bench.keep(row, part, {**found, **took})
 
 
 def text(bench: Bench) -> None:

@@ -10,14 +10,20 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from real_measure import LENGTHS
 from real_rows import FAMILIES
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from surgery.report.plots import COLOURS, DPI
 
 Rows = dict[str, dict[str, Any]]
+NARROW = ("95 %", "nats")
+"""Columns that are left out where there are less than 100."""
+NOTHING = 1e-5
+"""KL that is rounding; such rows have no place on a logarithmic axis."""
 CLOSE = 0.02
 """Part of right answers that a row may lose at half of the bytes."""
 
@@ -46,8 +52,8 @@ def lines_of(data: dict[str, Any], lengths: list[int]) -> Iterator[list[str]]:
         yield [
             name + (" *" if row["published"] else ""),
             f"{100 * text['part_of_parent']:.0f}" + ("" if text["is_measured"] else "?"),
-            f"{max(0.0, kl["value"]):.3f}",
-            f"{max(0.0, kl["low"]):.2f}-{max(0.0, kl["high"]):.2f}",
+            f"{max(0.0, kl['value']):.3f}",
+            f"{max(0.0, kl['low']):.2f}-{max(0.0, kl['high']):.2f}",
             f"{every['tvd_kept']['value']:.2f}",
             f"{every['nats_per_token']['value']:.2f}",
             f"{100 * row['greedy']['until_first_difference']['value']:.0f}" if "greedy" in row else "",
@@ -58,14 +64,16 @@ def lines_of(data: dict[str, Any], lengths: list[int]) -> Iterator[list[str]]:
 def show(data: dict[str, Any], width: int) -> None:
     """The table and the goals; the same as Markdown to paste."""
     lengths = [n for n in LENGTHS if any(recall_of(row, n) for row in data["rows"].values())]
-    heads = ["row", "bytes", "KL", "95 %", "1-TVD", "nats", "greedy", *(f"@{n}" for n in lengths)]
+    asked = [f"@{n // 1024}k" if n >= 1024 else f"@{n}" for n in lengths]
+    heads = ["row", "bytes", "KL", "95 %", "1-TVD", "nats", "greedy", *asked]
     lines = list(lines_of(data, lengths))
     console = Console(width=width)
-    table = Table(title=f"{data['parent']['name']}, no training", padding=(0, 1 if width >= 100 else 0))
-    for head in heads:
-        table.add_column(head, justify="left" if head == "row" else "right", no_wrap=True)
+    table = Table(title=f"{data['parent']['name']}, no training", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = [i for i, head in enumerate(heads) if width >= 100 or head not in NARROW]
+    for i in shown:
+        table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=True)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(line[i] for i in shown))
     console.print(table)
     sizes = data["sizes"]
     decoded = sizes["windows"] * sizes["decoded"]
@@ -187,9 +195,10 @@ def plot(data: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colours = dict(zip(FAMILIES, COLOURS, strict=False))
-    points = []
-    for name, row in measured(data).items():
-        if row["family"] not in colours or row["text"]["kl"] <= 0:
+    rows = measured(data)
+    points, named = [], _named(rows)
+    for name, row in rows.items():
+        if row["family"] not in colours or row["text"]["kl"] < NOTHING:
             continue
         x, kl = 100 * row["text"]["part_of_parent"], row["text"]["all"]["kl"]
         low, high = (kl[end] if math.isfinite(kl[end]) else kl["value"] for end in ("low", "high"))
@@ -199,36 +208,54 @@ def plot(data: dict[str, Any], path: Path) -> None:
             fmt="o" if not row["refines"] else "*", markersize=8, capsize=2, elinewidth=0.8,
             markerfacecolor="white" if row["published"] else colour,
         )  # fmt: skip
-        points.append((x, kl["value"], name, row["published"]))
+        if name in named:
+            points.append((x, kl["value"], name, row["published"]))
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if len(points) and max(p[1] for p in points) < 10 * min(p[1] for p in points):
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))  # else there would be one number or none
     _label(axes, points)
     axes.set_xlabel("bytes of the cache, % of the parent's", fontsize=11)
     axes.set_ylabel("KL to the parent, nats per decoded token", fontsize=11)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    used = {row["family"] for row in measured(data).values()}
+    used = {row["family"] for row in rows.values()}
     handles = [Line2D([], [], color=colours[f], marker="o", linestyle="", label=f) for f in FAMILIES if f in used]
     handles.append(
         Line2D([], [], color="#333333", marker="o", markerfacecolor="white", linestyle="", label="published form")
     )
+    if any(row["refines"] for row in rows.values()):
+        handles.append(Line2D([], [], color="#333333", marker="*", linestyle="", label="layers refined"))
     axes.legend(handles=handles, fontsize=9, frameon=False, loc="upper right")
     axes.set_title(f"{data['parent']['name']}, no training", fontsize=12, loc="left")
     figure.savefig(path)
 
 
+def _named(rows: Rows) -> set[str]:
+    """Rows whose names stand in the plot: ours, and the best published form of as many bytes."""
+    found = {name for name, row in rows.items() if not row["published"] and not row["refines"]}
+    for group in {row["group"] for row in rows.values()}:
+        theirs = [name for name, row in rows.items() if row["published"] and row["group"] == group]
+        found |= set(sorted(theirs, key=lambda name: rows[name]["text"]["kl"])[:1])
+    return found
+
+
 def _label(axes: Any, points: list[tuple[float, float, str, bool]]) -> None:
-    """Names beside the points, each shifted down until it is clear of those above it in the same column."""
-    gap, above = 0.045, {}  # parts of the height
-    lows = [math.log10(y) for _, y, *_ in points] or [0.0]
-    span = max(max(lows) - min(lows), 1e-9)
+    """Names right of their points, each far enough below those that stand above it and as far to the right."""
+    height, width = 0.042, 13.0  # of a name: part of the span of all points, percent of bytes
+    logs = [math.log10(y) for _, y, *_ in points] or [0.0]
+    low, span = min(logs), max(max(logs) - min(logs), 1e-9)
+    placed: list[tuple[float, float]] = []
     for x, y, name, published in sorted(points, key=lambda p: -p[1]):
-        column = round(x / 9)
-        wanted = (math.log10(y) - min(lows)) / span
-        place = min(wanted, above.get(column, 2.0) - gap)
-        above[column] = place
-        axes.annotate(
-            name, (x, y), xytext=(x, 10 ** (min(lows) + place * span)), textcoords="data", fontsize=8,
-            color="#777777" if published else "#111111", va="center",
-            bbox={"alpha": 0, "pad": 0}, annotation_clip=False,
-        ).set_x(x + 1.2)  # fmt: skip
+        place = (math.log10(y) - low) / span
+        for other_x, other in placed:  # from the top down
+            if abs(other_x - x) < width and abs(other - place) < height:
+                place = other - height
+        placed.append((x, place))
+        placed.sort(key=lambda p: -p[1])
+        axes.text(
+            x + 1.2, 10 ** (low + place * span), name, fontsize=8, va="center",
+            color="#777777" if published else "#111111",
+        )  # fmt: skip
