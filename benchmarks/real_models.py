@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 from common import ROOT, calibration_text, environment, reference, write
+from conversion_cost import commit_of
 from real_measure import LENGTHS, Answers, Recall, Sizes, greedy, read_texts, text_quality
 from real_report import plot, show
 from real_rows import Row, rows, untrained
@@ -216,7 +217,7 @@ def convert(bench: Bench) -> None:
             "seconds": round(time.monotonic() - begun, 1),
             "processor_seconds": round(time.process_time() - processor, 1),
             "windows": [samples, length] if row.calibrated else [0, 0],
-            "commit": environment(SEED)["commit"],
+            "commit": commit_of(ROOT),
         }
         record_of(out).write_text(json.dumps(took) + "\n")
         print(f"{time.strftime('%H:%M')} {row.name}, converted: {took}", flush=True)  # noqa: T201
@@ -239,7 +240,7 @@ def measured(bench: Bench, part: str, measure: Callable[[Row, PreTrainedModel], 
         with torch.inference_mode():
             found = measure(row, model)
         if found is not None:
-            took = {"processor_seconds": round(time.process_time() - begun, 1), "commit": environment(SEED)["commit"]}
+            took = {"processor_seconds": round(time.process_time() - begun, 1), "commit": commit_of(ROOT)}
             bench.keep(row, part, {**found, **took})
 
 
