@@ -142,7 +142,11 @@ def _ahead(rows: Rows) -> Iterator[str]:
                     best = max(found, key=lambda n: found[n]["exact"])
                     numbers = (f"{mine['right']} of {mine['questions']}, {best} {found[best]['right']}; nats "
                                f"{mine['nats']:.2f}, {found[best]['nats']:.2f}")  # fmt: skip
-                    yield said(mine["exact"] >= found[best]["exact"], f"{goal} in recall at {length}", numbers)
+                    yield said(
+                        mine["right"] > 0 and mine["exact"] >= found[best]["exact"],
+                        f"{goal} in recall at {length}",
+                        numbers,
+                    )
 
 
 def _budgets(rows: Rows) -> Iterator[str]:
@@ -173,7 +177,7 @@ def _evicted(rows: Rows) -> Iterator[str]:
     """Recall at 4096 tokens of the best row that keeps a quarter."""
     parent = recall_of(rows["parent"], 4096)
     found = {n: r["recall-4096"] for n, r in rows.items() if r["evicts"] and recall_of(r, 4096)}
-    best = max(found, key=lambda n: found[n]["exact"], default="no row that evicts")
+    best = max(found, key=lambda n: found[n]["exact"], default="every row that evicts")
     yield _lost("eviction at 4x, recall at 4096 within 5 points", best, found.get(best), parent, 0.05)
 
 
