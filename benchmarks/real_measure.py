@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -94,23 +93,11 @@ def read_texts(tokenizer: Any, config: Any, sizes: Sizes) -> dict[str, Windows]:
 # ----------------------------------------------------------------------------------------------- models
 
 
-@contextmanager
-def last_logits(model: PreTrainedModel, keep: int = 1) -> Iterator[None]:
-    """A prompt is answered with the logits of its last tokens alone: those of all would be gigabytes here."""
-    plain = model.forward
-    model.forward = partial(plain, logits_to_keep=keep)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        model.forward = plain  # type: ignore[method-assign]
-
-
 def decoded(model: PreTrainedModel, ids_WT: Tensor, prompt: int) -> Iterator[Tensor]:
     """Log-probabilities [W, vocab] after each token behind the prompt, read from the cache."""
-    with last_logits(model):
-        for position, logp in decode(model, ids_WT[:, :-1], prompt):
-            if position >= prompt:
-                yield logp[:, 0]
+    for position, logp in decode(model, ids_WT[:, :-1], prompt):
+        if position >= prompt:
+            yield logp[:, 0]
 
 
 def in_one_pass(model: PreTrainedModel, ids_WT: Tensor, prompt: int) -> Iterator[Tensor]:
@@ -235,8 +222,7 @@ class Recall:
             if one_pass:
                 right, nats = _in_one_pass(model, some, length)
             else:
-                with last_logits(model):
-                    cell = answer_questions(model, {length: {(task, depth): some}})[0]
+                cell = answer_questions(model, {length: {(task, depth): some}})[0]
                 right, nats = round(cell.exact * cell.questions), cell.nats
             entry = by_task.setdefault(task, {"right": 0, "questions": 0, "nats": 0.0, "right_by_depth": []})
             entry["right"] += right

@@ -19,7 +19,7 @@ PLAIN_HEADS = {"grouping": "neighbour", **NO_FITS, "gain_fit": False}
 SLOTS, SINKS = 128, 4
 """Tokens that the evicting rows keep, their sinks among them: a quarter of a window of text."""
 REFINE = 200
-FAMILIES = ("heads", "latent", "low rank", "shared", "evicted")
+FAMILIES = ("heads", "latent", "low rank", "shared", "evicted", "codes")
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,18 @@ def rows(kv_dims: int, layers: int, kv_heads: int) -> list[Row]:
         Row("parent", "", None),
         Row("mqa", "heads", "mqa", heads),
         Row("mean", "heads", step("gqa", kv_heads=1, init="mean", **PLAIN_HEADS), heads, True, False),
+        Row("kv-3bit", "codes", "kv-3bit", "codes, 3 bits"),
+        Row("kivi, 3 bits", "codes", step("quantise", codec="kivi", k_bits=2), "codes, 3 bits", True, False),
         Row("mla-4x", "latent", "mla-4x", latents[0.25]),
         Row("transmla, 25 %", "latent", mla(0.25, "transmla", kv_dims), latents[0.25], True),
         Row("lowrank-2x", "low rank", "lowrank-2x", ranks[0.5]),
         Row("whitened low rank, 50 %", "low rank", lowrank(0.5, "whitened"), ranks[0.5], True),
         Row("cla2-latent", "shared", "cla2-latent", caches[halves]),
         Row("pairs, replace", "shared", share("replace", "cla2"), caches[halves], True, False),
+        Row("kv-2bit", "codes", "kv-2bit", "codes, 2.25 bits"),
+        Row("turbo, 2.25 bits", "codes", step("quantise", codec="turbo", k_bits=2), "codes, 2.25 bits", True, False),
+        Row("kv-int4", "codes", "kv-int4", calibrated=False),
+        Row("kv-int8", "codes", "kv-int8", calibrated=False),
         Row("mla-2x", "latent", "mla-2x", latents[0.5]),
         Row("transmla, 50 %", "latent", mla(0.5, "transmla", kv_dims), latents[0.5], True),
         Row("window and sinks", "evicted", step("evict", window=window), evicted, True, False, True),
@@ -130,6 +136,9 @@ def rows(kv_dims: int, layers: int, kv_heads: int) -> list[Row]:
         Row("svd, 12.5 %", "latent", mla(0.125, "svd", kv_dims), latents[0.125], True),
         Row("key norm", "evicted", step("evict", scorer="key_norm", window=SLOTS // 2, ratio=4), evicted, True,
             evicts=True),
+        Row("mla-4x-int4", "codes", "mla-4x-int4"),
+        Row("cla2-int4", "codes", "cla2-int4"),
+        Row("gqa-2x-int4", "codes", "gqa-2x-int4"),
         Row("yoco-half", "shared", "yoco-half"),
         Row("mlkv-4", "shared", "mlkv-4"),
         Row("gqa-2x", "heads", "gqa-2x"),

@@ -154,7 +154,9 @@ def rows_for(anatomy: Anatomy) -> list[Row]:
         else:
             rows.append(row)
     if not rows:
-        raise PlanError(f"demo: neither fewer KV heads, nor latents, nor codes apply to {anatomy.architecture}. {reasons[0]}")
+        raise PlanError(
+            f"demo: neither fewer KV heads, nor latents, nor codes apply to {anatomy.architecture}. {reasons[0]}"
+        )
     return rows
 
 

@@ -6,6 +6,7 @@ cache that loses nothing they must agree.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -86,7 +87,7 @@ def log_probabilities(model: PreTrainedModel, ids_BT: Tensor, path: Path) -> Ite
 
 def decode(model: PreTrainedModel, ids_BT: Tensor, prefill: int) -> Iterator[tuple[int, Tensor]]:
     """Log-probabilities at positions `prefill` - 1 onwards: the first `prefill` tokens at once, then one by one."""
-    out = model(input_ids=ids_BT[:, :prefill], use_cache=True)
+    out = model(input_ids=ids_BT[:, :prefill], use_cache=True, **last_logits(model))
     cache = cache_of(out)
     if cache is None:
         raise UnsupportedModel(
@@ -97,6 +98,12 @@ def decode(model: PreTrainedModel, ids_BT: Tensor, prefill: int) -> Iterator[tup
         out = model(input_ids=ids_BT[:, t : t + 1], use_cache=True, **{cache_argument(model): cache})
         cache = cache_of(out)
         yield t, _logp(out.logits)
+
+
+def last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """Arguments by which a model computes no logits but those of the last token, where it can: those of a long prompt
+    over a large vocabulary are gigabytes."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _logp(logits: Tensor) -> Tensor:

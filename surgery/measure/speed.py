@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import resource
 import statistics
 import time
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from ..anatomy.positions import max_positions
 from ..console import progress
 from ..runtime.calling import cache_argument, cache_of
+from .scoring import last_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +86,10 @@ def measure_speed(
 def _run(model: PreTrainedModel, ids_BT: Tensor, new: int) -> tuple[float, float]:
     """Seconds of the prefill and of `new` decoding steps."""
     wait: Callable[[], None] = torch.cuda.synchronize if ids_BT.is_cuda else lambda: None
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.inference_mode():
         wait()
         begun = time.perf_counter()
-        out = model(input_ids=ids_BT, use_cache=True, **last)
+        out = model(input_ids=ids_BT, use_cache=True, **last_logits(model))
         wait()
         filled = time.perf_counter()
         for _ in range(new):
