@@ -19,7 +19,10 @@ from surgery.export import export
 BY_LAYER = {**GQA, "layers": "0"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3", "olmo2", "phi3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "olmo2", "phi3"))],
+)
 def test_kv_heads_by_layer_become_the_parents_own_class(family, tmp_path) -> None:
     child = converted(tiny_model(family), BY_LAYER)
     kept = [layer["plan"]["project"]["kv_heads"] for layer in child.config.surgery["layers"]]

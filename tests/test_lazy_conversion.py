@@ -1,5 +1,6 @@
 """Checkpoints converted layer by layer, on disk: no parent in memory, and the same files as the other way."""
 
+import itertools
 import json
 import sys
 
@@ -87,15 +88,25 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-@pytest.mark.parametrize("recipe", RECIPES)
+OFTEN = {
+    ("gqa", "llama", "float32"), ("gqa", "gpt2", "bfloat16"), ("gqa_some", "qwen3", "float32"),
+    ("mla", "llama", "bfloat16"), ("lowrank", "gpt2", "float32"), ("share", "qwen3", "bfloat16"),
+    ("share_latent", "llama", "float32"), ("dms", "gpt2", "bfloat16"), ("identity", "qwen3", "bfloat16"),
+}  # fmt: skip
+"""Cases that stand for the others, which `-m slow` runs."""
+CASES = itertools.product(RECIPES, ("llama", "qwen3", "gpt2"), ("float32", "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family", "dtype"),
+    [pytest.param(*case, marks=() if case in OFTEN else pytest.mark.slow) for case in CASES],
+)
 def test_files_are_those_of_the_model_in_memory(tmp_path, monkeypatch, recipe, family, dtype):
     if family == "qwen3" and recipe in ("mla", "share_latent"):
         pytest.skip("keys that are normed per head have no latent that others read, or that both K and V read")
     changes = {"n_layer": 4} if family == "gpt2" else LAYERS
     text = None if recipe == "identity" else TEXT
-    model = tiny_model(family, tie_word_embeddings=family != "qwen3", **changes).to(dtype)
+    model = tiny_model(family, tie_word_embeddings=family != "qwen3", **changes).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "parent")
     surgery.convert_checkpoint(tmp_path / "parent", RECIPES[recipe], tmp_path / "lazy", calibration=text)
     monkeypatch.setattr(sys.modules["surgery.convert"], "can_read_by_layers", lambda *_: False)

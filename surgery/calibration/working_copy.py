@@ -24,6 +24,7 @@ from .forms import HeadsForm, Inputs, LatentForm, ReaderForm
 from .journal import Journal, way_of
 from .layers import DecoderLayers, layer_parameters, shell_of
 from .outputs import answers, distance
+from .parameters import is_float32, set_parameter, untie, wide
 from .pipeline import Pipeline
 from .repeating import collapse, expand
 from .statistics import module_of
@@ -90,6 +91,7 @@ class WorkingCopy:
         self.journal: Journal | None = None
         """Where layers that are done are put away; None keeps them in memory."""
         self.stream_dtype = torch.float32
+        """Format of the hidden states over the text that are kept between layers."""
         self.doing = "converting"
         """What is being done, for people."""
         self._ways = 0
@@ -114,18 +116,18 @@ class WorkingCopy:
     def teacher(self) -> PreTrainedModel:
         """The whole parent in float32."""
         if self._parent is not None:
-            return self._parent if _is_float32(self._parent) else copy.deepcopy(self._parent).float()
+            return self._parent if is_float32(self._parent) else copy.deepcopy(self._parent).float()
         made = self._make_shell()
         for name, parameter in list(made.named_parameters(remove_duplicate=False)):
             if parameter.is_meta:
-                _set(made, name, nn.Parameter(self._read(name), requires_grad=False))
+                set_parameter(made, name, nn.Parameter(self._read(name), requires_grad=False))
         return made
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The whole copy; what is written to a layer afterwards is written to it, too."""
         made = copy.deepcopy(self.teacher).eval()
-        _untie(made, [name for site in self.sites.values() for name in parameter_names(site)])
+        untie(made, [name for site in self.sites.values() for name in parameter_names(site)])
         with torch.no_grad():
             for name, value in self._changed.items():
                 made.get_parameter(name).copy_(value)
@@ -424,28 +426,3 @@ class WorkingCopy:
             return (made.reshape(args[0].shape), *args[1:])
 
         return hook
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Weights in float32; integers as they are."""
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, parameter)
-
-
-def _untie(model: PreTrainedModel, names: list[str]) -> None:
-    """Give each of these parameters a tensor of its own: layers that share one are rewritten apart."""
-    seen: set[int] = set()
-    for name in names:
-        parameter = model.get_parameter(name)
-        if id(parameter) in seen:
-            parameter = torch.nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            _set(model, name, parameter)
-        seen.add(id(parameter))
-
-
-def _is_float32(model: PreTrainedModel) -> bool:
-    return all(p.dtype == torch.float32 for p in model.parameters())
