@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -160,17 +160,18 @@ class Pipeline:
         self.parent = parent
         self.student = parent if student is None else student
         self.way.passed(self, index)
-        self.tell(index, self._error())
+        checks = range(self.fits, len(self.batches)) if self.student is not self.parent else ()
+        self.tell(index, self.mean_error(self.student.__getitem__, self.parent, checks))
         for old in left.values():  # only now: what was interrupted before starts from there
             old.drop()
         give_memory_back()
 
-    def _error(self) -> float:
-        """`Visit.error` of the layer that both streams have come through."""
+    def mean_error(self, found: Callable[[int], Tensor], wanted: Stream, batches: Iterable[int]) -> float:
+        """`relative_error` of the hidden states of some batches, mean over the tokens of all processes."""
         total, tokens = 0.0, 0
-        for batch in range(self.fits, len(self.batches)) if self.student is not self.parent else ():
+        for batch in batches:
             mask = self.batches[batch][1]
-            total += float(relative_error(self.student[batch], self.parent[batch], mask).sum())
+            total += float(relative_error(found(batch).cpu(), wanted[batch], mask).sum())
             tokens += int(mask.sum())
         return processes.mean(total, tokens)
 

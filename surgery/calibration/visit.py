@@ -117,14 +117,9 @@ class Visit:
         Args:
             batches: only so many batches of windows.
         """
-        total, tokens = 0.0, 0
-        at = range(self._pipeline.fits, len(self._pipeline.batches))
-        for batch in list(at)[: None if batches is None else -(-batches // processes.count())]:
-            mask = self._pipeline.batches[batch][1]
-            found = self._pipeline.student_step(self._index, batch)
-            total += float(relative_error(found.cpu(), self._pipeline.next_parent[batch], mask).sum())
-            tokens += int(mask.sum())
-        return processes.mean(total, tokens)
+        pipe = self._pipeline
+        checks = range(pipe.fits, len(pipe.batches))[: None if batches is None else -(-batches // processes.count())]
+        return pipe.mean_error(lambda batch: pipe.student_step(self._index, batch), pipe.next_parent, checks)
 
     def error_of(self, part: Part, attention: Callable[[Mapping[int, Tensor]], Tensor]) -> Tensor:
         """`error` on some windows to fit on, with a gradient.

@@ -212,24 +212,15 @@ def recall_task(name: str, model: PreTrainedModel, tokenizer: Any, seed: int = 0
     Raises:
         CheckpointError: the tokenizer does not cover plain English, or no question fits into the model's context.
     """
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
     documents, answer_tokens = _questions(OURS[name], model, tokenizer, seed)
-    return ConfigurableTask(
-        config={
-            "task": name,
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "text",
-            "doc_to_target": "answer",
-            "num_fewshot": 0,
-            "generation_kwargs": {"until": [".", ",", "\n"], "max_gen_toks": answer_tokens, "do_sample": False},
-            "process_results": lambda doc, results: {"exact_match": float(_first_word(results[0]) == doc["answer"])},
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
-        }
+    return _task(
+        name,
+        documents,
+        output_type="generate_until",
+        doc_to_target="answer",
+        generation_kwargs={"until": [".", ",", "\n"], "max_gen_toks": answer_tokens, "do_sample": False},
+        process_results=lambda doc, results: {"exact_match": float(_first_word(results[0]) == doc["answer"])},
+        metric="exact_match",
     )
 
 
@@ -242,9 +233,6 @@ def cloze_task(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str] | No
     Raises:
         CheckpointError: the texts give no question, or the tokenizer does not cover plain English.
     """
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
-
     if texts is None:
         from pydoc_data.topics import topics
 
@@ -254,20 +242,31 @@ def cloze_task(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str] | No
     room = (max_positions(model.config) or CONTEXT) - len(reader.start) - 16  # the choices
     questions = cloze_questions(texts, reader.length, seed=seed, context=min(CONTEXT, room))
     documents = [{**asdict(q), "text": spell(q.text), "choices": list(map(spell, q.choices))} for q in questions]
-    return ConfigurableTask(
-        config={
-            "task": CLOZE,
-            "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "text",
-            "doc_to_choice": "choices",
-            "doc_to_target": "label",
-            "num_fewshot": 0,
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
-        }
+    return _task(
+        CLOZE,
+        documents,
+        output_type="multiple_choice",
+        doc_to_choice="choices",
+        doc_to_target="label",
+        metric="acc",
     )
+
+
+def _task(name: str, documents: list[dict[str, Any]], *, metric: str, **more: Any) -> Any:
+    """A task of lm-eval on documents of ours, which have their question under `text`."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    config = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
+        "test_split": "test",
+        "doc_to_text": "text",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+    return ConfigurableTask(config=config | more)
 
 
 def _questions(task: str, model: PreTrainedModel, tokenizer: Any, seed: int) -> tuple[list[dict[str, str]], int]:

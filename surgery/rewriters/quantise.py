@@ -107,26 +107,22 @@ class Quantise(Method):
         """What is packed how, and where groups became smaller."""
         step, lines = self.step, []
         layers = [layer for layer in plan.after if isinstance(layer.store, Codec) and step.selects(layer.layer)]
-        bits = sum(
-            form.bytes_of(layer.store.group, layer.entry()[0], width) * 8
+        packed = [
+            (layer.entry()[0], form, width)
             for layer in layers
             for form, width in zip(layer.store.forms(), layer.entry()[1:], strict=True)
             if form is not None and width
-        ) / sum(
-            layer.store.group * layer.entry()[0] * width
-            for layer in layers
-            for form, width in zip(layer.store.forms(), layer.entry()[1:], strict=True)
-            if form is not None
-        )
+        ]
+        numbers = sum(step.group * heads * width for heads, _, width in packed)
+        bits = 8 * sum(form.bytes_of(step.group, heads, width) for heads, form, width in packed) / numbers
         lines.append(
             f"quantise: {step.codec}, {bits:.2f} bits per number with scales; the first {step.sinks} and the newest "
             f"{step.recent} to {step.recent + step.group - 1} tokens stay as they are"
         )
         smaller = {
             (width, fitted(width, form.group))
-            for layer in layers
-            for form, width in zip(layer.store.forms(), layer.entry()[1:], strict=True)
-            if isinstance(form, PerToken) and width and fitted(width, form.group) < min(form.group, width)
+            for _, form, width in packed
+            if isinstance(form, PerToken) and fitted(width, form.group) < min(form.group, width)
         }
         for width, size in sorted(smaller):
             lines.append(f"quantise: {step.group} does not divide {width} channels, which share scales by {size}")

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from .decisions import at_end, hard_decisions
 from .layout import AHEAD, Retain
 from .page_pool import PagePool
 from .retain import table_width
 from .slots import NEVER, Chunk, New, Slots
+from .whole_layer import WholeLayer
 
 _SPARE = 1 / 64
 """Slots that a row gets at once when its pool grows, as a part of those it has: little slack, and few copies."""
 
 
-class PagedLayer(CacheLayerMixin):
+class PagedLayer(WholeLayer):
     """What both methods share: pages, tables, selection of sequences, accounting.
 
     Args:
@@ -302,31 +302,8 @@ class PagedLayer(CacheLayerMixin):
         """All that the layer keeps on the device; layers of a static cache name the same pool."""
         return [*self.pool.tensors(), *self.state.values()]
 
-    # What rebuilds a cache from its tensors, as `DynamicCache(list(cache))` does, would begin an empty one unnoticed.
-
-    @property
-    def keys(self) -> Tensor:
-        raise ValueError(self._no_tensors("keys"))
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        if value is not None:
-            raise ValueError(self._no_tensors("keys"))
-
-    @property
-    def values(self) -> Tensor:
-        raise ValueError(self._no_tensors("values"))
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        if value is not None:
-            raise ValueError(self._no_tensors("values"))
-
-    def _no_tensors(self, what: str) -> str:
-        return (
-            f"layer {self.layer}: a cache whose tokens are averaged or leave ({self.retain.kind}) has no {what} by "
-            "token, and cannot be taken apart into tensors or built from them. Copy it whole: copy.deepcopy(cache)."
-        )
+    def why_whole(self) -> str:
+        return f"whose tokens are averaged or leave ({self.retain.kind}) has no {{}} by token"
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("the cache of a gated attention is written by that attention alone")

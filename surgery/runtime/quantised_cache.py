@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from .codecs import Form, Parts, groups_of
 from .layout import LayerPlan
 from .masks import HIDDEN
 from .quantised_attention import Seen
 from .store import Codec
+from .whole_layer import WholeLayer
 
 BLOCK = 2048
 """Tokens that are decoded at once where one token attends to many."""
@@ -83,7 +83,7 @@ class Stream:
         return [self.first_BKsW, self.ring_BKrW, *self.parts]
 
 
-class QuantisedLayer(CacheLayerMixin):
+class QuantisedLayer(WholeLayer):
     """A layer of a dynamic cache.
 
     `update` gives back what attention reads, decoded: tokens of the call itself, the first ones and the newest as they
@@ -270,31 +270,8 @@ class QuantisedLayer(CacheLayerMixin):
         beside = [t for t in (self.hidden_BS, self.begin_B) if t is not None]
         return [t for stream in self.streams for t in stream.tensors()] + beside
 
-    # What rebuilds a cache from its tensors, as `DynamicCache(list(cache))` does, would begin an empty one unnoticed.
-
-    @property
-    def keys(self) -> Tensor:
-        raise ValueError(self._no_tensors("keys"))
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        if value is not None:
-            raise ValueError(self._no_tensors("keys"))
-
-    @property
-    def values(self) -> Tensor:
-        raise ValueError(self._no_tensors("values"))
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        if value is not None:
-            raise ValueError(self._no_tensors("values"))
-
-    def _no_tensors(self, what: str) -> str:
-        return (
-            f"layer {self.layer}: a cache that is stored as {self.store.label()} has no {what} as tensors of numbers, "
-            "and cannot be taken apart or built from them. Copy it whole: copy.deepcopy(cache)."
-        )
+    def why_whole(self) -> str:
+        return f"that is stored as {self.store.label()} has no {{}} as tensors of numbers"
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
