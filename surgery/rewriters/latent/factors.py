@@ -71,17 +71,19 @@ def alternate(
     """
     key, value = _definite(key_DD, value_DD, ridge)
     x_basis, x_share = _simultaneous(key, value)
-    left_k, left_v = k_metric_PP @ k_PD @ key, v_metric_QQ @ v_QD @ value
+    k_seen, v_seen = k_PD @ key, v_QD @ value
+    left_k, left_v = k_metric_PP @ k_seen, v_metric_QQ @ v_seen
     down = down_RD
     for step in range(steps + 1):
-        k_up, v_up = _regress(k_PD, key, down), _regress(v_QD, value, down)
+        down_k, down_v = down @ key, down @ value
+        k_up, v_up = _regress(k_seen, down_k, down), _regress(v_seen, down_v, down)
         if step == steps:
             break
         g_k, g_v = k_up.mT @ k_metric_PP @ k_up, v_up.mT @ v_metric_QQ @ v_up
         wide_k, wide_v = _definite(g_k, g_v, ridge)
         basis, share = _simultaneous(wide_k, wide_v)
         # What damping adds is added on both sides: a step shrinks towards where it stood, and exact factors stay.
-        stay = (wide_k - g_k) @ down @ key + (wide_v - g_v) @ down @ value
+        stay = (wide_k - g_k) @ down_k + (wide_v - g_v) @ down_v
         rhs = basis.mT @ (k_up.mT @ left_k + v_up.mT @ left_v + stay) @ x_basis
         weight = share[:, None] * x_share + (1 - share[:, None]) * (1 - x_share)
         down = basis @ (rhs / weight.clamp_min(1e-12)) @ x_basis.mT
@@ -90,9 +92,9 @@ def alternate(
     return down, k_up, v_up
 
 
-def _regress(W: Tensor, C: Tensor, down: Tensor) -> Tensor:
-    """argmin over up of E‖W x - up down x‖², whatever the metric."""
-    return torch.linalg.solve(damp(down @ C @ down.mT, 1e-12), down @ C @ W.mT).mT
+def _regress(seen_PD: Tensor, down_seen_RD: Tensor, down_RD: Tensor) -> Tensor:
+    """argmin over up of E‖W x - up down x‖², whatever the metric, from W C and down C with C the moments of x."""
+    return torch.linalg.solve(damp(down_seen_RD @ down_RD.mT, 1e-12), down_RD @ seen_PD.mT).mT
 
 
 def _definite(a: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
