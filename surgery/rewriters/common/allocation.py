@@ -16,7 +16,7 @@ def share_out(
     """Sizes of the layers' parts that minimise the sum of costs; never more in all than the uniform shares.
 
     Args:
-        cost: what a layer costs alone at a size (cached numbers, tokens of a window): nats per token.
+        cost: what a layer costs alone at a size (cached numbers, tokens of a window).
         uniform: layers with the size of an equal division.
         most: the size from which a layer gains nothing more.
         unit: sizes are moved between layers in pieces of this.
@@ -25,8 +25,7 @@ def share_out(
     optimal (Fox 1966). Layers are taken to add up, which holds for small losses only: the caller measures the outcome.
     """
     lines = {}
-    for layer, size in uniform.items():
-        sizes = sorted({min(most[layer], max(1, round(size * part / unit) * unit)) for part in PARTS})
+    for layer, sizes in tried_sizes(uniform, most, unit).items():
         lines[layer] = convex([(n, cost(layer, n)) for n in sizes])
     given = {layer: line[0][0] for layer, line in lines.items()}
     free = sum(uniform.values()) - sum(given.values())
@@ -41,6 +40,14 @@ def share_out(
         if given[layer] + unit <= lines[layer][-1][0]:
             heapq.heappush(queue, (-_gain(lines[layer], given[layer]), layer))
     return given
+
+
+def tried_sizes(uniform: Mapping[int, int], most: Mapping[int, int], unit: int = 1) -> dict[int, list[int]]:
+    """The sizes at which each layer is tried; arguments as of `share_out`."""
+    return {
+        layer: sorted({min(most[layer], max(1, round(size * part / unit) * unit)) for part in PARTS})
+        for layer, size in uniform.items()
+    }
 
 
 def convex(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

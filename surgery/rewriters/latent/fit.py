@@ -5,7 +5,7 @@ What is fitted on one part of the text is accepted on another, and neither is ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...attention.latent import LatentWeights, check_latent
@@ -112,30 +112,31 @@ def _choose(
     return tried[best, at][1], at
 
 
-def cost_alone(
-    copy: WorkingCopy, windows: Windows, candidate: Callable[[int, int], Candidate], layers: Sequence[int]
-) -> Callable[[int, int], float]:
-    """KL to the parent in nats per token of one layer at a number of cached numbers, all other layers as they are.
+def errors_alone(
+    copy: WorkingCopy,
+    windows: Windows,
+    candidate: Callable[[int, int], Candidate],
+    sizes: Mapping[int, Sequence[int]],
+) -> dict[int, dict[int, float]]:
+    """`Visit.error` of each layer at some numbers of cached numbers, all other layers as they are.
+
+    `copy` is left as it was.
 
     Args:
         candidate: the form of a layer at a number of cached numbers.
-        layers: those whose cost will be asked for.
-
-    The function that is returned leaves `copy` as it was.
+        sizes: by layer.
     """
-    check = windows.split()[1]
-    moments: dict[int, LatentMoments] = {}
-    for visit in copy.visits(windows, layers, kept=moments):
-        moments[visit.layer] = visit_moments(visit, _parent(copy, visit.layer))
-
-    def cost(layer: int, numbers: int) -> float:
-        parent, before = _parent(copy, layer), copy.form(layer)
-        copy.write_latent(layer, candidate(layer, numbers)(parent, moments[layer]))
-        found = copy.divergence(check, SEARCH_BATCHES)
+    found: dict[int, dict[int, float]] = {}
+    for visit in copy.visits(windows, sizes, kept=found):
+        layer, before = visit.layer, copy.form(visit.layer)
+        parent = _parent(copy, layer)
+        moments = visit_moments(visit, parent)
+        found[layer] = {}
+        for numbers in sizes[layer]:
+            copy.write_latent(layer, candidate(layer, numbers)(parent, moments))
+            found[layer][numbers] = visit.error(SEARCH_BATCHES)
         copy.take_form(layer, before)
-        return found
-
-    return cost
+    return found
 
 
 def mla_candidates(

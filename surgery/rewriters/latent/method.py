@@ -12,11 +12,11 @@ from ...errors import PlanError
 from ...planning.latent_size import ALIGNED, ALIGNED_FROM, full_rank
 from ...runtime.layout import AttentionSite, Latent, LayerPlan
 from .. import Method
-from ..common.allocation import share_out
+from ..common.allocation import share_out, tried_sizes
 from ..common.gains import tune_gains
 from ..common.layerwise import Layerwise
 from ..common.refine import refine
-from .fit import Candidate, FitOptions, cost_alone, fit_layer
+from .fit import Candidate, FitOptions, errors_alone, fit_layer
 from .options import LatentStep
 
 
@@ -44,13 +44,10 @@ class LatentMethod(Layerwise, Method):
             line = self.candidates(copy.sites[layer], self._sized(projects[layer], numbers))[0]
             return line[len(line) // 2]
 
-        given = share_out(
-            cost_alone(copy, windows, candidate, list(projects)),
-            {layer: project.dims for layer, project in projects.items()},
-            most,
-            ALIGNED if least >= ALIGNED_FROM else 1,
-        )
-        copy.forget_model()
+        uniform = {layer: project.dims for layer, project in projects.items()}
+        unit = ALIGNED if least >= ALIGNED_FROM else 1
+        errors = errors_alone(copy, windows, candidate, tried_sizes(uniform, most, unit))
+        given = share_out(lambda layer, numbers: errors[layer][numbers], uniform, most, unit)
         return [replace(plan, project=self._sized(projects[plan.layer], given[plan.layer])) for plan in plans]
 
     def _sized(self, project: Latent, numbers: int) -> Latent:
