@@ -17,6 +17,7 @@ from .versions import transformers_version, warn_of_untested_transformers
 if TYPE_CHECKING:
     from .anatomy import Anatomy, examine
     from .checkpoints.storage import load, save
+    from .composing.compose import compose
     from .convert import convert, convert_checkpoint
     from .errors import CheckpointError, PlanError, RecipeError, SurgeryError, UnsupportedModel
     from .export import export
@@ -40,6 +41,7 @@ __all__ = [
     "SurgeryError",
     "UnsupportedModel",
     "cache",
+    "compose",
     "convert",
     "convert_checkpoint",
     "evaluate",
@@ -55,6 +57,7 @@ __all__ = [
 _DEFINED_IN = {
     "anatomy": ("Anatomy", "examine"),
     "checkpoints.storage": ("load", "save"),
+    "composing.compose": ("compose",),
     "convert": ("convert", "convert_checkpoint"),
     "errors": ("CheckpointError", "PlanError", "RecipeError", "SurgeryError", "UnsupportedModel"),
     "export": ("export",),

@@ -49,7 +49,7 @@ LEVELS = [
     ("plan", "checkpoints.provenance", "checkpoints.storage", "checkpoints.unfinished"),
     ("convert", "assembly", "checkpoints.streaming", "checkpoints.child_files"),
     ("measure", "report"),
-    ("generate", "quick_cache"),
+    ("generate", "quick_cache", "composing"),
     ("cli", "calibrate", "demo", "real_demo", "export", "serve", "train", "benchmarks"),
 ]
 """A lower line never imports a higher one. The longest name that fits counts; `rewriters` is the registry alone."""

@@ -58,6 +58,11 @@ class Windows:
         """The first `count` windows."""
         return self._part(slice(count), f":{count}")
 
+    def pick(self, places: Sequence[int]) -> Windows:
+        """The windows at these places."""
+        name = hashlib.sha256(str(list(places)).encode()).hexdigest()[:8]
+        return replace(self, ids_BT=self.ids_BT[places], mask_BT=self.mask_BT[places], digest=f"{self.digest}[{name}]")
+
     def _part(self, rows: slice, name: str) -> Windows:
         return replace(self, ids_BT=self.ids_BT[rows], mask_BT=self.mask_BT[rows], digest=f"{self.digest}[{name}]")
 

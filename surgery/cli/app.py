@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from ..errors import CheckpointError, SurgeryError
+from ..errors import CheckpointError, RecipeError, SurgeryError
 from ..train import command as training
-from . import exporting
+from . import composing, exporting
 from .answers import Answer, answer_of
 from .bench import bench_app
 from .common import (
@@ -159,9 +159,51 @@ def _inspect_gates(
     write_json(json_file, found.to_dict())
 
 
-@app.command(epilog="Examples: surgery plan ./my-model -r gqa-2x | surgery plan ./my-model -r gqa-4x --set kv_heads=2")
-def plan(model: Model, recipe: RecipeOption, set_: SetOption = None, json_file: Json = None) -> None:
-    """Show what a recipe would do: bytes per token before and after, who can load the result. Changes nothing."""
+@app.command(
+    epilog="Examples: surgery plan ./my-model -r gqa-2x | surgery plan ./my-model -r gqa-4x --set kv_heads=2 | "
+    "surgery plan ./my-model --budget 4KiB/token --calibration text.jsonl -o composed.yaml | "
+    "surgery plan ./my-model --memory 80GiB --context 128k --batch 32 --calibration text.jsonl -o composed.yaml"
+)
+def plan(
+    model: Model,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Shipped name (gqa-2x, kv-3bit) or path to a YAML file.")
+    ] = None,
+    set_: SetOption = None,
+    budget: composing.Budget = None,
+    ratio: composing.Ratio = None,
+    memory: composing.Memory = None,
+    batch: composing.Batch = 1,
+    context: composing.Context = None,
+    calibration: composing.Calibration = None,
+    axes: composing.Axes = None,
+    keep_layers: composing.KeepLayers = None,
+    native_only: composing.NativeOnly = False,
+    engine: composing.Engine = None,
+    samples: composing.Samples = composing.FITTED,
+    length: composing.Length = None,
+    race: composing.WithRace = True,
+    plot: composing.Plot = None,
+    out: composing.Out = None,
+    seed: composing.Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Show what a recipe would do, without touching a weight; or find the best recipe within a budget of bytes.
+
+    A recipe: bytes per token before and after, and who can load the result. A budget (--budget, --ratio or --memory)
+    with --calibration text: what each form of the cache costs in each layer is measured, the best composition is
+    converted and raced against the best recipe of a single axis. Minutes for a small model; what was measured is kept
+    beside --out, and the same command goes on from there.
+    """
+    if recipe is None:
+        composing.compose_command(
+            model, budget=budget, ratio=ratio, memory=memory, batch=batch, context=context, calibration=calibration,
+            axes=axes, keep_layers=keep_layers, native_only=native_only, engine=engine, samples=samples, length=length,
+            race=race, plot=plot, out=out, seed=seed, json_file=json_file,
+        )  # fmt: skip
+        return
+    if budget is not None or ratio is not None or memory is not None:
+        raise RecipeError("plan: give a recipe (-r), or a budget (--budget, --ratio, --memory), not both.")
 
     def decide() -> Answer:
         from ..plan import plan as make_plan

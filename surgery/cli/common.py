@@ -57,9 +57,13 @@ def open_libraries() -> None:
 
 
 @contextmanager
-def logged_progress() -> Iterator[None]:
-    """Inside, lines about progress go to stderr where that is no terminal, which shows a bar."""
-    logger, handler = logging.getLogger("surgery.calibration"), logging.StreamHandler()
+def logged_progress(name: str = "surgery.calibration") -> Iterator[None]:
+    """Inside, lines about progress go to stderr where that is no terminal, which shows a bar.
+
+    Args:
+        name: of the part of this library whose lines they are.
+    """
+    logger, handler = logging.getLogger(name), logging.StreamHandler()
     if sys.stderr.isatty():
         yield
         return

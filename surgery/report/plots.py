@@ -183,6 +183,39 @@ def gate_map(gates: GateReport | GateRatios) -> Figure:
     return figure
 
 
+def composition_front(found: Mapping[str, Any]) -> Figure:
+    """KL over cached bytes per token, predicted, of compositions and of single axes; what was raced as stars.
+
+    Args:
+        found: `Composition.to_dict()`.
+    """
+    figure, axes = _figure(_WIDTH, 5.0)
+    fronts = {"composition": found["front"]} | {f"{axis} alone": f for axis, f in found["single_fronts"].items()}
+    xs: list[float] = []
+    for i, (name, front) in enumerate(fronts.items()):
+        points = [(p["bytes_per_token"], p["predicted_kl"]) for p in front if p["predicted_kl"] > 0]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), _marker(i) + "-", color=_colour(i), markersize=4, label=name)
+        xs += [x for x, _ in points]
+    race = found["race"]
+    for i, runner in enumerate(race["runners"] if race is not None else ()):
+        x, kl = runner["bytes"] / race["tokens"], runner["kl"]
+        spread = [[max(0.0, kl["value"] - kl["low"])], [max(0.0, kl["high"] - kl["value"])]]
+        axes.errorbar(x, kl["value"], yerr=spread, fmt="*", color=BASELINE if i else _colour(0), markersize=12,
+                      capsize=3, zorder=4, label=f"raced: {runner['name']}")  # fmt: skip
+        xs.append(x)
+    budget = found["budget"]["bytes"] / found["budget"]["context"]
+    axes.axvline(budget, color=_GREY, linestyle="--", linewidth=1, label="budget")
+    axes.set_yscale("log")
+    axes.set_xlabel(f"KV cache, bytes/token at {found['budget']['context']:,} tokens (log scale)")
+    axes.set_ylabel("KL to the parent, nats/token (log scale)\nlines: predicted; stars: measured on other text")
+    if xs:
+        _log2_bytes(axes, xs)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
 def save_figure(figure: Figure, file: Path) -> None:
     """Write a figure in the format that its name says.
 

@@ -54,6 +54,17 @@ class Rewriter(Protocol):
             PlanError: a layer cannot be rewritten so; said before a weight is touched.
         """
 
+    @classmethod
+    def offers(cls, anatomy: Any, context: int) -> list[list[dict[str, Any]]]:
+        """What the planner may choose from for a layer: options of a step, without `layers`.
+
+        Each entry has alternatives, of which the first that a plan accepts is taken.
+
+        Args:
+            anatomy: an `Anatomy`.
+            context: tokens of the sequences that the cache is planned for.
+        """
+
     def conflict(self, other: Rewriter) -> str | None:
         """Why the step cannot stand in a recipe with `other`, on whatever layers; None where it can."""
 
@@ -86,6 +97,11 @@ class Method:
     def needs_own_class(self) -> bool:
         """No: the parent's class is good enough wherever it can say the plan."""
         return False
+
+    @classmethod
+    def offers(cls, anatomy: Any, context: int) -> list[list[dict[str, Any]]]:
+        """Nothing: the planner leaves the method alone."""
+        return []
 
     def conflict(self, other: Any) -> str | None:
         """None: values meet on layers, where the plan compares them."""

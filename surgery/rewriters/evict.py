@@ -43,6 +43,12 @@ class Evicting(GatedMethod):
     Options = EvictStep
     step: EvictStep
 
+    @classmethod
+    def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
+        """Windows of some parts of the context."""
+        windows = {context // part // 16 * 16 for part in (4, 8, 16)}
+        return [[{"scorer": "window", "window": window}] for window in sorted(windows - {0}, reverse=True)]
+
     def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
         """A score in each selected layer that keeps a cache."""
         step = self.step

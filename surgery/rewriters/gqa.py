@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from ..anatomy import Anatomy
 from ..attention.weights import AttentionWeights
@@ -129,6 +129,12 @@ class Gqa(Layerwise, Method):
     def needs_own_class(self) -> bool:
         """Whether groups may come out unequal, which no stock class says."""
         return self.step.is_uneven
+
+    @classmethod
+    def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
+        """Every smaller number of KV heads that divides the parent's."""
+        heads = anatomy.sites[0].kv_heads
+        return [[{"kv_heads": number}] for number in range(heads // 2, 0, -1) if heads % number == 0]
 
     def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
         """Fewer heads in each selected layer."""

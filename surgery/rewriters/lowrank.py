@@ -56,6 +56,11 @@ class Lowrank(LatentMethod):
     Options = LowrankStep
     step: LowrankStep
 
+    @classmethod
+    def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
+        """Some parts of the parent's bytes."""
+        return [[{"keep": keep}] for keep in (0.5, 0.3)]
+
     def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
         """Latents of K and V in each selected layer."""
         on_read = self.step.layout != "freq"

@@ -57,6 +57,11 @@ class Mla(LatentMethod):
     Options = MlaStep
     step: MlaStep
 
+    @classmethod
+    def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
+        """Some parts of the parent's bytes."""
+        return [[{"keep": keep}] for keep in (0.5, 0.25, 0.125)]
+
     def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
         """A latent and a rotated part in each selected layer."""
         return plan_latents(self.step, anatomy, layers, where, self._planned, rotate_on_read=False)

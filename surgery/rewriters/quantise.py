@@ -19,6 +19,9 @@ from ..runtime.packing import fitted
 from . import Method
 from .stored.directions import codec_tables
 
+OFFERED_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0)
+"""Of one number, codes and scales: what the planner chooses from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantiseStep(Step):
@@ -102,6 +105,15 @@ class Quantise(Method):
             replace(layer, store=self._value(layer)) if layer.layer in able and step.selects(layer.layer) else layer
             for layer in layers
         )
+
+    @classmethod
+    def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
+        """`int8`, and `metric` at many numbers of bits; `kivi` for latents, which `metric` refuses."""
+        offers: list[list[dict[str, Any]]] = [[{"codec": "int8"}]]
+        for bits in OFFERED_BITS:
+            latent = [{"codec": "kivi", "k_bits": bits}] if bits in (2, 3, 4) else []
+            offers.append([{"codec": "metric", "k_bits": bits}, *latent])
+        return offers
 
     def notes(self, plan: Any) -> list[str]:
         """What is packed how, and where groups became smaller."""

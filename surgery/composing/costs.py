@@ -1,0 +1,154 @@
+"""What each setting costs in each layer: few are measured, the others follow from those."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from ..console import progress
+from .settings import Setting
+
+_log = logging.getLogger(__name__)
+FEW = 4
+"""Settings that differ in their bits, up to which the fewest and the most say what lies between."""
+LEAST = 1e-9
+"""Nats per token: what is below is noise."""
+
+Measure = Callable[[Setting], dict[int, float]]
+"""KL by layer where that layer alone has the setting."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """KL in nats per token of settings in one layer alone.
+
+    A step costs beside others what it costs alone, but for formats of latents: these are measured on one latent of each
+    method, and what they add there is taken for all its latents.
+    """
+
+    measured: Mapping[str, Mapping[int, float]]
+    """By `key_of` the steps, and by layer."""
+
+    def of(self, setting: Setting, layer: int) -> float:
+        """What a setting costs in a layer.
+
+        Raises:
+            KeyError: one of its steps was not measured, nor any between which it lies.
+        """
+        found, before = 0.0, ""
+        for step in setting.steps:
+            found += self._added(step, before, layer)
+            before = before or step["rewriter"]
+        return found
+
+    def knows(self, setting: Setting) -> bool:
+        """Whether `of` has an answer."""
+        try:
+            self.of(setting, next(iter(next(iter(self.measured.values())))))
+        except KeyError:
+            return False
+        return True
+
+    def _added(self, step: dict[str, Any], before: str, layer: int) -> float:
+        """What a step adds beside a step of the method `before`."""
+        for other in (before, "") if before else ("",):
+            points = sorted(self._points(step, other, layer))
+            exact = [cost for bits, cost in points if bits == step.get("k_bits")]
+            if exact:
+                return exact[0]
+            if points:
+                return _between(points, step["k_bits"])
+        raise KeyError(key_of([step]))
+
+    def _points(self, step: dict[str, Any], before: str, layer: int) -> Iterator[tuple[float | None, float]]:
+        """(bits, what it adds) of the steps that differ from `step` in their bits at most."""
+        for key, by in self.measured.items():
+            *first, last = json.loads(key)
+            if _alike(step, last) and (first[0]["rewriter"] if first else "") == before:
+                alone = self.measured[key_of(first)][layer] if first else 0.0
+                yield last.get("k_bits"), max(by[layer] - alone, 0.0)
+
+
+def key_of(steps: Sequence[dict[str, Any]]) -> str:
+    """The name of steps in files."""
+    return json.dumps(list(steps), sort_keys=True)
+
+
+def to_measure(settings: Sequence[Setting]) -> list[Setting]:
+    """Those that have to be measured, each after the one that it adds a step to.
+
+    Of settings that differ in their number of bits alone: the fewest, the most, and of many a middle one.
+    """
+    found = []
+    singles = [s for s in settings if len(s.steps) == 1]
+    methods: set[str] = set()
+    for single in _spread(singles):
+        found.append(single)
+        method = single.steps[0]["rewriter"]
+        if single.axes == ("project",) and method not in methods:
+            methods.add(method)
+            pairs = [s for s in settings if len(s.steps) == 2 and s.steps[0] == single.steps[0]]
+            found += _spread([s for s in pairs if s.axes[-1] == "store" and s.last_needs_no_text])
+    return found
+
+
+def _spread(settings: Sequence[Setting]) -> list[Setting]:
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings:
+        *first, last = setting.steps
+        groups.setdefault(key_of([*first, {k: v for k, v in last.items() if k != "k_bits"}]), []).append(setting)
+    found = []
+    for members in groups.values():
+        members.sort(key=lambda s: s.steps[-1].get("k_bits", 0))
+        middle = {len(members) // 2} if len(members) > FEW else set()
+        found += [members[place] for place in sorted({0, len(members) - 1} | middle)]
+    return found
+
+
+def measure_costs(settings: Sequence[Setting], measure: Measure, layers: int, kept: Path | None, told: Any) -> Costs:
+    """Measure step by step; what is measured is in the file `kept` before the next begins.
+
+    Args:
+        told: what the numbers depend on beside the step, as JSON; numbers of other circumstances are not used.
+    """
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    known: dict[str, dict[int, float]] = {}
+    if kept is not None and kept.is_file():
+        stored = json.loads(kept.read_text())
+        if stored["digest"] == digest:
+            known = {key: {int(k): v for k, v in by.items()} for key, by in stored["costs"].items()}
+            _log.info("%d of the settings were measured before: %s", len(known), kept)
+    wanted = to_measure(settings)
+    with progress("measuring settings", len(wanted) * layers) as advance:
+        for number, setting in enumerate(wanted, 1):
+            key = key_of(setting.steps)
+            if key not in known:
+                known[key] = measure(setting)
+                if kept is not None:
+                    partial = kept.with_name(kept.name + ".part")
+                    partial.write_text(json.dumps({"digest": digest, "costs": known}))
+                    partial.replace(kept)
+            advance(layers)
+            total = sum(known[key].values())
+            _log.info("setting %d of %d, %s: %.3g nats over all layers", number, len(wanted), setting.label, total)
+    return Costs(measured=known)
+
+
+def _alike(step: dict[str, Any], other: dict[str, Any]) -> bool:
+    return {k: v for k, v in step.items() if k != "k_bits"} == {k: v for k, v in other.items() if k != "k_bits"}
+
+
+def _between(points: Sequence[Any], at: float) -> float:
+    """Errors fall by a factor with each bit: a line in the logarithm, prolonged at the ends."""
+    if len(points) == 1:
+        return points[0][1] * 4.0 ** (points[0][0] - at)
+    place = next((i for i in range(1, len(points) - 1) if at < points[i][0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[place - 1], points[place]
+    low, high = log(max(y0, LEAST)), log(max(y1, LEAST))
+    return exp(low + (high - low) * (at - x0) / (x1 - x0))

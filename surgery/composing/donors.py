@@ -1,0 +1,90 @@
+"""Layers in the forms that the planner chooses from, each fitted as if no other layer were converted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..anatomy import Anatomy
+from ..assembly import in_own_class
+from ..attention.weights import parameter_names
+from ..calibration.forms import HeadsForm
+from ..calibration.text import Windows
+from ..calibration.visit import Visit
+from ..calibration.working_copy import WorkingCopy
+from ..plan import plan as make_plan
+from ..rewriters import rewriter_for
+from ..runtime.attention import SurgeryAttention
+from .settings import Setting
+
+
+class AloneCopy(WorkingCopy):
+    """A working copy in which each layer is visited with all others as the parent has them."""
+
+    def visits(
+        self,
+        windows: Windows,
+        layers: Iterable[int],
+        lenders: Iterable[int] = (),
+        kept: dict[Any, Any] | None = None,
+    ) -> Iterator[Visit]:
+        """See `WorkingCopy.visits`; what is done to a layer is put aside before the next one is reached."""
+        done = {layer: self._put_aside(layer) for layer in list(self._forms)}
+        for visit in super().visits(windows, layers, lenders, kept):
+            if visit.layer in done:
+                self._put_back(visit.layer, *done[visit.layer])
+            yield visit
+            done[visit.layer] = self._put_aside(visit.layer)
+        for layer, (parameters, form) in done.items():
+            self._put_back(layer, parameters, form)
+
+    def _put_aside(self, layer: int) -> tuple[dict[str, Tensor], HeadsForm]:
+        names = [name for name in parameter_names(self.sites[layer]) if name in self._changed]
+        parameters = {name: self._changed[name] for name in names}
+        form = self.form(layer)
+        self.restore({name: self._read(name) for name in names})
+        for name in names:
+            del self._changed[name]
+        self._forms.pop(layer, None)
+        return parameters, form
+
+    def _put_back(self, layer: int, parameters: Mapping[str, Tensor], form: HeadsForm) -> None:
+        self.restore(dict(parameters))
+        self.take_form(layer, form)
+
+
+def donors(
+    parent: PreTrainedModel, anatomy: Anatomy, setting: Setting, windows: Windows, seed: int
+) -> dict[int, nn.Module]:
+    """The attention of each layer in a form, by layer; they may stand in a model of the parent's class one by one.
+
+    Args:
+        parent: in float32.
+        windows: text to fit on.
+    """
+    plan = make_plan(anatomy, setting.recipe())
+    working = AloneCopy(parent, anatomy)
+    for step in plan.recipe.steps:
+        working.doing = f"fitting {setting.label}"
+        rewriter_for(step, seed).convert(working, [layer for _, layer in plan.changed(step)], windows)
+    settled = plan.settled(map(working.settle, plan.after))
+    for site in anatomy.sites:  # also layers of which only the plan changes
+        working.take_form(site.layer, working.form(site.layer))
+    child = in_own_class(parent, settled, working, {}).eval()
+    return {site.layer: child.get_submodule(site.module) for site in anatomy.sites}
+
+
+def stored_as(attentions: Mapping[int, nn.Module], anatomy: Anatomy, setting: Setting) -> dict[int, nn.Module]:
+    """The attentions of a setting's first steps, with caches as the last one stores them: parameters stay."""
+    found: dict[int, nn.Module] = {}
+    for plan in make_plan(anatomy, setting.recipe()).after:
+        made = copy.copy(attentions[plan.layer])
+        assert isinstance(made, SurgeryAttention)
+        made.plan = replace(made.plan, store=plan.store)
+        found[plan.layer] = made
+    return found

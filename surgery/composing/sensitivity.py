@@ -1,0 +1,185 @@
+"""What a form of one layer, or of several, costs the model: KL to the parent on tokens that are read through the cache.
+
+Most of each window is given to the model at once; the tokens after it come as a second chunk, which reads what the
+cache has kept of the first. So codes, windows and evictions count as they do in decoding, at the price of two calls.
+Layers before the first one that is changed give what they give in the parent, which is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from ..anatomy import Anatomy
+from ..calibration.text import Windows
+from ..errors import UnsupportedModel
+from ..measure.scoring import last_logits
+from ..runtime.attention import SurgeryAttention
+from ..runtime.calling import cache_argument, cache_of
+
+SCORED = 4
+"""The last of so many parts of a window are the tokens that are compared."""
+SAME = 1e-5
+"""Relative difference up to which what a layer gives counts as what the parent's gives; of log-probabilities the
+difference itself, ten times that."""
+
+
+class Bench:
+    """A model of the parent's class whose attentions can be exchanged, and text on which that is judged.
+
+    Args:
+        parent: in float32; it is copied.
+        windows: text that nothing is fitted on.
+    """
+
+    def __init__(self, parent: PreTrainedModel, anatomy: Anatomy, windows: Windows) -> None:
+        self.model, self.windows = copy.deepcopy(parent).eval(), windows
+        self.names = {site.layer: site.module for site in anatomy.sites}
+        self.own = {layer: self.model.get_submodule(name) for layer, name in self.names.items()}
+        stem = anatomy.sites[0].module
+        prefix, self.stack = next(
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and stem.startswith(f"{name}.")
+        )
+        self.place = {site.layer: int(site.module.removeprefix(f"{prefix}.").split(".")[0]) for site in anatomy.sites}
+        length = windows.ids_BT.shape[1]
+        self.prefill = length - max(1, length // SCORED)
+        self.given: list[list[Any]] = [[None] * len(self.stack) for _ in range(2)]
+        """By call: what each decoder layer gives in the parent."""
+        self.cached: list[Any] = []
+        """Layers of the parent's cache after the first call."""
+        self.wanted = self._record()
+        self.skips = self._can_skip()
+
+    @torch.inference_mode()
+    def kl(self, attentions: Mapping[int, nn.Module]) -> float:
+        """KL(parent || model) in nats per token with these attentions in the place of the parent's, by layer."""
+        if not attentions:
+            return 0.0
+        places = [self.place[layer] for layer in attentions]
+        with self._exchanged(attentions), self._sparing(places if self.skips else []):
+            log_q = self._logits().float().log_softmax(-1)
+        kl = (self.wanted.exp() * (self.wanted - log_q)).sum(-1)
+        return float(kl[self.windows.mask_BT[:, self.prefill :]].mean())
+
+    def _logits(self) -> Tensor:
+        """[B, T - prefill, vocabulary]"""
+        ids = self.windows.ids_BT.to(self.model.device)
+        self.call, self.is_same = 0, False
+        out = self.model(input_ids=ids[:, : self.prefill], use_cache=True, **last_logits(self.model))
+        cache = cache_of(out)
+        if cache is None:
+            raise UnsupportedModel(f"{type(self.model).__name__}: returns no cache, so nothing can be read through it.")
+        if not self.cached:
+            self.cached = [copy.copy(layer) for layer in cache.layers]
+        for place in self.spared:
+            # Whoever goes on with such a layer puts new tensors in it: those of the parent stay.
+            cache.layers[place] = copy.copy(self.cached[place])
+        self.call = 1
+        out = self.model(input_ids=ids[:, self.prefill :], use_cache=True, **{cache_argument(self.model): cache})
+        logits: Tensor = out.logits
+        return logits.cpu()
+
+    spared: tuple[int, ...] = ()
+    """Layers that the first call left out although the second one runs them."""
+
+    @torch.inference_mode()
+    def _record(self) -> Tensor:
+        def note(place: int) -> Any:
+            def hook(_: nn.Module, args: Any, output: Any) -> None:
+                self.given[self.call][place] = output
+
+            return hook
+
+        handles = [layer.register_forward_hook(note(i)) for i, layer in enumerate(self.stack)]
+        try:
+            return self._logits().float().log_softmax(-1)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode()
+    def _can_skip(self) -> bool:
+        """Whether a model without some of its layers gives the same: layers may hand state past each other."""
+        if len(self.cached) != len(self.stack) or not all(type(layer) is DynamicLayer for layer in self.cached):
+            return False
+        try:
+            with self._sparing([len(self.stack) // 2]):
+                found = self._logits().float().log_softmax(-1)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            return False
+        return bool((found - self.wanted).abs().amax() < 10 * SAME)
+
+    @contextmanager
+    def _sparing(self, changed: Sequence[int]) -> Iterator[None]:
+        """Inside, layers do not run that would give what they gave in the parent.
+
+        Those before the first changed one never do, but for the first of all, which counts tokens. Those after a single
+        changed one do not in the first call, where that gave the same: formats change nothing until the cache is read.
+
+        Args:
+            changed: places of the changed layers; none: every layer runs.
+        """
+        first = min(changed, default=0)
+        given, layers = self.given, self.stack
+        forwards = {place: layers[place].forward for place in range(len(layers))}
+
+        def before(place: int) -> Any:
+            return lambda *args, **kwargs: given[self.call][place]
+
+        def alone(*args: Any, **kwargs: Any) -> Any:
+            found = forwards[first](*args, **kwargs)
+            self.is_same = self.call == 0 and _close(found, given[0][first])
+            self.spared = tuple(p for p in range(1, len(layers)) if p != first) if self.is_same else self.spared
+            return found
+
+        def after(place: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                spare = self.call == 0 and self.is_same
+                return given[0][place] if spare else forwards[place](*args, **kwargs)
+
+            return forward
+
+        replaced: dict[int, Any] = {place: before(place) for place in range(1, first)}
+        if len(changed) == 1:
+            replaced[first] = alone
+            replaced |= {place: after(place) for place in range(max(1, first + 1), len(layers))}
+        for place, forward in replaced.items():
+            layers[place].forward = forward
+        self.spared = ()
+        try:
+            yield
+        finally:
+            for place in replaced:
+                del layers[place].forward
+            self.spared = ()
+
+    @contextmanager
+    def _exchanged(self, attentions: Mapping[int, nn.Module]) -> Iterator[None]:
+        plans = tuple(a.plan for a in attentions.values() if isinstance(a, SurgeryAttention))
+        try:
+            for layer, attention in attentions.items():
+                if isinstance(attention, SurgeryAttention):
+                    attention.all_plans = plans
+                self._put(layer, attention)
+            yield
+        finally:
+            for layer in attentions:
+                self._put(layer, self.own[layer])
+
+    def _put(self, layer: int, attention: nn.Module) -> None:
+        owner, _, name = self.names[layer].rpartition(".")
+        setattr(self.model.get_submodule(owner), name, attention)
+
+
+def _close(found: Any, wanted: Any) -> bool:
+    a, b = (x[0] if isinstance(x, tuple) else x for x in (found, wanted))
+    return bool((a - b).abs().amax() <= SAME * b.abs().amax())

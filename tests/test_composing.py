@@ -1,0 +1,264 @@
+"""The planner: budgets, settings, costs, the choice for each layer, and the race."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import yaml
+from families import tiny_model
+from tokenizing import word_tokenizer
+
+import surgery
+from surgery import PlanError, RecipeError
+from surgery.calibration.text import Windows
+from surgery.composing import compose as composing
+from surgery.composing.allocation import allocate
+from surgery.composing.budget import budget_of
+from surgery.composing.costs import Costs, key_of, to_measure
+from surgery.composing.donors import donors, stored_as
+from surgery.composing.sensitivity import Bench
+from surgery.composing.settings import settings_for
+from surgery.measure.scoring import cache_argument, cache_of
+
+LENGTH = 128
+
+
+@pytest.fixture(scope="module")
+def parent():
+    return tiny_model("llama", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def anatomy(parent):
+    return surgery.examine(parent)
+
+
+@pytest.fixture(scope="module")
+def by_label(anatomy):
+    return {s.label: s for s in settings_for(anatomy, LENGTH)}
+
+
+def text(windows=28, seed=0):
+    return torch.randint(8, 128, (windows, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def as_windows(ids):
+    return Windows(ids, torch.ones_like(ids, dtype=torch.bool), "test")
+
+
+# ------------------------------------------------------------------------------------------------ allocation
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_choice_is_the_best_of_all_that_fit(seed):
+    g = torch.Generator().manual_seed(seed)
+    costs = torch.rand(4, 3, generator=g).square().tolist()
+    sizes = torch.randint(1000, 9000, (4, 3), generator=g).tolist()
+    budget = 16_000
+
+    def total(numbers, places):
+        return sum(of_layer[place] for of_layer, place in zip(numbers, places, strict=True))
+
+    fitting = [p for p in itertools.product(range(3), repeat=4) if total(sizes, p) <= budget]
+    found = allocate(costs, sizes, budget)
+    assert total(sizes, found) <= budget
+    assert total(costs, found) == pytest.approx(min(total(costs, p) for p in fitting))
+
+
+def test_nothing_is_chosen_where_nothing_fits():
+    assert allocate([[0.0], [0.0]], [[600], [600]], 1000) is None
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+def test_three_ways_to_say_a_budget(anatomy):
+    plain = surgery.plan(anatomy, "identity")
+    tokens, whole = 128, plain.cache_bytes(128)
+    assert budget_of(plain, ratio=4, context=tokens).bytes == whole // 4
+    assert budget_of(plain, per_token="0.25KiB/token", context=tokens).bytes == 256 * tokens
+    weights = plain.parameters * 4
+    assert budget_of(plain, memory=weights + whole, batch=2, context=tokens).bytes == whole // 2
+    assert budget_of(plain, ratio=2, context="1k").context == 1024
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, PlanError, "give one of"),
+        ({"ratio": 2, "memory": "1GiB"}, PlanError, "ratio and memory"),
+        ({"ratio": 0}, PlanError, "above 0"),
+        ({"ratio": 1}, PlanError, "nothing is to be done"),
+        ({"per_token": "much"}, RecipeError, "no size"),
+        ({"memory": "1KiB"}, PlanError, "do not hold the weights"),
+        ({"ratio": 2, "context": "long"}, RecipeError, "number of tokens"),
+    ],
+)
+def test_budgets_that_cannot_be(anatomy, given, error, message):
+    with pytest.raises(error, match=message):
+        budget_of(surgery.plan(anatomy, "identity"), **given)
+
+
+# ------------------------------------------------------------------------------------------------ settings and costs
+
+
+def test_settings_are_what_methods_offer_and_plans_accept(parent):
+    anatomy = surgery.examine(parent)
+    labels = [s.label for s in settings_for(anatomy, LENGTH)]
+    assert labels[0] == "as it is"
+    assert {"gqa kv heads 1", "gqa kv heads 1 + metric 2 bits", "mla keep 0.5 + kivi 2 bits", "window 32"} <= set(
+        labels
+    )
+    assert not any("metric" in label and ("mla" in label or "lowrank" in label) for label in labels)
+    only = settings_for(anatomy, LENGTH, axes=("store",))
+    assert {axis for s in only for axis in s.axes} == {"store"}
+    for setting in only:
+        plan = surgery.plan(anatomy, setting.recipe())
+        assert sum(setting.bytes_of) == plan.cache_bytes(LENGTH)
+
+
+def test_costs_between_measured_bits_lie_on_a_line_in_the_logarithm(by_label):
+    low, mid, high = (by_label[f"metric {b} bits"] for b in ("2", "3", "4"))
+    costs = Costs({key_of(low.steps): {0: 1e-2}, key_of(high.steps): {0: 1e-4}})
+    assert costs.of(mid, 0) == pytest.approx(1e-3)
+    assert costs.of(by_label["as it is"], 0) == 0
+    assert not costs.knows(by_label["int8"])
+
+
+def test_a_format_of_latents_costs_what_it_adds_to_a_latent_of_that_method(by_label):
+    names = ["mla keep 0.5", "mla keep 0.25", "int8", "mla keep 0.5 + int8"]
+    measured = dict(zip(names, (0.1, 0.2, 0.001, 0.15), strict=True))
+    costs = Costs({key_of(by_label[name].steps): {0: cost} for name, cost in measured.items()})
+    assert costs.of(by_label["mla keep 0.25 + int8"], 0) == pytest.approx(0.25)
+    wanted = [s.label for s in to_measure(list(by_label.values()))]
+    assert wanted.index("mla keep 0.5") < wanted.index("mla keep 0.5 + int8")
+    assert "mla keep 0.25 + int8" not in wanted
+
+
+@pytest.mark.parametrize("label", ["int8", "metric 2 bits", "window 32", "gqa kv heads 1", "lowrank keep 0.5"])
+def test_a_layer_alone_is_fitted_and_measured_as_a_conversion_of_that_layer(parent, anatomy, by_label, label):
+    setting = by_label[label]
+    fit, judged = as_windows(text(8)), as_windows(text(2, seed=1))
+    bench = Bench(parent, anatomy, judged)
+    assert bench.skips
+    alone = donors(parent, anatomy, setting, fit, seed=0)
+    for layer in (0, 1):
+        child = surgery.convert(parent, setting.recipe(str(layer)), calibration=fit, seed=0).eval()
+        wanted = chunked_kl(parent, child, judged.ids_BT)
+        assert bench.kl({layer: alone[layer]}) == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+    bench.skips = False
+    assert bench.kl({1: alone[1]}) == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+
+
+def test_a_format_on_top_needs_no_second_fit(parent, anatomy, by_label):
+    fit, judged = as_windows(text(8)), as_windows(text(2, seed=1))
+    both = by_label["lowrank keep 0.5 + kivi 2 bits"]
+    made = stored_as(donors(parent, anatomy, by_label["lowrank keep 0.5"], fit, 0), anatomy, both)
+    child = surgery.convert(parent, both.recipe("1"), calibration=fit, seed=0).eval()
+    found = Bench(parent, anatomy, judged).kl({1: made[1]})
+    assert found == pytest.approx(chunked_kl(parent, child, judged.ids_BT), rel=1e-3)
+
+
+@torch.inference_mode()
+def chunked_kl(parent, child, ids):
+    first = ids.shape[1] - ids.shape[1] // 4
+    answers = []
+    for model in (parent, child):
+        cache = cache_of(model(input_ids=ids[:, :first], use_cache=True))
+        out = model(input_ids=ids[:, first:], use_cache=True, **{cache_argument(model): cache})
+        answers.append(out.logits.log_softmax(-1))
+    p, q = answers
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+# ------------------------------------------------------------------------------------------------ from end to end
+
+
+@pytest.fixture(scope="module")
+def found(parent, tmp_path_factory):
+    kept = tmp_path_factory.mktemp("composing") / "kept.json"
+    made = surgery.compose(parent, ratio=4, calibration=text(), context=LENGTH, samples=8, kept=kept)
+    return made, kept
+
+
+def test_a_composition_fits_converts_and_says_how_it_raced(parent, found):
+    made, _ = found
+    whole = surgery.plan(parent, "identity").cache_bytes(LENGTH)
+    assert made.choice.bytes == made.plan.cache_bytes(LENGTH) <= made.budget.bytes == whole // 4
+    own, *others = made.race.runners
+    assert own.bytes == made.choice.bytes
+    assert others and all(other.bytes <= made.budget.bytes for other in others)
+    # What layers cost alone adds up, nearly.
+    assert own.judged == pytest.approx(made.choice.cost, rel=1.0)
+    written = yaml.safe_load(made.to_yaml())
+    assert surgery.plan(parent, written).cache_bytes(LENGTH) == made.choice.bytes
+    assert made.is_recommended == made.race.is_won
+    assert made.verdict in made.to_yaml()
+    assert json.loads(json.dumps(made.to_dict()))["choice"]["bytes_per_token"] * LENGTH == made.choice.bytes
+
+
+def test_a_composition_costs_no_more_than_a_single_setting_is_predicted_to(found):
+    made, _ = found
+    assert all(made.choice.cost <= single.cost + 1e-12 for single in made.singles.values())
+    assert [c.cost for c in made.front] == sorted((c.cost for c in made.front), reverse=True)
+
+
+def test_what_was_measured_is_not_measured_again(parent, found, monkeypatch):
+    made, kept = found
+
+    def fail(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(composing, "donors", fail)
+    again = surgery.compose(parent, ratio=4, calibration=text(), context=LENGTH, samples=8, kept=kept, with_race=False)
+    assert again.choice == made.choice
+    assert again.race is None and not again.is_recommended
+    with pytest.raises(AssertionError, match="measured again"):  # other text
+        surgery.compose(parent, ratio=4, calibration=text(seed=3), context=LENGTH, samples=8, kept=kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 400}, "below what any composition reaches.*by `"),
+        ({"ratio": 4, "axes": ("colour",)}, "no axis colour"),
+        ({"ratio": 4, "keep_layers": (7,)}, "no layer 7"),
+        ({"ratio": 4, "engine": "none"}, "no engine 'none'"),
+        ({"ratio": 4, "calibration": None}, "needs calibration text"),
+        ({"ratio": 4, "calibration": text(4)}, "Give more text"),
+        ({"ratio": 4, "native_only": True, "axes": ("store",)}, "no form of the cache is left"),
+    ],
+)
+def test_refused_before_anything_is_measured(parent, options, message, monkeypatch):
+    monkeypatch.setattr(composing, "donors", None)
+    with pytest.raises(PlanError, match=message):
+        surgery.compose(parent, **{"calibration": text(), "context": LENGTH, **options})
+
+
+def test_native_only_gives_a_model_of_the_parents_class(parent):
+    made = surgery.compose(
+        parent, ratio=2, calibration=text(), context=LENGTH, samples=8, native_only=True, with_race=False
+    )
+    assert made.plan.native and made.recipe.steps[0].rewriter == "gqa"
+
+
+def test_the_command_writes_a_recipe_that_convert_takes(call, tmp_path):
+    folder, source = tmp_path / "model", tmp_path / "text.jsonl"
+    tiny_model("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    lines = [" ".join(f"w{i}" for i in row) for row in text(40).tolist()]
+    source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    out = tmp_path / "composed.yaml"
+    options = ("--calibration", source, "--context", "128", "--samples", "8", "--axes", "store", "-o", out)
+    code, shown, logged = call("plan", folder, "--ratio", "1.7", *options, "--plot", tmp_path / "front.png")
+    assert code == 0, logged
+    assert "race" in shown and "written to" in shown and "setting 1 of" in logged
+    assert (tmp_path / "front.png").stat().st_size > 10_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["composed.yaml", "front.png", "model", "text.jsonl"]
+    code, shown, logged = call("convert", folder, "-r", out, "--calibration", source, "-o", tmp_path / "child")
+    assert code == 0, logged
+    code, _, logged = call("plan", folder, "--ratio", "4")
+    assert code == 2 and "--calibration" in logged
+    code, _, logged = call("plan", folder, "-r", "gqa-2x", "--ratio", "4")
+    assert code == 2 and "not both" in logged
