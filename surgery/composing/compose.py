@@ -31,6 +31,8 @@ LENGTH = 4096
 """Tokens per window of text at most, where nobody says: that of the budget's context, if it is shorter."""
 FITTED, JUDGED, RACED = 16, 2, 6
 """Windows of text to fit on, to measure settings on, and for the race."""
+ALONE = 4096
+"""Tokens to fit each setting on where it is measured; the race fits on all of the text."""
 READ = 8
 """Times as many windows are read, so that those which text fills can be picked from many documents."""
 
@@ -101,7 +103,7 @@ def compose(
         samples=READ * (samples + JUDGED + RACED),
         every_window=True,
     )
-    fit, judged, raced = _parts(windows, samples, with_race)
+    fit, judged, raced = parts_of(windows, samples, with_race)
 
     # Differences of 1e-5 nats are to be told apart.
     wide = copy.deepcopy(parent).float().eval().requires_grad_(False)
@@ -114,7 +116,7 @@ def compose(
         if len(setting.steps) > 1 and first in base:
             alone = stored_as(base[first], anatomy, setting)
         else:
-            alone = donors(wide, anatomy, setting, fit, seed)
+            alone = donors(wide, anatomy, setting, fit.take(max(4, ALONE // windows.ids_BT.shape[1])), seed)
             base.clear()
             base[key_of(setting.steps)] = alone
         return {layer: bench.kl({layer: module}) for layer, module in alone.items()}
@@ -145,7 +147,7 @@ def compose(
     return replace(found, race=done)
 
 
-def _parts(windows: Windows, samples: int, with_race: bool) -> tuple[Windows, Windows, Windows | None]:
+def parts_of(windows: Windows, samples: int, with_race: bool) -> tuple[Windows, Windows, Windows | None]:
     """Text to fit on, to measure settings on, and for the race; none of it twice.
 
     Raises:
