@@ -105,7 +105,10 @@ class Pipeline:
                     visit = Visit(self, site, index, parent)
                     yield visit
                     visit.close()
-                    self._advance(index, site if site.layer in lending else None)
+                    if self.copy.has_prefix:
+                        self._advance(index, site if site.layer in lending else None)
+                    else:
+                        self._take(index, self.next_parent)
                 continue
             with torch.no_grad():
                 for batch in range(len(self.batches)):

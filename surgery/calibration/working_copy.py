@@ -49,6 +49,9 @@ class WorkingCopy:
     here, activations and closed forms are on the CPU.
     """
 
+    has_prefix = True
+    """Whether a layer is visited on what the layers converted before it give; otherwise on what the parent gives."""
+
     def __init__(self, parent: PreTrainedModel, anatomy: Anatomy) -> None:
         def read(name: str) -> Tensor:
             return wide(parent.get_parameter(name).detach().cpu())
@@ -167,7 +170,7 @@ class WorkingCopy:
             if not way.is_done():
                 pipeline = Pipeline(self, windows, way.folder, self.stream_dtype)
                 yield from pipeline.visits(layers, lending, way)
-                self.held_out = pipeline.divergence()
+                self.held_out = pipeline.divergence() if self.has_prefix else None
                 way.end(len(self.layers))
 
     def parts(self) -> dict[tuple[Any, ...], Any]:

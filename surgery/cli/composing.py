@@ -10,7 +10,7 @@ import typer
 from ..errors import PlanError
 from .common import logged_progress, open_libraries, show, write_json, write_text
 
-FITTED = 16
+FITTED = 8
 """Windows of text to fit on."""
 
 Budget = Annotated[str | None, typer.Option(help="Bytes per token that the cache may take, such as 4KiB/token.")]

@@ -29,9 +29,9 @@ from .settings import Setting, constraint, settings_for
 
 LENGTH = 4096
 """Tokens per window of text at most, where nobody says: that of the budget's context, if it is shorter."""
-FITTED, JUDGED, RACED = 16, 2, 6
+FITTED, JUDGED, RACED = 8, 2, 6
 """Windows of text to fit on, to measure settings on, and for the race."""
-ALONE = 4096
+ALONE = 2048
 """Tokens to fit each setting on where it is measured; the race fits on all of the text."""
 READ = 8
 """Times as many windows are read, so that those which text fills can be picked from many documents."""

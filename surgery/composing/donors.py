@@ -26,6 +26,8 @@ from .settings import Setting
 class AloneCopy(WorkingCopy):
     """A working copy in which each layer is visited with all others as the parent has them."""
 
+    has_prefix = False
+
     def visits(
         self,
         windows: Windows,
