@@ -14,6 +14,7 @@ from .anatomy import examine
 from .bundled import SMALL
 from .calibration.text import Windows, load_tokenizer, load_windows
 from .checkpoints.storage import load
+from .composing.compose import compose
 from .console import progress, stdout
 from .convert import convert
 from .generate import generate
@@ -112,6 +113,12 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
 
     models = [m for m in (reports[0].baseline, *(r.model for r in reports)) if m is not None]
     console.print(quality_table(reports), recall_table(models), serving_table(reports), sep="\n")
+    if not fast:
+        console.rule(
+            "[bold]a budget[/bold]: a quarter of the parent's bytes, by whatever suits each layer", align="left"
+        )
+        found = compose(parent, ratio=4, calibration=calibration, context=LENGTH, axes=("project", "store"))
+        console.print(*found.tables(), sep="\n")
     for name, prompt, text in samples:
         if prompt is PROMPTS[0]:
             console.print(f"[bold]{name}[/bold]  {prompt}[italic]{text}[/italic]", soft_wrap=False)
@@ -127,7 +134,8 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
     console.print(
         "\nMean pooling is the published form of GQA. Loss is on text that neither training nor calibration saw, "
         f"decoded through the cache. {time.monotonic() - begun:.0f} s in all.\nPlots and samples: [bold]{page}[/bold]\n"
-        "Next: surgery convert YOUR-MODEL -r gqa-2x --calibration text.jsonl -o ./smaller"
+        "Next: surgery convert YOUR-MODEL -r gqa-2x --calibration text.jsonl -o ./smaller\n"
+        "or:   surgery plan YOUR-MODEL --ratio 4 --calibration text.jsonl -o composed.yaml"
     )
     return reports
 

@@ -19,7 +19,7 @@ from ..runtime.packing import fitted
 from . import Method
 from .stored.directions import codec_tables
 
-OFFERED_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0)
+OFFERED_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 """Of one number, codes and scales: what the planner chooses from."""
 
 
