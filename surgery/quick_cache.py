@@ -14,9 +14,10 @@ from .errors import PlanError
 from .plan import plan
 from .recipe import Recipe
 from .runtime.calling import take_cache
+from .runtime.coded_layer import prepare
 from .runtime.layout import Codec
 from .runtime.modeling import SurgeryMixin
-from .runtime.quantised_cache import QuantisedLayer, prepare
+from .runtime.quantised_cache import QuantisedLayer
 
 _TELLING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that tell their caches which tokens are padding."""

@@ -85,6 +85,8 @@ class ToyStore:
         heads, key, value = entry
         return tokens * heads * (key + value + 2 * 4)
 
+    static_bytes = bytes_at
+
 
 def encode(x):
     scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
@@ -219,7 +221,7 @@ class Halves(Decoded):
     def decode(self, parts, width, *, turned=False):
         return parts[0].float()
 
-    def basis(self, width):
+    def basis(self, width, device=None):
         return None
 
     def bytes_of(self, tokens, heads, width):

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError, SurgeryError
 from ..runtime.calling import cache_of
+from ..runtime.coded_layer import CodedLayer
 from ..runtime.layout import LayerPlan
 from ..runtime.paged_cache import PagedLayer
-from ..runtime.quantised_cache import QuantisedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def tensor_bytes(cache: Any) -> int:
 
 
 def _tensors(part: Any) -> list[Tensor]:
-    if isinstance(part, (PagedLayer, QuantisedLayer)):
+    if isinstance(part, (PagedLayer, CodedLayer)):
         return part.tensors()
     return [t for t in vars(part).values() if isinstance(t, Tensor)]
 

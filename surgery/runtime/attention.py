@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .caches import has_own_layer, install_layers
 from .calling import BIAS_NAMES, CallingConvention, once, take_cache
+from .coded_layer import prepare
 from .functions import (
     GATE_FUNCTIONS,
     LIKE_SDPA,
@@ -23,7 +24,6 @@ from .functions import (
     turn_halves,
 )
 from .layout import AttentionSite, HeadNorm, LayerPlan
-from .quantised_cache import prepare
 
 Shapes = Mapping[str, tuple[int, ...]]
 KVStates = MutableMapping[int, tuple[Tensor, Tensor]] | None

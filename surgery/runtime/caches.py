@@ -8,12 +8,14 @@ from typing import Any, Protocol
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .coded_layer import CodedLayer
 from .evicting_cache import EvictingLayer
 from .layout import LayerPlan
 from .page_pool import PagePool
 from .paged_cache import PagedLayer
 from .pooling_cache import PoolingLayer
 from .quantised_cache import QuantisedLayer
+from .static_quantised_cache import StaticQuantisedLayer
 
 
 class MakeLayer(Protocol):
@@ -25,7 +27,14 @@ class MakeLayer(Protocol):
 
 PAGED: dict[str, type[PagedLayer]] = {"dmc": PoolingLayer, "dms": EvictingLayer, "evict": EvictingLayer}
 """`kind` of a `Retain` -> cache layer, in pages that the layers of a static cache share."""
-CACHE_LAYERS: dict[str, MakeLayer] = {"codec": QuantisedLayer}
+
+
+def quantised_layer(plan: LayerPlan, max_length: int | None = None) -> CodedLayer:
+    """The cache layer of a `Codec`."""
+    return QuantisedLayer(plan) if max_length is None else StaticQuantisedLayer(plan, max_length)
+
+
+CACHE_LAYERS: dict[str, MakeLayer] = {"codec": quantised_layer}
 """`kind` of a `Store` -> what makes the cache layer, a `CacheLayerMixin` of transformers whose `update` gives back what
 attention is to read. `dense` has none: it lies in transformers' own layers."""
 
@@ -82,7 +91,7 @@ def check_replaceable(layer: Any, plan: LayerPlan) -> None:
         ValueError: it has been written to, or has a form that ours cannot replace.
     """
     plain = type(layer) in (DynamicLayer, StaticLayer)
-    if isinstance(layer, QuantisedLayer) and layer.store != plan.store:
+    if isinstance(layer, CodedLayer) and layer.store != plan.store:
         raise ValueError(
             f"layer {plan.layer}: the given cache stores it as {layer.store.label()}, and its plan says "
             f"{plan.store.label() or plan.store.dtype}. Begin with an empty cache."
@@ -104,7 +113,7 @@ def is_installed(cache: Cache, plan: LayerPlan) -> bool:
 
 def _is_own(layer: Any) -> bool:
     made = tuple(kind for kind in CACHE_LAYERS.values() if isinstance(kind, type))
-    return isinstance(layer, (PagedLayer, *made))
+    return isinstance(layer, (PagedLayer, CodedLayer, *made))
 
 
 def pool_shape(plan: LayerPlan) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ being encoded again. Statistics are of one KV head, and of one group or one toke
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .packing import fitted, gaussian_codebook, groups_as_floats, hadamard, pack, packed_width, random_rotation, unpack
+from .packing import (
+    bits_of_bytes,
+    fitted,
+    gaussian_codebook,
+    groups_as_floats,
+    hadamard,
+    pack,
+    packed_width,
+    random_rotation,
+    unpack,
+)
 
 Parts = tuple[Tensor, ...]
 Tables = Mapping[str, Tensor]
@@ -49,7 +58,7 @@ class Form(Protocol):
     def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
         """float32 [B, K, G, W]: sums of all vectors with these weights, in the basis."""
 
-    def basis(self, width: int) -> Tensor | None:
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
         """Orthogonal [W, W] float32 by which vectors are multiplied before they are rounded; None where by none."""
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
@@ -68,10 +77,22 @@ class Decoded:
         return weight_BKGT @ x
 
 
+def stored(x: Tensor) -> Tensor:
+    """float32 as float16, to the nearest.
+
+    The rounding is done on the bits: inductor leaves out a cast to float16 and back, and codes would be rounded against
+    another number than the one that is stored.
+    """
+    x = x.clamp(-_LARGEST, _LARGEST)
+    bits = x.view(torch.int32)
+    near = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+    small = (x + 0.75) - 0.75  # below 2^-14 the numbers of float16 are 2^-24 apart, as those of float32 near 0.75
+    return torch.where(x.abs() < 2.0**-14, small, near).half()
+
+
 def _affine(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8, and the float16 scale and offset that they are rounded against."""
-    scale = ((high - low) / (2**bits - 1)).clamp_max(_LARGEST).half()
-    low = low.clamp(-_LARGEST, _LARGEST).half()
+    scale, low = stored((high - low) / (2**bits - 1)), stored(low)
     step = torch.where(scale == 0, 1.0, scale.float())
     codes = ((x - low.float()) / step).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     return codes, scale, low
@@ -90,9 +111,9 @@ class PerToken:
 
     def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
         x = x_BKTW.float()
-        matrix = self.basis(x.shape[-1])
+        matrix = self.basis(x.shape[-1], x.device)
         if matrix is not None:
-            x = x @ matrix.to(x.device)
+            x = x @ matrix
         x = x.unflatten(-1, (-1, fitted(x.shape[-1], self.group)))
         codes, scale, low = _affine(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), self.bits)
         return pack(codes.flatten(-2), self.bits), scale.squeeze(-1), low.squeeze(-1)
@@ -101,8 +122,8 @@ class PerToken:
         words, scale, low = parts
         codes = unpack(words, self.bits, width).unflatten(-1, (-1, fitted(width, self.group))).float()
         x = torch.addcmul(low.float()[..., None], codes, scale.float()[..., None]).flatten(-2)
-        matrix = None if turned else self.basis(width)
-        return x if matrix is None else x @ matrix.t().to(x.device)
+        matrix = None if turned else self.basis(width, x.device)
+        return x if matrix is None else x @ matrix.t()
 
     def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
         words, scale, low = (part.float() if part.is_floating_point() else part for part in parts)
@@ -122,8 +143,8 @@ class PerToken:
         shifts = (weight_BKGT @ low).unbind(-1)
         return torch.cat([x + shift[..., None] for x, shift in zip(found, shifts, strict=True)], -1)
 
-    def basis(self, width: int) -> Tensor | None:
-        return hadamard(width) if self.rotated else None
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
+        return hadamard(width, device) if self.rotated else None
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
         groups = width // fitted(width, self.group) if width else 0
@@ -163,7 +184,7 @@ class PerChannel(Decoded):
         shift = (q_BKGW @ low.float().mT).mT[..., None]
         return (scaled @ codes.mT + shift).transpose(2, 3).flatten(3)
 
-    def basis(self, width: int) -> Tensor | None:
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
         return None
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
@@ -180,7 +201,7 @@ class Symmetric:
         x = x_BKTW.float()
         largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
         top = torch.finfo(torch.float8_e4m3fn).max if self.floats else 127
-        scale = (largest / top).clamp_max(_LARGEST).half()
+        scale = stored(largest / top)
         x = (x / torch.where(scale == 0, 1.0, scale.float())).clamp(-top, top)
         return x.to(torch.float8_e4m3fn) if self.floats else x.round_().to(torch.int8), scale.squeeze(-1)
 
@@ -196,7 +217,7 @@ class Symmetric:
         codes, scale = parts
         return (weight_BKGT * scale.float()[:, :, None]) @ codes.float()
 
-    def basis(self, width: int) -> Tensor | None:
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
         return None
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
@@ -214,23 +235,23 @@ class Spherical(Decoded):
 
     def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
         x, width = x_BKTW.float(), x_BKTW.shape[-1]
-        norm = x.norm(dim=-1, keepdim=True).clamp_max(_LARGEST).half()
-        matrix = self.basis(width)
+        norm = stored(x.norm(dim=-1, keepdim=True))
+        matrix = self.basis(width, x.device)
         assert matrix is not None
-        unit = (x @ matrix.to(x.device)) * (math.sqrt(width) / norm.float().clamp_min(1e-12))
-        levels = gaussian_codebook(self.bits).to(x.device)
+        unit = (x @ matrix) * (math.sqrt(width) / norm.float().clamp_min(1e-12))
+        levels = gaussian_codebook(self.bits, x.device)
         codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
         return pack(codes, self.bits), norm.squeeze(-1)
 
     def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
         words, norm = parts
-        levels = gaussian_codebook(self.bits).to(words.device) / math.sqrt(max(width, 1))
+        levels = gaussian_codebook(self.bits, words.device) / math.sqrt(max(width, 1))
         x = levels[unpack(words, self.bits, width).int()] * norm.float()[..., None]
-        matrix = None if turned else self.basis(width)
-        return x if matrix is None else x @ matrix.t().to(x.device)
+        matrix = None if turned else self.basis(width, x.device)
+        return x if matrix is None else x @ matrix.t()
 
-    def basis(self, width: int) -> Tensor | None:
-        return random_rotation(width)
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
+        return random_rotation(width, device)
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
         return tokens * heads * (packed_width(width, self.bits) + SCALE_BYTES)
@@ -309,23 +330,16 @@ class Directions(Decoded):
         x = (weight @ _bits(parts[0])) @ self.weights + weight.sum(-1, keepdim=True) * self.base
         return x + weight_BKGT.sum(-1, keepdim=True) * self.middle[:, None]
 
-    def basis(self, width: int) -> Tensor | None:
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
         return None
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
         return tokens * heads * self._bytes(width)
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # kept for calls that may want gradients
-def _bits_of_bytes(device: torch.device) -> Tensor:
-    """[256, 8] float32."""
-    return ((torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1).float()
-
-
 def _bits(packed: Tensor) -> Tensor:
     """float32 [..., 8 * bytes], 0 or 1."""
-    found = _bits_of_bytes(packed.device).index_select(0, packed.flatten().int())
+    found = bits_of_bytes(packed.device).index_select(0, packed.flatten().int())
     return found.view(*packed.shape[:-1], 8 * packed.shape[-1])
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from .attention import Inputs, Shapes, SurgeryAttention, SurgeryHeadNorm, norm_heads
 from .calling import CallingConvention
+from .coded_layer import CodedLayer, prepare
 from .functions import LIKE_SDPA, angles_of, complete_mask
 from .layout import AttentionSite, Codec, Heads, LayerPlan
-from .quantised_attention import Seen, attend_packed
-from .quantised_cache import QuantisedLayer, prepare
+from .quantised_attention import Columns, Seen, attend_packed, columns_of
 
 
 class SurgeryHeadsAttention(SurgeryAttention):
@@ -95,7 +95,7 @@ class SurgeryHeadsAttention(SurgeryAttention):
         layers = inputs.cache.layers
         layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         apart = {plan.value_owner for plan in self.all_plans}  # what they lend is read beside keys of others
-        return isinstance(layer, QuantisedLayer) and layer.can_step and self.layer_idx not in apart
+        return isinstance(layer, CodedLayer) and layer.can_step and self.layer_idx not in apart
 
     def _store(self, key: Tensor, value: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         if not self._steps(inputs):
@@ -115,7 +115,7 @@ class SurgeryHeadsAttention(SurgeryAttention):
     def _as_read(self, key: Tensor, inputs: Inputs) -> Tensor:
         if not self.turns_at_read:
             return key
-        cos, sin = self._angles_at_read(inputs, key.dtype)
+        cos, sin = (t[:, :, : key.shape[2]] for t in self._angles_at_read(inputs, key.dtype))
         return self._turn(key, cos, sin)
 
     def _angles_at_read(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -145,9 +145,9 @@ class SurgeryHeadsAttention(SurgeryAttention):
         return norm_heads(self.v_norm, self._project(self.v_proj, hidden_states, self.site.value_dim), False)
 
 
-def _turn_columns(turn: Callable[..., Tensor], cos: Tensor, sin: Tensor, key: Tensor, start: int) -> Tensor:
-    at = slice(start, start + key.shape[2])
-    return turn(key, cos[:, :, at], sin[:, :, at])
+def _turn_columns(turn: Callable[..., Tensor], cos: Tensor, sin: Tensor, key: Tensor, at: Columns) -> Tensor:
+    cos, sin = (columns_of(t.mT, at).mT for t in (cos, sin))
+    return turn(key, cos, sin)
 
 
 def _check_heads(site: AttentionSite, heads: Heads) -> None:

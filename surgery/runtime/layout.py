@@ -110,7 +110,7 @@ class LayerPlan:
         """
         if self.retain is not None:
             return self.retain.static_bytes(tokens, *self._paged(), ratio) if self.owns_cache else 0
-        return self.store.bytes_at(min(tokens, self.window or tokens), self.entry())
+        return self.store.static_bytes(min(tokens, self.window or tokens), self.entry())
 
     def bytes_of_pages(self, pages: float, table: int) -> int:
         """Bytes of one sequence with so many pages in all, and tables with `table` entries per KV head (`retain`)."""

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 _SEED = 0
+
+
+def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make each constant once, for calls that may want gradients as well; in compiled programs it is a constant.
+
+    Arguments are numbers, and last the device, which may be left out.
+    """
+    cached = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(make))
+
+    def found(*args: object) -> Tensor:
+        return cached(*args)
+
+    found.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return torch.compiler.assume_constant_result(found)
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -69,28 +83,26 @@ def fitted(width: int, group: int) -> int:
     return next((size for size in range(min(group, width), 0, -1) if width % size == 0), 1)
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for calls that may want gradients
-def hadamard(width: int) -> Tensor:
+@kept
+def hadamard(width: int, device: torch.device | None = None) -> Tensor:
     """Orthogonal [W, W]: blocks of the largest power of two that divides `width`."""
     block, size = torch.ones(1, 1), width & -width
     while len(block) < size:
         block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)), 0)
-    return torch.block_diag(*[block / math.sqrt(len(block))] * (width // len(block))) if width else torch.zeros(0, 0)
+    blocks = [block / math.sqrt(len(block))] * (width // len(block)) if width else [torch.zeros(0, 0)]
+    return torch.block_diag(*blocks).to(device)
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # kept for calls that may want gradients
-def random_rotation(width: int) -> Tensor:
+@kept
+def random_rotation(width: int, device: torch.device | None = None) -> Tensor:
     """A random orthogonal [W, W], the same for everybody."""
     random = torch.Generator().manual_seed(_SEED + width)
     q, r = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float()
+    return (q * r.diagonal().sign()).float().to(device)
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # kept for calls that may want gradients
-def gaussian_codebook(bits: int) -> Tensor:
+@kept
+def gaussian_codebook(bits: int, device: torch.device | None = None) -> Tensor:
     """[2^bits] levels in rising order with the least mean squared error for a standard normal (Lloyd, Max)."""
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
     count = 2**bits
@@ -100,4 +112,11 @@ def gaussian_codebook(bits: int) -> Tensor:
         edges = torch.cat((torch.tensor([-torch.inf]), (levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf])))
         density = torch.where(edges.isinf(), 0.0, normal.log_prob(edges.clamp(-40, 40)).exp())
         levels = (density[:-1] - density[1:]) / (normal.cdf(edges[1:]) - normal.cdf(edges[:-1]))
-    return levels.float()
+    return levels.float().to(device)
+
+
+@kept
+def bits_of_bytes(device: torch.device | None = None) -> Tensor:
+    """[256, 8] float32: the bits of each byte, the lowest first."""
+    places = torch.arange(8, device=device)
+    return ((torch.arange(256, device=device)[:, None] >> places) & 1).float()

@@ -7,7 +7,6 @@ Row (b, k), a sequence's KV head, has `lengths[b, k]` slots; slot s lies at plac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,12 +104,7 @@ class PagedLayer(WholeLayer):
         if batch != self.batch_size:
             raise ValueError(f"layer {self.layer}: the cache holds {self.batch_size} sequences, {batch} came")
         if self.max_length is not None:
-            self._require(
-                self.seen + T <= self.max_length,
-                f"layer {self.layer}: the static cache is for {self.max_length} tokens, and more came. Raise "
-                "max_cache_len, or use a dynamic cache.",
-                lambda: f" These make {int(self.seen) + T}.",
-            )
+            self._require_room(self.seen, T, self.max_length)
         if new.real_BT is not None and not torch.compiler.is_compiling():
             self.has_padding = True
         if T == 1:
@@ -283,13 +277,6 @@ class PagedLayer(WholeLayer):
     def _reached(self) -> str:
         kept, seen = float(self.lengths.float().mean()), float(self.tokens.float().mean())
         return f" KV heads hold {kept:.0f} slots of {seen:.0f} tokens here: {seen / max(kept, 1):.2f}x fewer."
-
-    def _require(self, holds: bool | Tensor, message: str, more: Callable[[], str] = str) -> None:
-        """Raise RuntimeError unless `holds`; in compiled steps the device asserts it, a GPU for good."""
-        if isinstance(holds, Tensor) and torch.compiler.is_compiling():
-            torch._assert_async(holds, message)
-        elif not holds:
-            raise RuntimeError(message + more())
 
     def _set(self, name: str, value: Tensor) -> None:
         """Change an entry of `state`; in place where it fits, for compiled steps know where it lies."""

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .codecs import Form, Parts
 
-KeyMap = Callable[[Tensor, int], Tensor]
-"""(keys [B, K, n, H], their first column) -> keys as attention reads them."""
+Columns = slice | Tensor
+"""Neighbours, or [n] or [B, n] anywhere in the cache."""
+KeyMap = Callable[[Tensor, Columns], Tensor]
+"""(keys [B, K, n, H], their columns) -> keys as attention reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,11 @@ class Seen:
     tokens: int
     """Columns in all."""
     key_map: KeyMap | None = None
+    ring_R: Tensor | None = None
+    """Column of each place of the ring; None where they are the newest ones, in order."""
+    packed: Tensor | None = None
+    """Tokens that are packed, and `arrived` ones, where there is room for more; None where all columns are there."""
+    arrived: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -58,10 +65,9 @@ class _Sum:
 
     def add(self, scores: Tensor, mean: Callable[[Tensor], Tensor], which: int) -> None:
         most = torch.maximum(self.most, scores.amax(-1, keepdim=True))
-        weight = torch.exp(scores - most)
-        if bool((most == -torch.inf).any()):  # nothing was visible so far
-            weight = torch.where(most == -torch.inf, 0.0, weight)
-        shrink = torch.where(most == -torch.inf, 1.0, torch.exp(self.most - most))
+        level = torch.where(most == -torch.inf, 0.0, most)  # nothing was visible so far: all weights are 0
+        weight = torch.exp(scores - level)
+        shrink = torch.exp(self.most - level)
         self.total = self.total * shrink + weight.sum(-1, keepdim=True)
         self.sums = [t * shrink for t in self.sums]
         self.sums[which] = self.sums[which] + mean(weight)
@@ -88,43 +94,41 @@ def attend_packed(
     K, V = (seen.shape[1] if kv_of_query is None else N), seen.ring[1].shape[-1]
     query = query_BN1H.float().reshape(B, K, N // K, H) * scaling
     keys, values = seen.forms
-    bases = keys.basis(H), values.basis(V)
-    turned = query if bases[0] is None else query @ bases[0].to(query.device)
+    bases = keys.basis(H, query.device), values.basis(V, query.device)
+    turned = query if bases[0] is None else query @ bases[0]
     done = _Sum(query, V)
 
     def spread(x: Tensor) -> Tensor:
         return x.float() if kv_of_query is None else x.float().index_select(1, kv_of_query)
 
-    def add(scores: Tensor, mean: Callable[[Tensor], Tensor], start: int, which: int) -> None:
+    def add(scores: Tensor, mean: Callable[[Tensor], Tensor], at: Columns, which: int, hidden: Tensor | None) -> None:
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        end = start + scores.shape[-1]
-        hidden = _elsewhere(seen, start, end)
-        done.add(_masked(scores, None if mask is None else mask[..., start:end], hidden), mean, which)
+        done.add(_masked(scores, None if mask is None else columns_of(mask, at), hidden), mean, which)
 
-    def add_plain(key: Tensor, value: Tensor, start: int) -> None:
-        key = key if seen.key_map is None else seen.key_map(key, start)
-        add(query @ spread(key).mT, lambda weight: weight @ spread(value), start, 1)
+    def add_plain(key: Tensor, value: Tensor, at: Columns, hidden: Tensor | None) -> None:
+        key = key if seen.key_map is None else seen.key_map(key, at)
+        add(query @ spread(key).mT, lambda weight: weight @ spread(value), at, 1, hidden)
 
     if seen.first[0].shape[2]:
-        if seen.begin_B is None:
-            add_plain(*seen.first, 0)
-        else:
-            _add_first(query, seen, mask, spread, done, softcap)
-    for start, _, key_parts, value_parts in seen.blocks():
+        add_plain(*seen.first, *_first(seen))
+    for start, count, key_parts, value_parts in seen.blocks():
+        at = slice(start, start + count)
+        hidden = _elsewhere(seen, at, ring=False)
         if seen.key_map is not None:
-            scores = query @ spread(seen.key_map(keys.decode(key_parts, H), start)).mT
+            scores = query @ spread(seen.key_map(keys.decode(key_parts, H), at)).mT
         elif kv_of_query is not None:
             scores = turned @ spread(keys.decode(key_parts, H, turned=True)).mT
         else:
             scores = keys.scores(turned, key_parts)
         if kv_of_query is not None:
             value = spread(values.decode(value_parts, V, turned=True))
-            add(scores, functools.partial(_weighted, value=value), start, 0)
+            add(scores, functools.partial(_weighted, value=value), at, 0, hidden)
         else:
-            add(scores, functools.partial(values.mean, parts=value_parts, width=V), start, 0)
-    add_plain(*seen.ring, seen.tokens - seen.ring[0].shape[2])
-    mean = done.sums[0] if bases[1] is None else done.sums[0] @ bases[1].t().to(query.device)
+            add(scores, functools.partial(values.mean, parts=value_parts, width=V), at, 0, hidden)
+    newest = slice(seen.tokens - seen.ring[0].shape[2], seen.tokens) if seen.ring_R is None else seen.ring_R
+    add_plain(*seen.ring, newest, _elsewhere(seen, newest, ring=True))
+    mean = done.sums[0] if bases[1] is None else done.sums[0] @ bases[1].t()
     total = done.total
     if sinks_N is not None:
         total = total + torch.exp(sinks_N.float().reshape(1, K, N // K, 1) - done.most)
@@ -136,12 +140,38 @@ def _weighted(weight: Tensor, value: Tensor) -> Tensor:
     return weight @ value
 
 
-def _elsewhere(seen: Seen, start: int, end: int) -> Tensor | None:
-    """[B, 1, 1, n]: columns of padded sequences whose tokens lie in `first`."""
+def columns_of(x: Tensor, at: Columns) -> Tensor:
+    """Columns of [B or 1, ., ., S]."""
+    if isinstance(at, slice):
+        return x[..., at]
+    if at.ndim == 1:
+        return x.index_select(-1, at)
+    return x.expand(len(at), -1, -1, -1).gather(3, at[:, None, None].expand(-1, *x.shape[1:3], -1))
+
+
+def _first(seen: Seen) -> tuple[Columns, Tensor | None]:
+    """Where the first tokens stand, in columns of their own in each padded sequence, and which of them are to come."""
+    count = seen.first[0].shape[2]
+    if seen.begin_B is None:
+        return slice(0, count), None
+    columns = seen.begin_B[:, None] + torch.arange(count, device=seen.device)
+    if seen.arrived is None:
+        return columns, None
+    return columns % seen.tokens, (columns >= seen.arrived)[:, None, None]
+
+
+def _elsewhere(seen: Seen, at: Columns, *, ring: bool) -> Tensor | None:
+    """[B or 1, 1, 1, n]: columns whose tokens lie elsewhere, or are still to come."""
     if seen.begin_B is None:
         return None
-    place = torch.arange(start, end, device=seen.device) - seen.begin_B[:, None]
-    return ((place >= 0) & (place < seen.first[0].shape[2]))[:, None, None]
+    columns = torch.arange(at.start, at.stop, device=seen.device) if isinstance(at, slice) else at
+    first = seen.first[0].shape[2]
+    place = columns - seen.begin_B[:, None]
+    hidden = (place >= 0) & (place < first)
+    if seen.packed is not None and seen.arrived is not None:
+        border = first + seen.packed
+        hidden = hidden | ((columns < border) | (columns >= seen.arrived) if ring else columns >= border)
+    return hidden[:, None, None]
 
 
 def _masked(scores: Tensor, mask: Tensor | None, hidden: Tensor | None) -> Tensor:
@@ -151,26 +181,3 @@ def _masked(scores: Tensor, mask: Tensor | None, hidden: Tensor | None) -> Tenso
             mask = mask.reshape(-1, *scores.shape[1:3], mask.shape[-1])
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
-
-
-def _add_first(
-    query: Tensor,
-    seen: Seen,
-    mask: Tensor | None,
-    spread: Callable[[Tensor], Tensor],
-    done: _Sum,
-    softcap: float | None,
-) -> None:
-    """The first tokens of padded sequences, which stand in columns of their own in each."""
-    assert seen.begin_B is not None
-    key, value = seen.first
-    columns = seen.begin_B[:, None] + torch.arange(key.shape[2], device=key.device)
-    if seen.key_map is not None:
-        key = torch.cat([seen.key_map(key, int(c))[b : b + 1] for b, c in enumerate(seen.begin_B)])
-    scores = query @ spread(key).mT
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        wide = mask.expand(len(key), -1, -1, -1)
-        mask = wide.gather(3, columns[:, None, None].expand(-1, wide.shape[1], 1, -1))
-    done.add(_masked(scores, mask, None), lambda weight: weight @ spread(value), 1)

@@ -7,28 +7,25 @@ What is packed is never encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .codecs import Form, Parts, groups_of
-from .layout import LayerPlan
-from .masks import HIDDEN
+from .coded_layer import CodedLayer, real_tokens
 from .quantised_attention import Seen
-from .store import Codec
-from .whole_layer import WholeLayer
 
 BLOCK = 2048
 """Tokens that are decoded at once where one token attends to many."""
 
 
 def in_blocks(
-    both: tuple[Parts, Parts], packed: int, group: int, start: int
+    both: tuple[Parts, ...], packed: int, group: int, start: int, block: int
 ) -> Iterator[tuple[int, int, Parts, Parts]]:
-    """Stretches of whole groups of `packed` tokens, as `Seen` has them; the first column is `start`."""
-    total, each = packed // group, max(1, BLOCK // group)
+    """Stretches of about `block` of `packed` tokens, as `Seen` has them; the first column is `start`."""
+    total, each = packed // group, max(1, block // group)
     for at in range(0, total, each):
         count = min(each, total - at)
         keys, values = (groups_of(parts, at, count, total) for parts in both)
@@ -83,33 +80,10 @@ class Stream:
         return [self.first_BKsW, self.ring_BKrW, *self.parts]
 
 
-class QuantisedLayer(WholeLayer):
-    """A layer of a dynamic cache.
+class QuantisedLayer(CodedLayer):
+    """A layer of a dynamic cache."""
 
-    `update` gives back what attention reads, decoded: tokens of the call itself, the first ones and the newest as they
-    came. So a chunk of tokens sees what each of them would see alone, until a group is full.
-
-    Padding is told by `mask`, which whoever runs the model sets before each call (`prepare`). It is packed with the
-    other columns and never sets a scale, and the first tokens of a padded sequence are its own first ones.
-    """
-
-    is_croppable = True
     is_compileable = False
-    supports_early_init = False
-    is_sliding = False
-
-    def __init__(self, plan: LayerPlan, max_length: int | None = None) -> None:
-        super().__init__()
-        if max_length is not None:
-            raise ValueError(
-                f"layer {plan.layer}: it is stored as {plan.store.label()}, which grows by groups of tokens. Use a "
-                "dynamic cache: cache_implementation='dynamic'."
-            )
-        assert isinstance(plan.store, Codec)
-        self.store, self.layer = plan.store, plan.layer
-        self.mask: Tensor | None = None
-        self.tables: Mapping[str, Tensor] | None = None
-        self._clear()
 
     def _clear(self) -> None:
         self.streams: tuple[Stream, ...] = ()
@@ -139,7 +113,6 @@ class QuantisedLayer(WholeLayer):
         return key, value
 
     def step(self, key_states: Tensor, value_states: Tensor) -> Seen:
-        """As `update`, for one token of each sequence: what it sees, as it lies there. Something must be packed."""
         keys, values = self.streams
         assert keys.form is not None and values.form is not None
         self._append(key_states, value_states)
@@ -148,7 +121,7 @@ class QuantisedLayer(WholeLayer):
         start = self.seen - keys.ring_BKrW.shape[2] - packed
         seen = Seen(
             first=(keys.first_BKsW, values.first_BKsW), begin_B=self.begin_B,
-            blocks=lambda: in_blocks(both, packed, group, start), forms=(keys.form, values.form),
+            blocks=lambda: in_blocks(both, packed, group, start, BLOCK), forms=(keys.form, values.form),
             ring=(keys.ring_BKrW, values.ring_BKrW), tokens=self.seen,
         )  # fmt: skip
         self._pack()
@@ -156,19 +129,17 @@ class QuantisedLayer(WholeLayer):
 
     @property
     def can_step(self) -> bool:
-        """Whether something is packed, of keys and of values."""
         return self.is_initialized and all(stream.packed for stream in self.streams)
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
-        if len(key_states) != self.batch_size:
-            raise ValueError(f"layer {self.layer}: the cache holds {self.batch_size} sequences, {len(key_states)} came")
+        self._check_batch(key_states)
         self._note_padding(key_states.shape[2])
         for stream, new in zip(self.streams, (key_states, value_states), strict=True):
             stream.append(new)
         self.seen += key_states.shape[2]
 
     def _note_padding(self, tokens: int) -> None:
-        real_BT = None if self.mask is None else _real(self.mask, self.seen, tokens, self.batch_size)
+        real_BT = None if self.mask is None else real_tokens(self.mask, self.seen, tokens, self.batch_size)
         if real_BT is None and self.hidden_BS is None:
             return
         if real_BT is None:
@@ -188,10 +159,7 @@ class QuantisedLayer(WholeLayer):
         skip = self._skipped(start, count)
         for name, stream in zip(("keys", "values"), self.streams, strict=True):
             if stream.form is not None and not bool(stream.ring_BKrW[:, :, :count].isfinite().all()):
-                raise ValueError(
-                    f"layer {self.layer}: its {name} hold numbers that are not finite, which {store.label()} cannot "
-                    "keep. The model overflows: run it in bfloat16 or float32."
-                )
+                raise ValueError(self._not_finite(name))
             stream.pack(count, skip)
 
     def _set_first(self) -> bool:
@@ -236,14 +204,6 @@ class QuantisedLayer(WholeLayer):
         return skip if bool(skip.any()) else None
 
     def positions(self, tokens: int, given_BT: Tensor | None) -> Tensor:
-        """[B, S]: of every column, by those of the newest `tokens`; none are kept, so that they must follow each other.
-
-        Args:
-            given_BT: [B or 1, T]; None where they are the columns.
-
-        Raises:
-            ValueError: the tokens of a sequence do not follow each other.
-        """
         columns = torch.arange(self.seen, device=self.device)[None].expand(self.batch_size, -1)
         new = columns[:, self.seen - tokens :]
         before_BT = new - (new if given_BT is None else given_BT)
@@ -258,20 +218,12 @@ class QuantisedLayer(WholeLayer):
         ]
         offset = torch.tensor([at or 0 for at in self.before], device=self.device)[:, None]
         if bool(((before_BT != offset) & real_BT).any()):
-            raise ValueError(
-                f"layer {self.layer}: {self.store.label()} holds keys before their rotation, and no positions: the "
-                "tokens of a sequence must follow each other, and the position_ids that came do not. Leave them out, "
-                "or use the codec kivi or int4."
-            )
+            raise ValueError(self._not_in_order())
         return (columns - offset).clamp_min(0)
 
     def tensors(self) -> list[Tensor]:
-        """All that the layer keeps."""
         beside = [t for t in (self.hidden_BS, self.begin_B) if t is not None]
         return [t for stream in self.streams for t in stream.tensors()] + beside
-
-    def why_whole(self) -> str:
-        return f"that is stored as {self.store.label()} has no {{}} as tensors of numbers"
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -288,11 +240,7 @@ class QuantisedLayer(WholeLayer):
         if not count or not self.is_initialized:
             return
         held = self.streams[0].ring_BKrW.shape[2]
-        if count > held:
-            raise ValueError(
-                f"layer {self.layer}: {count} tokens are to be taken back, and only the newest {held} are not packed "
-                f"yet ({self.store.label()} keeps at least {self.store.recent} so). Raise `recent` in the recipe."
-            )
+        self._check_crop(count, held)
         for stream in self.streams:
             stream.crop(count)
         self.seen -= count
@@ -301,22 +249,6 @@ class QuantisedLayer(WholeLayer):
 
     def reset(self) -> None:
         self._clear()
-
-    def offload(self) -> None:
-        raise ValueError(f"layer {self.layer}: a cache of codes cannot be offloaded. Use a dynamic cache.")
-
-    prefetch = offload
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._select(torch.arange(self.batch_size)[indices.cpu()])
 
     def _select(self, rows_B: Tensor) -> None:
         if not self.is_initialized:
@@ -329,31 +261,3 @@ class QuantisedLayer(WholeLayer):
         self.hidden_BS, self.begin_B = (
             None if t is None else t.index_select(0, rows) for t in (self.hidden_BS, self.begin_B)
         )
-
-
-def prepare(
-    layer: Any, mask: Tensor | None, true_hides: bool = False, tables: Mapping[str, Tensor] | None = None
-) -> None:
-    """Tell a layer of a cache what the tokens of the next call bring; layers that are not ours ask for nothing.
-
-    Args:
-        mask: [B, S] of which 0 is padding, or of four dimensions, bool or additive; None without padding.
-        true_hides: what True of a boolean mask of four dimensions means.
-        tables: of a codec that is calibrated.
-    """
-    if isinstance(layer, QuantisedLayer):
-        flip = mask is not None and mask.ndim == 4 and mask.dtype == torch.bool and true_hides
-        layer.mask = ~mask if flip else mask  # type: ignore[operator]
-        layer.tables = tables
-
-
-def _real(mask: Tensor, past: int, tokens: int, batch: int) -> Tensor | None:
-    """[B, T] of new tokens, False at padding; None where none is. A token that does not see itself is padding."""
-    if mask.ndim == 4:
-        seen = mask if mask.dtype == torch.bool else mask > HIDDEN
-        real = seen[:, 0, -tokens:, past : past + tokens].diagonal(dim1=-2, dim2=-1)
-    else:
-        real = mask[:, past : past + tokens] != 0
-    if real.shape[1] != tokens:
-        raise ValueError(f"an attention mask of shape {tuple(mask.shape)} came with {past} + {tokens} tokens")
-    return None if bool(real.all()) else real.expand(batch, -1)

@@ -12,6 +12,8 @@ from .codecs import CODECS, TABLES, Form
 from .site import AttentionSite
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PLACE_BYTES = 8
+"""Of a column or position that a static cache keeps for a sequence: int64."""
 
 
 class Store(Protocol):
@@ -38,6 +40,9 @@ class Store(Protocol):
             entry: heads, width of keys and width of values of one token.
         """
 
+    def static_bytes(self, tokens: int, entry: tuple[int, int, int]) -> int:
+        """Bytes that a static cache for one sequence of `tokens` tokens allocates at once; `entry` as above."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
@@ -63,6 +68,10 @@ class Dense:
         """All numbers, and nothing beside them."""
         heads, key, value = entry
         return tokens * heads * (key + value) * self.itemsize
+
+    def static_bytes(self, tokens: int, entry: tuple[int, int, int]) -> int:
+        """As of the dynamic one."""
+        return self.bytes_at(tokens, entry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +156,24 @@ class Codec:
             coded = packed if form is not None and width else 0
             total += (tokens - coded) * heads * width * itemsize_of(self.dtype)
             total += form.bytes_of(coded, heads, width) if form is not None and coded else 0
+        return total
+
+    def rooms(self, tokens: int) -> tuple[int, int, int]:
+        """Tokens that a static cache of `tokens` tokens has room for: the first ones, packed ones, and the newest."""
+        first = min(self.sinks, tokens - 1)
+        return first, self.packed(tokens), min(self.recent + self.group, tokens - first)
+
+    def static_bytes(self, tokens: int, entry: tuple[int, int, int]) -> int:
+        """All rooms, which of the newest tokens are padding, and where the sequence begins."""
+        heads, *widths = entry
+        if not heads:
+            return 0
+        first, packed, newest = self.rooms(tokens)
+        total = newest + _PLACE_BYTES * (1 + self.unrotated)
+        for form, width in zip(self.forms(), widths, strict=True):
+            coded = form is not None and width > 0
+            total += (first + newest if coded else tokens) * heads * width * itemsize_of(self.dtype)
+            total += form.bytes_of(packed, heads, width) if form is not None and coded and packed else 0
         return total
 
 

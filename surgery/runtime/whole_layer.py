@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -17,6 +20,22 @@ class WholeLayer(CacheLayerMixin):
     def why_whole(self) -> str:
         """What a cache like this has not; `{}` stands for the word for what was asked for."""
         raise NotImplementedError
+
+    def _require(self, holds: bool | Tensor, message: str, more: Callable[[], str] = str) -> None:
+        """Raise RuntimeError unless `holds`; in compiled steps the device asserts it, a GPU for good."""
+        if isinstance(holds, Tensor) and torch.compiler.is_compiling():
+            torch._assert_async(holds, message)
+        elif not holds:
+            raise RuntimeError(message + more())
+
+    def _require_room(self, seen: int | Tensor, tokens: int, most: int) -> None:
+        """Refuse tokens behind the end of a static cache."""
+        self._require(
+            seen + tokens <= most,
+            f"layer {self.layer}: the static cache is for {most} tokens, and more came. Raise max_cache_len, or use a "
+            "dynamic cache.",
+            lambda: f" These make {int(seen) + tokens}.",
+        )
 
     def _refusal(self, what: str) -> ValueError:
         return ValueError(
