@@ -44,6 +44,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "fp8": {"codec": "fp8"},
     **{f"int4 (Hadamard), {b} bits": {"codec": "int4", "k_bits": b} for b in (4, 3, 2)},
     **{f"kivi, {b} bits": {"codec": "kivi", "k_bits": b} for b in (4, 3, 2)},
+    "kivi, 4 bits all counted, by sensitivity": {"codec": "kivi", "bits": "sensitivity", "bits_per_number": 4},
     **{f"turbo, {b} bits": {"codec": "turbo", "k_bits": b} for b in (4, 3, 2)},
     **{f"metric, {b:g} bits": {"codec": "metric", "k_bits": b} for b in (5, 4, 3, 2.25, 2)},
     **{f"metric, {b:g} bits, other text": {"codec": "metric", "k_bits": b} for b in (4, 3, 2.25)},
@@ -130,7 +131,7 @@ def rows(
         if not wants(name):
             continue
         began = time.perf_counter()
-        text = None if options["codec"] != "metric" else other if "other" in name else same
+        text = other if "other" in name else same
         model = surgery.convert(parent, {"steps": [fixed | options]}, calibration=text, seed=SEED).eval()
         seconds = time.perf_counter() - began
         found = score(model, windows, wanted, lambda m: DynamicCache(config=m.config))

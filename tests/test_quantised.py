@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import surgery
 from surgery.measure.memory import tensor_bytes
-from surgery.rewriters.stored.directions import shared_out, tables_of
+from surgery.rewriters.stored.directions import directions_of, shared_out
 from surgery.runtime import quantised_cache
 from surgery.runtime.calling import cache_argument
 from surgery.runtime.codecs import CODECS, TABLES, Directions, Spherical
@@ -285,7 +285,7 @@ def test_a_converted_model_names_its_recipe_as_the_place_for_codes():
 
 def directions(x, metric, bits, **options):
     """A form with tables that were made of x."""
-    made = tables_of(x, metric, bits, letter="k", **options)
+    made = directions_of(x, metric, letter="k", **options).tables(bits)
     return Directions(bits, options["scaled"], {name: made[f"k_{name}_bits"] for name in TABLES})
 
 

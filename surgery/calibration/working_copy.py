@@ -19,7 +19,7 @@ from ..attention.forward import head_outputs
 from ..attention.latent import LatentWeights
 from ..attention.weights import AttentionWeights, parameter_names, read_attention, write_changed
 from ..runtime.canonical import canonical_weights
-from ..runtime.layout import AttentionSite, LayerPlan, Project
+from ..runtime.layout import AttentionSite, Codec, LayerPlan, Project
 from .forms import HeadsForm, Inputs, LatentForm, ReaderForm
 from .journal import Journal, way_of
 from .layers import DecoderLayers, layer_parameters, shell_of
@@ -85,6 +85,8 @@ class WorkingCopy:
         """Tensors of the gates that layers got, and tables of the codecs of their caches, by name."""
         self.window_of: dict[int, int] = {}
         """Newest tokens that gates may not drop, where the text has decided that by layer."""
+        self.bits_of: dict[int, tuple[float, float]] = {}
+        """Bits of a key's and of a value's number, where the text has decided that by layer."""
         self.choice: int | None = None
         """Candidate that the last latent layer chose: where the search of the next one starts."""
         self.held_out: float | None = None
@@ -181,7 +183,8 @@ class WorkingCopy:
 
     def facts(self) -> dict[str, Any]:
         """What has been found out beside."""
-        return {"window_of": self.window_of, "choice": self.choice, "held_out": self.held_out}
+        names = ("window_of", "bits_of", "choice", "held_out")
+        return {name: getattr(self, name) for name in names}
 
     def take_parts(self, parts: Mapping[tuple[Any, ...], Any], facts: Mapping[str, Any]) -> None:
         """Take what `parts` and `facts` gave; the same numbers may lie in another place now."""
@@ -189,7 +192,8 @@ class WorkingCopy:
         for (kind, *where), part in parts.items():
             place = self._beside[kind].setdefault(where[0], {}) if kind in self._beside else places[kind]
             place[where[-1]] = part
-        self.window_of, self.choice, self.held_out = facts["window_of"], facts["choice"], facts["held_out"]
+        for name, fact in facts.items():
+            setattr(self, name, fact)
 
     def build(self, index: int, like: nn.Module) -> nn.Module:
         """Decoder layer `index` of the copy as it is now; until `leave`, what is written to it goes there, too."""
@@ -297,6 +301,10 @@ class WorkingCopy:
         if layer in self.window_of:
             assert plan.retain is not None
             plan = replace(plan, retain=replace(plan.retain, window=self.window_of[layer]))
+        if layer in self.bits_of:
+            assert isinstance(plan.store, Codec)
+            k_bits, v_bits = self.bits_of[layer]
+            plan = replace(plan, store=replace(plan.store, k_bits=k_bits, v_bits=v_bits))
         return self.form(layer).settle(self.sites[layer], plan)
 
     def canonical(self, layer: int) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from ..runtime.codecs import CODECS, PerToken
 from ..runtime.layout import Codec, Latent, LayerPlan
 from ..runtime.packing import fitted
 from . import Method
-from .stored.directions import codec_tables
+from .stored.directions import StreamDirections, directions_of_layer, tables_of
+from .stored.sensitivity import bits_by_layer, equal_bits
 
 OFFERED_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 """Of one number, codes and scales: what the planner chooses from."""
@@ -46,10 +47,14 @@ class QuantiseStep(Step):
     """Newest tokens that stay as they are, at least. As many can be taken back (assisted decoding)."""
     group: int = 32
     """Numbers that share a scale, and tokens that are packed at a time."""
+    bits: Literal["equal", "sensitivity"] = "equal"
+    """`sensitivity`: keys and values of the layers share `bits_per_number`, by what codes of each cost on the text."""
+    bits_per_number: float | None = None
+    """`sensitivity` only: bits of a packed number on average, scales counted."""
 
     @property
     def text(self) -> Text:
-        return "needed" if CODECS[self.codec].calibrated else "none"
+        return "needed" if CODECS[self.codec].calibrated or self.bits == "sensitivity" else "none"
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -62,9 +67,19 @@ class QuantiseStep(Step):
             bits = getattr(self, name)
             if bits is not None and not kind.knows(bits):
                 raise RecipeError(f"{where}.{name}: {self.codec} knows {known} bits, not {bits:g}.")
+        if self.bits == "sensitivity":
+            self._check_shared(where, len(kind.bits) == 1)
+        elif self.bits_per_number is not None:
+            raise RecipeError(f"{where}.bits_per_number: is for bits: sensitivity. Otherwise give k_bits and v_bits.")
         for name, least in (("sinks", 0), ("recent", 0), ("group", 1)):
             if getattr(self, name) < least:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} must be at least {least}.")
+
+    def _check_shared(self, where: str, has_one: bool) -> None:
+        if has_one:
+            raise RecipeError(f"{where}.bits: {self.codec} has one number of bits. Use int4, kivi, turbo or metric.")
+        if self.bits_per_number is None or self.k_bits is not None or self.v_bits is not None:
+            raise RecipeError(f"{where}.bits: sensitivity asks for bits_per_number, and chooses k_bits and v_bits.")
 
 
 class Quantise(Method):
@@ -101,6 +116,8 @@ class Quantise(Method):
                 f"layer {latent[0]}: {where}: {step.codec} reads keys and values of heads, and the layer caches a "
                 "latent. Use the codec int4 or kivi."
             )
+        if step.bits == "sensitivity":
+            self._check_measurable(layers, able, where)
         return tuple(
             replace(layer, store=self._value(layer)) if layer.layer in able and step.selects(layer.layer) else layer
             for layer in layers
@@ -114,6 +131,37 @@ class Quantise(Method):
             latent = [{"codec": "kivi", "k_bits": bits}] if bits in (2, 3, 4) else []
             offers.append([{"codec": "metric", "k_bits": bits}, *latent])
         return offers
+
+    def conflict(self, other: Any) -> str | None:
+        """Bits are measured layer by layer, on caches that nobody else reads."""
+        if self.step.bits == "sensitivity" and other.axis == "share":
+            return (
+                "quantise asks for bits: sensitivity, which is measured on layers that keep caches of their own. "
+                "Beside share, write a quantise step for each number of bits, with its `layers`."
+            )
+        return None
+
+    def _check_measurable(self, layers: Sequence[LayerPlan], able: Sequence[int], where: str) -> None:
+        """Refuse budgets below the fewest bits, and layers whose codes are not those of heads."""
+        step = self.step
+        for layer in layers:
+            if layer.layer not in able or not step.selects(layer.layer):
+                continue
+            if isinstance(layer.project, Latent):
+                raise PlanError(
+                    f"layer {layer.layer}: {where} asks for bits: sensitivity, which is measured on keys and values of "
+                    "heads, and the layer caches a latent. Give k_bits."
+                )
+            if self._equal_bits(layer) is None:
+                least = min(b for b in CODECS[step.codec].bits)
+                raise PlanError(
+                    f"layer {layer.layer}: {where}.bits_per_number: {step.bits_per_number:g} is less than {step.codec} "
+                    f"takes with {least:g} bits and scales. Give more, or a larger `group`."
+                )
+
+    def _equal_bits(self, layer: LayerPlan) -> float | None:
+        assert self.step.bits_per_number is not None
+        return equal_bits(self.step.codec, self.step.bits_per_number, self.step.group, layer.entry())
 
     def notes(self, plan: Any) -> list[str]:
         """What is packed how, and where groups became smaller."""
@@ -131,6 +179,8 @@ class Quantise(Method):
             f"quantise: {step.codec}, {bits:.2f} bits per number with scales; the first {step.sinks} and the newest "
             f"{step.recent} to {step.recent + step.group - 1} tokens stay as they are"
         )
+        if step.bits == "sensitivity":
+            lines.append(f"quantise: text shares out {step.bits_per_number:g} bits per number; layers may get others")
         smaller = {
             (width, fitted(width, form.group))
             for _, form, width in packed
@@ -144,21 +194,32 @@ class Quantise(Method):
         return lines
 
     def convert(self, copy: WorkingCopy, layers: Sequence[LayerPlan], windows: Windows | None) -> None:
-        """The weights stay; a codec that is calibrated gets its tables."""
-        if not CODECS[self.step.codec].calibrated:
+        """The weights stay; a codec that is calibrated gets its tables, and streams may get bits of their own."""
+        calibrated, shared = CODECS[self.step.codec].calibrated, self.step.bits == "sensitivity"
+        if not calibrated and not shared:
             return
         assert windows is not None
         plan_of = {plan.layer: plan for plan in layers}
-        for visit in copy.visits(windows, plan_of, kept={}):
-            store = plan_of[visit.layer].store
-            assert isinstance(store, Codec)
-            if plan_of[visit.layer].entry()[2] == 0:
-                store = replace(store, v_bits=None)
-            copy.codecs[visit.layer] = codec_tables(visit, store)
+        found: dict[int, list[StreamDirections]] = {}
+        for visit in copy.visits(windows, plan_of if calibrated else (), kept=None if shared else {}):
+            plan = plan_of[visit.layer]
+            assert isinstance(plan.store, Codec)
+            store = replace(plan.store, v_bits=None) if plan.entry()[2] == 0 else plan.store
+            found[visit.layer] = directions_of_layer(visit, store)
+            copy.codecs[visit.layer] = tables_of(found[visit.layer], store)
+        if shared:
+            settled = [copy.settle(plan) for plan in layers]
+            copy.bits_of |= bits_by_layer(copy, settled, windows, self.step.bits_per_number or 0.0, found)
+        for layer, directions in found.items() if shared else ():
+            settled_store = copy.settle(plan_of[layer]).store
+            assert isinstance(settled_store, Codec)
+            copy.codecs[layer] = tables_of(directions, settled_store)
 
     def _value(self, layer: LayerPlan) -> Codec:
         step = self.step
         k_bits = CODECS[step.codec].default if step.k_bits is None else step.k_bits
+        if step.bits == "sensitivity":
+            k_bits = self._equal_bits(layer) or k_bits
         v_bits: float = k_bits if step.v_bits is None else step.v_bits
         return Codec(
             codec=step.codec, k_bits=k_bits, v_bits=None if isinstance(layer.project, Latent) else v_bits,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
+Part = TypeVar("Part", bound=Hashable)
 PARTS = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Sizes at which a layer is tried, in parts of its uniform share."""
 
@@ -69,3 +71,34 @@ def _gain(line: Sequence[tuple[int, float]], at: int) -> float:
         if at < x1:
             return (y0 - y1) / (x1 - x0)
     return 0.0
+
+
+def choose(lines: Mapping[Part, Sequence[tuple[int, float]]], budget: int) -> dict[Part, int]:
+    """One of the measured sizes of each part, that of the least cost in all; together at most `budget`.
+
+    Parts begin at their smallest size, and go up their convex hulls where a unit of size saves most; what no longer
+    fits is passed over. Within one step of a hull that is optimal (Fox 1966).
+
+    Args:
+        lines: (size, cost) of each part; costs of parts are taken to add up.
+    """
+    hulls = {part: convex(line) for part, line in lines.items()}
+    given = {part: hull[0][0] for part, hull in hulls.items()}
+    free = budget - sum(given.values())
+    steps = sorted(
+        ((y1 - y0) / (x1 - x0), number, i)
+        for number, hull in enumerate(hulls.values())
+        for i, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(hull))
+    )
+    parts, stopped = list(hulls), set()
+    for slope, number, i in steps:
+        part = parts[number]
+        size = hulls[part][i + 1][0]
+        if slope >= 0 or part in stopped:
+            continue
+        if size - given[part] > free:
+            stopped.add(part)
+            continue
+        free -= size - given[part]
+        given[part] = size
+    return given

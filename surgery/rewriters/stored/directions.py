@@ -9,7 +9,8 @@ mix the channels of a pair; values are divided by their norms, for attention may
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +33,42 @@ _LEAST_METRIC = 1e-6
 _STEPS = 9
 
 
-def codec_tables(visit: Visit, store: Codec) -> dict[str, Tensor]:
-    """The tables of one layer by the names of `Codec.table_shapes`.
+@dataclass(frozen=True, kw_only=True)
+class StreamDirections:
+    """What the text says of the keys, or values, of one layer; tables for any number of bits follow from it."""
+
+    letter: str
+    """`k` or `v`."""
+    scaled: bool
+    """Whether vectors are held less their norms under the metric."""
+    turn_KWW: Tensor
+    back_KWW: Tensor
+    middle_KW: Tensor
+    steps_bKW: Tensor
+    """By bits, 0 to 8: of each direction the step with the least squared error, and that error."""
+    errors_bKW: Tensor
+
+    def widths(self, bits: float) -> Tensor:
+        """[K, W]: bits of each direction."""
+        return shared_out(self.errors_bKW, Directions(bits, self.scaled, None).code_bits(self.turn_KWW.shape[-1]))
+
+    def error(self, bits: float) -> float:
+        """Squared error under the metric."""
+        return float(self.errors_bKW.gather(0, self.widths(bits)[None]).sum())
+
+    def tables(self, bits: float) -> dict[str, Tensor]:
+        """By the names of `Codec.table_shapes`; int32, floats seen as their bits."""
+        widths = self.widths(bits)
+        step = self.steps_bKW.gather(0, widths[None])[0]
+        found = dict(zip(TABLES, (self.turn_KWW, self.back_KWW, step, self.middle_KW), strict=False))
+        tables = {name: t.float().contiguous().view(torch.int32) for name, t in found.items()} | {
+            "widths": widths.int()
+        }
+        return {f"{self.letter}_{name}_bits": t for name, t in tables.items()}
+
+
+def directions_of_layer(visit: Visit, store: Codec) -> list[StreamDirections]:
+    """Of the keys of one layer, and of its values where `store` encodes them.
 
     Raises:
         PlanError: the text has too few tokens behind the first ones.
@@ -60,16 +95,20 @@ def codec_tables(visit: Visit, store: Codec) -> dict[str, Tensor]:
     key_metric = torch.stack([read_NHH[list(group)].sum(0) for group in weights.groups])
     o_KDGV = [weights.o_DNV[:, list(group)].double() for group in weights.groups]
     value_metric = torch.stack([torch.einsum("dgv,dgw->vw", o, o) for o in o_KDGV])
-    made = tables_of(k_KPH[..., back], key_metric, store.k_bits, scaled=False, mean=True, letter="k")
+    made = [directions_of(k_KPH[..., back], key_metric, scaled=False, mean=True, letter="k")]
     if store.v_bits is not None:
-        made |= tables_of(v_KPV, value_metric, store.v_bits, scaled=True, mean=False, letter="v")
+        made.append(directions_of(v_KPV, value_metric, scaled=True, mean=False, letter="v"))
     return made
 
 
-def tables_of(
-    x_KPW: Tensor, metric_KWW: Tensor, bits: float, *, scaled: bool, mean: bool, letter: str
-) -> dict[str, Tensor]:
-    """Tables of one stream, int32, floats seen as their bits.
+def tables_of(directions: Sequence[StreamDirections], store: Codec) -> dict[str, Tensor]:
+    """The tables of one layer by the names of `Codec.table_shapes`."""
+    bits = {"k": store.k_bits, "v": store.v_bits}
+    return {name: t for found in directions for name, t in found.tables(bits[found.letter] or 0).items()}
+
+
+def directions_of(x_KPW: Tensor, metric_KWW: Tensor, *, scaled: bool, mean: bool, letter: str) -> StreamDirections:
+    """Directions of one stream.
 
     Args:
         x_KPW: vectors of the text.
@@ -83,14 +122,11 @@ def tables_of(
     if scaled:
         y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     u = torch.linalg.eigh(hermitian(y.mT @ y)).eigenvectors.flip(-1)
-    z = y @ u
-    steps, errors = _steps(z)
-    count = Directions(bits, scaled, None).code_bits(x.shape[-1])
-    widths = shared_out(errors, count)
-    step = steps.gather(0, widths[None])[0]
-    found = {"turn": root @ u, "back": u.mT @ inverse, "step": step, "mean": middle}
-    tables = {name: found[name].float().contiguous().view(torch.int32) for name in TABLES[:4]}
-    return {f"{letter}_{name}_bits": t for name, t in (tables | {"widths": widths.int()}).items()}
+    steps, errors = _steps(y @ u)
+    return StreamDirections(
+        letter=letter, scaled=scaled, turn_KWW=root @ u, back_KWW=u.mT @ inverse, middle_KW=middle,
+        steps_bKW=steps, errors_bKW=errors,
+    )  # fmt: skip
 
 
 def shared_out(errors_bKW: Tensor, count: int) -> Tensor:
