@@ -46,6 +46,8 @@ CODECS: dict[str, dict[str, Any]] = {
     **{f"kivi, {b} bits": {"codec": "kivi", "k_bits": b} for b in (4, 3, 2)},
     "kivi, 4 bits all counted, by sensitivity": {"codec": "kivi", "bits": "sensitivity", "bits_per_number": 4},
     **{f"turbo, {b} bits": {"codec": "turbo", "k_bits": b} for b in (4, 3, 2)},
+    **{f"kvquant, {b} bits": {"codec": "kvquant", "k_bits": b} for b in (4, 3, 2)},
+    "oscar, 2 bits": {"codec": "oscar"},
     **{f"metric, {b:g} bits": {"codec": "metric", "k_bits": b} for b in (5, 4, 3, 2.25, 2)},
     **{f"metric, {b:g} bits, other text": {"codec": "metric", "k_bits": b} for b in (4, 3, 2.25)},
 }

@@ -10,10 +10,13 @@ from transformers import DynamicCache
 import surgery
 from surgery.measure.memory import tensor_bytes
 from surgery.rewriters.stored.directions import directions_of, shared_out
+from surgery.rewriters.stored.levels import k_means
 from surgery.runtime import quantised_cache
+from surgery.runtime.calibrated_forms import TABLES, Directions, Levels
 from surgery.runtime.calling import cache_argument
-from surgery.runtime.codecs import CODECS, TABLES, Directions, Spherical
+from surgery.runtime.codecs import CODECS
 from surgery.runtime.layout import Codec, LayerPlan
+from surgery.runtime.packed_forms import Spherical
 from surgery.runtime.packing import gaussian_codebook, hadamard, pack, packed_width, unpack
 from surgery.runtime.quantised_cache import QuantisedLayer
 
@@ -113,7 +116,17 @@ def test_planned_bytes_are_allocated_and_the_model_is_still_the_model(codec):
     assert plan.cache_bytes(60) < 0.75 * plan.cache_bytes(60, parent=True)
     with torch.no_grad():
         error = relative_error(logits, tiny_model("llama").eval()(IDS).logits)
-    assert 0 < error < {"int8": 0.03, "fp8": 0.08, "int4": 0.2, "turbo": 0.3, "kivi": 0.6, "metric": 0.6}[codec]
+    most = {
+        "int8": 0.03,
+        "fp8": 0.08,
+        "int4": 0.2,
+        "turbo": 0.3,
+        "kivi": 0.6,
+        "metric": 0.6,
+        "kvquant": 0.6,
+        "oscar": 0.7,
+    }
+    assert 0 < error < most[codec]
 
 
 def test_a_chunk_up_to_a_whole_group_sees_what_its_tokens_see_one_by_one():
@@ -318,6 +331,32 @@ def test_bits_go_where_the_metric_feels_their_errors(scaled):
     assert error[0] < 0.2 * wider[0]
 
 
+def test_levels_of_text_suit_its_distribution_and_outliers_are_kept():
+    """Of a normal, in parts of the middle 99 of 100 numbers, with those beyond left out: near what Max found."""
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 4000, 8, generator=random) / 2.5758
+    levels = k_means(z, torch.ones_like(z), 2, -1.0)
+    torch.testing.assert_close(levels * 2.5758, torch.tensor([[-1.51, -0.453, 0.453, 1.51]] * 2), atol=0.12, rtol=0)
+    doubled = k_means(z, torch.where(z > 0, 100.0, 1.0), 2, -1.0)
+    assert (doubled > 0).sum() == 6  # levels go where an error counts
+    x = torch.randn(2, 2, 32, 16, generator=random)
+    x[0, 0, 3, 5], x[1, 1, 20, 2] = 50.0, -80.0
+    for by_channel in (True, False):
+        tables = {"middle": torch.zeros(2, 16), "reach": torch.full((2, 16), 2.5758)} if by_channel else {}
+        tables["levels"] = levels if by_channel else (levels + 1) / 2
+        tables = {name: t.view(torch.int32) for name, t in tables.items()}
+        form = Levels(bits=2, group=16, by_channel=by_channel, tables=tables)
+        parts = form.encode(x)
+        got = form.decode(parts, 16)
+        assert sum(p.numel() * p.element_size() for p in parts) == 2 * form.bytes_of(32, 2, 16)
+        assert got[0, 0, 3, 5] == 50 and got[1, 1, 20, 2] == -80
+        far = x.abs() > 10
+        assert relative_error(got[~far], x[~far]) < 0.5
+        hidden = torch.zeros(2, 32, dtype=torch.bool)
+        hidden[0, 3] = True
+        assert form.decode(form.encode(x, hidden), 16)[0, 0, 3, 5] != 50
+
+
 def test_bits_are_shared_out_by_what_one_more_takes_off():
     errors = torch.tensor([[[16.0, 4.0, 1.0]], [[4.0, 1.0, 0.9]], [[1.0, 0.3, 0.8]], [[0.2, 0.1, 0.7]]])
     assert shared_out(errors, 4).tolist() == [[2, 1, 1]] or shared_out(errors, 4).tolist() == [[3, 1, 0]]
@@ -398,13 +437,15 @@ BY_BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("codec", ["int4", "metric"])
+@pytest.mark.parametrize("codec", ["int4", "metric", "oscar"])
 @pytest.mark.parametrize("case", BY_BLOCKS)
 @torch.no_grad()
 def test_attention_by_blocks_is_that_over_the_decoded_cache(case, codec, monkeypatch):
     family, before = BY_BLOCKS[case]
     if codec == "metric" and case not in ("plain", "uneven groups", "shared"):
         pytest.skip("keys that are rotated at read are read by the same blocks")
+    if codec == "oscar" and case not in ("plain", "uneven groups"):
+        pytest.skip("turns of each KV head are taken to its queries in the same place")
     monkeypatch.setattr("surgery.runtime.quantised_cache.BLOCK", 16)
     model = converted(codec, family, before)
     seen = []

@@ -9,7 +9,8 @@ from transformers.generation import CompileConfig
 import surgery
 from surgery.measure.memory import tensor_bytes
 from surgery.runtime.calling import cache_argument
-from surgery.runtime.codecs import CODECS, stored
+from surgery.runtime.codecs import CODECS
+from surgery.runtime.packed_forms import stored
 
 LENGTH = 76
 IDS = torch.randint(3, 128, (2, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -13,11 +13,13 @@ from ..console import spans
 from ..errors import PlanError, RecipeError
 from ..planning.schema import nearest
 from ..recipe import Step, Text
-from ..runtime.codecs import CODECS, PerToken
+from ..runtime.codecs import CODECS
 from ..runtime.layout import Codec, Latent, LayerPlan
+from ..runtime.packed_forms import PerToken
 from ..runtime.packing import fitted
 from . import Method
-from .stored.directions import StreamDirections, directions_of_layer, tables_of
+from .stored import FITS
+from .stored.samples import Fitted, tables_of
 from .stored.sensitivity import bits_by_layer, equal_bits
 
 OFFERED_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
@@ -62,7 +64,7 @@ class QuantiseStep(Step):
             near = nearest(self.codec, CODECS)
             raise RecipeError(f"{where}.codec: no codec {self.codec!r}.{near} Known: {', '.join(CODECS)}.")
         kind = CODECS[self.codec]
-        known = f"{kind.bits[0]:g} to {kind.bits[-1]:g}" if kind.calibrated else ", ".join(f"{b:g}" for b in kind.bits)
+        known = f"{kind.bits[0]:g} to {kind.bits[-1]:g}" if kind.any_bits else ", ".join(f"{b:g}" for b in kind.bits)
         for name in ("k_bits", "v_bits"):
             bits = getattr(self, name)
             if bits is not None and not kind.knows(bits):
@@ -200,12 +202,12 @@ class Quantise(Method):
             return
         assert windows is not None
         plan_of = {plan.layer: plan for plan in layers}
-        found: dict[int, list[StreamDirections]] = {}
+        found: dict[int, Sequence[Fitted]] = {}
         for visit in copy.visits(windows, plan_of if calibrated else (), kept=None if shared else {}):
             plan = plan_of[visit.layer]
             assert isinstance(plan.store, Codec)
             store = replace(plan.store, v_bits=None) if plan.entry()[2] == 0 else plan.store
-            found[visit.layer] = directions_of_layer(visit, store)
+            found[visit.layer] = FITS[store.codec](visit, store)
             copy.codecs[visit.layer] = tables_of(found[visit.layer], store)
         if shared:
             settled = [copy.settle(plan) for plan in layers]

@@ -1,350 +1,18 @@
-"""Codecs of quantised caches: keys and values of whole groups of tokens as packed bytes, scales beside them, and back.
-
-A codec is a pair of forms, one for keys and one for values. What a form makes of a stretch of tokens is a few tensors
-that all have time, or groups of it, in dimension 2: stretches are put behind each other, and read in parts, without
-being encoded again. Statistics are of one KV head, and of one group or one token, never of the batch.
-"""
+"""Codecs of quantised caches by name: each a pair of forms, one for keys and one for values."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from .packing import (
-    bits_of_bytes,
-    fitted,
-    gaussian_codebook,
-    groups_as_floats,
-    hadamard,
-    pack,
-    packed_width,
-    random_rotation,
-    unpack,
-)
+from .calibrated_forms import TABLES, Directions, Levels, Turned
+from .packed_forms import Decoded, Form, Parts, PerChannel, PerToken, Spherical, Symmetric, Tables
 
-Parts = tuple[Tensor, ...]
-Tables = Mapping[str, Tensor]
-"""What calibration text has decided for one stream of one layer, by name (`TABLES`)."""
-SCALE_BYTES = 2
-"""Of one scale or offset: float16, of which codes are rounded against the rounded value."""
-_LARGEST = 65504.0
+__all__ = ["CODECS", "CodecKind", "Decoded", "Form", "Parts", "Tables", "groups_of"]
 
-
-class Form(Protocol):
-    """How keys, or values, are encoded. `Decoded` has what scores and means are where nothing better is known."""
-
-    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        """Encode whole groups of tokens; every part has T, or T over a constant, entries in dimension 2.
-
-        Args:
-            skip_BT: True at tokens that are never read, padding among them: they may not set a scale.
-        """
-
-    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        """float32 [B, K, T, W] of what `encode` made.
-
-        Args:
-            turned: leave the numbers in the basis of `basis`, where queries can be taken to instead.
-        """
-
-    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
-        """float32 [B, K, G, T]: products of queries, in the basis, with all vectors."""
-
-    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
-        """float32 [B, K, G, W]: sums of all vectors with these weights, in the basis."""
-
-    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
-        """Orthogonal [W, W] float32 by which vectors are multiplied before they are rounded; None where by none."""
-
-    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
-        """Bytes of all parts of one sequence."""
-
-
-class Decoded:
-    """Scores and means by way of the decoded vectors."""
-
-    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
-        x: Tensor = self.decode(parts, q_BKGW.shape[-1], turned=True)  # type: ignore[attr-defined]
-        return q_BKGW @ x.mT
-
-    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
-        x: Tensor = self.decode(parts, width, turned=True)  # type: ignore[attr-defined]
-        return weight_BKGT @ x
-
-
-def stored(x: Tensor) -> Tensor:
-    """float32 as float16, to the nearest.
-
-    The rounding is done on the bits: inductor leaves out a cast to float16 and back, and codes would be rounded against
-    another number than the one that is stored.
-    """
-    x = x.clamp(-_LARGEST, _LARGEST)
-    bits = x.view(torch.int32)
-    near = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-    small = (x + 0.75) - 0.75  # below 2^-14 the numbers of float16 are 2^-24 apart, as those of float32 near 0.75
-    return torch.where(x.abs() < 2.0**-14, small, near).half()
-
-
-def _affine(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8, and the float16 scale and offset that they are rounded against."""
-    scale, low = stored((high - low) / (2**bits - 1)), stored(low)
-    step = torch.where(scale == 0, 1.0, scale.float())
-    codes = ((x - low.float()) / step).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-    return codes, scale, low
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerToken:
-    """Asymmetric integers: a scale and an offset for each token and `group` channels.
-
-    Source: QuaRot, arXiv:2404.00456, for the rotation by a Hadamard matrix (`rotated`).
-    """
-
-    bits: int
-    group: int
-    rotated: bool = False
-
-    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        x = x_BKTW.float()
-        matrix = self.basis(x.shape[-1], x.device)
-        if matrix is not None:
-            x = x @ matrix
-        x = x.unflatten(-1, (-1, fitted(x.shape[-1], self.group)))
-        codes, scale, low = _affine(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), self.bits)
-        return pack(codes.flatten(-2), self.bits), scale.squeeze(-1), low.squeeze(-1)
-
-    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        words, scale, low = parts
-        codes = unpack(words, self.bits, width).unflatten(-1, (-1, fitted(width, self.group))).float()
-        x = torch.addcmul(low.float()[..., None], codes, scale.float()[..., None]).flatten(-2)
-        matrix = None if turned else self.basis(width, x.device)
-        return x if matrix is None else x @ matrix.t()
-
-    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
-        words, scale, low = (part.float() if part.is_floating_point() else part for part in parts)
-        width = q_BKGW.shape[-1]
-        size = width // scale.shape[-1]
-        codes = groups_as_floats(words, self.bits, width, size)
-        total = q_BKGW.new_zeros(())
-        # Scales multiply products of whole groups: far fewer numbers than codes.
-        for i, (q, code) in enumerate(zip(q_BKGW.split(size, -1), codes, strict=True)):
-            total = total + (q @ code.mT) * scale[:, :, None, :, i] + q.sum(-1, keepdim=True) * low[:, :, None, :, i]
-        return total
-
-    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
-        words, scale, low = (part.float() if part.is_floating_point() else part for part in parts)
-        codes = groups_as_floats(words, self.bits, width, width // scale.shape[-1])
-        found = [(weight_BKGT * scale[:, :, None, :, i]) @ code for i, code in enumerate(codes)]
-        shifts = (weight_BKGT @ low).unbind(-1)
-        return torch.cat([x + shift[..., None] for x, shift in zip(found, shifts, strict=True)], -1)
-
-    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
-        return hadamard(width, device) if self.rotated else None
-
-    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
-        groups = width // fitted(width, self.group) if width else 0
-        return tokens * heads * (packed_width(width, self.bits) + 2 * SCALE_BYTES * groups)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerChannel(Decoded):
-    """Asymmetric integers: a scale and an offset for each channel and `group` tokens.
-
-    Source: KIVI, arXiv:2402.02750, which holds keys so, as they are after their rotation.
-    """
-
-    bits: int
-    group: int
-
-    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        x = x_BKTW.float().unflatten(2, (-1, self.group))
-        low, high = x, x
-        if skip_BT is not None:
-            skip = skip_BT.unflatten(1, (-1, self.group))[:, None, ..., None]
-            low, high = (x.masked_fill(skip, limit) for limit in (math.inf, -math.inf))
-            nothing = skip.all(3, keepdim=True)
-            low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
-        codes, scale, low = _affine(x, low.amin(3, keepdim=True), high.amax(3, keepdim=True), self.bits)
-        return pack(codes.flatten(2, 3), self.bits), scale.squeeze(3), low.squeeze(3)
-
-    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        words, scale, low = parts
-        codes = unpack(words, self.bits, width).unflatten(2, (-1, self.group)).float()
-        return torch.addcmul(low.float()[:, :, :, None], codes, scale.float()[:, :, :, None]).flatten(2, 3)
-
-    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
-        words, scale, low = parts
-        codes = unpack(words, self.bits, q_BKGW.shape[-1]).unflatten(2, (-1, self.group)).float()
-        scaled = q_BKGW[:, :, None] * scale.float()[:, :, :, None]  # [B, K, groups, G, W]
-        shift = (q_BKGW @ low.float().mT).mT[..., None]
-        return (scaled @ codes.mT + shift).transpose(2, 3).flatten(3)
-
-    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
-        return None
-
-    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
-        return heads * (tokens * packed_width(width, self.bits) + tokens // self.group * 2 * SCALE_BYTES * width)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Symmetric:
-    """One scale for each token and head, no offset: signed integers of 8 bits, or floats of 8 bits (e4m3)."""
-
-    floats: bool = False
-
-    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        x = x_BKTW.float()
-        largest = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-        top = torch.finfo(torch.float8_e4m3fn).max if self.floats else 127
-        scale = stored(largest / top)
-        x = (x / torch.where(scale == 0, 1.0, scale.float())).clamp(-top, top)
-        return x.to(torch.float8_e4m3fn) if self.floats else x.round_().to(torch.int8), scale.squeeze(-1)
-
-    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        codes, scale = parts
-        return codes.float() * scale.float()[..., None]
-
-    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
-        codes, scale = parts
-        return (q_BKGW @ codes.float().mT) * scale.float()[:, :, None]
-
-    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
-        codes, scale = parts
-        return (weight_BKGT * scale.float()[:, :, None]) @ codes.float()
-
-    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
-        return None
-
-    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
-        return tokens * heads * (width + SCALE_BYTES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spherical(Decoded):
-    """The norm of each vector apart; its direction after a random rotation, in levels that suit a Gaussian.
-
-    Source: TurboQuant, arXiv:2504.19874, without its second stage for inner products.
-    """
-
-    bits: int
-
-    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        x, width = x_BKTW.float(), x_BKTW.shape[-1]
-        norm = stored(x.norm(dim=-1, keepdim=True))
-        matrix = self.basis(width, x.device)
-        assert matrix is not None
-        unit = (x @ matrix) * (math.sqrt(width) / norm.float().clamp_min(1e-12))
-        levels = gaussian_codebook(self.bits, x.device)
-        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-        return pack(codes, self.bits), norm.squeeze(-1)
-
-    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        words, norm = parts
-        levels = gaussian_codebook(self.bits, words.device) / math.sqrt(max(width, 1))
-        x = levels[unpack(words, self.bits, width).int()] * norm.float()[..., None]
-        matrix = None if turned else self.basis(width, x.device)
-        return x if matrix is None else x @ matrix.t()
-
-    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
-        return random_rotation(width, device)
-
-    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
-        return tokens * heads * (packed_width(width, self.bits) + SCALE_BYTES)
-
-
-TABLES = ("turn", "back", "step", "mean", "widths")
-"""Tables of `Directions`, per KV head: [W, W] to directions and back, [W] of each direction its step, of each channel
-what is subtracted, and of each direction its bits."""
-_GAIN_STEPS = 8
-"""Gains are powers of two in steps of an eighth, from 2^-16 on."""
-
-
-class Directions(Decoded):
-    """Directions of calibration text, each with bits of its own and a fixed step; what is larger is clamped.
-
-    Vectors less their mean are turned to the principal directions under the metric in which their errors are felt.
-    Codes of a vector lie bit behind bit. Decoded numbers are linear in them: one product with [bits, W] decodes.
-
-    Args:
-        bits: of one number, the gain included; those of a vector fill whole bytes.
-        scaled: each vector is divided by a gain of its own, a byte: its norm under the metric.
-        tables: None where bytes are asked for and nothing else.
-    """
-
-    def __init__(self, bits: float, scaled: bool, tables: Tables | None) -> None:
-        self.bits, self.scaled = bits, scaled
-        if tables is None:
-            return
-        self.turn, self.back, self.step, self.middle = (tables[name].view(torch.float32) for name in TABLES[:4])
-        widths = tables["widths"].long()
-        count = int(widths[0].sum())
-        if bool((widths.sum(-1) != count).any()) or count != self.code_bits(widths.shape[-1]):
-            raise ValueError(
-                f"the bits of the directions of a head add up to {widths.sum(-1).tolist()}; "
-                f"{self.code_bits(widths.shape[-1])} were planned. The checkpoint is damaged."
-            )
-        self.half = 2.0 ** (widths - 1)[:, None]
-        pairs = [[(d, j) for d, w in enumerate(row) for j in range(w)] for row in widths.tolist()]
-        places = torch.tensor(pairs, device=widths.device)
-        self.direction, self.shift = places[..., 0], places[..., 1]
-        scaled_back = self.step[..., None] * self.back
-        # Code c stands for c + 1/2 - half; directions without bits stand for nothing.
-        middle = torch.where(widths > 0, 0.5 - self.half[:, 0], 0.0)
-        self.base = torch.einsum("kd,kdw->kw", middle, scaled_back)[:, None]
-        rows = self.direction[..., None].expand(-1, -1, scaled_back.shape[-1])
-        self.weights = 2.0 ** self.shift[..., None] * scaled_back.gather(1, rows)
-        self.there = widths[:, None] > 0
-
-    def code_bits(self, width: int) -> int:
-        """Bits of the codes of one vector."""
-        return 8 * (self._bytes(width) - self.scaled)
-
-    def _bytes(self, width: int) -> int:
-        return max(int(self.bits * width) // 8, 1 + self.scaled)
-
-    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        z = (x_BKTW.float() - self.middle[:, None]) @ self.turn
-        gain: Parts = ()
-        if self.scaled:
-            level = (z.norm(dim=-1, keepdim=True).clamp_min(2.0**-16).log2() + 16) * _GAIN_STEPS
-            level = level.round_().clamp_(0, 255)
-            z, gain = z / _gain(level), (level.squeeze(-1).to(torch.uint8),)
-        codes = torch.minimum(torch.maximum((z / self.step[:, None]).floor_(), -self.half), self.half - 1) + self.half
-        codes = torch.where(self.there, codes, 0.0).to(torch.uint8)
-        index = self.direction[None, :, None].expand(*codes.shape[:3], -1)
-        bits = (codes.gather(-1, index) >> self.shift[:, None].to(torch.uint8)) & 1
-        places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        return (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8), *gain
-
-    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        x = _bits(parts[0]) @ self.weights + self.base
-        return (x * _gain(parts[1].float())[..., None] if self.scaled else x) + self.middle[:, None]
-
-    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
-        weight = weight_BKGT * _gain(parts[1].float())[:, :, None] if self.scaled else weight_BKGT
-        x = (weight @ _bits(parts[0])) @ self.weights + weight.sum(-1, keepdim=True) * self.base
-        return x + weight_BKGT.sum(-1, keepdim=True) * self.middle[:, None]
-
-    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
-        return None
-
-    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
-        return tokens * heads * self._bytes(width)
-
-
-def _bits(packed: Tensor) -> Tensor:
-    """float32 [..., 8 * bytes], 0 or 1."""
-    found = bits_of_bytes(packed.device).index_select(0, packed.flatten().int())
-    return found.view(*packed.shape[:-1], 8 * packed.shape[-1])
-
-
-def _gain(level: Tensor) -> Tensor:
-    return torch.exp2(level / _GAIN_STEPS - 16)
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,21 +20,42 @@ class CodecKind:
     """A codec by its name: the bits that it knows, and its forms."""
 
     bits: tuple[float, ...]
-    """Bits of one number that can be asked for, in rising order; the least and the most where `calibrated`."""
+    """Bits of one number that can be asked for, in rising order; the least and the most where `any_bits`."""
     default: float
     keys: Callable[[float, int, Tables | None], Form]
     """(bits, group, tables) -> form of keys."""
     values: Callable[[float, int, Tables | None], Form]
     describes: str
     """For help and tables."""
-    calibrated: bool = False
-    """Whether it reads tables from calibration text; bits need not be whole then, and count all that is packed."""
+    any_bits: bool = False
+    """Whether bits need not be whole; they count all that is packed then."""
+    tables: Callable[[str, int, int, float], Shapes] | None = None
+    """(`k` or `v`, heads, width, bits) -> shapes by name of what calibration text decides; None where it decides
+    nothing."""
     unrotated: bool = False
     """Whether keys are held before their rotation."""
 
     def knows(self, bits: float) -> bool:
         """Whether so many can be asked for."""
-        return self.bits[0] <= bits <= self.bits[-1] if self.calibrated else bits in self.bits
+        return self.bits[0] <= bits <= self.bits[-1] if self.any_bits else bits in self.bits
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it reads tables from calibration text."""
+        return self.tables is not None
+
+
+def _directions(letter: str, heads: int, width: int, bits: float) -> Shapes:
+    return {name: (heads, width, *([width] if name in ("turn", "back") else [])) for name in TABLES}
+
+
+def _turns(letter: str, heads: int, width: int, bits: float) -> Shapes:
+    return {"turn": (heads, width, width)}
+
+
+def _levels(letter: str, heads: int, width: int, bits: float) -> Shapes:
+    channels = {"middle": (heads, width), "reach": (heads, width)} if letter == "k" else {}
+    return {"levels": (heads, 2 ** int(bits)), **channels}
 
 
 CODECS: dict[str, CodecKind] = {
@@ -395,8 +84,21 @@ CODECS: dict[str, CodecKind] = {
     ),
     "metric": CodecKind(
         bits=(1, 8), default=3, keys=lambda bits, _, tables: Directions(bits, False, tables),
-        values=lambda bits, _, tables: Directions(bits, True, tables), calibrated=True, unrotated=True,
-        describes="principal directions of calibration text, each with bits of its own",
+        values=lambda bits, _, tables: Directions(bits, True, tables), any_bits=True, tables=_directions,
+        unrotated=True, describes="principal directions of calibration text, each with bits of its own",
+    ),
+    "kvquant": CodecKind(
+        bits=(2, 3, 4), default=3,
+        keys=lambda bits, group, tables: Levels(bits=int(bits), group=group, by_channel=True, tables=tables),
+        values=lambda bits, group, tables: Levels(bits=int(bits), group=group, by_channel=False, tables=tables),
+        tables=_levels, unrotated=True,
+        describes="keys by channel, values by token, levels of calibration text, one number of a hundred apart",
+    ),
+    "oscar": CodecKind(
+        bits=(2, 3, 4), default=2,
+        keys=lambda bits, group, t: Turned(inner=PerToken(bits=int(bits), group=group, clip=0.96), tables=t),
+        values=lambda bits, group, t: Turned(inner=PerToken(bits=int(bits), group=group, clip=0.92), tables=t),
+        tables=_turns, describes="turned to what attention looks for in calibration text, then groups of each token",
     ),
 }  # fmt: skip
 """Name in recipes -> codec."""

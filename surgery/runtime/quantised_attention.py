@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .codecs import Form, Parts
+from .packed_forms import Form, Parts
 
 Columns = slice | Tensor
 """Neighbours, or [n] or [B, n] anywhere in the cache."""
@@ -94,8 +94,11 @@ def attend_packed(
     K, V = (seen.shape[1] if kv_of_query is None else N), seen.ring[1].shape[-1]
     query = query_BN1H.float().reshape(B, K, N // K, H) * scaling
     keys, values = seen.forms
-    bases = keys.basis(H, query.device), values.basis(V, query.device)
-    turned = query if bases[0] is None else query @ bases[0]
+    to_keys, to_values = (
+        basis if basis is None or basis.ndim == 2 or kv_of_query is None else basis.index_select(0, kv_of_query)
+        for basis in (keys.basis(H, query.device), values.basis(V, query.device))
+    )
+    turned = query if to_keys is None else query @ to_keys
     done = _Sum(query, V)
 
     def spread(x: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ def attend_packed(
             add(scores, functools.partial(values.mean, parts=value_parts, width=V), at, 0, hidden)
     newest = slice(seen.tokens - seen.ring[0].shape[2], seen.tokens) if seen.ring_R is None else seen.ring_R
     add_plain(*seen.ring, newest, _elsewhere(seen, newest, ring=True))
-    mean = done.sums[0] if bases[1] is None else done.sums[0] @ bases[1].t()
+    mean = done.sums[0] if to_values is None else done.sums[0] @ to_values.mT
     total = done.total
     if sinks_N is not None:
         total = total + torch.exp(sinks_N.float().reshape(1, K, N // K, 1) - done.most)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codecs import Form, Parts
 from .coded_layer import CodedLayer, real_tokens
 from .layout import Codec, LayerPlan
+from .packed_forms import Form, Parts
 from .quantised_attention import Seen
 from .quantised_cache import BLOCK, in_blocks
 

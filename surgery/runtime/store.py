@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from .codecs import CODECS, TABLES, Form
+from .codecs import CODECS, Form
 from .site import AttentionSite
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -122,11 +122,12 @@ class Codec:
             entry: as for `bytes_at`.
         """
         heads, *widths = entry
-        shapes = {}
-        for letter, width in zip("kv", widths, strict=True) if CODECS[self.codec].calibrated else ():
-            for name in TABLES if width else ():
-                square = (width,) if name in ("turn", "back") else ()
-                shapes[f"{letter}_{name}_bits"] = (heads, width, *square)
+        made = CODECS[self.codec].tables
+        shapes: dict[str, tuple[int, ...]] = {}
+        for letter, width, bits in zip("kv", widths, (self.k_bits, self.v_bits), strict=True):
+            if made is not None and width and bits is not None:
+                found = made(letter, heads, width, bits)
+                shapes |= {f"{letter}_{name}_bits": shape for name, shape in found.items()}
         return shapes
 
     def forms(self, tables: Mapping[str, Tensor] | None = None) -> tuple[Form, Form | None]:
@@ -136,11 +137,9 @@ class Codec:
             tables: by the names of `table_shapes`; without them, calibrated forms tell their bytes and nothing else.
         """
         kind, group = CODECS[self.codec], self.group
-        own = {
-            letter: {name: tables[f"{letter}_{name}_bits"] for name in TABLES}
-            for letter in "kv"
-            if tables is not None and f"{letter}_turn_bits" in tables
-        }
+        own: dict[str, dict[str, Tensor]] = {}
+        for name, table in (tables or {}).items():
+            own.setdefault(name[0], {})[name[2:].removesuffix("_bits")] = table
         values = None if self.v_bits is None else kind.values(self.v_bits, group, own.get("v"))
         return kind.keys(self.k_bits, group, own.get("k")), values
 

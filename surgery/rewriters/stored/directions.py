@@ -9,24 +9,18 @@ mix the channels of a pair; values are divided by their norms, for attention may
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ...attention.forward import project
 from ...attention.linalg import hermitian
-from ...attention.weights import halves
-from ...calibration.processes import gathered
 from ...calibration.visit import Visit
 from ...errors import PlanError
-from ...runtime.codecs import TABLES, Directions
+from ...runtime.calibrated_forms import TABLES, Directions
 from ...runtime.layout import Codec
-from ..latent.moments import MomentSums
+from .samples import as_tables, sampled
 
-TOKENS = 4096
-"""Tokens of text whose K and V are looked at."""
 _MOST = 8
 _LEAST_METRIC = 1e-6
 """Of the largest eigenvalue: directions that nothing reads are held all the same, roughly."""
@@ -61,10 +55,7 @@ class StreamDirections:
         widths = self.widths(bits)
         step = self.steps_bKW.gather(0, widths[None])[0]
         found = dict(zip(TABLES, (self.turn_KWW, self.back_KWW, step, self.middle_KW), strict=False))
-        tables = {name: t.float().contiguous().view(torch.int32) for name, t in found.items()} | {
-            "widths": widths.int()
-        }
-        return {f"{self.letter}_{name}_bits": t for name, t in tables.items()}
+        return as_tables(self.letter, {**found, "widths": widths})
 
 
 def directions_of_layer(visit: Visit, store: Codec) -> list[StreamDirections]:
@@ -73,38 +64,11 @@ def directions_of_layer(visit: Visit, store: Codec) -> list[StreamDirections]:
     Raises:
         PlanError: the text has too few tokens behind the first ones.
     """
-    weights = visit.copy.read(visit.layer)
-    plain = replace(weights, rotary=None)  # before their rotation
-    sums, keys, values = MomentSums(weights), [], []
-    for found in visit.activations(TOKENS):
-        x, mask = found.x_student_BTD, found.mask_BT
-        sums.add(x, x, mask)
-        _, k, v = project(plain, x, torch.tensor([0]))
-        behind = mask & (torch.arange(x.shape[1]) >= store.sinks)
-        keys.append(k.transpose(1, 2)[behind])
-        values.append(v.transpose(1, 2)[behind])
-    k_KPH, v_KPV = (gathered(torch.cat(parts)).transpose(0, 1) for parts in (keys, values))
-    if k_KPH.shape[1] < 2 * k_KPH.shape[2]:
-        raise PlanError(
-            f"layer {visit.layer}: {k_KPH.shape[1]} tokens of text behind the first {store.sinks} are too few for "
-            f"{k_KPH.shape[2]} directions. Give more text, or longer windows."
-        )
-    order = halves(visit.site.rotary, visit.site.head_dim)
-    back = [order.index(j) for j in range(visit.site.head_dim)]  # channels where the runtime has them
-    read_NHH = sums.finish().q_read_NHH[:, back][:, :, back]
-    key_metric = torch.stack([read_NHH[list(group)].sum(0) for group in weights.groups])
-    o_KDGV = [weights.o_DNV[:, list(group)].double() for group in weights.groups]
-    value_metric = torch.stack([torch.einsum("dgv,dgw->vw", o, o) for o in o_KDGV])
-    made = [directions_of(k_KPH[..., back], key_metric, scaled=False, mean=True, letter="k")]
+    seen = sampled(visit, store)
+    made = [directions_of(seen.k_KPH, seen.key_metric_KHH, scaled=False, mean=True, letter="k")]
     if store.v_bits is not None:
-        made.append(directions_of(v_KPV, value_metric, scaled=True, mean=False, letter="v"))
+        made.append(directions_of(seen.v_KPV, seen.value_metric_KVV, scaled=True, mean=False, letter="v"))
     return made
-
-
-def tables_of(directions: Sequence[StreamDirections], store: Codec) -> dict[str, Tensor]:
-    """The tables of one layer by the names of `Codec.table_shapes`."""
-    bits = {"k": store.k_bits, "v": store.v_bits}
-    return {name: t for found in directions for name, t in found.tables(bits[found.letter] or 0).items()}
 
 
 def directions_of(x_KPW: Tensor, metric_KWW: Tensor, *, scaled: bool, mean: bool, letter: str) -> StreamDirections:

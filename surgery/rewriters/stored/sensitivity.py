@@ -24,7 +24,7 @@ from ...console import progress
 from ...runtime.codecs import CODECS, Form
 from ...runtime.layout import Codec, LayerPlan
 from ..common.allocation import choose
-from .directions import StreamDirections, tables_of
+from .samples import Fitted, tables_of, uniform_error
 
 TOKENS = 1024
 """Tokens of text on which the cost of a stream is measured."""
@@ -94,7 +94,7 @@ def bits_by_layer(
     plans: Sequence[LayerPlan],
     windows: Windows,
     budget: float,
-    directions: Mapping[int, Sequence[StreamDirections]],
+    directions: Mapping[int, Sequence[Fitted]],
 ) -> dict[int, tuple[float, float]]:
     """Bits of the keys and of the values of each layer: together at most `budget` per number, all that is packed.
 
@@ -133,7 +133,7 @@ def bits_by_layer(
 def choices(codec: str, width: int) -> list[float]:
     """Bits of a number that a stream of vectors of this width may get."""
     kind = CODECS[codec]
-    if not kind.calibrated:
+    if not kind.any_bits:
         return list(kind.bits)
     return [8 * n / width for n in range(1, width + 1) if kind.knows(8 * n / width)]
 
@@ -150,14 +150,14 @@ def equal_bits(codec: str, budget: float, group: int, entry: tuple[int, int, int
     return found
 
 
-def _error(store: Codec, directions: Sequence[StreamDirections], i: int) -> Callable[[float], float]:
+def _error(store: Codec, directions: Sequence[Fitted], i: int) -> Callable[[float], float]:
     if not directions:
-        return lambda bits: (2.0**bits - 1) ** -2
+        return uniform_error
     return directions[i].error
 
 
 def _cost(
-    copy: WorkingCopy, store: Codec, letter: str, directions: Sequence[StreamDirections], layer: int, text: Windows
+    copy: WorkingCopy, store: Codec, letter: str, directions: Sequence[Fitted], layer: int, text: Windows
 ) -> float:
     """KL to the parent in nats per token with codes of one stream, of equal bits."""
     site, before = copy.sites[layer], copy.form(layer)

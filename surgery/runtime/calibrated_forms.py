@@ -1,0 +1,226 @@
+"""Forms of packed keys and values whose constants calibration text decides, for each KV head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .packed_forms import SCALE_BYTES, Decoded, Parts, PerToken, Tables, stored
+from .packing import bits_of_bytes, pack, packed_width, unpack
+
+TABLES = ("turn", "back", "step", "mean", "widths")
+"""Tables of `Directions`, per KV head: [W, W] to directions and back, [W] of each direction its step, of each channel
+what is subtracted, and of each direction its bits."""
+_GAIN_STEPS = 8
+"""Gains are powers of two in steps of an eighth, from 2^-16 on."""
+
+
+class Directions(Decoded):
+    """Directions of calibration text, each with bits of its own and a fixed step; what is larger is clamped.
+
+    Vectors less their mean are turned to the principal directions under the metric in which their errors are felt.
+    Codes of a vector lie bit behind bit. Decoded numbers are linear in them: one product with [bits, W] decodes.
+
+    Args:
+        bits: of one number, the gain included; those of a vector fill whole bytes.
+        scaled: each vector is divided by a gain of its own, a byte: its norm under the metric.
+        tables: None where bytes are asked for and nothing else.
+    """
+
+    def __init__(self, bits: float, scaled: bool, tables: Tables | None) -> None:
+        self.bits, self.scaled = bits, scaled
+        if tables is None:
+            return
+        self.turn, self.back, self.step, self.middle = (tables[name].view(torch.float32) for name in TABLES[:4])
+        widths = tables["widths"].long()
+        count = int(widths[0].sum())
+        if bool((widths.sum(-1) != count).any()) or count != self.code_bits(widths.shape[-1]):
+            raise ValueError(
+                f"the bits of the directions of a head add up to {widths.sum(-1).tolist()}; "
+                f"{self.code_bits(widths.shape[-1])} were planned. The checkpoint is damaged."
+            )
+        self.half = 2.0 ** (widths - 1)[:, None]
+        pairs = [[(d, j) for d, w in enumerate(row) for j in range(w)] for row in widths.tolist()]
+        places = torch.tensor(pairs, device=widths.device)
+        self.direction, self.shift = places[..., 0], places[..., 1]
+        scaled_back = self.step[..., None] * self.back
+        # Code c stands for c + 1/2 - half; directions without bits stand for nothing.
+        middle = torch.where(widths > 0, 0.5 - self.half[:, 0], 0.0)
+        self.base = torch.einsum("kd,kdw->kw", middle, scaled_back)[:, None]
+        rows = self.direction[..., None].expand(-1, -1, scaled_back.shape[-1])
+        self.weights = 2.0 ** self.shift[..., None] * scaled_back.gather(1, rows)
+        self.there = widths[:, None] > 0
+
+    def code_bits(self, width: int) -> int:
+        """Bits of the codes of one vector."""
+        return 8 * (self._bytes(width) - self.scaled)
+
+    def _bytes(self, width: int) -> int:
+        return max(int(self.bits * width) // 8, 1 + self.scaled)
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        z = (x_BKTW.float() - self.middle[:, None]) @ self.turn
+        gain: Parts = ()
+        if self.scaled:
+            level = (z.norm(dim=-1, keepdim=True).clamp_min(2.0**-16).log2() + 16) * _GAIN_STEPS
+            level = level.round_().clamp_(0, 255)
+            z, gain = z / _gain(level), (level.squeeze(-1).to(torch.uint8),)
+        codes = torch.minimum(torch.maximum((z / self.step[:, None]).floor_(), -self.half), self.half - 1) + self.half
+        codes = torch.where(self.there, codes, 0.0).to(torch.uint8)
+        index = self.direction[None, :, None].expand(*codes.shape[:3], -1)
+        bits = (codes.gather(-1, index) >> self.shift[:, None].to(torch.uint8)) & 1
+        places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        return (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8), *gain
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        x = _bits(parts[0]) @ self.weights + self.base
+        return (x * _gain(parts[1].float())[..., None] if self.scaled else x) + self.middle[:, None]
+
+    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
+        weight = weight_BKGT * _gain(parts[1].float())[:, :, None] if self.scaled else weight_BKGT
+        x = (weight @ _bits(parts[0])) @ self.weights + weight.sum(-1, keepdim=True) * self.base
+        return x + weight_BKGT.sum(-1, keepdim=True) * self.middle[:, None]
+
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
+        return None
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        return tokens * heads * self._bytes(width)
+
+
+def _bits(packed: Tensor) -> Tensor:
+    """float32 [..., 8 * bytes], 0 or 1."""
+    found = bits_of_bytes(packed.device).index_select(0, packed.flatten().int())
+    return found.view(*packed.shape[:-1], 8 * packed.shape[-1])
+
+
+def _gain(level: Tensor) -> Tensor:
+    return torch.exp2(level / _GAIN_STEPS - 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turned:
+    """Vectors of each KV head turned by an orthogonal matrix of its own, then in the form `inner`.
+
+    Source: OSCAR (FutureMLS-Lab): eigenvectors of Q'Q, or of score-weighted V'V, then Hadamard.
+
+    Args:
+        tables: `turn` [K, W, W]; None where bytes are asked for and nothing else.
+    """
+
+    inner: PerToken
+    tables: Tables | None = field(repr=False, compare=False)
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        return self.inner.encode(x_BKTW.float() @ self._turn())
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        x = self.inner.decode(parts, width)
+        return x if turned else x @ self._turn().mT
+
+    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
+        return self.inner.scores(q_BKGW, parts)
+
+    def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
+        return self.inner.mean(weight_BKGT, parts, width)
+
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
+        return self._turn()
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        return self.inner.bytes_of(tokens, heads, width)
+
+    def _turn(self) -> Tensor:
+        assert self.tables is not None
+        return self.tables["turn"].view(torch.float32)
+
+
+OUTLIERS = 0.01
+"""Part of the numbers of a group of tokens that `Levels` keeps apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels(Decoded):
+    """Codes of levels that text has placed; the furthest numbers of each group of tokens apart, in float16.
+
+    Keys (`by_channel`) are seen less the middle of each channel, in parts of its reach, both of the text; values
+    between the least and the largest number of each token. In all groups as many numbers stand apart.
+
+    Source: KVQuant, arXiv:2401.18079. Sensitivities there are gradients of the whole model; see `rewriters.stored`.
+
+    Args:
+        tables: `levels` [K, 2^bits] in rising order, and for keys `middle` and `reach` [K, W].
+    """
+
+    bits: int
+    group: int
+    by_channel: bool
+    tables: Tables | None = field(repr=False, compare=False)
+
+    def outliers(self, width: int) -> int:
+        """Numbers of a group that stand apart."""
+        return max(1, round(OUTLIERS * self.group * width))
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        x, width = x_BKTW.float(), x_BKTW.shape[-1]
+        if self.by_channel:
+            z = (x - self._table("middle")[:, None]) / self._table("reach")[:, None]
+            far = z.abs()
+        else:
+            centred = x - x.mean(-1, keepdim=True)
+            far = centred.abs() / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        if skip_BT is not None:
+            far = far.masked_fill(skip_BT[:, None, :, None], -1.0)
+        # Of equal ones any: what is chosen says where it stands.
+        index = self._grouped(far).topk(self.outliers(width), -1).indices
+        values = self._grouped(x).gather(-1, index)
+        apart: Parts = (stored(values).flatten(2), index.to(self._index_type(width)).flatten(2))
+        scales: Parts = ()
+        if not self.by_channel:
+            there = torch.ones_like(self._grouped(x), dtype=torch.bool).scatter(-1, index, False).view(x.shape)
+            low = stored(torch.where(there, x, torch.inf).amin(-1, keepdim=True).clamp(-1e30, 1e30))
+            span = torch.where(there, x, -torch.inf).amax(-1, keepdim=True).clamp(-1e30, 1e30) - low.float()
+            span = stored(span.clamp_min(0.0))
+            z = (x - low.float()) / torch.where(span == 0, 1.0, span.float())
+            scales = (low.squeeze(-1), span.squeeze(-1))
+        levels = self._table("levels")
+        codes = torch.zeros_like(z, dtype=torch.uint8)
+        for edge in ((levels[:, 1:] + levels[:, :-1]) / 2).unbind(-1):
+            codes += z > edge[:, None, None]
+        return pack(codes, self.bits), *apart, *scales
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        words, values, index, *scales = parts
+        levels = self._table("levels")
+        codes = unpack(words, self.bits, width).long()
+        heads = torch.arange(len(levels), device=codes.device)[:, None, None] * levels.shape[1]
+        z = levels.flatten().index_select(0, (codes + heads).flatten()).view(codes.shape)
+        if self.by_channel:
+            x = z * self._table("reach")[:, None] + self._table("middle")[:, None]
+        else:
+            low, span = (s.float()[..., None] for s in scales)
+            x = z * span + low
+        each = self.outliers(width)
+        at, found = (t.unflatten(2, (-1, each)) for t in (index.long(), values.float()))
+        return self._grouped(x).scatter(-1, at, found).view(x.shape)
+
+    def _grouped(self, x_BKTW: Tensor) -> Tensor:
+        """[B, K, groups, group * W]"""
+        return x_BKTW.unflatten(2, (-1, self.group)).flatten(3)
+
+    def _index_type(self, width: int) -> torch.dtype:
+        return torch.int16 if self.group * width <= 2**15 else torch.int32
+
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
+        return None
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        apart = tokens // self.group * self.outliers(width) * (SCALE_BYTES + self._index_type(width).itemsize)
+        scales = 0 if self.by_channel else tokens * 2 * SCALE_BYTES
+        return heads * (tokens * packed_width(width, self.bits) + apart + scales)
+
+    def _table(self, name: str) -> Tensor:
+        assert self.tables is not None
+        return self.tables[name].view(torch.float32)
