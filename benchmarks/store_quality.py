@@ -146,7 +146,7 @@ def rows(
         found = score(model, windows, wanted, lambda m: DynamicCache(config=m.config))
         yield name, {"bits": round(packed_bits(model), 4), **found}
     for name, (backend, bits) in BACKENDS.items():
-        if not wants(name) or importlib.util.find_spec({"quanto": "optimum.quanto", "hqq": "hqq"}[backend]) is None:
+        if not wants(name) or importlib.util.find_spec({"quanto": "optimum", "hqq": "hqq"}[backend]) is None:
             continue
         new_cache = functools.partial(_quantized, backend=backend, bits=bits)
         yield name, {"bits": bits + 0.5, **score(parent, windows, wanted, new_cache)}

@@ -5,14 +5,17 @@
 
 Random weights; the caches are filled with random keys and values, not by a prefill. All variants take a step in turn,
 so that load on the machine meets them alike; times are medians in milliseconds over `--steps` rounds, `ratio` to the
-dense cache. `prefill` is a prompt of `--prompt` tokens into an empty cache. Rows of QuantizedCache need optimum-quanto
-and hqq. `bytes_of_bf16` is what the cache holds over what a bfloat16 cache of as many tokens would.
+dense cache. Compiled steps go through inductor. `prefill`, of dynamic caches, is a prompt of `--prompt` tokens into an
+empty cache. Rows of QuantizedCache need optimum-quanto and hqq. `bytes_of_bf16` is what the cache holds over what a
+bfloat16 cache of as many tokens would.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 from common import environment, write
 from rich.console import Console
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import surgery
 from surgery.measure.memory import tensor_bytes
@@ -70,7 +73,13 @@ def quantized(model: PreTrainedModel, backend: str) -> Any:
     return QuantizedCache(backend, model.config, nbits=4, axis_key=axis, axis_value=axis, residual_length=128)
 
 
-def variants(parent: LlamaForCausalLM) -> dict[str, tuple[PreTrainedModel, Callable[[], Any]]]:
+def static(model: PreTrainedModel, room: int) -> Any:
+    if hasattr(model, "static_cache"):
+        return model.static_cache(room)
+    return StaticCache(config=model.config, max_cache_len=room)
+
+
+def variants(parent: LlamaForCausalLM, context: int) -> dict[str, tuple[PreTrainedModel, Callable[[], Any]]]:
     dense = surgery.convert(parent, "identity").eval()
     found: dict[str, tuple[PreTrainedModel, Callable[[], Any]]] = {
         "dense": (dense, lambda: DynamicCache(config=dense.config))
@@ -81,8 +90,12 @@ def variants(parent: LlamaForCausalLM) -> dict[str, tuple[PreTrainedModel, Calla
         model = surgery.convert(parent, steps, calibration=text if options["codec"] == "metric" else None).eval()
         found[name] = model, (lambda model=model: own(model))
     found["int4, stock model"] = parent, lambda: surgery.cache(parent, "int4")
+    int4, room = found["int4"][0], context + 64
+    for name, model in (("dense", dense), ("int4", int4)):
+        for more in ("static", "static, compiled"):
+            found[f"{name}, {more}"] = model, functools.partial(static, model, room)
     for backend, module in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
-        if importlib.util.find_spec(module) is not None:
+        if importlib.util.find_spec(module.partition(".")[0]) is not None:
             found[f"transformers {backend}, 4 bits"] = parent, (lambda backend=backend: quantized(parent, backend))
     return found
 
@@ -94,12 +107,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--rows", nargs="*", default=[""], help="names of rows begin so")
+    parser.add_argument("--name", default="store_speed", help="of the file of results")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     with torch.inference_mode(False), torch.no_grad():
-        made = variants(shape(arguments.layers))
+        made = variants(shape(arguments.layers), arguments.context)
+        made = {name: row for name, row in made.items() if name.startswith(("dense", *arguments.rows))}
     caches = {name: filled(cache(), arguments.layers, arguments.context) for name, (_, cache) in made.items()}
     # QuantizedCache has held the prompt since the first call, as one call does it.
+    steps = {n: torch.compile(m.forward, fullgraph=True) if "compiled" in n else m for n, (m, _) in made.items()}
     token = torch.zeros(1, 1, dtype=torch.long)
     prompt = torch.randint(0, 1024, (1, arguments.prompt))
     times: dict[str, list[float]] = {name: [] for name in made}
@@ -107,28 +124,29 @@ def main() -> None:
     for turn in range(arguments.steps + 2):
         for name, (model, new_cache) in made.items():
             began = time.perf_counter()
-            model(token, use_cache=True, **{cache_argument(model): caches[name]})
+            at = torch.full((1, 1), arguments.context + turn)
+            steps[name](token, position_ids=at, use_cache=True, **{cache_argument(model): caches[name]})
             if turn >= 2:
                 times[name].append(time.perf_counter() - began)
-            if turn in (2, 6, 10):
+            if turn in (2, 6, 10) and "static" not in name:
                 cache = new_cache()
                 began = time.perf_counter()
                 model(prompt, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
                 prefills[name].append(time.perf_counter() - began)
     half = arguments.layers * arguments.context * 2 * 3 * 64 * 2
-    rows = {}
+    rows, dense_prefill = {}, 1e3 * statistics.median(prefills["dense"])
     for name in made:
-        decode, prefill = (1e3 * statistics.median(t[name]) for t in (times, prefills))
+        decode, prefill = (1e3 * statistics.median(t[name] or [math.nan]) for t in (times, prefills))
         held = None if name.startswith("transformers") else tensor_bytes(caches[name]) / half
         rows[name] = {
             "decode_ms": round(decode, 2),
             "ratio": round(decode / (1e3 * statistics.median(times["dense"])), 3),
-            "prefill_ms": round(prefill, 1),
-            "prefill_ratio": round(prefill / (1e3 * statistics.median(prefills["dense"])), 3),
+            "prefill_ms": None if math.isnan(prefill) else round(prefill, 1),
+            "prefill_ratio": None if math.isnan(prefill) else round(prefill / dense_prefill, 3),
             "bytes_of_bf16": held and round(held, 3),
         }
         Console().print(name, rows[name])
-    write("store_speed", {"environment": environment(SEED), "arguments": vars(arguments), "rows": rows})
+    write(arguments.name, {"environment": environment(SEED), "arguments": vars(arguments), "rows": rows})
 
 
 if __name__ == "__main__":
