@@ -25,7 +25,7 @@ from .tuned import bucket, config_for
 
 def decode_quant_reference(
     q_BNH: Tensor, k_words: Tensor, k_scale: Tensor, k_low: Tensor, v_words: Tensor, v_scale: Tensor, v_low: Tensor,
-    k_ring: Tensor, v_ring: Tensor, lengths_B: Tensor, bits: int, scale: float,
+    k_ring: Tensor, v_ring: Tensor, lengths_B: Tensor, bits: int, scale: float, visible_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mean of V [B, N, V] and the log-sum-exp of the scores [B, N] over the same quantised values, in float64."""
     group, capacity = k_ring.shape[2], v_scale.shape[2]
@@ -34,6 +34,8 @@ def decode_quant_reference(
     packed, rest = lengths_B // group * group, lengths_B % group
     place = torch.arange(capacity + group, device=k.device)
     visible = (place < packed[:, None]) | ((place >= capacity) & (place < capacity + rest[:, None]))
+    if visible_BS is not None:
+        visible[:, :capacity] &= visible_BS
     return decode_gqa_reference(q_BNH, k, v, None, scale, visible)
 
 
@@ -61,6 +63,7 @@ def decode_quant_kernel(  # type: ignore[no-untyped-def]
     k_ring_ptr,
     v_ring_ptr,
     lengths_ptr,
+    visible_ptr,
     out_ptr,
     lse_ptr,
     qk_scale,  # softmax scale times log2(e)
@@ -69,6 +72,7 @@ def decode_quant_kernel(  # type: ignore[no-untyped-def]
     capacity,
     stride_qb,
     stride_qn,
+    stride_mb,
     GROUP: tl.constexpr,  # query heads per KV head
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -77,6 +81,8 @@ def decode_quant_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SMALLEST_SPLIT: tl.constexpr,
+    V_GROUPS: tl.constexpr,  # scales per token; planes lie in one each
+    HAS_VISIBLE: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
     M_BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
@@ -114,7 +120,9 @@ def decode_quant_kernel(  # type: ignore[no-untyped-def]
         acc = acc + (tl.zeros([BLOCK_M, V_PART], dtype=tl.float32),)
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    shift = tl.zeros([BLOCK_M], dtype=tl.float32)
+    shift = ()
+    for _g in tl.static_range(V_GROUPS):
+        shift = shift + (tl.zeros([BLOCK_M], dtype=tl.float32),)
     k_tile = k_words_ptr + row * (capacity // HALVES) * K_PART + offs_n[:, None] * K_PART + offs_k[None, :]
     v_tile = v_words_ptr + row * (capacity // HALVES) * V_PART + offs_n[:, None] * V_PART + offs_v[None, :]
     channels = row * (capacity // TOKENS) * K_DIM
@@ -140,17 +148,30 @@ def decode_quant_kernel(  # type: ignore[no-untyped-def]
                 codes = codes_as_floats(words, 8 * t + BITS * i, BITS, dtype)
                 scores = tl.dot(scaled[i], tl.trans(codes), scores, input_precision="ieee")
             scores = (scores + constant[:, None]) * qk_scale
+            at = token + t * (TOKENS // 2)
+            if HAS_VISIBLE:
+                seen = tl.load(visible_ptr + b * stride_mb + (at - row * capacity)) != 0
+                scores = tl.where(seen[None, :], scores, float("-inf"))
             high = tl.maximum(m, tl.max(scores, 1))
-            p = tl.exp2(scores - high[:, None])
-            rescale = tl.exp2(m - high)
+            # -inf minus -inf is NaN: rows that have seen nothing yet.
+            base = tl.where(high == float("-inf"), 0.0, high) if HAS_VISIBLE else high
+            p = tl.exp2(scores - base[:, None])
+            rescale = tl.exp2(m - base)
             total = total * rescale + tl.sum(p, 1)
-            v_scale = tl.load(v_scale_ptr + token + t * (TOKENS // 2)).to(tl.float32)
-            v_middle = tl.load(v_low_ptr + token + t * (TOKENS // 2)).to(tl.float32) + MIDDLE * v_scale
-            weight = (p * v_scale[None, :]).to(dtype)
-            shift = shift * rescale + tl.sum(p * v_middle[None, :] - (BIAS + MIDDLE) * weight.to(tl.float32), 1)
+            weights = ()
+            moved = ()
+            for g in tl.static_range(V_GROUPS):
+                v_scale = tl.load(v_scale_ptr + at * V_GROUPS + g).to(tl.float32)
+                v_middle = tl.load(v_low_ptr + at * V_GROUPS + g).to(tl.float32) + MIDDLE * v_scale
+                weight = (p * v_scale[None, :]).to(dtype)
+                weights = weights + (weight,)
+                spread = p * v_middle[None, :] - (BIAS + MIDDLE) * weight.to(tl.float32)
+                moved = moved + (shift[g] * rescale + tl.sum(spread, 1),)
+            shift = moved
             new = ()
             for i in tl.static_range(PLANES):
                 codes = codes_as_floats(v_words, 8 * t + BITS * i, BITS, dtype)
+                weight = weights[i * V_GROUPS // PLANES]
                 new = new + (tl.dot(weight, codes, acc[i] * rescale[:, None], input_precision="ieee"),)
             acc = new
             m = high
@@ -170,7 +191,10 @@ def decode_quant_kernel(  # type: ignore[no-untyped-def]
             p = tl.exp2(scores - high[:, None])
             rescale = tl.exp2(m - high)
             total = total * rescale + tl.sum(p, 1)
-            shift = shift * rescale
+            moved = ()
+            for g in tl.static_range(V_GROUPS):
+                moved = moved + (shift[g] * rescale,)
+            shift = moved
             new = ()
             for i in tl.static_range(PLANES):
                 v = tl.load(v_rows + i * V_PART, mask=live[:, None], other=0.0)
@@ -184,7 +208,7 @@ def decode_quant_kernel(  # type: ignore[no-untyped-def]
     for i in tl.static_range(PLANES):
         tl.store(
             out_ptr + out_rows[:, None] * V_DIM + i * V_PART + offs_v[None, :],
-            ((acc[i] + shift[:, None]) / total[:, None]).to(out_ptr.dtype.element_ty),
+            ((acc[i] + shift[i * V_GROUPS // PLANES][:, None]) / total[:, None]).to(out_ptr.dtype.element_ty),
             mask=in_group,
         )
     tl.store(lse_ptr + out_rows, tl.where(empty, float("-inf"), (m + tl.log2(total)) / LOG2E), mask=offs_g < GROUP)
@@ -192,11 +216,11 @@ def decode_quant_kernel(  # type: ignore[no-untyped-def]
 
 def decode_quant_triton(
     q_BNH: Tensor, k_words: Tensor, k_scale: Tensor, k_low: Tensor, v_words: Tensor, v_scale: Tensor, v_low: Tensor,
-    k_ring: Tensor, v_ring: Tensor, lengths_B: Tensor, bits: int, scale: float,
+    k_ring: Tensor, v_ring: Tensor, lengths_B: Tensor, bits: int, scale: float, visible_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator on a GPU."""
     tensors = (q_BNH, k_words, k_scale, k_low, v_words, v_scale, v_low, k_ring, v_ring, lengths_B)
-    out, lse = _fake(*tensors, bits, scale)
+    out, lse = _fake(*tensors, bits, scale, visible_BS)
     B, N, H = q_BNH.shape
     K, V, tokens, capacity = k_ring.shape[1], v_ring.shape[3], k_ring.shape[2], v_scale.shape[2]
     if B == 0:
@@ -215,6 +239,7 @@ def decode_quant_triton(
     )
     blocks = B * K * ceil_div(group, block_m)
     splits = splits_for(blocks, capacity, config, device)
+    parts = 1 if v_scale.ndim == 3 else v_scale.shape[3]
     if splits == 1:
         target, target_lse = out, lse
     else:
@@ -224,6 +249,7 @@ def decode_quant_triton(
         decode_quant_kernel,
         (blocks, splits),
         *tensors,
+        q_BNH if visible_BS is None else visible_BS.view(torch.int8),
         target,
         target_lse,
         scale * math.log2(math.e),
@@ -231,6 +257,7 @@ def decode_quant_triton(
         splits,
         capacity,
         *q_BNH.stride()[:2],
+        0 if visible_BS is None else visible_BS.stride(0),
         GROUP=group,
         K_DIM=H,
         V_DIM=V,
@@ -239,6 +266,8 @@ def decode_quant_triton(
         BLOCK_M=block_m,
         BLOCK_N=min(config.block_n, tokens),
         SMALLEST_SPLIT=max(SMALLEST_SPLIT, tokens),
+        V_GROUPS=parts,
+        HAS_VISIBLE=visible_BS is not None,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -249,10 +278,11 @@ def decode_quant_triton(
 
 def decode_quant_cpu(
     q_BNH: Tensor, k_words: Tensor, k_scale: Tensor, k_low: Tensor, v_words: Tensor, v_scale: Tensor, v_low: Tensor,
-    k_ring: Tensor, v_ring: Tensor, lengths_B: Tensor, bits: int, scale: float,
+    k_ring: Tensor, v_ring: Tensor, lengths_B: Tensor, bits: int, scale: float, visible_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operator on a CPU: live words are expanded, then read as any cache; it saves memory, not time."""
-    out, lse = _fake(q_BNH, k_words, k_scale, k_low, v_words, v_scale, v_low, k_ring, v_ring, lengths_B, bits, scale)
+    tensors = (q_BNH, k_words, k_scale, k_low, v_words, v_scale, v_low, k_ring, v_ring, lengths_B)
+    out, lse = _fake(*tensors, bits, scale, visible_BS)
     K, tokens, capacity = k_ring.shape[1], k_ring.shape[2], v_scale.shape[2]
     _arguments(q_BNH).within("lengths", lengths_B, 0, capacity + tokens - 1)
     q_BKGH = q_BNH.unflatten(1, (K, -1)).float()
@@ -264,7 +294,10 @@ def decode_quant_cpu(
         v = unpack_values(v_words[rows, :, lines], v_scale[rows, :, live], v_low[rows, :, live], bits, tokens)
         k = torch.cat((k, k_ring[rows, :, :rest].float()), 2)
         v = torch.cat((v, v_ring[rows, :, :rest].float()), 2)
-        part, part_lse = attend(q_BKGH[rows], k, v, scale)
+        hidden = None
+        if visible_BS is not None:
+            hidden = torch.nn.functional.pad(~visible_BS[rows, None, None, :packed], (0, rest))
+        part, part_lse = attend(q_BKGH[rows], k, v, scale, hidden)
         out_BKGV[rows], lse_BKG[rows] = part.to(out.dtype), part_lse
     return out, lse
 
@@ -275,13 +308,15 @@ def _arguments(q_BNH: Tensor) -> Arguments:
 
 def _fake(
     q_BNH: Tensor, k_words: Tensor, k_scale: Tensor, k_low: Tensor, v_words: Tensor, v_scale: Tensor, v_low: Tensor,
-    k_ring: Tensor, v_ring: Tensor, lengths_B: Tensor, bits: int, scale: float,
+    k_ring: Tensor, v_ring: Tensor, lengths_B: Tensor, bits: int, scale: float, visible_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = _arguments(q_BNH)
     given.tensor("q", q_BNH, "B N H")
-    check_quantised(given, k_words, k_scale, k_low, v_words, v_scale, v_low, k_ring, v_ring, bits)
+    check_quantised(given, k_words, k_scale, k_low, v_words, v_scale, v_low, k_ring, v_ring, bits, most_parts=4)
     given.same_dtype(q=q_BNH, k_ring=k_ring, v_ring=v_ring)
     given.tensor("lengths", lengths_B, "B", (torch.int32,), dense=True)
+    if visible_BS is not None:
+        given.tensor("visible", visible_BS, f"B {v_scale.shape[2]}", (torch.bool,))
     if given["K"] == 0 or given["N"] % given["K"]:
         given.fail(f"q has N = {given['N']} heads, expected a multiple of the K = {given['K']} heads of k_words")
     B, N, V = given["B"], given["N"], given["V"]
@@ -290,9 +325,9 @@ def _fake(
 
 def check_quantised(
     given: Arguments, k_words: Tensor, k_scale: Tensor, k_low: Tensor, v_words: Tensor, v_scale: Tensor, v_low: Tensor,
-    k_ring: Tensor, v_ring: Tensor, bits: int,
+    k_ring: Tensor, v_ring: Tensor, bits: int, most_parts: int = 1,
 ) -> None:  # fmt: skip
-    """Refuse what is not a cache of `quant_format`."""
+    """Refuse what is not a cache of `quant_format`, with at most `most_parts` scales per token."""
     if bits not in BITS:
         given.fail(f"bits is {bits}, expected 2, 4 or 8")
     given.tensor("k_ring", k_ring, "B K group H", dense=True)
@@ -315,13 +350,20 @@ def check_quantised(
     groups = tokens // given["group"]
     given.tensor("k_scale", k_scale, f"B K {groups} H", (torch.float16,), dense=True)
     given.tensor("k_low", k_low, f"B K {groups} H", (torch.float16,), dense=True)
-    given.tensor("v_scale", v_scale, f"B K {tokens}", (torch.float16,), dense=True)
-    given.tensor("v_low", v_low, f"B K {tokens}", (torch.float16,), dense=True)
+    parts = 1 if v_scale.ndim == 3 else v_scale.shape[3]
+    if parts > most_parts:
+        given.fail(f"v_scale has {parts} scales per token, expected 1")
+    if parts == 0 or planes % parts:
+        given.fail(f"v_scale has {parts} scales per token: {planes} planes of channels cannot lie in one each")
+    shape = f"B K {tokens}" if v_scale.ndim == 3 else f"B K {tokens} {parts}"
+    given.tensor("v_scale", v_scale, shape, (torch.float16,), dense=True)
+    given.tensor("v_low", v_low, shape, (torch.float16,), dense=True)
 
 
 decode_quant = operator(
     "decode_quant(Tensor q, Tensor k_words, Tensor k_scale, Tensor k_low, Tensor v_words, Tensor v_scale, "
-    "Tensor v_low, Tensor k_ring, Tensor v_ring, Tensor lengths, int bits, float scale) -> (Tensor, Tensor)",
+    "Tensor v_low, Tensor k_ring, Tensor v_ring, Tensor lengths, int bits, float scale, Tensor? visible=None) "
+    "-> (Tensor, Tensor)",
     cpu=decode_quant_cpu,
     cuda=decode_quant_triton,
     fake=_fake,

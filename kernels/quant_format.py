@@ -4,7 +4,8 @@ A number is `scale * code + low`; scale and low are float16, and codes are round
 are 16 bits. With 8 bits they hold 2 codes, with 4 bits 4: code i of word d is that of channel d + i * (H / planes), so
 that each plane of a row of words is a contiguous part of the channels. With 2 bits a row of words holds two tokens: of
 the g tokens of a group, row r holds r in its lower bytes and r + g / 2 in its upper ones, each as 4 planes.
-Keys have scale and low [S / group, H], values [S].
+Keys have scale and low [S / group, H], values [S], or [S, parts] where each of so many parts of the channels has its
+own: a plane or several.
 The newest tokens, fewer than a group, wait unquantised in a ring [group, H].
 Source: arXiv:2402.02750; the residual there holds a fixed number of tokens, here what a group lacks.
 """
@@ -64,14 +65,16 @@ def unpack_keys(
 def unpack_values(
     words: Tensor, scale: Tensor, low: Tensor, bits: int, group: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """[B, K, S, V] of what `pack_values` made."""
+    """[B, K, S, V] of what `pack_values` made, or with scale and low [B, K, S, parts]."""
     codes = unpack(words, bits, group).flatten(2, 3).to(dtype)
-    return codes * scale.to(dtype)[..., None] + low.to(dtype)[..., None]
+    scale, low = (t.to(dtype) if t.ndim == 4 else t.to(dtype)[..., None] for t in (scale, low))
+    codes = codes.unflatten(-1, (scale.shape[-1], -1))
+    return (codes * scale[..., None] + low[..., None]).flatten(-2)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., group, H] as int16 words [..., group / halves, H / planes]."""
-    words = torch.zeros((), dtype=torch.int32)
+    words = torch.zeros((), dtype=torch.int32, device=codes.device)
     for t, tokens in enumerate(codes.to(torch.int32).chunk(halves_of(bits), -2)):
         for i, plane in enumerate(tokens.chunk(planes_of(bits), -1)):
             words = words | (plane << (8 * t + bits * i))

@@ -106,10 +106,19 @@ def _quantised(bits: int, width: int, kv_heads: int) -> tuple[Tensor, ...]:
     return words, k_scale, k_scale, words, v_scale, v_scale, ring, ring
 
 
-def _quant(*, bits: int, heads: int = 32, kv_heads: int = 8, width: int = 128) -> Callable[[], object]:
+def _quant(
+    *, bits: int, heads: int = 32, kv_heads: int = 8, width: int = 128, parts: int = 0, visible: bool = False
+) -> Callable[[], object]:
     def run() -> object:
-        tensors = (_new(16, heads, width), *_quantised(bits, width, kv_heads), _lengths(16))
-        return decode_quant_triton(*tensors, bits, 0.1)  # type: ignore[call-arg, arg-type]
+        k_words, k_scale, k_low, v_words, v_scale, v_low, k_ring, v_ring = _quantised(bits, width, kv_heads)
+        if parts:  # as the runtime has them, in groups of 32 tokens
+            k_scale = k_low = _new(16, kv_heads, 1024, width, dtype=torch.float16)
+            v_scale = v_low = _new(16, kv_heads, 32768, parts, dtype=torch.float16)
+            k_ring = v_ring = _new(16, kv_heads, 32, width)
+        words = (k_words, k_scale, k_low, v_words)
+        tensors = (_new(16, heads, width), *words, v_scale, v_low, k_ring, v_ring, _lengths(16))
+        seen = _new(16, 32768, dtype=torch.bool) if visible else None
+        return decode_quant_triton(*tensors, bits, 0.1, seen)
 
     return run
 
@@ -155,6 +164,7 @@ SHAPES: dict[str, Callable[[], object]] = {
     "int4 32/8": _quant(bits=4),
     "int4 mha 32": _quant(bits=4, kv_heads=32),
     "int2 32/8": _quant(bits=2),
+    "int4 32/8 visible, 4 scales": _quant(bits=4, parts=4, visible=True),
     "append int4": _quant_append(bits=4),
     "append int2": _quant_append(bits=2),
 }
@@ -187,7 +197,7 @@ def failures(name: str, found: Gates) -> list[str]:
     if found.kernel in GATED:
         limits["16-byte copies"] = found.copies_128 > 0
         # Masks are bytes, and the scales of values two bytes per token, which Triton 3.6 loads one by one.
-        narrow = 16 if name.startswith("int") else 4 if "visible" in name else 0
+        narrow = 32 if "scales" in name else 16 if name.startswith("int") else 4 if "visible" in name else 0
         limits["no narrow loads"] = found.loads_narrow <= narrow or found.arch.startswith("gfx")
         limits["matrix instruction"] = bool(found.mma)
         # Latents are several times as wide as heads.

@@ -360,18 +360,29 @@ def quantised(
 @case("decode_quant_4_bits_mha", bits=4, heads=2, kv_heads=2)
 @case("decode_quant_2_bits", bits=2)
 @case("decode_quant_wider_values", bits=8, value_width=64)
+@case("decode_quant_2_scales_visible", bits=4, parts=2, some=True)
+@case("decode_quant_2_bits_4_scales", bits=2, parts=4)
+@case("decode_quant_8_bits_visible", bits=8, parts=2, some=True)
 def decode_quant(
     op: Operators, dtype: torch.dtype, device: str, *, bits: int, heads: int = 4,
-    kv_heads: int = 1, value_width: int | None = None,
+    kv_heads: int = 1, value_width: int | None = None, parts: int | None = None, some: bool = False,
 ) -> None:  # fmt: skip
     width, group = 64 if bits < 8 else 32, 64
     lengths = torch.tensor([0, 1, 63, 64, 65, 255], dtype=torch.int32, device=device)
     q = random(len(lengths), heads, width, dtype=dtype, device=device)
     cache = quantised(lengths, kv_heads, width, value_width or width, bits, group, dtype, device)
-    want, want_lse = module("decode_quant").decode_quant_reference(q, *cache, lengths, bits, 0.05)
+    if parts is not None:  # scales of their own for parts of the channels
+        factors = torch.linspace(0.5, 1.5, parts, device=device)
+        cache[4], cache[5] = ((t[..., None] * factors).half().contiguous() for t in cache[4:6])
+    visible = None
+    if some:
+        visible = random(len(lengths), 192, dtype=torch.float32, device=device, seed=9) > 0
+        visible[3, :64] = False  # a group, and all of a sequence, that nobody sees
+        visible[4, :40] = False
+    want, want_lse = module("decode_quant").decode_quant_reference(q, *cache, lengths, bits, 0.05, visible)
     rest = lengths % group
     cache[6], cache[7] = poison(cache[6], rest), poison(cache[7], rest)
-    out, lse = op("decode_quant")(q, *cache, lengths, bits, 0.05)
+    out, lse = op("decode_quant")(q, *cache, lengths, bits, 0.05, visible)
     assert_near(out, want)
     assert_same_lse(lse, want_lse)
 

@@ -19,6 +19,7 @@ EVERYWHERE = ["gqa 32/8", "latent 32 x 512+64", "append 32/8"]
 ON_SM_90 = [
     "gqa 32/8 visible", "mqa 64", "ragged 32/8", "ragged latent 32 x 512+64", "ragged schedule", "merge append",
     "compact", "int8 32/8", "int4 32/8", "int2 32/8", "append int4",
+    "int4 32/8 visible, 4 scales",
 ]  # fmt: skip
 CI = [(name, arch) for name in EVERYWHERE for arch in DEVICES] + [(name, "sm_90") for name in ON_SM_90]
 REST = [(name, arch) for name in SHAPES for arch in DEVICES if (name, arch) not in CI]

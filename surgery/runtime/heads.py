@@ -16,6 +16,7 @@ from .calling import CallingConvention
 from .coded_layer import CodedLayer, prepare
 from .functions import LIKE_SDPA, angles_of, complete_mask
 from .layout import AttentionSite, Codec, Heads, LayerPlan
+from .ops import NAME as OPERATORS
 from .quantised_attention import Columns, Seen, attend_packed, columns_of
 
 
@@ -82,7 +83,9 @@ class SurgeryHeadsAttention(SurgeryAttention):
             self.site, self.call, self.plan.owner, slopes, inputs.mask, query, seen, inputs.cache, skippable=False
         )  # fmt: skip
         spread = None if self.heads.is_uniform else self.kv_of_query
-        return attend_packed(query, seen, mask, self.scaling, spread, self.site.softcap, self.sinks), None
+        operators = self.config._attn_implementation == OPERATORS
+        out = attend_packed(query, seen, mask, self.scaling, spread, self.site.softcap, self.sinks, operators)
+        return out, None
 
     def _steps(self, inputs: Inputs) -> bool:
         """Whether one new token reads packed blocks as they lie in the cache of the layer, or of its owner."""

@@ -6,6 +6,7 @@ is absent, as it may be beside an exported model, the name is not registered and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 try:
+    from surgery.kernels import quant_format as quant_format
     from surgery.kernels.decode_gqa import decode_gqa
     from surgery.kernels.decode_latent import decode_latent
+    from surgery.kernels.decode_quant import decode_quant
     from surgery.kernels.decode_ragged import decode_ragged
     from surgery.kernels.launching import device_of
     from surgery.kernels.merge_append import merge_append_
@@ -79,6 +82,31 @@ def ragged_attention_forward(
         plan = lengths_BK.new_empty(rows + 3)  # only a GPU shares the work out
     out: Tensor = decode_ragged(query_BNH, keys, values, tables_BKM, lengths_BK, plan, scaling)[0]
     return out
+
+
+def packed_attention_forward(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    packed: Tensor,
+    bits: int,
+    group: int,
+    query_BNH: Tensor,
+    visible_BP: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """The mean of packed values [B, N, V] and the log-sum-exp of the scores [B, N] of one new token.
+
+    Args:
+        keys: words, scale and low of all groups that there is room for, as `values`.
+        packed: tokens of them that are there, of all sequences alike.
+        visible_BP: which of those that there is room for are to be seen.
+    """
+    B, K = keys[0].shape[:2]
+    planes = query_BNH.shape[-1] // keys[0].shape[-1]
+    none = (query_BNH.new_empty(B, K, group, words.shape[-1] * planes) for words in (keys[0], values[0]))
+    lengths = packed.int().expand(B).contiguous()
+    found: tuple[Tensor, Tensor] = decode_quant(query_BNH, *keys, *values, *none, lengths, bits, scaling, visible_BP)
+    return found
 
 
 def merge_append_forward(

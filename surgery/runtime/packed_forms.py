@@ -122,11 +122,11 @@ class PerToken:
             cut = (high - low) * ((1 - self.clip) / 2)
             low, high = low + cut, high - cut
         codes, scale, low = affine(x, low, high, self.bits)
-        return pack(codes.flatten(-2), self.bits), scale.squeeze(-1), low.squeeze(-1)
+        return self._packed(codes.flatten(-2)), scale.squeeze(-1), low.squeeze(-1)
 
     def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
         words, scale, low = parts
-        codes = unpack(words, self.bits, width).unflatten(-1, (-1, fitted(width, self.group))).float()
+        codes = self._codes(words, width).unflatten(-1, (-1, fitted(width, self.group))).float()
         x = torch.addcmul(low.float()[..., None], codes, scale.float()[..., None]).flatten(-2)
         matrix = None if turned else self.basis(width, x.device)
         return x if matrix is None else x @ matrix.t()
@@ -148,6 +148,12 @@ class PerToken:
         found = [(weight_BKGT * scale[:, :, None, :, i]) @ code for i, code in enumerate(codes)]
         shifts = (weight_BKGT @ low).unbind(-1)
         return torch.cat([x + shift[..., None] for x, shift in zip(found, shifts, strict=True)], -1)
+
+    def _packed(self, codes_BKTW: Tensor) -> Tensor:
+        return pack(codes_BKTW, self.bits)
+
+    def _codes(self, words: Tensor, width: int) -> Tensor:
+        return unpack(words, self.bits, width)
 
     def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
         return hadamard(width, device) if self.rotated else None
@@ -176,19 +182,25 @@ class PerChannel(Decoded):
             nothing = skip.all(3, keepdim=True)
             low, high = low.masked_fill(nothing, 0.0), high.masked_fill(nothing, 0.0)
         codes, scale, low = affine(x, low.amin(3, keepdim=True), high.amax(3, keepdim=True), self.bits)
-        return pack(codes.flatten(2, 3), self.bits), scale.squeeze(3), low.squeeze(3)
+        return self._packed(codes), scale.squeeze(3), low.squeeze(3)
 
     def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
         words, scale, low = parts
-        codes = unpack(words, self.bits, width).unflatten(2, (-1, self.group)).float()
+        codes = self._codes(words, width).float()
         return torch.addcmul(low.float()[:, :, :, None], codes, scale.float()[:, :, :, None]).flatten(2, 3)
 
     def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
         words, scale, low = parts
-        codes = unpack(words, self.bits, q_BKGW.shape[-1]).unflatten(2, (-1, self.group)).float()
+        codes = self._codes(words, q_BKGW.shape[-1]).float()
         scaled = q_BKGW[:, :, None] * scale.float()[:, :, :, None]  # [B, K, groups, G, W]
         shift = (q_BKGW @ low.float().mT).mT[..., None]
         return (scaled @ codes.mT + shift).transpose(2, 3).flatten(3)
+
+    def _packed(self, codes_BKgTW: Tensor) -> Tensor:
+        return pack(codes_BKgTW.flatten(2, 3), self.bits)
+
+    def _codes(self, words: Tensor, width: int) -> Tensor:
+        return unpack(words, self.bits, width).unflatten(2, (-1, self.group))
 
     def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
         return None

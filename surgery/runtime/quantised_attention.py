@@ -17,6 +17,8 @@ from .packed_forms import Form, Parts
 
 Columns = slice | Tensor
 """Neighbours, or [n] or [B, n] anywhere in the cache."""
+Operator = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(queries [B, N, H], visible [B, room], scale) -> mean of values [B, N, V] and log-sum-exp of scores [B, N]."""
 KeyMap = Callable[[Tensor, Columns], Tensor]
 """(keys [B, K, n, H], their columns) -> keys as attention reads them."""
 
@@ -39,6 +41,9 @@ class Seen:
     key_map: KeyMap | None = None
     ring_R: Tensor | None = None
     """Column of each place of the ring; None where they are the newest ones, in order."""
+    operator: Operator | None = None
+    """Reads all packed tokens that there is room for, `room`; None where blocks are read."""
+    room: int = 0
     packed: Tensor | None = None
     """Tokens that are packed, and `arrived` ones, where there is room for more; None where all columns are there."""
     arrived: Tensor | None = None
@@ -73,6 +78,10 @@ class _Sum:
         self.sums[which] = self.sums[which] + mean(weight)
         self.most = most
 
+    def add_mean(self, mean_BKGV: Tensor, lse_BKG: Tensor, which: int) -> None:
+        """What was summed up elsewhere."""
+        self.add(lse_BKG[..., None], lambda weight: weight * mean_BKGV.float(), which)
+
 
 def attend_packed(
     query_BN1H: Tensor,
@@ -82,6 +91,7 @@ def attend_packed(
     kv_of_query: Tensor | None,
     softcap: float | None = None,
     sinks_N: Tensor | None = None,
+    operators: bool = False,
 ) -> Tensor:
     """[B, 1, N, V] in the dtype of the query; computed in float32.
 
@@ -89,6 +99,7 @@ def attend_packed(
         mask: [B or 1, 1 or N, 1, S], bool (True is visible) or additive.
         kv_of_query: [N], the KV head of each query head; None where N / K of them in turn read each.
         sinks_N: logits that take part in the sum and have no value.
+        operators: packed tokens may be read by `seen.operator`.
     """
     B, N, _, H = query_BN1H.shape
     K, V = (seen.shape[1] if kv_of_query is None else N), seen.ring[1].shape[-1]
@@ -115,7 +126,17 @@ def attend_packed(
 
     if seen.first[0].shape[2]:
         add_plain(*seen.first, *_first(seen))
-    for start, count, key_parts, value_parts in seen.blocks():
+    says_yes_or_no = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+    plain = seen.key_map is None and kv_of_query is None and softcap is None and says_yes_or_no
+    operator = seen.operator if operators and plain and not query_BN1H.requires_grad else None
+    if operator is not None:
+        at = slice(seen.first[0].shape[2], seen.first[0].shape[2] + seen.room)
+        hidden = _elsewhere(seen, at, ring=False)
+        assert hidden is not None
+        visible = ~hidden if mask is None else ~hidden & columns_of(mask, at)
+        found, lse = operator(query_BN1H[:, :, 0], visible[:, 0, 0], scaling)
+        done.add_mean(found.unflatten(1, (K, -1)), lse.unflatten(1, (K, -1)), 0)
+    for start, count, key_parts, value_parts in seen.blocks() if operator is None else ():
         at = slice(start, start + count)
         hidden = _elsewhere(seen, at, ring=False)
         if seen.key_map is not None:

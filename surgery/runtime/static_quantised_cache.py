@@ -10,6 +10,7 @@ Where a sequence of a batch has had fewer than `sinks` tokens, groups are packed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from .coded_layer import CodedLayer, real_tokens
 from .layout import Codec, LayerPlan
+from .ops import packed_attention_forward
 from .packed_forms import Form, Parts
 from .quantised_attention import Seen
 from .quantised_cache import BLOCK, in_blocks
+from .word_forms import WordsPerChannel, held_as_words, in_words
 
 _MOST_BLOCKS = 8
 """Of a compiled step, whose program holds each of them."""
@@ -158,6 +161,8 @@ class StaticQuantisedLayer(CodedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, len(key_states)
         forms, given = self.store.forms(self.tables), (key_states, value_states)
+        if held_as_words(self.device):
+            forms = in_words(forms, (key_states.shape[-1], value_states.shape[-1]))
         self.streams = tuple(
             StaticStream(form if x.shape[-1] else None, self.store, x, self.max_length)
             for form, x in zip(forms, given, strict=True)
@@ -194,12 +199,17 @@ class StaticQuantisedLayer(CodedLayer):
         # A group that is packed now is written behind `packed`, and stays in the ring until the next token comes.
         both, live = (keys.parts, values.parts), self._live()
         parts = tuple(tuple(p.narrow(2, 0, p.shape[2] * live // self.room) for p in own) for own in both)
+        operator = None
+        if isinstance(keys.form, WordsPerChannel):
+            packed, bits, group = self.state["packed"].clone(), keys.form.bits, self.store.group
+            operator = functools.partial(packed_attention_forward, *both, packed, bits, group)
         block = max(BLOCK, -(-self.room // _MOST_BLOCKS)) if torch.compiler.is_compiling() else BLOCK
         seen = Seen(
             first=(keys.first_BKsW, values.first_BKsW), begin_B=self.state["begin"],
             blocks=lambda: in_blocks(parts, live, self.store.group, self.sinks, block), forms=(keys.form, values.form),
             ring=(keys.ring_BKRW, values.ring_BKRW), tokens=self.max_length, ring_R=self._ring_columns(),
             packed=self.state["packed"].clone(), arrived=self.state["seen"].clone(),
+            operator=operator, room=self.room,
         )  # fmt: skip
         self._pack()
         return seen
