@@ -6,8 +6,8 @@ import weakref
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .convert import convert
 from .errors import PlanError
@@ -18,12 +18,15 @@ from .runtime.coded_layer import prepare
 from .runtime.layout import Codec
 from .runtime.modeling import SurgeryMixin
 from .runtime.quantised_cache import QuantisedLayer
+from .runtime.static_quantised_cache import StaticQuantisedLayer
 
 _TELLING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that tell their caches which tokens are padding."""
 
 
-def cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> DynamicCache:
+def cache(
+    model: PreTrainedModel, codec: str = "int4", *, max_cache_len: int | None = None, **options: Any
+) -> DynamicCache | StaticCache:
     """An empty quantised cache for a stock model; pass it to `generate` as `past_key_values` (`cache` from 5.24 on).
 
     Layers with a sliding window keep it as it is. K and V are decoded for each layer in turn: it saves memory, and
@@ -32,6 +35,7 @@ def cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> Dynami
     Args:
         model: of a class of transformers, whose anatomy is read; its weights are not.
         codec: see `surgery.rewriters.quantise.QuantiseStep`, as for `options`.
+        max_cache_len: tokens that a static cache is for, the prompt included; None: a dynamic one, which grows.
 
     Raises:
         RecipeError, PlanError, UnsupportedModel: before anything is made.
@@ -47,16 +51,21 @@ def cache(model: PreTrainedModel, codec: str = "int4", **options: Any) -> Dynami
             f"codec {codec!r} reads tables from calibration text: convert the model with the step quantise."
         )
     planned = plan(model, recipe)
-    made = DynamicCache(config=model.config)
+    made: DynamicCache | StaticCache = DynamicCache(config=model.config)
+    if max_cache_len is not None:
+        made = StaticCache(config=model.config, max_cache_len=max_cache_len)
+    plain = DynamicLayer if max_cache_len is None else StaticLayer
     for layer in planned.after:
         if not isinstance(layer.store, Codec):
             continue
-        if layer.layer >= len(made.layers) or type(made.layers[layer.layer]) is not DynamicLayer:
+        if layer.layer >= len(made.layers) or type(made.layers[layer.layer]) is not plain:
             raise PlanError(
                 f"layer {layer.layer}: {type(model).__name__} keeps its cache in a form of its own. Leave the layer "
                 "out: layers='...'."
             )
-        made.layers[layer.layer] = QuantisedLayer(layer)
+        made.layers[layer.layer] = (
+            QuantisedLayer(layer) if max_cache_len is None else StaticQuantisedLayer(layer, max_cache_len, whole=True)
+        )
     if model not in _TELLING:
         model.register_forward_pre_hook(_tell, with_kwargs=True)
         _TELLING.add(model)

@@ -218,3 +218,20 @@ def test_one_operator_reads_what_is_packed_in_words(bits, monkeypatch):
     assert tensor_bytes(cache) == 2 * sum(plan.static_bytes(LENGTH) for plan in model.plans)
     assert cache.layers[0].streams[0].parts[0].dtype == torch.int16
     assert_same(got, through(model, DynamicCache(config=model.config), ends))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_stock_models_take_a_static_cache_and_compile(family):
+    model, options = tiny_model(family).eval(), {"group": 8, "recent": 6, "sinks": 2}
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None, dynamic=False)
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    want = greedy(model, **{cache_argument(model): surgery.cache(model, "int8", **options)})
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        cache = surgery.cache(model, "int8", max_cache_len=52, **options)
+        got = greedy(model, **{cache_argument(model): cache}, compile_config=config)
+        assert torch.equal(got, want)
+        assert cache.layers[0].state["begin"].tolist() == [9, 0]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted + 1
+    torch.compiler.reset()

@@ -139,12 +139,15 @@ class StaticQuantisedLayer(CodedLayer):
 
     Args:
         max_length: columns that may come.
+        whole: several tokens at once are given all columns that there is room for, as stock attention wants them; ours
+            reads those that have come.
     """
 
     is_compileable = True
 
-    def __init__(self, plan: LayerPlan, max_length: int) -> None:
+    def __init__(self, plan: LayerPlan, max_length: int, *, whole: bool = False) -> None:
         super().__init__(plan)
+        self.whole = whole
         self.max_length = max_length
         self.sinks, self.room, self.ring = self.store.rooms(max_length)
 
@@ -316,7 +319,9 @@ class StaticQuantisedLayer(CodedLayer):
         state["hidden"][:, (left - self.sinks) % self.ring] = hidden[:, left]
         state["packed"].add_(count)
         state["seen"].fill_(total)
-        key, value = given
+        key, value = (
+            torch.nn.functional.pad(x, (0, 0, 0, self.max_length - total)) if self.whole else x for x in given
+        )
         return key, value
 
     def positions(self, tokens: int, given_BT: Tensor | None) -> Tensor:
