@@ -87,8 +87,14 @@ def test_a_static_cache_gives_what_a_dynamic_one_gives_and_holds_what_is_planned
         model(IDS[:, :1], **{cache_argument(model): cache})
 
 
-COMPILED = [("metric", "plain"), ("turbo", "uneven groups"), ("kivi", "shared"), ("int4", "latent")]
-MORE = [("int8", "plain"), ("fp8", "plain"), ("kivi", "latent, rotated at read"), ("int4", "alibi")]
+COMPILED = [("metric", "plain"), ("kivi", "shared"), ("int4", "latent")]
+MORE = [
+    ("turbo", "uneven groups"),
+    ("int8", "plain"),
+    ("fp8", "plain"),
+    ("kivi", "latent, rotated at read"),
+    ("int4", "alibi"),
+]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +201,7 @@ def test_compilers_round_codes_against_the_scales_that_are_stored(codec):
 WIDE = {"rewriter": "quantise", "codec": "kivi", "group": 16, "recent": 6, "sinks": 3}
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [4, *(pytest.param(b, marks=pytest.mark.slow) for b in (2, 8))])
 def test_one_operator_reads_what_is_packed_in_words(bits, monkeypatch):
     """The operator has a form for CPUs too: here it is taken, as on a GPU."""
     monkeypatch.setattr(static_quantised_cache, "held_as_words", lambda device: True)
@@ -220,7 +226,7 @@ def test_one_operator_reads_what_is_packed_in_words(bits, monkeypatch):
     assert_same(got, through(model, DynamicCache(config=model.config), ends))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_stock_models_take_a_static_cache_and_compile(family):
     model, options = tiny_model(family).eval(), {"group": 8, "recent": 6, "sinks": 2}
     config = CompileConfig(backend="eager", fullgraph=True, mode=None, dynamic=False)
