@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -125,18 +126,21 @@ def measure_costs(settings: Sequence[Setting], measure: Measure, layers: int, ke
             known = {key: {int(k): v for k, v in by.items()} for key, by in stored["costs"].items()}
             _log.info("%d of the settings were measured before: %s", len(known), kept)
     wanted = to_measure(settings)
-    with progress("measuring settings", len(wanted) * layers) as advance:
-        for number, setting in enumerate(wanted, 1):
-            key = key_of(setting.steps)
-            if key not in known:
-                known[key] = measure(setting)
-                if kept is not None:
-                    partial = kept.with_name(kept.name + ".part")
-                    partial.write_text(json.dumps({"digest": digest, "costs": known}))
-                    partial.replace(kept)
+    missing = [s for s in wanted if key_of(s.steps) not in known]
+    begun = time.monotonic()
+    with progress("measuring settings", len(missing) * layers) as advance:
+        for number, setting in enumerate(missing, 1):
+            known[key_of(setting.steps)] = found = measure(setting)
+            if kept is not None:
+                partial = kept.with_name(kept.name + ".part")
+                partial.write_text(json.dumps({"digest": digest, "costs": known}))
+                partial.replace(kept)
             advance(layers)
-            total = sum(known[key].values())
-            _log.info("setting %d of %d, %s: %.3g nats over all layers", number, len(wanted), setting.label, total)
+            left = (time.monotonic() - begun) / number * (len(missing) - number) / 60
+            _log.info(
+                "setting %d of %d, %s: %.3g nats over all layers; about %.0f min left",
+                number, len(missing), setting.label, sum(found.values()), left,
+            )  # fmt: skip
     return Costs(measured=known)
 
 
