@@ -250,7 +250,7 @@ def text(bench: Bench) -> None:
 
 
 def free_running(bench: Bench) -> None:
-    """Greedy continuations. H2O has no cache to continue from."""
+    """Greedy continuations. H2O in one pass has no cache to continue from."""
     measured(
         bench,
         "greedy",

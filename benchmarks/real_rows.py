@@ -39,7 +39,8 @@ class Row:
     evicts: bool = False
     """Whether it holds fewer tokens than it read, so that its bytes per token fall with the length."""
     h2o_slots: int | None = None
-    """Scored in one pass by an attention function that computes what decoding would; there is no cache of it."""
+    """Scored in one pass by an attention function that evicts from the first token on, as decoding every token would;
+    the step `evict` lets a prompt see everything first (`evict_quality.py`)."""
     refines: str | None = None
     """The row of which this is the same with `refine`."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .generate import generate
     from .measure.evaluate import evaluate
     from .plan import Plan, plan
-    from .quick_cache import cache, quantise_cache
+    from .quick_cache import cache, quantise_cache, retrieval_heads
     from .recipe import Recipe
     from .report.data import Report
 
@@ -51,6 +51,7 @@ __all__ = [
     "load",
     "plan",
     "quantise_cache",
+    "retrieval_heads",
     "save",
 ]
 
@@ -64,7 +65,7 @@ _DEFINED_IN = {
     "generate": ("generate",),
     "measure.evaluate": ("evaluate",),
     "plan": ("Plan", "plan"),
-    "quick_cache": ("cache", "quantise_cache"),
+    "quick_cache": ("cache", "quantise_cache", "retrieval_heads"),
     "recipe": ("Recipe",),
     "report.data": ("Report",),
 }

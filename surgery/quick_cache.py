@@ -1,41 +1,59 @@
-"""Quantised caches without a conversion: for `generate` of a stock model, or as a model that makes its own."""
+"""Caches that are quantised, or evict, without a conversion: for `generate` of a stock model, or as a model that
+makes its own."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .anatomy.positions import max_positions
 from .convert import convert
-from .errors import PlanError
+from .errors import PlanError, RecipeError
 from .plan import plan
+from .planning.schema import nearest
+from .quick_evict import Induction, StockRankedLayer, put_layers
 from .recipe import Recipe
-from .runtime.calling import take_cache
+from .runtime.calling import cache_argument, take_cache
 from .runtime.coded_layer import prepare
 from .runtime.layout import Codec
 from .runtime.modeling import SurgeryMixin
 from .runtime.quantised_cache import QuantisedLayer
+from .runtime.rankers import RANKERS
 from .runtime.static_quantised_cache import StaticQuantisedLayer
 
+_PERIOD = 500
+"""Random tokens that come again in the search for heads that look them up, at most."""
 _TELLING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that tell their caches which tokens are padding."""
 
 
 def cache(
-    model: PreTrainedModel, codec: str = "int4", *, max_cache_len: int | None = None, **options: Any
+    model: PreTrainedModel,
+    codec: str | None = None,
+    *,
+    evict: str | None = None,
+    max_cache_len: int | None = None,
+    **options: Any,
 ) -> DynamicCache | StaticCache:
-    """An empty quantised cache for a stock model; pass it to `generate` as `past_key_values` (`cache` from 5.24 on).
+    """An empty cache for a stock model that packs its tokens, or lets some go; pass it to `generate` as
+    `past_key_values` (`cache` from 5.24 on).
 
-    Layers with a sliding window keep it as it is. K and V are decoded for each layer in turn: it saves memory, and
-    `quantise_cache` is faster. The model gets one hook, which tells its quantised caches what is padding.
+    Layers with a sliding window keep it as it is. The model gets one hook, which tells such caches what is padding.
+
+    With a codec, K and V are decoded for each layer in turn: it saves memory, and `quantise_cache` is faster. With
+    `evict`, hooks let a function in the place of sdpa hand queries to the cache, in passes with such a cache alone, and
+    refuse models whose attention does not call it.
 
     Args:
         model: of a class of transformers, whose anatomy is read; its weights are not.
-        codec: see `surgery.rewriters.quantise.QuantiseStep`, as for `options`.
-        max_cache_len: tokens that a static cache is for, the prompt included; None: a dynamic one, which grows.
+        codec: see `surgery.rewriters.quantise.QuantiseStep`, as for `options`; `int4` where neither is given.
+        evict: a score that orders slots, see `surgery.rewriters.evict.EvictStep`, as for `options`.
+        max_cache_len: of a codec: tokens that a static cache is for, the prompt included; None: a dynamic one.
 
     Raises:
         RecipeError, PlanError, UnsupportedModel: before anything is made.
@@ -45,7 +63,17 @@ def cache(
             f"{type(model).__name__}: was converted, and the form of its cache stands in its recipe. Add the step "
             "quantise there, and convert its parent."
         )
-    recipe = Recipe.load(_recipe(codec, options))
+    if evict is not None and codec is not None:
+        raise PlanError("a cache that evicts holds plain numbers: give `codec` or `evict`, not both.")
+    if evict is not None and evict not in RANKERS:
+        near = nearest(evict, RANKERS)
+        raise PlanError(
+            f"evict: no score {evict!r} that orders slots.{near} Known: {', '.join(RANKERS)}. Others judge tokens by "
+            "weights of their own: convert the model with the step evict."
+        )
+    if evict is not None and max_cache_len is not None:
+        raise PlanError("evict: stock models let tokens go in dynamic caches alone. Leave max_cache_len out.")
+    recipe = Recipe.load(_recipe(codec or "int4", options) if evict is None else _evicting(evict, options))
     if any(step.text == "needed" for step in recipe.steps):
         raise PlanError(
             f"codec {codec!r} reads tables from calibration text: convert the model with the step quantise."
@@ -56,16 +84,22 @@ def cache(
         made = StaticCache(config=model.config, max_cache_len=max_cache_len)
     plain = DynamicLayer if max_cache_len is None else StaticLayer
     for layer in planned.after:
-        if not isinstance(layer.store, Codec):
+        if not isinstance(layer.store, Codec) and layer.retain is None:
             continue
         if layer.layer >= len(made.layers) or type(made.layers[layer.layer]) is not plain:
             raise PlanError(
                 f"layer {layer.layer}: {type(model).__name__} keeps its cache in a form of its own. Leave the layer "
                 "out: layers='...'."
             )
-        made.layers[layer.layer] = (
-            QuantisedLayer(layer) if max_cache_len is None else StaticQuantisedLayer(layer, max_cache_len, whole=True)
-        )
+        if layer.retain is None:
+            made.layers[layer.layer] = (
+                QuantisedLayer(layer)
+                if max_cache_len is None
+                else StaticQuantisedLayer(layer, max_cache_len, whole=True)
+            )
+    if evict is not None:
+        assert isinstance(made, DynamicCache)
+        put_layers(made, model, planned)
     if model not in _TELLING:
         model.register_forward_pre_hook(_tell, with_kwargs=True)
         _TELLING.add(model)
@@ -80,8 +114,48 @@ def quantise_cache(model: PreTrainedModel, codec: str = "int4", **options: Any) 
     return convert(model, _recipe(codec, options))
 
 
+@torch.inference_mode()
+def retrieval_heads(model: PreTrainedModel, part: float = 0.15, *, seed: int = 0) -> dict[int, tuple[int, ...]]:
+    """Layer -> KV heads that look up what came before: for `whole` of the step `evict`, and of `cache(evict=...)`.
+
+    Random tokens are read four times over. A head looks up if its queries attend to what came behind the earlier places
+    of their own token (induction); a KV head is as good as the best query head that reads it. As RazorAttention
+    (arXiv:2407.15891), without its echo heads, which are one in a hundred.
+
+    Args:
+        model: of a class of transformers, whose anatomy is read; it runs once.
+        part: of the KV heads of all layers without a window.
+        seed: of the tokens.
+
+    Raises:
+        RecipeError: `part` is not above 0 and at most 1. PlanError, UnsupportedModel: as `cache`.
+    """
+    if not 0 < part <= 1:
+        raise RecipeError(f"part: {part:g} of the KV heads; give a number above 0 and at most 1.")
+    probing = cache(model, evict="streaming", ratio=1, recent=1)
+    period = min(_PERIOD, (max_positions(model.config) or 4 * _PERIOD) // 4)
+    probes = {}
+    for layer in probing.layers:
+        if isinstance(layer, StockRankedLayer):
+            layer.ranker = probes[layer.layer] = Induction(period)
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.get_text_config(decoder=True).vocab_size, (1, period), generator=random)
+    model(ids.repeat(1, 4).to(model.device), use_cache=True, **{cache_argument(model): probing})
+    found = sorted(
+        ((float(s), layer, head) for layer, p in probes.items() for head, s in enumerate(p.found_K)), reverse=True
+    )
+    chosen: dict[int, list[int]] = {}
+    for _, layer_index, head in found[: max(1, round(part * len(found)))]:
+        chosen.setdefault(layer_index, []).append(head)
+    return {index: tuple(sorted(heads)) for index, heads in sorted(chosen.items())}
+
+
 def _recipe(codec: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"name": f"kv-{codec}", "steps": [{"rewriter": "quantise", "codec": codec, **options}]}
+
+
+def _evicting(scorer: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {"name": f"evict-{scorer}", "steps": [{"rewriter": "evict", "scorer": scorer, **options}]}
 
 
 def _tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,3 +164,5 @@ def _tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = next((m for m in mask.values() if m is not None), None)
     for layer in getattr(take_cache(dict(kwargs)), "layers", ()):
         prepare(layer, mask)
+        if isinstance(layer, StockRankedLayer):
+            layer.mask = mask

@@ -28,6 +28,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "dms": {"rewriter": "dms", "ratio": 1, "window": 4, "sinks": 2},
     "dmc": {"rewriter": "dmc", "ratio": 1, "window": 3, "sinks": 0},
     "evict": {"rewriter": "evict", "window": 4, "sinks": 2},
+    "evict, by rank": {"rewriter": "evict", "scorer": "h2o", "recent": 32, "sinks": 2},
     "quantise": {"rewriter": "quantise", "codec": "int8", "group": 8, "recent": 4, "sinks": 2},
 }
 """Each method, and forms of one that combine otherwise; in the order of their axes. Untrained gates drop nothing: 1."""

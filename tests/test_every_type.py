@@ -54,8 +54,8 @@ def tiny(kind):
 @torch.inference_mode()
 def greedy(model, ids, tokens=16):
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True, eos_token_id=None,
-        pad_token_id=0,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=True,
+        eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     return out[:, ids.shape[1] :].tolist()
 

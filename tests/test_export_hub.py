@@ -18,7 +18,7 @@ import yaml
 from families import tiny_model
 from huggingface_hub import HfApi
 from markdown_it import MarkdownIt
-from methods import METHODS, converted, parent
+from methods import METHODS, converted, merged, parent, sites
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 from test_report import made_up
@@ -136,6 +136,8 @@ def of_the_matrix(pairs: list[tuple[str, str]]) -> dict[str, tuple[PreTrainedMod
 def test_every_variant_generates_the_same_where_only_torch_and_transformers_are(bare, tmp_path) -> None:
     models = of_the_matrix(SOME)
     assert sum(static for _, static in models.values()) > len(models) // 2
+    ranked = merged(METHODS["identity"], ["llama"], "ranked", scorer="h2o", budget="ada", window=2, sinks=1)
+    models["ranked"] = ranked.convert(parent("llama"), sites("llama")), False
     check(models, bare, tmp_path)
 
 

@@ -22,9 +22,11 @@ from surgery.checkpoints.provenance import provenance_of
 from surgery.measure.memory import tensor_bytes
 from surgery.recipe import Step
 from surgery.rewriters import REWRITERS, Method
+from surgery.runtime.budgets import BUDGETS, Budget
 from surgery.runtime.caches import CACHE_LAYERS
 from surgery.runtime.codecs import CODECS, CodecKind, Decoded
 from surgery.runtime.layout import Heads
+from surgery.runtime.rankers import RANKERS, Ranker
 from surgery.runtime.scorers import SCORERS
 from surgery.runtime.store import STORES
 
@@ -65,6 +67,23 @@ class ToyScorer:
 
     def score(self, hidden_BTD, q_BTNH, k_BTKH):
         return q_BTNH.float().mean(2, keepdim=True).norm(dim=-1).expand(k_BTKH.shape[:-1])
+
+
+# A score that orders slots: those with small values stay; and a budget: each layer keeps half of what it might.
+
+
+class ToyRanker(Ranker):
+    describes = "small values stay"
+
+    def score(self, ranking):
+        return -ranking.slots.value_BKSV.float().norm(dim=-1)
+
+
+class ToyBudget(Budget):
+    describes = "half"
+
+    def of_layer(self, mean, most, depth):
+        return mean / 2
 
 
 # A format on the store axis: whole numbers of eight bits, one scale per token and head; and a step that asks for it.
@@ -142,6 +161,8 @@ def registered(monkeypatch):
     """The lines that register the toys, one for each name."""
     monkeypatch.setitem(REWRITERS, "toy", ToyMethod)
     monkeypatch.setitem(SCORERS, "toy", ToyScorer())
+    monkeypatch.setitem(RANKERS, "toy_rank", ToyRanker())
+    monkeypatch.setitem(BUDGETS, "toy", ToyBudget())
     monkeypatch.setitem(STORES, "toy", ToyStore)
     monkeypatch.setitem(CACHE_LAYERS, "toy", ToyLayer)
     monkeypatch.setitem(REWRITERS, "toy_store", ToyStoreMethod)
@@ -197,6 +218,19 @@ def test_a_score_of_ones_own(registered, tmp_path):
     assert all(length < PROMPT.shape[1] for length in held), held
     with pytest.raises(surgery.RecipeError, match="no scorer 'tot'. Did you mean 'toy'"):
         surgery.plan(tiny_model("llama"), {"steps": [step | {"scorer": "tot"}]})
+
+
+def test_a_score_and_a_budget_of_ones_own_that_rank(registered, monkeypatch, tmp_path):
+    step = {"rewriter": "evict", "scorer": "toy_rank", "budget": "toy", "ratio": 2, "recent": 2, "sinks": 1}
+    plan, model = through_the_door([step], tmp_path)
+    cache = model(PROMPT, use_cache=True).past_key_values
+    assert [layer.lengths.tolist() for layer in cache.layers] == [[[3 + 5] * 2] * 2] * 2  # 12 of 24: 3 and half of 9
+    assert tensor_bytes(cache) == len(PROMPT) * plan.cache_bytes(PROMPT.shape[1])
+    with pytest.raises(surgery.PlanError, match="has a ToyRanker, whose code is not part of surgery"):
+        surgery.export(model, tmp_path / "hub", to="hub")
+    monkeypatch.delitem(BUDGETS, "toy")
+    with pytest.raises(ValueError, match="tokens leave by the budget 'toy', which is not known here"):
+        surgery.load(tmp_path / "child")
 
 
 def test_a_format_of_ones_own(registered, tmp_path):
@@ -267,8 +301,9 @@ def test_checkpoints_with_parts_that_nobody_registered_say_so(registered, monkey
 def test_the_examples_of_the_documentation_run(monkeypatch):
     text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
     examples = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(examples) == 2
+    assert len(examples) == 3
     monkeypatch.setattr("surgery.rewriters.REWRITERS", dict(REWRITERS))
+    monkeypatch.setitem(RANKERS, "long_values", None)
     registry = sys.modules["surgery.rewriters"].REWRITERS
     monkeypatch.setattr("surgery.recipe.REWRITERS", registry)
     module = types.ModuleType("example")
@@ -280,6 +315,9 @@ def test_the_examples_of_the_documentation_run(monkeypatch):
     plain = surgery.convert(parent, {"steps": [{"rewriter": "first_head", "head": 1}]})
     fitted = surgery.convert(parent, {"steps": [{"rewriter": "fitted_head", "head": 1}]}, calibration=ids)
     untold = surgery.convert(parent, {"steps": [{"rewriter": "fitted_head", "head": 1}]})
+    step = {"rewriter": "evict", "scorer": "long_values", "budget": "ada", "ratio": 4, "recent": 4, "observe": 4}
+    ranked = surgery.convert(parent, {"steps": [step]}).eval()
+    assert ranked(ids[:1], use_cache=True).past_key_values.layers[0].lengths.sum() == 2 * 8
     for child, is_plain in ((plain, True), (untold, True), (fitted, False)):
         assert child.config.num_key_value_heads == 1
         q, o = (
@@ -295,4 +333,4 @@ def test_each_toy_is_one_class_and_one_line():
     assert not [file for file in root.rglob("*.py") if "toy" in file.read_text().lower()]
     lines = ast.unparse(ast.parse(Path(__file__).read_text())).splitlines()
     registering = [line.strip() for line in lines if line.strip().startswith("monkeypatch.setitem(") and "toy" in line]
-    assert len(registering) == 5  # a format is registered twice: how it is planned, and what holds it
+    assert len(registering) == 7  # a format is registered twice: how it is planned, and what holds it

@@ -49,6 +49,7 @@ LEVELS = [
     ("plan", "checkpoints.provenance", "checkpoints.storage", "checkpoints.unfinished"),
     ("convert", "assembly", "checkpoints.streaming", "checkpoints.child_files"),
     ("measure", "report"),
+    ("quick_evict",),
     ("generate", "quick_cache", "composing"),
     ("cli", "calibrate", "demo", "real_demo", "export", "serve", "train", "benchmarks"),
 ]

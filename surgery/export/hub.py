@@ -25,8 +25,10 @@ from ..checkpoints.writing import copy_weights
 from ..console import human_bytes
 from ..errors import CheckpointError, PlanError
 from ..planning.targets import NATIVE, REMOTE, Refusal, Subject, Way, refused_as_native
+from ..runtime.budgets import BUDGETS
 from ..runtime.layout import Codec
 from ..runtime.modeling import load_converted
+from ..runtime.rankers import RANKERS
 from ..runtime.scorers import SCORERS
 from .parity import Ask, Parity, answers_alone, answers_of, compare
 from .remote_code import MIN_TRANSFORMERS, RemoteCode, digests
@@ -61,9 +63,11 @@ class Hub:
         if subject.native:
             return refused_as_native(subject) or Way(by=NATIVE)
         for plan in subject.plans:
-            scorer = SCORERS.get(getattr(plan.retain, "scorer", ""))
+            scorers: dict[str, Any] = {**SCORERS, **RANKERS}
+            budget = BUDGETS.get(getattr(plan.retain, "budget", ""))
+            scorer = scorers.get(getattr(plan.retain, "scorer", ""))
             forms = plan.store.forms() if isinstance(plan.store, Codec) else ()
-            for value in (plan.project, plan.retain, plan.store, scorer, *forms):
+            for value in (plan.project, plan.retain, plan.store, scorer, budget, *forms):
                 if value is not None and not type(value).__module__.startswith(runtime.__name__):
                     return Refusal(
                         reason=f"layer {plan.layer} has a {type(value).__name__}, whose code is not part of "

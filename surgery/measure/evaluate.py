@@ -18,7 +18,7 @@ from .gates import gated, read_gates
 from .lm_eval import CLOZE, check_known, check_prompts, run_tasks
 from .memory import cache_size, max_batch, parse_bytes
 from .recall import TASKS, answer_questions, check_tasks, compose_questions
-from .scoring import Path, score_windows
+from .scoring import Path, prompt_of, score_windows
 from .speed import measure_speed
 from .statistics import difference, quality
 
@@ -50,6 +50,7 @@ def evaluate(
         text: what `load_windows` takes: a file, strings, or token ids.
         tokenizer: defaults to the one beside the model; not needed for token ids without recall.
         path: `prefill` scores in one forward pass, which never reads the cache; `decode` token by token through it.
+            Where slots leave behind prompts alone (`evict` by snapkv), the first half of each window is one.
         length: tokens per window; the model's positions, at most 512, by default. Token ids are windows as they are
             where it is not given.
         samples: at most so many windows.
@@ -137,6 +138,7 @@ def evaluate(
         versions=versions(),
         device=str(model.device),
         window_start=windows.start,
+        prompt=max(prompt_of(m, windows.ids_BT.shape[1]) for m in models),
         tasks={
             n: run_tasks(m, tokenizer, lm_eval_tasks, seed=seed, texts=texts)
             for n, m in zip(names, models, strict=False)

@@ -42,7 +42,8 @@ class Counted(NamedTuple):
 
 def gated(model: nn.Module) -> dict[str, SurgeryGatedAttention]:
     """Attentions with a gate by qualified name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, SurgeryGatedAttention) and m.owns_cache}
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, SurgeryGatedAttention))
+    return {name: module for name, module in found if "gate" in module._modules}
 
 
 @contextmanager

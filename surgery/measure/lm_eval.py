@@ -26,7 +26,7 @@ from ..calibration.text import check_known_ids, special_tokens
 from ..errors import CheckpointError, RecipeError
 from .cloze import CONTEXT, cloze_questions
 from .recall import FILLER, TASKS, Reader, compose
-from .scoring import DECODE_BATCH, decode
+from .scoring import DECODE_BATCH, log_probabilities, prompt_of
 
 OURS = {f"surgery_{name}": name for name in TASKS}
 """Name among lm-eval's tasks -> name in `measure.recall.TASKS`."""
@@ -162,7 +162,8 @@ def _language_model(model: PreTrainedModel, tokenizer: Any, batch_size: int, thr
                 return logits
             with torch.inference_mode():
                 # Rows are padded on the right, which no earlier token sees.
-                return torch.cat([logp for _, logp in decode(model, inps, prefill=1)], 1).to(inps.device)
+                found = log_probabilities(model, inps, "decode", prompt_of(model, inps.shape[1]))
+                return torch.cat([logp for _, logp in found], 1).to(inps.device)
 
     # A copy: HFLM gives a tokenizer without padding token one.
     lm = Checked(

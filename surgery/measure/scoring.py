@@ -51,15 +51,16 @@ def score_windows(model: PreTrainedModel, baseline: PreTrainedModel | None, wind
     """
     W, T = windows.ids_BT.shape
     vocabulary = model.config.get_text_config().vocab_size
-    size = DECODE_BATCH if path == "decode" else max(1, PREFILL_LOGITS // (T * vocabulary))
+    prompt = max(prompt_of(m, T) for m in (model, baseline) if m is not None) if path == "decode" else T
+    size = DECODE_BATCH if prompt == 1 else max(1, PREFILL_LOGITS // (prompt * vocabulary))
     sums = torch.zeros(W, len(BUCKETS), 5, dtype=torch.float64)
     problem = None
     with progress(f"evaluating ({path})", W * T) as advance, torch.inference_mode():
         for start in range(0, W, size):
             rows = slice(start, start + size)
             ids, mask = windows.ids_BT[rows], windows.mask_BT[rows]
-            pieces = log_probabilities(model, ids, path)
-            others = pieces if baseline is None else log_probabilities(baseline, ids, path)
+            pieces = log_probabilities(model, ids, path, prompt)
+            others = pieces if baseline is None else log_probabilities(baseline, ids, path, prompt)
             for (first, logp), (_, base) in zip(pieces, others, strict=True) if baseline else ((p, p) for p in pieces):
                 place = slice(first + 1, first + 1 + logp.shape[1])  # of the predicted tokens
                 labels, keep = ids[:, place], mask[:, place]
@@ -73,8 +74,17 @@ def score_windows(model: PreTrainedModel, baseline: PreTrainedModel | None, wind
     return Sums(tokens, nll, base_nll, kl, same, problem)
 
 
-def log_probabilities(model: PreTrainedModel, ids_BT: Tensor, path: Path) -> Iterator[tuple[int, Tensor]]:
-    """(position, [B, t, vocab]) in order of position, float32 on the CPU; all at once, or one position at a time.
+def prompt_of(model: PreTrainedModel, tokens: int) -> int:
+    """Tokens of a window that come at once before others are decoded: one; half of them where slots leave behind
+    prompts alone, so that there is something to lose."""
+    waits = any(plan.retain is not None and plan.retain.waits_for_prompts for plan in getattr(model, "plans", ()))
+    return max(1, tokens // 2) if waits else 1
+
+
+def log_probabilities(
+    model: PreTrainedModel, ids_BT: Tensor, path: Path, prompt: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """(position, [B, t, vocab]) in order of position, float32 on the CPU: all at once, or, behind a prompt, one by one.
 
     Padding on the right needs no mask: attention is causal.
     """
@@ -82,18 +92,24 @@ def log_probabilities(model: PreTrainedModel, ids_BT: Tensor, path: Path) -> Ite
     if path == "prefill":
         yield 0, _logp(model(input_ids=ids, use_cache=False).logits)
         return
-    yield from decode(model, ids, prefill=1)
+    yield from decode(model, ids, prompt, whole_prompt=True)
 
 
-def decode(model: PreTrainedModel, ids_BT: Tensor, prefill: int) -> Iterator[tuple[int, Tensor]]:
-    """Log-probabilities at positions `prefill` - 1 onwards: the first `prefill` tokens at once, then one by one."""
-    out = model(input_ids=ids_BT[:, :prefill], use_cache=True, **last_logits(model))
+def decode(
+    model: PreTrainedModel, ids_BT: Tensor, prefill: int, whole_prompt: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """Log-probabilities from position `prefill` - 1 on: the first `prefill` tokens at once, then one by one.
+
+    Args:
+        whole_prompt: those of all positions of the prompt as well, from 0 on.
+    """
+    out = model(input_ids=ids_BT[:, :prefill], use_cache=True, **({} if whole_prompt else last_logits(model)))
     cache = cache_of(out)
     if cache is None:
         raise UnsupportedModel(
             f"{type(model).__name__} returns no cache, so it cannot be decoded through one. Use path='prefill'."
         )
-    yield prefill - 1, _logp(out.logits[:, -1:])
+    yield (0, _logp(out.logits)) if whole_prompt else (prefill - 1, _logp(out.logits[:, -1:]))
     for t in range(prefill, ids_BT.shape[1]):
         out = model(input_ids=ids_BT[:, t : t + 1], use_cache=True, **{cache_argument(model): cache})
         cache = cache_of(out)

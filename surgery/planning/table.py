@@ -59,7 +59,8 @@ def totals_table(plan: Plan) -> Table:
         table.add_column(name, justify="right" if i else "left")
     for name, parent in (("before", True), ("after", False)):
         table.add_row(name, *(human_bytes(plan.cache_bytes(tokens, parent)) for tokens in columns.values()))
-    if any(layer.retain for layer in plan.after):
+    retained = [layer.retain for layer in plan.after if layer.retain]
+    if retained and all(retain.has_static for retain in retained):
         # Its pool of pages is sized by the ratio: what the gates do not reach does not fit.
         static = (plan.static_cache_bytes(tokens) for tokens in columns.values())
         table.add_row("after, static", *map(human_bytes, static))

@@ -105,6 +105,8 @@ class Report:
     """Scores of lm-eval by model and task, where asked for."""
     window_start: tuple[str, ...] | None = None
     """Tokens that every window starts with because the tokenizer starts a text so; None where token ids were given."""
+    prompt: int = 1
+    """Tokens of each window that came at once, where the others were decoded: slots leave behind several."""
 
     @property
     def difference(self) -> Difference | None:
@@ -171,6 +173,8 @@ class Report:
     def notes(self) -> list[str]:
         """What was measured on, and what went wrong."""
         where = "one token at a time through the cache" if self.model.path == "decode" else "in one forward pass"
+        if self.model.path == "decode" and self.prompt > 1:
+            where = f"the first {self.prompt:,} at once, then {where}"
         notes = [
             f"{self.tokens:,} predicted tokens in {self.windows} windows of {self.length}, {where}; "
             f"text {self.text_digest}, seed {self.seed}"

@@ -1,40 +1,106 @@
-"""The `evict` step: tokens leave by a score that nothing is trained for, once they have left a window."""
+"""The `evict` step: tokens leave by a score that nothing is trained for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..anatomy import Anatomy
-from ..errors import RecipeError
+from ..console import spans
+from ..errors import PlanError, RecipeError
 from ..planning.schema import nearest
 from ..recipe import Text
-from ..runtime.layout import Evict, LayerPlan
+from ..runtime.budgets import BUDGETS
+from ..runtime.layout import Evict, LayerPlan, Ranked
+from ..runtime.rankers import RANKERS
 from ..runtime.scorers import SCORERS
 from .tokens.gates import GatedMethod
 from .tokens.options import WindowStep, plan_retained
 
+_OBSERVE, _POOL, _RECENT = 32, 5, 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvictStep(WindowStep):
-    """Drop tokens once they are `window` old, by a score that nothing is trained for.
+    """Drop tokens by a score that nothing is trained for.
+
+    Two kinds of scores. `window` and `key_norm` judge a token alone: it goes once it is `window` tokens old, or stays
+    for good. All others order the slots that are there, and a `budget` keeps the best of them: of every `ratio` tokens
+    one, on average over layers and heads, or `slots` whatever the length, and always the first `sinks` and the newest
+    `recent`.
 
     `ratio` is not read where the score is `window`: every token goes at its end (StreamingLLM).
     """
 
     rewriter: Literal["evict"] = "evict"
     scorer: str = "window"
-    """`window`: every token goes. `key_norm`: long keys go, above a threshold from calibration text."""
+    """`window`: every token goes at its end. `key_norm`: long keys go, above a threshold from calibration text. Others:
+    see `surgery.runtime.rankers`."""
+    budget: str | None = None
+    """How slots are shared out between layers and heads where a score orders them, see `surgery.runtime.budgets`;
+    `uniform` where absent."""
+    slots: int | None = None
+    """Slots per head, on average, where a score orders them: whatever the length, in the place of `ratio`."""
+    whole: dict[int, tuple[int, ...]] | None = None
+    """Layer -> its KV heads that keep all of their tokens, where a score orders slots; `surgery.retrieval_heads` finds
+    them. The budget is that of the others."""
+    recent: int | None = None
+    """Newest tokens that stay where a score orders slots; 64 where absent."""
+    observe: int | None = None
+    """Newest queries of a prompt whose attention counts, for scores that observe some; 32 where absent."""
+    pool: int | None = None
+    """Neighbours that share their scores, for scores that pool; odd; 5 where absent."""
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the score orders slots, rather than judging each token alone."""
+        return self.scorer in RANKERS
 
     @property
     def text(self) -> Text:
+        if self.ranks:
+            return "none"
         return "needed" if SCORERS[self.scorer].has_threshold else super().text
 
     def validate(self, where: str) -> None:
         super().validate(where)
-        if self.scorer not in SCORERS:
-            near = nearest(self.scorer, SCORERS)
-            raise RecipeError(f"{where}.scorer: no scorer {self.scorer!r}.{near} Known: {', '.join(SCORERS)}.")
+        known = [*SCORERS, *RANKERS]
+        if self.scorer not in known:
+            near = nearest(self.scorer, known)
+            raise RecipeError(f"{where}.scorer: no scorer {self.scorer!r}.{near} Known: {', '.join(known)}.")
+        reads: tuple[str, ...] = ("window", "windows")
+        if self.ranks:
+            reads = ("budget", "slots", "whole", "recent", *RANKERS[self.scorer].reads)
+        defaults = {"window": 256, "windows": "uniform"}
+        defaults |= dict.fromkeys(("budget", "slots", "whole", "recent", "observe", "pool"))
+        for name, default in defaults.items():
+            if name not in reads and getattr(self, name) != default:
+                raise RecipeError(
+                    f"{where}.{name}: the score {self.scorer} does not read it. It reads ratio, sinks, page, "
+                    f"{', '.join(reads)}."
+                )
+        if self.budget is not None and self.budget not in BUDGETS:
+            near = nearest(self.budget, BUDGETS)
+            raise RecipeError(f"{where}.budget: no budget {self.budget!r}.{near} Known: {', '.join(BUDGETS)}.")
+        for name, least in (("recent", 1), ("observe", 1), ("pool", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RecipeError(f"{where}.{name}: {value} must be at least {least}.")
+        if self.slots is not None and self.ratio != 4:
+            raise RecipeError(f"{where}.slots: {self.slots} slots and ratio {self.ratio:g}: give one of them.")
+        always = self.sinks + (self.recent or _RECENT)
+        if self.slots is not None and self.slots < always:
+            raise RecipeError(
+                f"{where}.slots: {self.slots} are fewer than the {always} that always stay: sinks {self.sinks} and "
+                f"recent {self.recent or _RECENT}."
+            )
+        if self.pool is not None and self.pool % 2 == 0:
+            raise RecipeError(f"{where}.pool: {self.pool} must be odd: as many neighbours before a token as behind it.")
+        if "observe" in reads and (self.observe or _OBSERVE) > (self.recent or _RECENT):
+            raise RecipeError(
+                f"{where}.observe: {self.observe or _OBSERVE} queries, but only the newest {self.recent or _RECENT} "
+                "tokens are sure to stay (`recent`), and those that are observed must be among them."
+            )
 
 
 class Evicting(GatedMethod):
@@ -50,11 +116,66 @@ class Evicting(GatedMethod):
         return [[{"scorer": "window", "window": window}] for window in sorted(windows - {0}, reverse=True)]
 
     def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
-        """A score in each selected layer that keeps a cache."""
+        """A score in each selected layer that keeps a cache; where it orders slots, in those without a window."""
         step = self.step
-        value = Evict(ratio=step.ratio, window=step.window, scorer=step.scorer, sinks=step.sinks, page=step.page)
-        return plan_retained(step, value, anatomy, layers, where)
+        if not step.ranks:
+            value = Evict(ratio=step.ratio, window=step.window, scorer=step.scorer, sinks=step.sinks, page=step.page)
+            return plan_retained(step, value, anatomy, layers, where)
+        ranked = Ranked(
+            ratio=step.ratio, window=step.recent or _RECENT, scorer=step.scorer, budget=step.budget or "uniform",
+            slots=step.slots, observe=step.observe or _OBSERVE, pool=step.pool or _POOL, sinks=step.sinks,
+            page=step.page,
+        )  # fmt: skip
+        planned = plan_retained(step, ranked, anatomy, layers, where, leave_windows=step.layers is None)
+        ranked = next(layer.retain for layer in planned if isinstance(layer.retain, Ranked))
+        changed = {new.owner for old, new in zip(layers, planned, strict=True) if new.retain != old.retain}
+        heads = {layer.layer: layer.decisions for layer in planned if layer.layer in changed}
+        whole = self._whole(heads, where)
+        # Layers whose heads keep everything stay as they are.
+        owners = sorted(layer for layer, count in heads.items() if len(whole[layer]) < count)
+        depths = {layer: place / (len(owners) - 1) if len(owners) > 1 else 0.5 for place, layer in enumerate(owners)}
+        made = {layer: replace(ranked, depth=depths[layer], whole=whole[layer]) for layer in owners}
+        return tuple(
+            replace(layer, retain=made.get(layer.owner)) if layer.owner in changed else layer for layer in planned
+        )
+
+    def _whole(self, heads: dict[int, int], where: str) -> dict[int, tuple[int, ...]]:
+        """The KV heads of each layer that evicts, of so many, that keep all of their tokens.
+
+        Raises:
+            PlanError: another layer is named, or a head that the layer does not have.
+        """
+        named = self.step.whole or {}
+        for layer, some in named.items():
+            if layer not in heads:
+                raise PlanError(
+                    f"{where}.whole: names layer {layer}, where no tokens leave. They do in {spans(sorted(heads))}."
+                )
+            if not set(some) <= set(range(heads[layer])):
+                raise PlanError(
+                    f"layer {layer}: {where}.whole: names heads {', '.join(map(str, some))}; it caches {heads[layer]}."
+                )
+        return {layer: tuple(sorted(set(named.get(layer, ())))) for layer in heads}
 
     def notes(self, plan: Any) -> list[str]:
-        """What decides."""
-        return [f"evict: tokens go by {self.step.scorer}, for which nothing is trained"]
+        """What decides, and when tokens leave."""
+        step = self.step
+        if not step.ranks:
+            return [f"evict: tokens go by {step.scorer}, for which nothing is trained"]
+        ranker, budget = RANKERS[step.scorer], BUDGETS[step.budget or "uniform"]
+        lines = [f"evict: {ranker.describes}; {budget.describes}"]
+        if ranker.while_decoding:
+            lines.append("evict: bytes are those of any time, but for a page per head between two evictions")
+        else:
+            lines.append(
+                "evict: slots leave after each prompt or chunk of several tokens, which see all that was there; what "
+                "is decoded one by one stays until the next. Bytes above are those of a prompt, and a static cache has "
+                "room for all tokens unless it is told a ratio"
+            )
+        mine = [layer for layer in plan.after if isinstance(layer.retain, Ranked)]
+        if any(not layer.owns_cache for layer in mine):
+            lines.append("evict: scores read the attention of layers that own a cache, not that of its readers")
+        left = [layer.layer for layer in plan.after if layer.window is not None and step.selects(layer.layer)]
+        if left:
+            lines.append(f"evict: layers {spans(left)} keep their windows as they are")
+        return lines

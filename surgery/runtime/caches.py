@@ -15,6 +15,7 @@ from .page_pool import PagePool
 from .paged_cache import PagedLayer
 from .pooling_cache import PoolingLayer
 from .quantised_cache import QuantisedLayer
+from .ranked_cache import RankedLayer
 from .static_quantised_cache import StaticQuantisedLayer
 
 
@@ -25,7 +26,12 @@ class MakeLayer(Protocol):
         """A layer for a dynamic cache, or for a static one of `max_length` tokens."""
 
 
-PAGED: dict[str, type[PagedLayer]] = {"dmc": PoolingLayer, "dms": EvictingLayer, "evict": EvictingLayer}
+PAGED: dict[str, type[PagedLayer]] = {
+    "dmc": PoolingLayer,
+    "dms": EvictingLayer,
+    "evict": EvictingLayer,
+    "ranked": RankedLayer,
+}
 """`kind` of a `Retain` -> cache layer, in pages that the layers of a static cache share."""
 
 
@@ -95,6 +101,11 @@ def check_replaceable(layer: Any, plan: LayerPlan) -> None:
         raise ValueError(
             f"layer {plan.layer}: the given cache stores it as {layer.store.label()}, and its plan says "
             f"{plan.store.label() or plan.store.dtype}. Begin with an empty cache."
+        )
+    if isinstance(layer, PagedLayer) and plan.retain is not None and layer.retain != plan.retain:
+        raise ValueError(
+            f"layer {plan.layer}: the given cache keeps tokens by {layer.retain.label()}, and its plan says "
+            f"{plan.retain.label()}, or other options of it. Begin with an empty cache."
         )
     if _is_own(layer) or (plain and not layer.is_initialized):
         return

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .layout import LayerPlan
-from .masks import HIDDEN
 from .quantised_attention import Seen
 from .store import Codec
 from .whole_layer import WholeLayer
@@ -127,23 +126,3 @@ def prepare(
         layer.mask = ~mask if flip else mask  # type: ignore[operator]
         if not layer.is_initialized:
             layer.tables = tables
-
-
-def real_tokens(mask: Tensor, past: int | Tensor, tokens: int, batch: int) -> Tensor | None:
-    """[B, T] of new tokens, False at padding; None where none is, as far as is known without asking the device.
-
-    A token that does not see itself is padding.
-    """
-    at = past + torch.arange(tokens, device=mask.device)
-    if isinstance(past, Tensor):
-        at = at.clamp_max(mask.shape[-1] - 1)  # what goes beyond is refused where it is written
-    elif mask.shape[-1] < past + tokens:
-        raise ValueError(f"an attention mask of shape {tuple(mask.shape)} came with {past} + {tokens} tokens")
-    if mask.ndim == 4:
-        seen = mask if mask.dtype == torch.bool else mask > HIDDEN
-        real = seen[:, 0, -tokens:].index_select(-1, at).diagonal(dim1=-2, dim2=-1)
-    else:
-        real = mask.index_select(-1, at) != 0
-    if isinstance(past, int) and bool(real.all()):
-        return None
-    return real.expand(batch, -1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +14,14 @@ from .attention import Inputs, Shapes, SurgeryAttention, norm_heads
 from .caches import install_layers
 from .calling import CallingConvention
 from .decisions import at_end, from_end, hard_decisions, log_keep, pooled, soft_bias, visible
-from .functions import LIKE_SDPA
+from .functions import LIKE_SDPA, angles_of
 from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
 from .layout import AttentionSite, Heads, LayerPlan
 from .masks import read_chunk, read_whole, settle
 from .paged_attention import attend
 from .paged_cache import PagedLayer
+from .queries import Queries
 from .slots import Chunk, New
 
 ZERO_OUT = 0.1
@@ -52,7 +55,7 @@ class SurgeryGatedAttention(SurgeryAttention):
         self.temperature = 0.3
         self.target_ratio = self.retain.ratio
         """What the budget asks for now; training raises it from 1."""
-        if self.owns_cache:
+        if self.owns_cache and self.retain.decided_by != "rank":
             groups = plan.project.groups if isinstance(plan.project, Heads) else ()
             self.gate = SurgeryGate(self.retain, plan.decisions, shapes["q_proj.weight"][1], groups)
 
@@ -67,6 +70,8 @@ class SurgeryGatedAttention(SurgeryAttention):
 
     def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         cache, implementation = inputs.cache, self.config._attn_implementation
+        if self.retain.decided_by == "rank" and (cache is None or self.training):
+            return super()._attend(inputs._replace(cache=None))  # nothing leaves but from a cache
         if implementation not in (*LIKE_SDPA, "eager"):
             raise ValueError(
                 f"layer {self.layer_idx}: averaged and evicted tokens are hidden by a mask per head, which runs with "
@@ -125,6 +130,37 @@ class SurgeryGatedAttention(SurgeryAttention):
     def _attend_seen(self, asked: Any, seen: PagedLayer | Chunk) -> Tensor:
         """Through the cache: head outputs [B, T, N, V]."""
         raise NotImplementedError
+
+    def _decide(self, hidden_BTD: Tensor, q_BTNH: Tensor, k_BTKH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits and weights of the gate; where there is none, those of staying."""
+        if self.retain.decided_by == "rank":
+            B, T, K, _ = k_BTKH.shape
+            return k_BTKH.new_full((B, K, T), -1.0, dtype=torch.float32), None
+        found: tuple[Tensor, Tensor | None] = self.gate(hidden_BTD, q_BTNH, k_BTKH)
+        return found
+
+    def _ranks(self, tokens: int) -> bool:
+        """Whether slots may leave by their rank behind so many new tokens."""
+        return self.retain.decided_by == "rank" and (tokens > 1 or not self.retain.waits_for_prompts)
+
+    def _queries_of(self, query_BNTH: Tensor, real_BT: Tensor | None) -> Queries:
+        """Queries, rotated, as scores of slots read them."""
+        return Queries(
+            query_BNTH=query_BNTH.detach(),
+            real_BT=real_BT,
+            scale=self.scaling,
+            softcap=self.site.softcap,
+            sinks_N=self.sinks,
+            output_norms=self._output_norms,
+        )
+
+    def _output_norms(self, value_BKSV: Tensor) -> Tensor:
+        """|W_o v|_1 [B, N, S] of the value that each query head reads."""
+        heads, readers = self.site.heads, getattr(self, "kv_of_query", None)
+        by_head = self.o_proj.weight.float().unflatten(1, (heads, -1)).unbind(1)
+        reads = [h * value_BKSV.shape[1] // heads for h in range(heads)] if readers is None else readers.tolist()
+        norms = [(value_BKSV[:, kv] @ w_DV.T).abs().sum(-1) for kv, w_DV in zip(reads, by_head, strict=True)]
+        return torch.stack(norms, dim=1)
 
     @property
     def _plain(self) -> bool:
@@ -219,20 +255,45 @@ class SurgeryGatedHeadsAttention(SurgeryGatedAttention, SurgeryHeadsAttention):
 
     def _new(self, inputs: Inputs, asked: AskedHeads, real_BT: Tensor | None) -> New:
         k, v = self._key_heads(inputs.hidden_BTD), self._value_heads(inputs.hidden_BTD)
-        logits, weight = self.gate(inputs.hidden_BTD, asked.q_BTNH, k)
+        logits, weight = self._decide(inputs.hidden_BTD, asked.q_BTNH, k)
+        ranks = self.retain.decided_by == "rank"
         return New(
-            key_BKTH=self.gate.without_borrowed(k).transpose(1, 2),
+            key_BKTH=(k if ranks else self.gate.without_borrowed(k)).transpose(1, 2),
             value_BKTV=v.transpose(1, 2),
             logits_BKT=logits,
             weight_BKT=weight,
             real_BT=real_BT,
             turn=lambda x: norm_heads(self.k_norm, asked.turn(x.transpose(1, 2)), True).transpose(1, 2),
             angles=self._angles(asked.turn),
+            queries=self._ranking_queries(inputs, asked, real_BT) if self._ranks(k.shape[1]) else None,
         )
+
+    def _ranking_queries(self, inputs: Inputs, asked: AskedHeads, real_BT: Tensor | None) -> Queries:
+        found = replace(
+            self._queries_of(self._query(asked), real_BT),
+            row_of_query=None if self.heads.is_uniform else self.kv_of_query,
+        )
+        if not self.retain.reads_plain_queries:
+            return found
+        start_B1 = self._positions(inputs).amax(-1, keepdim=True) + 1
+        ahead = partial(self._turn_ahead, start_B1=start_B1)
+        return replace(found, plain_BNTH=asked.q_BTNH.detach().transpose(1, 2), ahead=ahead)
+
+    def _turn_ahead(self, x_BNXH: Tensor, positions: int, start_B1: Tensor) -> Tensor:
+        """`x_BNXH` by the mean rotation over so many positions from `start_B1` on."""
+        rotary = self.site.rotary
+        if rotary is None:
+            return x_BNXH
+        at = start_B1 + torch.arange(positions, device=x_BNXH.device)
+        cos, sin = angles_of(at, self.inv_freq_bits, rotary.scaling, torch.float32)
+        return self._turn(x_BNXH, *(t.mean(1)[:, None, None] for t in (cos, sin)))
+
+    def _needs_frequencies(self) -> bool:
+        return super()._needs_frequencies() or (self.plan.retain is not None and self.plan.retain.reads_plain_queries)
 
     def _query(self, asked: AskedHeads) -> Tensor:
         """[B, N, T, H], rotated."""
-        q = self.gate.without_borrowed(asked.q_BTNH) if self.owns_cache else asked.q_BTNH
+        q = self.gate.without_borrowed(asked.q_BTNH) if "gate" in self._modules else asked.q_BTNH
         return norm_heads(self.q_norm, asked.turn(q), True).transpose(1, 2)
 
     def _spread(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from .latent import AskedLatent, SurgeryLatentAttention
 from .layout import Latent
 from .paged_attention import attend
 from .paged_cache import PagedLayer
+from .queries import Queries
 from .slots import Chunk, New
 
 
@@ -28,7 +31,7 @@ class SurgeryGatedLatentAttention(SurgeryGatedAttention, SurgeryLatentAttention)
 
     def _new(self, inputs: Inputs, asked: AskedLatent, real_BT: Tensor | None) -> New:
         entry, beside = self._entry(inputs.hidden_BTD, asked)
-        logits, weight = self.gate(inputs.hidden_BTD, asked.q_BTNH, self._key_of_gate(entry))
+        logits, weight = self._decide(inputs.hidden_BTD, asked.q_BTNH, self._key_of_gate(entry))
         return New(
             key_BKTH=entry,
             value_BKTV=beside,
@@ -36,7 +39,15 @@ class SurgeryGatedLatentAttention(SurgeryGatedAttention, SurgeryLatentAttention)
             weight_BKT=weight,
             real_BT=real_BT,
             turn=lambda x: self._turned_entry(x, asked),
+            queries=self._queries_of(self._query(asked), real_BT) if self._ranks(entry.shape[2]) else None,
         )
+
+    def _queries_of(self, query_BNTH: Tensor, real_BT: Tensor | None) -> Queries:
+        return replace(super()._queries_of(query_BNTH, real_BT), expand=self._expanded)
+
+    def _expanded(self, key_B1SW: Tensor, beside_B1SP: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of every KV head from what slots hold."""
+        return self._keys_of(key_B1SW, beside_B1SP), self._values_of(key_B1SW)
 
     def _key_of_gate(self, entry_B1TW: Tensor) -> Tensor:
         """[B, T, 1, .]: the keys of all heads side by side where a score may read them, else the entry."""
@@ -58,7 +69,7 @@ class SurgeryGatedLatentAttention(SurgeryGatedAttention, SurgeryLatentAttention)
             return self._values(mean)
         return attend(
             self, self._query(asked), seen, self.scaling, self._plain,
-            expand=lambda k, v: (self._keys_of(k, v), self._values_of(k)),
+            expand=self._expanded,
         )  # fmt: skip
 
 

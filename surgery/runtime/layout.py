@@ -13,14 +13,13 @@ from typing import Any
 
 from .codecs import CODECS
 from .project import PROJECTS, Heads, Latent, Project, position_numbers
-from .retain import AHEAD, RETAINS, Evict, Gate, Pool, Retain, Trained
-from .scorers import SCORERS
+from .retain import AHEAD, RETAINS, Evict, Gate, Pool, Ranked, Retain, Trained
 from .site import AttentionSite, HeadNorm, OutputGate, Projection, Rotary, from_json
 from .store import STORES, Codec, Dense, Store, itemsize_of
 
 __all__ = [
     "AHEAD", "AttentionSite", "Codec", "Dense", "Evict", "Gate", "HeadNorm", "Heads", "Latent", "LayerPlan",
-    "OutputGate", "Pool", "Project", "Projection", "Retain", "Rotary", "Store", "Trained", "position_numbers",
+    "OutputGate", "Pool", "Project", "Projection", "Ranked", "Retain", "Rotary", "Store", "Trained", "position_numbers",
 ]  # fmt: skip
 
 VERSION = 2
@@ -77,7 +76,7 @@ class LayerPlan:
         are averaged or dropped, and of a format that holds tokens in groups."""
         some, more = (self.store.bytes_at(tokens, self.entry()) for tokens in (2**15, 2**16))
         whole = round((more - some) / 2**15)
-        return whole if self.retain is None else round(whole / self.retain.ratio)
+        return whole if self.retain is None else round(whole / self.retain.ratio_of(self.decisions))
 
     @property
     def lenders(self) -> tuple[int, ...]:
@@ -143,10 +142,11 @@ class LayerPlan:
                         f"{', '.join(kinds)}. Use the version of surgery that wrote it, or a newer one."
                     )
                 data[axis] = from_json(kinds[kind], data[axis])
-        if isinstance(data.get("retain"), Evict) and data["retain"].scorer not in SCORERS:
+        unknown = data["retain"].unknown() if data.get("retain") is not None else None
+        if unknown is not None:
             raise ValueError(
-                f"layer {data['layer']}: tokens leave by the score {data['retain'].scorer!r}, which is not known here. "
-                f"Known: {', '.join(SCORERS)}. Register it first, or use the version of surgery that wrote it."
+                f"layer {data['layer']}: tokens leave by {unknown} Register it first, or use the version of surgery "
+                "that wrote it."
             )
         if isinstance(data["store"], Codec) and data["store"].codec not in CODECS:
             raise ValueError(

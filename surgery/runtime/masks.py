@@ -115,6 +115,30 @@ def settle(where: str, claims: Sequence[Claim], question: Tensor) -> bool:
     return answers[-1]
 
 
+def real_of_new(mask: Tensor, past: int | Tensor, tokens: int, batch: int) -> Tensor | None:
+    """[B, T] of new tokens, False at padding; None where none is, as far as is known without asking the device.
+
+    A token that does not see itself is padding.
+
+    Args:
+        mask: [B, S] of which 0 is padding, or of four dimensions, bool (True is visible) or additive.
+        past: tokens that the cache has seen before, padding included; a tensor where they are counted on the device.
+    """
+    at = past + torch.arange(tokens, device=mask.device)
+    if isinstance(past, Tensor):
+        at = at.clamp_max(mask.shape[-1] - 1)  # what goes beyond is refused where it is written
+    elif mask.shape[-1] < past + tokens:
+        raise ValueError(f"an attention mask of shape {tuple(mask.shape)} came with {past} + {tokens} tokens")
+    if mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask > HIDDEN
+        real = seen[:, 0, -tokens:].index_select(-1, at).diagonal(dim1=-2, dim2=-1)
+    else:
+        real = mask.index_select(-1, at) != 0
+    if isinstance(past, int) and bool(real.all()):
+        return None
+    return real.expand(batch, -1)
+
+
 def _visible(
     where: str, mask: Tensor, true_hides: bool, batch: int, tokens: int, least: int
 ) -> tuple[Tensor, list[Claim]]:

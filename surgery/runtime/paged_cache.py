@@ -148,6 +148,10 @@ class PagedLayer(WholeLayer):
         """`old` as the new tokens see it, and the expiry of theirs; the `count_B` real ones stand at the end."""
         raise NotImplementedError
 
+    def _left(self, slots: Slots, new: New) -> Slots:
+        """`slots`, of which some are to leave now that the new tokens have attended to them: they expire with these."""
+        return slots
+
     @torch.compiler.disable(reason="what is left of a chunk decides about shapes")
     def _add_chunk(self, new: New) -> Chunk:
         real, (B, K, T) = new.real_BT, new.logits_BKT.shape
@@ -174,7 +178,7 @@ class PagedLayer(WholeLayer):
             expires = expires.masked_fill(padding[:, None], -1)
         added = Slots(key_BKSH=key, value_BKSV=value, expires_BKS=expires, born_BKS=new_order[:, None].expand(B, K, T))
         self._set("tokens", before + count)
-        self._store(old.and_(added))
+        self._store(self._left(old.and_(added), new))
         return Chunk(old=old, new=added, order_BT=order, new_order_BT=new_order, real_BT=real, in_step=in_step)
 
     def side_by_side(self) -> tuple[Tensor, Tensor, Tensor]:

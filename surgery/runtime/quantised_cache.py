@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .codecs import Form, Parts, groups_of
-from .coded_layer import CodedLayer, real_tokens
+from .coded_layer import CodedLayer
+from .masks import real_of_new
 from .quantised_attention import Seen
 
 BLOCK = 2048
@@ -139,7 +140,7 @@ class QuantisedLayer(CodedLayer):
         self.seen += key_states.shape[2]
 
     def _note_padding(self, tokens: int) -> None:
-        real_BT = None if self.mask is None else real_tokens(self.mask, self.seen, tokens, self.batch_size)
+        real_BT = None if self.mask is None else real_of_new(self.mask, self.seen, tokens, self.batch_size)
         if real_BT is None and self.hidden_BS is None:
             return
         if real_BT is None:

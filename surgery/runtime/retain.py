@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
+from .budgets import BUDGETS
 from .project import Latent, Project
+from .rankers import RANKERS
+from .scorers import SCORERS
 from .site import AttentionSite
 
 AHEAD = 4
@@ -37,8 +41,23 @@ class Retain:
 
     @property
     def decided_by(self) -> str:
-        """`adapter`, `borrowed` or `score`: what makes the decisions (see `gates.py`)."""
+        """What makes the decisions: `adapter`, `borrowed` or `score` (see `gates.py`), or `rank`: there are none, and
+        the slots that stay are chosen from those that are there (`Ranked`)."""
         raise NotImplementedError
+
+    @property
+    def reads_plain_queries(self) -> bool:
+        """Whether what is kept depends on queries before their rotation."""
+        return False
+
+    @property
+    def waits_for_prompts(self) -> bool:
+        """Whether tokens leave only after several came at once."""
+        return False
+
+    def unknown(self) -> str | None:
+        """What the value names that no registry has, with what there is; None where all is known."""
+        return None
 
     @property
     def averages(self) -> bool:
@@ -65,6 +84,16 @@ class Retain:
     def always_kept(self) -> int:
         """Tokens of any sequence that keep a slot of their own whatever the gate says, the window included."""
         return self.protected if self.averages else self.protected + (self.window or 0)
+
+    @property
+    def has_static(self) -> bool:
+        """Whether a static cache can hold its slots."""
+        return True
+
+    @property
+    def fills_evenly(self) -> bool:
+        """Whether heads hold the same number of slots, known from the number of tokens alone."""
+        return self.is_fixed
 
     def slots_at(self, tokens: int) -> float:
         """Slots that a KV head is expected to hold after `tokens` tokens."""
@@ -115,11 +144,19 @@ class Retain:
             heads: KV heads, or 1 for a latent.
             width: numbers of a key and a value together, of `itemsize` bytes each.
         """
+        pages = self.pages_at(tokens)
+        return self.bytes_of_pages(pages * heads, table_width(pages), heads, width, itemsize)
+
+    def pages_at(self, tokens: int) -> float:
+        """Pages of a KV head after `tokens` tokens, as far as they can be foretold."""
         slots = self.slots_at(tokens)
         # The last page of a head is half empty on average; known where the gate leaves no choice.
-        known = slots >= tokens or self.is_fixed
-        pages = ceil((slots + AHEAD) / self.page) if known else (slots + AHEAD + (self.page - 1) / 2) / self.page
-        return self.bytes_of_pages(pages * heads, table_width(pages), heads, width, itemsize)
+        known = slots >= tokens or self.fills_evenly
+        return ceil((slots + AHEAD) / self.page) if known else (slots + AHEAD + (self.page - 1) / 2) / self.page
+
+    def ratio_of(self, heads: int) -> float:
+        """Tokens seen per slot kept in a layer of so many KV heads, or one latent."""
+        return self.ratio
 
     def bytes_of_pages(self, pages: float, table: int, heads: int, width: int, itemsize: int) -> int:
         """Bytes of one sequence with so many pages in all, and tables with `table` entries per KV head."""
@@ -221,8 +258,130 @@ class Evict(Retain):
     def label(self) -> str:
         return f"window {self.window}" if self.is_fixed else f"{self.scorer} {self.ratio:.3g}x window {self.window}"
 
+    def unknown(self) -> str | None:
+        return _unknown("score", self.scorer, SCORERS)
 
-RETAINS: dict[str, type[Retain]] = {"dms": Gate, "dmc": Pool, "evict": Evict}
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Retain):
+    """A score that nothing was trained for orders the slots of a layer, and a budget keeps the best ones.
+
+    After several tokens came at once, and attended to all that was there, a head keeps `slots_at(tokens seen)` slots on
+    average. Keys stay rotated as they were, to the positions of their tokens. While tokens come one by one, scores that
+    follow decoding keep to the budget of the tokens seen, evicting when a head holds a page more than that on average;
+    others keep all of them until several come at once again.
+    """
+
+    scorer: str
+    """Name in `rankers.RANKERS`."""
+    budget: str = "uniform"
+    """Name in `budgets.BUDGETS`."""
+    slots: int | None = None
+    """Slots per head, on average, whatever the length; None: as many as `ratio` leaves."""
+    whole: tuple[int, ...] = ()
+    """KV heads of this layer that keep all of their tokens; the budget is that of the others."""
+    depth: float = 0.5
+    """Of this layer among those that share a budget: 0 the first, 1 the last."""
+    observe: int = 32
+    """Newest queries that the score observes, where it observes some only."""
+    pool: int = 5
+    """Neighbours that share their scores, where the score pools; odd."""
+    kind: str = "ranked"
+
+    @property
+    def decided_by(self) -> str:
+        return "rank"
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.slots is not None
+
+    @property
+    def reads_plain_queries(self) -> bool:
+        return RANKERS[self.scorer].plain_queries
+
+    @property
+    def waits_for_prompts(self) -> bool:
+        return not RANKERS[self.scorer].while_decoding
+
+    @property
+    def protected(self) -> int:
+        return self.sinks
+
+    @property
+    def has_static(self) -> bool:
+        return self.waits_for_prompts
+
+    @property
+    def fills_evenly(self) -> bool:
+        return BUDGETS[self.budget].even
+
+    def slots_at(self, tokens: int) -> float:
+        always = self.always_kept
+        if tokens <= always:
+            return tokens
+        in_all = tokens / self.ratio if self.slots is None else self.slots
+        mean, most = max(0.0, in_all - always), float(tokens - always)
+        kept = BUDGETS[self.budget].of_layer(mean, most, self.depth)
+        return always + ceil(min(kept, most))
+
+    def label(self) -> str:
+        budget = "" if self.budget == "uniform" else f"{self.budget} "
+        size = f"{self.ratio:.3g}x" if self.slots is None else f"{self.slots} slots"
+        whole = f", all of heads {', '.join(map(str, self.whole))}" if self.whole else ""
+        return f"{budget}{self.scorer} {size}{whole}"
+
+    def supports(self, site: AttentionSite) -> str | None:
+        if self.reads_plain_queries and site.q_norm is not None and site.q_norm.after_rotary:
+            return f"its queries are normed behind their rotation, and {self.scorer} turns means of them. Use snapkv."
+        return super().supports(site)
+
+    def supports_project(self, project: Project) -> str | None:
+        if self.reads_plain_queries and isinstance(project, Latent):
+            return f"{self.scorer} turns queries of heads ahead, and the layer caches a latent. Use snapkv or h2o."
+        return super().supports_project(project)
+
+    def newest_bytes(self, width: int, itemsize: int) -> int:
+        return 0
+
+    def static_pages(self, tokens: int, heads: int, ratio: float | None = None) -> int:
+        """As of others, but for all tokens where no ratio is given: how many will be decoded, and stay, nobody knows.
+
+        Raises:
+            ValueError: slots leave while tokens are decoded.
+        """
+        if not self.has_static:
+            raise ValueError(
+                f"{self.label()}: slots leave while tokens are decoded, which no step of a static cache does. Use a "
+                "dynamic cache (cache_implementation='dynamic')."
+            )
+        if self.slots is not None:
+            return replace(self, slots=None).static_pages(tokens, heads, ratio)
+        return super().static_pages(tokens, heads, ratio or 1.0)
+
+    def bytes_at(self, tokens: int, heads: int, width: int, itemsize: int) -> int:
+        pages, whole = self.pages_at(tokens), ceil((tokens + AHEAD) / self.page)
+        in_all = pages * (heads - len(self.whole)) + whole * len(self.whole)
+        table = table_width(max(pages, whole) if self.whole else pages)
+        return self.bytes_of_pages(in_all, table, heads, width, itemsize)
+
+    def ratio_of(self, heads: int) -> float:
+        whole = len(self.whole) / max(1, heads)
+        return 1 / (whole + (1 - whole) / self.ratio)
+
+    def bytes_of_pages(self, pages: float, table: int, heads: int, width: int, itemsize: int) -> int:
+        gathered = 4 * heads * table * self.page if RANKERS[self.scorer].gathers else 0
+        return super().bytes_of_pages(pages, table, heads, width, itemsize) + gathered
+
+    def unknown(self) -> str | None:
+        return _unknown("score", self.scorer, RANKERS) or _unknown("budget", self.budget, BUDGETS)
+
+
+def _unknown(what: str, name: str, known: Mapping[str, object]) -> str | None:
+    return None if name in known else f"the {what} {name!r}, which is not known here. Known: {', '.join(known)}."
+
+
+RETAINS: dict[str, type[Retain]] = {"dms": Gate, "dmc": Pool, "evict": Evict, "ranked": Ranked}
 """`kind` -> class of the value."""
 
 

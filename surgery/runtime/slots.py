@@ -7,10 +7,12 @@ that rules the masks of a chunk, and what stays of it, for both methods alike.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from .queries import Queries
 
 NEVER = 2**31 - 1
 
@@ -30,6 +32,8 @@ class New:
     """False at padding; None where there is none."""
     turn: Callable[[Tensor], Tensor]
     """Rotates keys [B, K, T, H] to the positions of these tokens, as attention reads them."""
+    queries: Queries | None = None
+    """Where slots leave by a rank."""
     angles: tuple[Tensor, Tensor, bool, int] | None = None
     """cos and sin [B or 1, T, F], whether pairs are interleaved, and the first channel that turns, for operators that
     rotate keys themselves; None where `turn` does more than that."""
@@ -45,6 +49,8 @@ class Slots:
     """int32; `NEVER` where no query to come is denied the slot, at most 0 where there is none (padding)."""
     born_BKS: Tensor
     """int32: order of the token that the slot holds; -1 where nobody asks any more."""
+    gathered_BKS: Tensor | None = None
+    """float32: what a score has gathered of each slot so far (`Ranked`)."""
 
     def __len__(self) -> int:
         return self.key_BKSH.shape[2]
@@ -54,10 +60,14 @@ class Slots:
         return self._each(lambda t: t[:, :, begin:end])
 
     def and_(self, other: Slots) -> Slots:
-        """These and those behind them."""
+        """These and those behind them, of which a score has gathered nothing yet."""
         if len(self) == 0:
             return other
-        return Slots(**{name: torch.cat((t, getattr(other, name)), dim=2) for name, t in vars(self).items()})
+        if self.gathered_BKS is not None and other.gathered_BKS is None:
+            nothing = torch.zeros_like(other.born_BKS, dtype=self.gathered_BKS.dtype)
+            other = replace(other, gathered_BKS=nothing)
+        both = {name: (t, getattr(other, name)) for name, t in vars(self).items() if t is not None}
+        return Slots(**{name: torch.cat(pair, dim=2) for name, pair in both.items()})
 
     def live(self, last_B: Tensor) -> Slots:
         """Without those that queries of order `last_B` and later do not see; rows stay in order, live slots first."""
@@ -69,7 +79,7 @@ class Slots:
         return self._each(lambda t: t.gather(2, index) if t.ndim == 3 else pick(t, index))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Slots:
-        return Slots(**{name: function(t) for name, t in vars(self).items()})
+        return Slots(**{name: function(t) for name, t in vars(self).items() if t is not None})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coded_layer import CodedLayer, real_tokens
+from .coded_layer import CodedLayer
 from .layout import Codec, LayerPlan
+from .masks import real_of_new
 from .ops import packed_attention_forward
 from .packed_forms import Form, Parts
 from .quantised_attention import Seen
@@ -252,7 +253,7 @@ class StaticQuantisedLayer(CodedLayer):
         """[B, T] of the new tokens, False at padding, None where the call has no mask; sequences begin."""
         mask, self.mask = self.mask, None
         seen, begin_B = self.state["seen"], self.state["begin"]
-        real_BT = None if mask is None else real_tokens(mask, seen, tokens, self.batch_size)
+        real_BT = None if mask is None else real_of_new(mask, seen, tokens, self.batch_size)
         first = seen
         if real_BT is not None:
             first = seen + torch.where(real_BT.any(1), real_BT.int().argmax(1), tokens)

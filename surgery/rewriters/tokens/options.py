@@ -63,16 +63,25 @@ class WindowStep(RetainStep):
 
 
 def plan_retained(
-    step: RetainStep, value: Retain, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str
+    step: RetainStep,
+    value: Retain,
+    anatomy: Anatomy,
+    layers: tuple[LayerPlan, ...],
+    where: str,
+    *,
+    leave_windows: bool = False,
 ) -> tuple[LayerPlan, ...]:
     """`value` for the layers that `step` selects; readers follow the slots of their owner, whether selected or not.
+
+    Args:
+        leave_windows: layers whose attention sees a window stay as they are, where there are others.
 
     Raises:
         PlanError: the ratio is out of reach in the model's context, or an attention cannot do without tokens.
     """
     context = anatomy.max_positions
     if value.is_fixed:
-        value = replace(value, ratio=max(1.0, (context or 0) / value.always_kept))
+        value = replace(value, ratio=max(1.0, (context or 0) / max(1.0, value.slots_at(context or 0))))
     elif context is not None and value.drop_rate(context, value.ratio) > 1:
         most = context / value.always_kept
         kept = "" if value.averages else f"{value.window} newest tokens and "
@@ -87,13 +96,14 @@ def plan_retained(
             f"owners. Select these: {spans(sorted({layer.owner for layer in layers}))}."
         )
     free = [site.layer for site in anatomy.sites if value.supports(site) is None]
+    leave_windows = leave_windows and bool(free)
     done: dict[int, LayerPlan] = {}
     for site, layer in zip(anatomy.sites, layers, strict=True):
         done[site.layer] = layer
         if not layer.owns_cache:
             done[site.layer] = replace(layer, retain=done[layer.owner].retain)
             continue
-        if not step.selects(site.layer):
+        if not step.selects(site.layer) or (leave_windows and site.window is not None):
             continue
         at = f"layer {site.layer}: {where}"
         reason = value.supports(site)

@@ -1,0 +1,196 @@
+"""Eviction in stock models: a cache layer that sees queries, by an attention function that hands them to it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .errors import PlanError
+from .plan import Plan
+from .runtime.calling import take_cache
+from .runtime.layout import Ranked
+from .runtime.masks import real_of_new
+from .runtime.paged_attention import attend
+from .runtime.queries import Queries
+from .runtime.ranked_cache import RankedLayer
+from .runtime.rankers import RANKERS, Ranker
+from .runtime.ranking import Ranking
+from .runtime.slots import New
+
+NAME = "surgery_evict"
+_MARK = "surgery_layer"
+_HOOKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose attention hands its queries to caches that evict."""
+
+
+class StockRankedLayer(RankedLayer):
+    """A `RankedLayer` under attention of transformers: `update` keeps keys and values until their queries come.
+
+    The keys that it returns are marked, and `evicting_attention` knows them by that mark.
+    """
+
+    mask: Tensor | None = None
+    """Of the next call: [B, S], 0 at padding, or of four dimensions; None without padding."""
+    waits = False
+    """Whether keys came, and no queries yet."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.waits:
+            raise RuntimeError(
+                f"layer {self.layer}: nobody asked for the keys that came last: this cache belongs to another model. "
+                "Make one for each: surgery.cache(model, evict=...)."
+            )
+        self.waits = True
+        marked = key_states.view_as(key_states)
+        setattr(marked, _MARK, self)
+        return marked, value_states
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Head outputs [B, T, N, V] of new tokens, whose keys and values are stored."""
+        B, T, past = len(key), key.shape[2], int(self.seen)
+        real = None if self.mask is None else real_of_new(self.mask, past, T, B)
+        if self.mask is None and self.has_padding:
+            raise ValueError(
+                f"layer {self.layer}: no attention mask came, but the cache was given padding before. Pass the "
+                "attention mask of all tokens so far."
+            )
+        new = New(
+            key_BKTH=key,
+            value_BKTV=value,
+            logits_BKT=key.new_full(key.shape[:3], -1.0, dtype=torch.float32),
+            weight_BKT=None,
+            real_BT=real,
+            turn=lambda x: x,
+            queries=Queries(query_BNTH=query.detach(), real_BT=real, scale=scale),
+        )
+        self.waits = False
+        return attend(module, query, self.add(new), scale, True)  # type: ignore[arg-type]
+
+
+def evicting_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """sdpa, but for keys that a `StockRankedLayer` has marked: those are stored with their queries, and slots leave."""
+    layer = getattr(key, _MARK, None)
+    if layer is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(module, query, key, value, scale), None
+
+
+AttentionInterface.register(NAME, evicting_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class Induction(Ranker):
+    """Lets nothing go, and sees how much each KV head attends to what came behind the earlier places of a token.
+
+    Args:
+        period: of the tokens, which come again.
+    """
+
+    describes = "attention to what came behind the same token before"
+    while_decoding = False
+
+    def __init__(self, period: int) -> None:
+        self.period = period
+        self.found_K = torch.zeros(0)
+        """Mean weight of all such places together, of each KV head."""
+
+    def score(self, ranking: Ranking) -> Tensor:
+        begin, total = 0, torch.zeros(ranking.queries.query_BNTH.shape[1], device=ranking.count_BK.device)
+        for weights in ranking.attention():
+            order = torch.arange(begin, begin + weights.shape[2], device=weights.device)
+            begin += weights.shape[2]
+            behind = order[:, None] - ranking.place_S + 1  # a whole number of periods where the place is one of those
+            counts = (behind % self.period == 0) & (behind > 0) & (order[:, None] >= self.period)
+            total = total + (weights * counts).sum((0, 2, 3))
+        self.found_K = total.view(ranking.count_BK.shape[1], -1).amax(-1) / (begin - self.period)
+        return torch.zeros_like(ranking.there_BKS, dtype=torch.float32)
+
+
+def put_layers(cache: DynamicCache, model: PreTrainedModel, plan: Plan) -> None:
+    """Give `cache` the layers of `plan`, and `model` hooks that let its attention hand queries to them.
+
+    Raises:
+        PlanError: the score needs what the attention function is not told, or the model has no such function.
+    """
+    planned = [layer for layer in plan.after if isinstance(layer.retain, Ranked)]
+    for site, layer in zip(plan.anatomy.sites, plan.after, strict=True):
+        if not isinstance(layer.retain, Ranked):
+            continue
+        ranker = RANKERS[layer.retain.scorer]
+        if ranker.plain_queries or ranker.output_norms:
+            what = "queries before their rotation" if ranker.plain_queries else "W_o"
+            raise PlanError(
+                f"{layer.retain.scorer} reads {what}, which attention functions of transformers are not given. Convert "
+                "the model with the step evict."
+            )
+        if site.softcap is not None or site.sinks is not None:
+            raise PlanError(
+                f"layer {layer.layer}: its scores are capped or have sinks, which sdpa does not compute. Convert the "
+                "model with the step evict."
+            )
+    implementation = _text_config(model)._attn_implementation
+    if implementation != "sdpa":
+        raise PlanError(
+            f"{type(model).__name__} runs with attn_implementation {implementation!r}: queries reach the cache through "
+            "a function in the place of 'sdpa'. Load the model with that, or convert it with the step evict."
+        )
+    for layer in planned:
+        assert isinstance(layer.retain, Ranked)
+        cache.layers[layer.layer] = StockRankedLayer(layer.retain, layer.layer)
+    if model not in _HOOKED:
+        model.register_forward_pre_hook(_begin, with_kwargs=True)
+        model.register_forward_hook(_end, with_kwargs=True, always_call=True)
+        _HOOKED.add(model)
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _evicting(cache: Any) -> Sequence[StockRankedLayer]:
+    return [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, StockRankedLayer)]
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward pass with a cache that evicts: attention hands its queries to it, in this pass alone."""
+    layers = _evicting(take_cache(dict(kwargs)))
+    for layer in layers:
+        layer.waits = False  # of a pass that was broken off
+    if layers:
+        _text_config(model)._attn_implementation = NAME
+
+
+def _end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After it, also where it failed: as before; refuse a model whose attention did not come for keys that it stored.
+
+    Raises:
+        RuntimeError: names the layer.
+    """
+    layers = _evicting(take_cache(dict(kwargs)))
+    if layers:
+        _text_config(model)._attn_implementation = "sdpa"
+    for layer in layers if output is not None else ():
+        if layer.waits:
+            raise RuntimeError(
+                f"layer {layer.layer}: {type(model).__name__} stored keys in a cache that evicts, and its attention "
+                "handed it no queries: it does not run by `attn_implementation`. Convert the model with the step evict."
+            )

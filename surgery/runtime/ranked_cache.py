@@ -1,0 +1,131 @@
+"""Cache of a layer whose slots leave by their rank once a budget is full (`Ranked`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .budgets import BUDGETS
+from .page_pool import PagePool
+from .paged_cache import PagedLayer
+from .queries import Queries
+from .rankers import RANKERS
+from .ranking import Ranking
+from .retain import Ranked
+from .slots import NEVER, New, Slots
+
+
+class RankedLayer(PagedLayer):
+    """Slots of each row lie in the order of their tokens, so that sinks are the first and newest tokens the last.
+
+    Several tokens see all slots, and each other; then slots leave. One token is appended, and slots leave when heads
+    hold a page more than their budget on average, where the score follows decoding. `gathered` [B, K, M * page] float32
+    is what the score has summed up for each slot, where it does. A static cache only appends while decoding.
+    """
+
+    retain: Ranked
+
+    def __init__(self, retain: Ranked, layer: int, pool: PagePool | None = None, max_length: int | None = None) -> None:
+        super().__init__(retain, layer, pool, max_length)
+        self.ranker, self.budget = RANKERS[retain.scorer], BUDGETS[retain.budget]
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._unasked = 0
+        """Steps in which no row can reach its budget: lengths are not read from the device."""
+        self._sharing: list[int] = []
+        """KV heads that do not keep all of their tokens."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._sharing = [k for k in range(key_states.shape[1]) if k not in self.retain.whole]
+        if self.ranker.gathers:
+            self.state["gathered"] = key_states.new_zeros(*key_states.shape[:2], 0, dtype=torch.float32)
+
+    def _new_slots(self, new: New, dec_BKT: Tensor, order_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return new.turn(new.key_BKTH), new.value_BKTV
+
+    def _expiry(self, old: Slots, dec_BKT: Tensor, order_BT: Tensor, count_B: Tensor) -> tuple[Slots, Tensor]:
+        return old, torch.full(dec_BKT.shape, NEVER, dtype=torch.int32, device=dec_BKT.device)
+
+    def _add_token(self, new: New, dec_BK: Tensor) -> None:
+        self._write(self.lengths, new.turn(new.key_BKTH)[:, :, 0], new.value_BKTV[:, :, 0])
+        self.lengths.add_(1)
+
+    def _add_step(self, new: New) -> None:
+        super()._add_step(new)
+        if not self.ranker.while_decoding:
+            return
+        assert new.queries is not None
+        if self.ranker.gathers:
+            self._write_gathered(self.ranker.gather(self._ranking(self.slots(), new.queries)))
+        self._unasked -= 1
+        if self._unasked > 0:
+            return
+        page, heads = self.retain.page, len(self._sharing)
+        over_B = self.lengths[:, self._sharing].sum(-1) - heads * (self._budget() + page)
+        self._unasked = int(-over_B.max()) // max(1, heads)
+        if self._unasked <= 0:
+            slots = self.slots()
+            keep = self._keep(self._ranking(slots, new.queries)) | (over_B < 0)[:, None, None]
+            self._store(replace(slots, expires_BKS=slots.expires_BKS.masked_fill(~keep, -1)))
+
+    def _left(self, slots: Slots, new: New) -> Slots:
+        assert new.queries is not None
+        self._unasked = 0
+        slots = slots.live(self.tokens - 1)
+        ranking = self._ranking(slots, new.queries)
+        if self.ranker.gathers:
+            slots = replace(slots, gathered_BKS=self.ranker.gather(ranking))
+            ranking = replace(ranking, slots=slots)
+        keep = self._keep(ranking)
+        return replace(slots, expires_BKS=slots.expires_BKS.masked_fill(~keep, -1))
+
+    def _budget(self) -> Tensor:
+        """[B] slots per head of this layer."""
+        slots = [int(self.retain.slots_at(tokens)) for tokens in self.tokens.tolist()]
+        return torch.tensor(slots, device=self.device)
+
+    def _ranking(self, slots: Slots, queries: Queries) -> Ranking:
+        retain = self.retain
+        count = (slots.expires_BKS > (self.tokens - 1)[:, None, None]).sum(-1)
+        if self.ranker.gathers and slots.gathered_BKS is None:
+            slots = replace(slots, gathered_BKS=torch.zeros_like(slots.expires_BKS, dtype=torch.float32))
+        slots_B = self._budget()
+        newest = (self.ranker.newest * slots_B).long().clamp_min(retain.window or 0)
+        return Ranking(
+            slots=slots, count_BK=count, queries=queries, observe=retain.observe, pool=retain.pool,
+            sinks=retain.sinks, tokens_B=self.tokens, slots_B=slots_B, newest_B=newest,
+        )  # fmt: skip
+
+    def _keep(self, ranking: Ranking) -> Tensor:
+        """[B, K, S]: which slots stay."""
+        score = (
+            self.ranker.score(ranking)
+            .masked_fill(ranking.stays_BKS, torch.inf)
+            .masked_fill(~ranking.there_BKS, -torch.inf)
+        )
+        keep = ranking.there_BKS.clone()
+        keep[:, self._sharing] = self.budget.keep(score[:, self._sharing], ranking.slots_B)
+        return keep
+
+    def slots(self) -> Slots:
+        slots = super().slots()
+        if not self.ranker.gathers:
+            return slots
+        gathered = self.state["gathered"][..., : len(slots)]
+        missing = len(slots) - gathered.shape[2]  # of a token that was just written
+        return replace(slots, gathered_BKS=torch.nn.functional.pad(gathered, (0, missing)))
+
+    def _store(self, slots: Slots) -> Slots:
+        slots = super()._store(slots)
+        if slots.gathered_BKS is not None:
+            gone = slots.expires_BKS < 0  # behind the slots of short rows, where new ones will be
+            self._write_gathered(slots.gathered_BKS.masked_fill(gone, 0.0))
+        return slots
+
+    def _write_gathered(self, gathered_BKS: Tensor) -> None:
+        width = self.tables.shape[2] * self.retain.page
+        self._set("gathered", torch.nn.functional.pad(gathered_BKS, (0, width - gathered_BKS.shape[2])))

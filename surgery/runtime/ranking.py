@@ -1,0 +1,138 @@
+"""What a score of slots may read: the slots of one layer, and the attention that the newest queries pay to them.
+
+Attention is computed anew for those queries that a score observes, some of them at a time: never [T, T] at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .queries import Queries
+from .slots import Slots
+
+_AT_ONCE = 2**24
+"""Weights that are computed at once: 64 MB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The slots of one layer when some of them are to leave; those of the new tokens are the last ones of each row."""
+
+    slots: Slots
+    """Live slots first, in the order of their tokens."""
+    count_BK: Tensor
+    """Live slots of each row."""
+    queries: Queries
+    observe: int
+    """Newest queries that a score may observe, as the recipe says."""
+    pool: int
+    """Neighbours that share their scores, as the recipe says; odd."""
+    sinks: int
+    """First tokens, which stay."""
+    tokens_B: Tensor
+    """Tokens of each sequence so far, padding left out."""
+    slots_B: Tensor
+    """Slots that each head keeps, on average over the layer."""
+    newest_B: Tensor
+    """Newest tokens that stay."""
+
+    @property
+    def place_S(self) -> Tensor:
+        """Places in a row."""
+        return torch.arange(len(self.slots), device=self.count_BK.device)
+
+    @property
+    def there_BKS(self) -> Tensor:
+        """Whether there is a slot."""
+        return self.place_S < self.count_BK[..., None]
+
+    @property
+    def age_BKS(self) -> Tensor:
+        """Slots behind each one in its row: 0 of the newest."""
+        return self.count_BK[..., None] - 1 - self.place_S
+
+    @property
+    def stays_BKS(self) -> Tensor:
+        """Whether a slot stays whatever its score."""
+        return (self.place_S < self.sinks) | (self.age_BKS < self.newest_B[:, None, None])
+
+    @property
+    def gathered_BKS(self) -> Tensor:
+        """What the score has summed up for each slot so far; 0 of new ones."""
+        assert self.slots.gathered_BKS is not None
+        return self.slots.gathered_BKS
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """K and V of all slots, [B, heads, S, .]; of a latent those of all heads that are made from it."""
+        key, value = self.slots.key_BKSH, self.slots.value_BKSV
+        return (key, value) if self.queries.expand is None else self.queries.expand(key, value)
+
+    def attention(self, last: int | None = None) -> Iterator[Tensor]:
+        """Weights [B, N, Q, S] of some queries after others, oldest first; float32.
+
+        0 behind the query, and in queries that are not there (of short sequences).
+
+        Args:
+            last: newest queries that are asked for; None: all new ones.
+        """
+        for weights in self._blocks(last):
+            yield F.pad(weights, (0, len(self.slots) - weights.shape[-1]))
+
+    def attended(self, last: int | None = None) -> Tensor:
+        """[B, K, S]: the sum of those weights over the queries, and their mean over the query heads of each row."""
+        total = torch.zeros((*self.queries.query_BNTH.shape[:2], len(self.slots)), device=self.count_BK.device)
+        for weights in self._blocks(last):
+            total[..., : weights.shape[-1]] += weights.sum(2)
+        return self.by_row(total)
+
+    def _blocks(self, last: int | None) -> Iterator[Tensor]:
+        """`attention`, without the slots behind all of the queries of a block."""
+        T = self.queries.query_BNTH.shape[2]
+        last = T if last is None else min(last, T)
+        query = self.queries.newest(self.queries.query_BNTH, last).float()
+        (B, N), rows = query.shape[:2], self.count_BK.shape[1]
+        key = self.keys_values()[0].float()
+        if self.queries.row_of_query is not None:
+            key, rows = key.index_select(1, self.queries.row_of_query), N
+        at_once = max(1, _AT_ONCE // max(1, B * N * len(self.slots)))
+        longest = int(self.count_BK.max())
+        for begin in range(0, last, at_once):
+            end = min(begin + at_once, last)
+            age_Q = torch.arange(last - 1 - begin, last - 1 - end, -1, device=query.device)
+            S = max(1, longest - (last - end))
+            asked = query[:, :, begin:end].reshape(B, key.shape[1], -1, query.shape[-1])
+            logits = (
+                torch.matmul(asked, key[:, :, :S].transpose(2, 3)).view(B, N, end - begin, S).mul_(self.queries.scale)
+            )
+            if self.queries.softcap is not None:
+                logits = self.queries.softcap * torch.tanh(logits / self.queries.softcap)
+            hidden = self.age_BKS[:, :, None, :S] < age_Q[:, None]
+            if self.queries.row_of_query is not None:
+                hidden = hidden.index_select(1, self.queries.row_of_query)
+            logits.view(B, rows, -1, end - begin, S).masked_fill_(hidden[:, :, None], torch.finfo(torch.float32).min)
+            if self.queries.sinks_N is not None:
+                sink = self.queries.sinks_N.float().view(1, N, 1, 1).expand(B, -1, end - begin, 1)
+                logits = torch.cat((logits, sink), dim=-1)
+            weights = logits.softmax(-1)[..., :S]
+            there = age_Q < self.queries.count_B[:, None]
+            yield weights if self.queries.real_BT is None else weights.masked_fill(~there[:, None, :, None], 0.0)
+
+    def of_queries(self, x_BK: Tensor, heads: int) -> Tensor:
+        """[B, N, ...] from [B, K, ...]: for each query head what its row says."""
+        if self.queries.row_of_query is not None:
+            return x_BK.index_select(1, self.queries.row_of_query)
+        return x_BK.repeat_interleave(heads // x_BK.shape[1], dim=1)
+
+    def by_row(self, x_BN: Tensor) -> Tensor:
+        """[B, K, ...] from [B, N, ...]: the mean over the query heads that read each row."""
+        rows = self.count_BK.shape[1]
+        index = self.queries.row_of_query
+        if index is None:
+            return x_BN.unflatten(1, (rows, -1)).mean(2)
+        total = x_BN.new_zeros(len(x_BN), rows, *x_BN.shape[2:]).index_add_(1, index, x_BN)
+        return total / torch.bincount(index, minlength=rows).view(1, -1, *[1] * (x_BN.ndim - 2))

@@ -1,0 +1,546 @@
+"""Eviction by rank: what each score and budget keeps, against loops in float64, and what models make of it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close
+from families import tiny_model
+from gated_models import contents, run, tokens
+from methods import METHODS, merged, parent, sites
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+import surgery
+from surgery.measure.memory import tensor_bytes
+from surgery.quick_evict import NAME, Induction
+from surgery.runtime.budgets import BUDGETS
+from surgery.runtime.calling import cache_argument
+from surgery.runtime.layout import LayerPlan, Ranked
+from surgery.runtime.queries import Queries
+from surgery.runtime.ranked_cache import RankedLayer
+from surgery.runtime.rankers import RANKERS
+from surgery.runtime.slots import New
+
+SMALL: dict[str, Any] = {"ratio": 4.0, "window": 4, "sinks": 2, "observe": 4, "pool": 3}
+MODELS = {
+    "heads": ("identity", "llama"),
+    "normed keys": ("identity", "qwen3"),
+    "unequal groups": ("unequal_groups", "llama"),
+    "readers": ("shared", "llama"),
+    "latent": ("mla", "llama"),
+    "latent, turned at read": ("lowrank", "qwen3"),
+}
+GREEDY = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40}
+
+
+@functools.cache
+def model_of(form: str, scorer: str, **options: Any) -> PreTrainedModel:
+    method, family = MODELS[form]
+    ranked = merged(METHODS[method], [family], "ranked", scorer=scorer, **SMALL | options)
+    shares = METHODS[method].shares
+    made = ranked if not shares else type(ranked)(METHODS[method].plan_and_weights, [family], shares, ranked.retain)
+    return made.convert(parent(family), sites(family)).eval()
+
+
+def forms(scorer: str) -> list[str]:
+    return [form for form in MODELS if "latent" not in form or not RANKERS[scorer].plain_queries]
+
+
+PAIRS = [(form, scorer) for scorer in RANKERS for form in forms(scorer)]
+
+
+# ------------------------------------------------------------------------------------------- by hand
+
+
+OUT = torch.randn(4, 12, 8, generator=torch.Generator().manual_seed(5))
+"""W_o of each query head."""
+
+
+def output_norms(value_BKSV: Tensor) -> Tensor:
+    return torch.einsum("nov,bnsv->bnso", OUT, value_BKSV.repeat_interleave(2, dim=1)).abs().sum(-1)
+
+
+class Loop:
+    """One sequence in one layer, token by token and head by head."""
+
+    def __init__(self, retain: Ranked, q_NTH: Tensor, k_KTH: Tensor, v_KTV: Tensor) -> None:
+        self.retain, self.q, self.k, self.v = retain, q_NTH.double(), k_KTH.double(), v_KTV.double()
+        self.heads, self.group = len(k_KTH), len(q_NTH) // len(k_KTH)
+        self.kept: list[list[int]] = [[] for _ in k_KTH]
+        self.sums: list[dict[int, float]] = [{} for _ in k_KTH]
+        self.seen = 0
+
+    def attention(self, head: int, query: int, slots: list[int]) -> dict[int, float]:
+        row = self.k[head // self.group]
+        slots = [j for j in slots if j <= query]
+        logits = [float(self.q[head, query] @ row[j]) / math.sqrt(row.shape[1]) for j in slots]
+        top = max(logits)
+        total = sum(math.exp(x - top) for x in logits)
+        return {j: math.exp(x - top) / total for j, x in zip(slots, logits, strict=True)}
+
+    def add(self, count: int) -> None:
+        new = list(range(self.seen, self.seen + count))
+        self.seen += count
+        for k in range(self.heads):
+            self.kept[k] += new
+            for query in new:
+                for h in range(k * self.group, (k + 1) * self.group):
+                    for j, weight in self.attention(h, query, self.kept[k]).items():
+                        self.sums[k][j] = self.sums[k].get(j, 0.0) + weight / self.group
+        slots = int(self.retain.slots_at(self.seen))
+        ranker = RANKERS[self.retain.scorer]
+        if count == 1:
+            held = sum(map(len, self.kept))
+            if not ranker.while_decoding or held < self.heads * (slots + self.retain.page):
+                return
+        newest = max(int(ranker.newest * slots), self.retain.window or 0)
+        ranked = []
+        for k in range(self.heads):
+            score = self.score(k, new)
+            order = self.kept[k]
+            for place, j in enumerate(order):
+                if place < self.retain.sinks or place >= len(order) - newest:
+                    score[j] = math.inf
+            ranked.append(sorted(order, key=lambda j: -score[j]))  # stable: the first of equals comes first
+            if self.retain.budget == "ada":
+                for j in ranked[k][: max(1, int(slots / 5))]:
+                    score[j] = math.inf
+                self.sums[k] |= {-1 - j: score[j] for j in order}  # for the comparison of heads below
+        if self.retain.budget == "ada":
+            pairs = [(k, j) for k in range(self.heads) for j in self.kept[k]]
+            best = sorted(pairs, key=lambda p: -self.sums[p[0]][-1 - p[1]])[: slots * self.heads]
+            self.kept = [[j for j in self.kept[k] if (k, j) in best] for k in range(self.heads)]
+        else:
+            self.kept = [sorted(ranked[k][:slots]) for k in range(self.heads)]
+
+    def score(self, k: int, new: list[int]) -> dict[int, float]:
+        retain, slots = self.retain, self.kept[k]
+        mine = range(k * self.group, (k + 1) * self.group)
+        if retain.scorer == "streaming":
+            return {j: float(j) for j in slots}
+        if retain.scorer == "knorm":
+            return {j: -float(self.k[k, j].norm()) for j in slots}
+        if retain.scorer in ("h2o", "vatp"):
+            size = {j: float(self.v[k, j].abs().sum()) if retain.scorer == "vatp" else 1.0 for j in slots}
+            return {j: self.sums[k][j] * size[j] for j in slots}
+        if retain.scorer == "tova":
+            # Heads keep the same tokens.
+            last = [self.attention(h, new[-1], self.kept[h // self.group]) for h in range(len(self.q))]
+            return {j: sum(weights[j] for weights in last) / len(self.q) for j in slots}
+        if retain.scorer in ("snapkv", "critical"):
+            observed = new[-retain.observe :]
+            weights = [[self.attention(h, i, slots) for i in observed] for h in mine]
+            before = [
+                0.0 if j in observed else sum(a.get(j, 0.0) for of_head in weights for a in of_head) for j in slots
+            ]
+            half = retain.pool // 2
+            pooled = [sum(before[max(0, i - half) : i + half + 1]) / retain.pool for i in range(len(slots))]
+            found = dict(zip(slots, pooled, strict=True))
+            if retain.scorer == "snapkv":
+                return found
+            stay = [j for i, j in enumerate(slots) if i < retain.sinks or i >= len(slots) - (retain.window or 0)]
+            first = sorted(slots, key=lambda j: -math.inf if j in stay else -found[j])
+            first = first[: int(retain.slots_at(self.seen)) // 2]
+            out = {
+                j: sum(float((OUT[h].double() @ self.v[k, j]).abs().sum()) for h in mine) / self.group for j in slots
+            }
+            return {j: math.inf if j in first else (found[j] + 1e-4) * out[j] for j in slots}
+        assert retain.scorer == "expected"
+        open_slots, used = slots[retain.sinks :], [i for i in new if i >= retain.sinks]
+        total = dict.fromkeys(slots, 0.0)
+        for h in mine:
+            mean = torch.stack([self.q[h, i] for i in used]).mean(0)
+            covariance = sum(torch.outer(self.q[h, i] - mean, self.q[h, i] - mean) for i in used) / len(used)
+            width = self.k.shape[2]
+            logits = [
+                float(self.k[k, j] @ mean) / math.sqrt(width)
+                + float(self.k[k, j] @ covariance @ self.k[k, j]) / width / 2
+                for j in open_slots
+            ]
+            top = max(logits)
+            below = sum(math.exp(x - top) for x in logits)
+            for j, x in zip(open_slots, logits, strict=True):
+                total[j] += math.exp(x - top) / below / self.group * float(self.v[k, j].norm())
+        return total
+
+
+@pytest.mark.parametrize("budget", ["uniform", "ada"])
+@pytest.mark.parametrize("scorer", RANKERS)
+def test_what_stays_is_what_loops_say(scorer: str, budget: str) -> None:
+    retain = Ranked(scorer=scorer, budget=budget, **SMALL)
+    generator = torch.Generator().manual_seed(3)
+    rows, T = 2, 75
+    q = torch.randn(rows, 4, T, 8, generator=generator) * 2
+    k, v = (torch.randn(rows, 2, T, 8, generator=generator) for _ in range(2))
+    v[..., 0] = torch.arange(T)  # which token it is
+    layer = RankedLayer(retain, 0)
+    loops = [Loop(retain, q[b], k[b], v[b]) for b in range(rows)]
+    ends = [40, *range(41, 60), 68, *range(69, T + 1)]
+    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+        at = slice(begin, end)
+        layer.add(
+            New(
+                key_BKTH=k[:, :, at], value_BKTV=v[:, :, at], logits_BKT=-torch.ones(rows, 2, end - begin),
+                weight_BKT=None, real_BT=None, turn=lambda x: x,
+                queries=Queries(
+                    query_BNTH=q[:, :, at], real_BT=None, scale=8**-0.5, plain_BNTH=q[:, :, at],
+                    ahead=lambda x, positions: x, output_norms=output_norms,
+                ),
+            )
+        )  # fmt: skip
+        for loop in loops:
+            loop.add(end - begin)
+        slots = layer.slots()
+        for b, loop in enumerate(loops):
+            for head in range(2):
+                held = slots.value_BKSV[b, head, : layer.lengths[b, head], 0].int().tolist()
+                assert held == loop.kept[head], (end, b, head)
+    assert len(held) < 45
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_budgets_keep_the_mean_over_layers(budget: str) -> None:
+    for tokens_seen in (30, 100, 1000):
+        depths = [i / 6 for i in range(7)]
+        kept = [Ranked(scorer="h2o", budget=budget, depth=d, **SMALL).slots_at(tokens_seen) for d in depths]
+        mean = max(tokens_seen / 4, 6)
+        assert mean <= sum(kept) / 7 <= mean + 1
+        assert kept == sorted(kept, reverse=True)
+        assert (kept[0] > kept[-1]) == (budget == "pyramid" and mean > 6)
+        assert all(6 <= n <= tokens_seen for n in kept)
+
+
+# ------------------------------------------------------------------------------------------- in models
+
+
+@pytest.mark.parametrize(("form", "scorer"), PAIRS)
+def test_a_budget_for_all_changes_nothing(form: str, scorer: str) -> None:
+    method, family = MODELS[form]
+    want, _ = run(METHODS[method].convert(parent(family), sites(family)).eval(), tokens(length=30), [20, 28, 29, 30])
+    got, _ = run(model_of(form, scorer, ratio=1.0), tokens(length=30), [20, 28, 29, 30])
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize(("form", "scorer"), PAIRS)
+@torch.no_grad()
+def test_bytes_are_planned_and_a_prompt_sees_everything(form: str, scorer: str) -> None:
+    model, ids = model_of(form, scorer), tokens(length=90)
+    logits, cache = run(model, ids, [90])
+    assert tensor_bytes(cache) == 2 * sum(plan.bytes_at(90) for plan in model.plans)
+    assert all((layer.lengths == 23).all() for layer in cache.layers if isinstance(layer, RankedLayer))
+    assert torch.equal(logits, run(model_of(form, scorer, ratio=1.0), ids, [90])[0])
+    assert_close(model(ids, use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "ada"])
+@pytest.mark.parametrize(
+    ("form", "scorer"), [*(("heads", s) for s in RANKERS), ("latent", "snapkv"), ("latent", "h2o")]
+)
+@torch.no_grad()
+def test_rows_of_a_padded_batch_are_what_they_are_alone(form: str, scorer: str, budget: str) -> None:
+    """Each has its own budget; padding before, between and behind the tokens of two prompts."""
+    model, ids = model_of(form, scorer, budget=budget), tokens(length=70)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    mask[1, 60:64] = 0
+    cache, ends = DynamicCache(config=model.config), [40, 64, *range(65, 71)]
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    parts = []
+    for begin, end in zip([0, *ends], ends, strict=False):
+        parts.append(
+            model(
+                ids[:, begin:end], attention_mask=mask[:, :end], position_ids=position_ids[:, begin:end],
+                use_cache=True, **{cache_argument(model): cache},
+            ).logits
+        )  # fmt: skip
+    logits = torch.cat(parts, 1)
+    for row in range(2):
+        real = mask[row].bool()
+        own_ends = [int(mask[row, :end].sum()) for end in ends]
+        alone, own = run(model, ids[row : row + 1, real], own_ends)
+        assert_close(logits[row : row + 1, real], alone)
+        together = [found for i, found in enumerate(zip(*contents(cache), strict=True)) if i // _heads(cache) == row]
+        for mine, theirs in zip(zip(*contents(own), strict=True), together, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def _heads(cache: DynamicCache) -> int:
+    heads: int = cache.layers[0].lengths.shape[1]
+    return heads
+
+
+@torch.no_grad()
+def test_streaming_keeps_the_same_whether_tokens_came_at_once_or_alone() -> None:
+    model, ids = model_of("heads", "streaming"), tokens(length=120)
+    _, cache = run(model, ids, [40, *range(41, 121)])
+    layer = cache.layers[0]
+    budget = int(layer.retain.slots_at(120))
+    assert budget <= int(layer.lengths.max()) < budget + layer.retain.page
+    _, at_once = run(model, ids, [120])
+    # Between two evictions there are more; the budget's are among them. Layer 0 reads the same in both.
+    for held, wanted in zip(contents(cache)[0], contents(at_once)[0], strict=True):
+        assert all(bool((held - slot).abs().amax(-1).min() < 1e-5) for slot in wanted)
+
+
+@pytest.mark.parametrize("scorer", RANKERS)
+@torch.no_grad()
+def test_while_decoding_slots_leave_or_stay_as_the_plan_says(scorer: str) -> None:
+    model, ids = model_of("heads", scorer), tokens(length=100)
+    _, cache = run(model, ids, [60, *range(61, 101)])
+    held, follows = int(cache.layers[0].lengths.max()), RANKERS[scorer].while_decoding
+    assert (held <= 25 + 16) == follows
+    assert follows or held == 15 + 40
+    run(model, ids[:, :8], [8], cache)  # a new question
+    assert int(cache.layers[0].lengths.max()) == 27
+
+
+@pytest.mark.parametrize(("scorer", "budget"), [("snapkv", "ada"), ("h2o", "uniform")])
+@torch.no_grad()
+def test_heads_that_keep_everything_do_and_the_plan_counts_them(scorer: str, budget: str) -> None:
+    step = {"rewriter": "evict", "scorer": scorer, "budget": budget, "recent": 4, "sinks": 2, "ratio": 8}
+    step |= {"observe": 4} if scorer == "snapkv" else {}
+    plan = surgery.plan(anatomy("llama", **FOUR), {"steps": [step | {"whole": {"1": [3, 0], 2: [0, 1, 2, 3]}}]})
+    assert plan.after[2].retain is None and "all of heads 0, 3" in str(plan)
+    assert plan.after[1].bytes_per_token == round(512 * (2 / 4 + 2 / 4 / 8))
+    assert LayerPlan.from_dict(json.loads(json.dumps(plan.after[1].to_dict()))) == plan.after[1]
+    model, ids = surgery.convert(tiny_model("llama", **FOUR), plan.recipe).eval(), tokens(length=120)
+    _, cache = run(model, ids, [80])
+    held = [layer.lengths for layer in cache.layers if isinstance(layer, RankedLayer)]
+    assert [lengths.sum(-1).tolist() for lengths in held] == [[40, 40], [80 + 80 + 20] * 2, [40, 40]]
+    assert (held[1][:, [0, 3]] == 80).all()
+    if budget == "uniform":
+        assert tensor_bytes(cache) == 2 * plan.cache_bytes(80)
+    run(model, ids[:, 80:], range(1, 41), cache)
+    assert (cache.layers[1].lengths[:, [0, 3]] == 120).all()
+    assert (cache.layers[1].lengths[:, [1, 2]].sum(-1) < 2 * (15 + 16)).all() == RANKERS[scorer].while_decoding
+    with pytest.raises(surgery.PlanError, match="layer 1: .*whole: names heads 0, 4; it caches 4"):
+        surgery.plan(anatomy("llama", **FOUR), {"steps": [step | {"whole": {1: [0, 4]}}]})
+    with pytest.raises(surgery.PlanError, match="names layer 3, where no tokens leave. They do in 0-1"):
+        surgery.plan(anatomy("llama", **FOUR), {"steps": [step | {"whole": {3: [0]}, "layers": "0-1"}]})
+
+
+def test_heads_that_look_up_what_came_before_are_found() -> None:
+    """Of two KV heads, queries of the second attend to what came behind their own token."""
+    period, ids = 12, torch.randperm(12).repeat(4)
+    seen = torch.eye(12)[ids]
+    before = seen.roll(1, 0)
+    key = torch.stack((torch.zeros_like(before), before))[None]
+    probe, layer = Induction(period), RankedLayer(Ranked(scorer="streaming", ratio=1.0, window=1), 0)
+    layer.ranker = probe
+    queries = Queries(query_BNTH=30 * seen.expand(1, 4, -1, -1), real_BT=None, scale=1.0)
+    layer.add(
+        New(key_BKTH=key, value_BKTV=key, logits_BKT=-torch.ones(1, 2, 48), weight_BKT=None, real_BT=None,
+            turn=lambda x: x, queries=queries)
+    )  # fmt: skip
+    assert probe.found_K[1] > 0.99 and probe.found_K[0] < 0.2
+    model = tiny_model("llama").eval()
+    found = surgery.retrieval_heads(model, 0.5)
+    assert sum(map(len, found.values())) == 2 and set(found) <= {0, 1}
+    cache = surgery.cache(model, evict="streaming", ratio=8, recent=4, whole=found)
+    model(tokens(length=64), **{cache_argument(model): cache})
+    kept = {(layer, head) for layer, heads in found.items() for head in heads}
+    for layer, head in itertools.product(range(2), range(2)):
+        held = cache.layers[layer]
+        count = held.lengths[0, head] if isinstance(held, RankedLayer) else held.get_seq_length()
+        assert count == (64 if (layer, head) in kept else 8)
+    with pytest.raises(surgery.RecipeError, match="part: 2 of the KV heads"):
+        surgery.retrieval_heads(model, 2)
+
+
+@torch.no_grad()
+def test_fixed_slots_bound_the_cache_however_long_it_runs() -> None:
+    step = {"rewriter": "evict", "scorer": "tova", "slots": 20, "recent": 4, "sinks": 2}
+    plan = surgery.plan(anatomy("llama"), {"steps": [step]})
+    assert "tova 20 slots" in str(plan) and plan.cache_bytes(100) == plan.cache_bytes(10_000)
+    assert plan.bytes_per_token == round(256 / (256 / 20)) * 2
+    model, ids = surgery.convert(tiny_model("llama"), {"steps": [step]}).eval(), tokens(length=200)
+    _, cache = run(model, ids, [50])
+    assert tensor_bytes(cache) == 2 * plan.cache_bytes(50)
+    most = 0
+    for end in range(51, 201):
+        run(model, ids[:, end - 1 : end], [1], cache)
+        most = max(most, int(cache.layers[0].lengths.max()))
+    assert most == 20 + 16 - 1
+
+
+@pytest.mark.parametrize("scorer", ["snapkv", "h2o"])
+def test_evaluation_decodes_from_what_is_left(scorer: str) -> None:
+    """Of prompts, where slots leave behind those alone; their parent beside them on the same path."""
+    found = surgery.evaluate(model_of("heads", scorer), baseline=parent("llama"), text=tokens(length=80))
+    prompt, decoded = (found.differences[path].kl for path in ("prefill", "decode"))
+    assert prompt.value < 1e-6 < 1e-3 < decoded.value
+    assert ("the first 40 at once, then one token at a time" in str(found)) == (scorer == "snapkv")
+
+
+@pytest.mark.parametrize("scorer", ["snapkv", "h2o"])
+@torch.no_grad()
+def test_beams_copies_and_turns(scorer: str) -> None:
+    model, ids = model_of("heads", scorer), tokens(length=60)
+    beams = model.generate(ids, **GREEDY | {"max_new_tokens": 20, "min_new_tokens": 20}, num_beams=3)
+    assert beams.shape == (2, 80)
+    _, cache = run(model, ids, [60])
+    kept = copy.deepcopy(cache)
+    first, _ = run(model, ids[:, :30], [10, *range(11, 31)], cache)
+    again, _ = run(model, ids[:, :30], [10, *range(11, 31)], kept)
+    assert torch.equal(first, again)
+    swapped = run(model, ids, [60])[1]
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    turned, _ = run(model, ids[:, :30].flip(0), [10, *range(11, 31)], swapped)
+    assert_close(turned.flip(0), first)
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        kept.crop(-1)
+
+
+@pytest.mark.parametrize(("form", "scorer", "budget"), [("heads", "expected", "ada"), ("latent", "snapkv", "uniform")])
+@torch.no_grad()
+def test_scores_of_prompts_run_compiled_in_static_caches(form: str, scorer: str, budget: str) -> None:
+    model, ids, graphs = model_of(form, scorer, budget=budget), tokens(length=60), []
+    want, dynamic = run(model, ids, [50, *range(51, 61)])
+    cache = model.static_cache(80, ratio=2.0)  # 13 slots of the prompt, and what is decoded
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    step = torch.compile(model.forward, backend=backend, fullgraph=True)
+    parts = [model(ids[:, :50], use_cache=True, **{cache_argument(model): cache}).logits]
+    for i in range(50, 60):
+        now = {"attention_mask": (torch.arange(80) <= i).long().expand(2, -1), "position_ids": torch.full((2, 1), i)}
+        parts.append(step(ids[:, i : i + 1], use_cache=True, **{cache_argument(model): cache}, **now).logits)
+    torch.compiler.reset()
+    assert_close(torch.cat(parts, 1), want)
+    assert len(graphs) == 1
+    for mine, theirs in zip(cache.layers, dynamic.layers, strict=True):
+        assert torch.equal(mine.lengths, theirs.lengths)
+    sized = sum(plan.static_bytes(80, 2.0) for plan in model.plans)
+    assert tensor_bytes(cache) == 2 * sized < 2 * sum(plan.static_bytes(80) for plan in model.plans)
+    with pytest.raises(RuntimeError, match="static cache is full"):
+        run(model, ids, [8, *range(9, 61)], model.static_cache(80, ratio=4.0))
+
+
+def test_what_has_no_form_is_refused() -> None:
+    model = model_of("heads", "h2o")
+    with pytest.raises(ValueError, match="h2o 4x: slots leave while tokens are decoded, .*Use a dynamic cache"):
+        model.generate(tokens(), cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="h2o 4x: slots leave while tokens are decoded"):
+        model.static_cache(64)
+    _, cache = run(model, tokens(), [20])
+    with pytest.raises(ValueError, match="layer 0: the given cache keeps tokens by h2o 4x, and its plan says tova 4x"):
+        run(model_of("heads", "tova"), tokens(), [20], cache)
+    data = model.plans[0].to_dict()
+    assert LayerPlan.from_dict(data) == model.plans[0]
+    for name, value in (("scorer", "snap"), ("budget", "adda")):
+        with pytest.raises(ValueError, match=f"layer 0: tokens leave by the .* '{value}', which is not known here"):
+            LayerPlan.from_dict(data | {"retain": data["retain"] | {name: value}})
+
+
+@functools.cache
+def anatomy(family: str, **changes: Any) -> surgery.Anatomy:
+    return surgery.examine(tiny_model(family, **changes))
+
+
+FOUR = {"num_hidden_layers": 4, "num_key_value_heads": 4}
+STEP = {"rewriter": "evict", "scorer": "snapkv", "ratio": 4, "recent": 8, "observe": 8, "sinks": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scorer": "snapvk"}, "no scorer 'snapvk'. Did you mean 'snapkv'"),
+        ({"budget": "adda"}, "no budget 'adda'. Did you mean 'ada'"),
+        ({"window": 100}, "window: the score snapkv does not read it. It reads ratio, sinks, page, budget, slots"),
+        ({"scorer": "h2o"}, "observe: the score h2o does not read it"),
+        ({"scorer": "window", "observe": None}, "recent: the score window does not read it"),
+        ({"scorer": "window", "whole": {0: [0]}, "observe": None, "recent": None}, "whole: the score window does not"),
+        ({"observe": 9}, "observe: 9 queries, but only the newest 8 tokens are sure to stay"),
+        ({"pool": 4}, "pool: 4 must be odd"),
+        ({"recent": 0}, "recent: 0 must be at least 1"),
+        ({"slots": 99, "ratio": 3}, "slots: 99 slots and ratio 3: give one of them"),
+        ({"slots": 9}, "slots: 9 are fewer than the 10 that always stay"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(surgery.RecipeError, match=sentence):
+        surgery.plan(tiny_model("llama"), {"steps": [STEP | changes]})
+
+
+def test_plans_refuse_what_cannot_be_scored_and_name_what_is_left() -> None:
+    mla = {"rewriter": "mla", "rank": 24, "rope_dims": 8}
+    expected = {"rewriter": "evict", "scorer": "expected", "recent": 8}
+    with pytest.raises(surgery.PlanError, match="layer 0: .* the layer caches a latent. Use snapkv or h2o"):
+        surgery.plan(anatomy("llama"), {"steps": [mla, expected]})
+    with pytest.raises(surgery.PlanError, match="ratio: 30 is out of reach"):
+        surgery.plan(anatomy("llama"), {"steps": [STEP | {"ratio": 30}]})
+    plan = surgery.plan(anatomy("gemma2"), {"steps": [STEP]})
+    assert [layer.retain is None for layer in plan.after] == [True, False]
+    assert "layers 0 keep their windows as they are" in " ".join(str(plan).split())
+    with pytest.raises(surgery.PlanError, match="layer 0: .* sees the newest 8 tokens only"):
+        surgery.plan(anatomy("gemma2"), {"steps": [STEP | {"layers": "0"}]})
+    pyramid = surgery.plan(anatomy("llama", **FOUR), {"steps": [STEP | {"budget": "pyramid"}]})
+    assert [layer.retain.depth for layer in pyramid.after] == [0, 1 / 3, 2 / 3, 1]
+    assert "static" in str(pyramid)
+    h2o = surgery.plan(anatomy("llama"), {"steps": [{"rewriter": "evict", "scorer": "h2o", "recent": 8}]})
+    assert "static" not in str(h2o)
+
+
+# ------------------------------------------------------------------------------------------- stock models
+
+
+@pytest.mark.parametrize(
+    ("family", "scorer", "budget"),
+    [
+        ("llama", "snapkv", "ada"),
+        ("qwen3", "h2o", "uniform"),
+        *(pytest.param(family, "tova", "pyramid", marks=pytest.mark.slow) for family in ("gpt_neox", "gpt2", "phi3")),
+    ],
+)
+def test_stock_models_evict_as_converted_ones(family: str, scorer: str, budget: str) -> None:
+    model, ids = tiny_model(family).eval(), tokens(length=60)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    options = {"ratio": 4, "recent": 8, "sinks": 2, "budget": budget} | ({"observe": 8} if scorer == "snapkv" else {})
+    child = surgery.convert(model, {"steps": [{"rewriter": "evict", "scorer": scorer, **options}]}).eval()
+    want = child.generate(ids, attention_mask=mask, **GREEDY, return_dict_in_generate=True)
+    plain = model.generate(ids, attention_mask=mask, **GREEDY)
+    for _ in range(2):
+        cache = surgery.cache(model, evict=scorer, **options)
+        assert torch.equal(
+            model.generate(ids, attention_mask=mask, **GREEDY, **{cache_argument(model): cache}), want.sequences
+        )
+        assert tensor_bytes(cache) == tensor_bytes(want.past_key_values)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), plain)  # other caches are as they were
+    with pytest.raises(ValueError, match="an attention mask of shape"):
+        model(ids, attention_mask=mask[:, :3], **{cache_argument(model): cache})
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_stock_models_that_hide_their_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")
+    with pytest.raises(surgery.PlanError, match="runs with attn_implementation 'eager'"):
+        surgery.cache(eager, evict="knorm", recent=8)
+    with pytest.raises(surgery.PlanError, match="reads queries before their rotation"):
+        surgery.cache(tiny_model("llama"), evict="expected", recent=8)
+    with pytest.raises(surgery.PlanError, match="no score 'window' that orders slots"):
+        surgery.cache(tiny_model("llama"), evict="window")
+    with pytest.raises(surgery.PlanError, match="give `codec` or `evict`, not both"):
+        surgery.cache(tiny_model("llama"), "int8", evict="snapkv")
+    model, other = tiny_model("llama").eval(), tiny_model("llama").eval()
+    cache = surgery.cache(model, evict="knorm", recent=8)
+    other(tokens(), **{cache_argument(model): cache})
+    with pytest.raises(RuntimeError, match="layer 0: nobody asked for the keys .* belongs to another model"):
+        other(tokens()[:, :1], **{cache_argument(model): cache})
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, AttentionInterface()["sdpa"])
+    with pytest.raises(RuntimeError, match="layer 0: .* handed it no queries"):
+        model(tokens(), **{cache_argument(model): cache})
+    assert model.config._attn_implementation == "sdpa"
