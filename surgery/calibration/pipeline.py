@@ -105,8 +105,10 @@ class Pipeline:
                     visit = Visit(self, site, index, parent)
                     yield visit
                     visit.close()
-                    if self.copy.has_prefix:
-                        self._advance(index, site if site.layer in lending else None)
+                    lends = site.layer in lending
+                    untouched = self.student is self.parent and site.layer not in self.copy.converted and not lends
+                    if self.copy.has_prefix and not untouched:
+                        self._advance(index, site if lends else None)
                     else:
                         self._take(index, self.next_parent)
                 continue

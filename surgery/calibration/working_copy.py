@@ -238,6 +238,10 @@ class WorkingCopy:
                 self._install(self._built[1], self._built[0], (layer,), layer)
         self._forms[layer] = form
 
+    def drop_form(self, layer: int) -> None:
+        """Give the layer the form that the parent has; its parameters stay."""
+        self._forms.pop(layer, None)
+
     def read(self, layer: int) -> AttentionWeights:
         """The layer's weights as they are now, with as many KV heads as it really has."""
         return self._weights(layer, self.tensor)

@@ -52,7 +52,7 @@ class AloneCopy(WorkingCopy):
         self.restore({name: self._read(name) for name in names})
         for name in names:
             del self._changed[name]
-        self._forms.pop(layer, None)
+        self.drop_form(layer)
         return parameters, form
 
     def _put_back(self, layer: int, parameters: Mapping[str, Tensor], form: HeadsForm) -> None:

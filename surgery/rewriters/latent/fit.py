@@ -129,13 +129,17 @@ def errors_alone(
     found: dict[int, dict[int, float]] = {}
     for visit in copy.visits(windows, sizes, kept=found):
         layer, before = visit.layer, copy.form(visit.layer)
+        was_converted = layer in copy.converted
         parent = _parent(copy, layer)
         moments = visit_moments(visit, parent)
         found[layer] = {}
         for numbers in sizes[layer]:
             copy.write_latent(layer, candidate(layer, numbers)(parent, moments))
-            found[layer][numbers] = visit.error(SEARCH_BATCHES)
-        copy.take_form(layer, before)
+            found[layer][numbers] = visit.error(1)
+        if was_converted:
+            copy.take_form(layer, before)
+        else:
+            copy.drop_form(layer)
     return found
 
 
