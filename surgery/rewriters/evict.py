@@ -111,9 +111,12 @@ class Evicting(GatedMethod):
 
     @classmethod
     def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
-        """Windows of some parts of the context."""
+        """Windows of some parts of the context, and H2O at some ratios."""
         windows = {context // part // 16 * 16 for part in (4, 8, 16)}
-        return [[{"scorer": "window", "window": window}] for window in sorted(windows - {0}, reverse=True)]
+        return [
+            *([{"scorer": "window", "window": window}] for window in sorted(windows - {0}, reverse=True)),
+            *([{"scorer": "h2o", "ratio": ratio}] for ratio in (2.0, 4.0, 8.0)),
+        ]
 
     def plan(self, anatomy: Anatomy, layers: tuple[LayerPlan, ...], where: str) -> tuple[LayerPlan, ...]:
         """A score in each selected layer that keeps a cache; where it orders slots, in those without a window."""
