@@ -41,6 +41,7 @@ from surgery.composing.donors import donors
 from surgery.composing.sensitivity import Bench
 from surgery.composing.settings import Setting, settings_for
 from surgery.report.plots import composition_front, save_figure
+from surgery.rewriters import AXES
 
 SEED = 0
 RATIOS = (2, 4, 8, 16)
@@ -78,14 +79,16 @@ class Rows:
 class Subject:
     """A model, its text, and the settings of its layers."""
 
-    def __init__(self, name: str, folder: Path, text: Path, context: int, work: Path) -> None:
-        self.name, self.text, self.context, self.work = name, text, context, work
+    def __init__(
+        self, name: str, folder: Path, text: Path, context: int, work: Path, axes: tuple[str, ...] = AXES
+    ) -> None:
+        self.name, self.text, self.context, self.work, self.axes = name, text, context, work, axes
         self.parent = load_parent(folder)[0].to(torch.bfloat16)
         self.parent.config._name_or_path = str(folder)
 
     def race(self, ratio: int) -> dict[str, Any]:
         found = surgery.compose(
-            self.parent, ratio=ratio, calibration=self.text, context=self.context, seed=SEED,
+            self.parent, ratio=ratio, calibration=self.text, context=self.context, axes=self.axes, seed=SEED,
             kept=self.work / f"{self.name}.json",
         )  # fmt: skip
         data = found.to_dict()
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/planner"), help="where measured settings are kept")
     parser.add_argument("--context", type=int, help="tokens; default: 512 for small, 1024 for smollm2")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="that may change in the races")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
@@ -191,9 +195,11 @@ def main() -> None:
     for name in arguments.models:
         folder, context = (SMALL, 512) if name == "small" else (arguments.smollm2, 1024)
         text = calibration_text(arguments.folder)
-        subject = Subject(name, folder, text, arguments.context or context, arguments.folder)
+        axes = tuple(arguments.axes)
+        subject = Subject(name, folder, text, arguments.context or context, arguments.folder, axes)
+        beside = "" if axes == AXES else f", {' and '.join(axes)} alone"
         for ratio in RATIOS:
-            rows.row(f"{name}, race 1/{ratio}", lambda s=subject, r=ratio: s.race(r))
+            rows.row(f"{name}, race 1/{ratio}{beside}", lambda s=subject, r=ratio: s.race(r))
         rows.row(f"{name}, exhaustive", subject.exhaustive)
         rows.row(f"{name}, prediction", subject.prediction)
 

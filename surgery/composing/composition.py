@@ -53,7 +53,7 @@ class Composition:
         """One sentence."""
         race = self.race
         if race is None:
-            return "Not raced: nothing is recommended. Leave out --no-race to compare it with recipes of one axis."
+            return "Not raced against recipes of a single axis: nothing is recommended."
         own = race.runners[0]
         if race.lead is None:
             return (
