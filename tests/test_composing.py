@@ -236,6 +236,16 @@ def test_refused_before_anything_is_measured(parent, options, message, monkeypat
         surgery.compose(parent, **{"calibration": text(), "context": LENGTH, **options})
 
 
+def test_layers_that_a_setting_leaves_alone_are_not_named_in_its_step():
+    parent = tiny_model("gemma2", num_hidden_layers=4, sliding_window=16)
+    made = surgery.compose(
+        parent, ratio=1.3, calibration=text(), context=LENGTH, samples=8, axes=("store",), with_race=False
+    )
+    sliding = [layer.layer for layer in made.plan.before if layer.window is not None]
+    assert sliding and made.choice.bytes == made.plan.cache_bytes(LENGTH) <= made.budget.bytes
+    assert all(made.plan.after[layer] == made.plan.before[layer] for layer in sliding)
+
+
 def test_native_only_gives_a_model_of_the_parents_class(parent):
     made = surgery.compose(
         parent, ratio=2, calibration=text(), context=LENGTH, samples=8, native_only=True, with_race=False

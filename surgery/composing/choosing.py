@@ -43,19 +43,19 @@ class Chooser:
 
     def best(self, budget: int) -> Choice | None:
         """The choice of least cost within so many bytes; None where none fits."""
+        offered = [self._of(place) for place in range(len(self.layers))]
         found = allocate(
-            [[self.costs.of(s, layer) for s in self._of(layer)] for layer in self.layers],
-            [[s.bytes_of[place] for s in self._of(layer)] for place, layer in enumerate(self.layers)],
+            [[self.costs.of(s, layer) for s in some] for layer, some in zip(self.layers, offered, strict=True)],
+            [[s.bytes_of[place] for s in some] for place, some in enumerate(offered)],
             budget,
         )
-        if found is None:
-            return None
-        return self._choice([self._of(layer)[at] for layer, at in zip(self.layers, found, strict=True)])
+        return None if found is None else self._choice([some[at] for some, at in zip(offered, found, strict=True)])
 
     def best_uniform(self, budget: int, axes: Collection[str] | None = None) -> Choice | None:
         """The best single setting that all layers take; those of one axis alone, where `axes` says so."""
+        places = range(len(self.layers))
         found = [
-            self._choice([self.settings[0] if layer in self.kept else setting for layer in self.layers])
+            self._choice([setting if setting in self._of(place) else self.settings[0] for place in places])
             for setting in self.settings[1:]
             if axes is None or set(setting.axes) == set(axes)
         ]
@@ -81,8 +81,12 @@ class Chooser:
         """The fewest bytes that any choice has."""
         return least_bytes(self.settings, self.layers, self.kept)
 
-    def _of(self, layer: int) -> Sequence[Setting]:
-        return self.settings[:1] if layer in self.kept else self.settings
+    def _of(self, place: int) -> Sequence[Setting]:
+        """The settings that change the layer at a place: formats leave sliding windows as they are."""
+        plain = self.settings[0]
+        if self.layers[place] in self.kept:
+            return [plain]
+        return [plain, *(s for s in self.settings[1:] if s.bytes_of[place] != plain.bytes_of[place])]
 
     def _choice(self, chosen: Sequence[Setting]) -> Choice:
         cost = sum(self.costs.of(s, layer) for s, layer in zip(chosen, self.layers, strict=True))

@@ -68,7 +68,7 @@ class Bench:
         with self._exchanged(attentions), self._sparing(places if self.skips else []):
             log_q = self._logits().float().log_softmax(-1)
         kl = (self.wanted.exp() * (self.wanted - log_q)).sum(-1)
-        return float(kl[self.windows.mask_BT[:, self.prefill :]].mean())
+        return max(0.0, float(kl[self.windows.mask_BT[:, self.prefill :]].mean()))  # rounding may fall below
 
     def _logits(self) -> Tensor:
         """[B, T - prefill, vocabulary]"""
