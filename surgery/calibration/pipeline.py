@@ -106,7 +106,7 @@ class Pipeline:
                     yield visit
                     visit.close()
                     lends = site.layer in lending
-                    untouched = self.student is self.parent and site.layer not in self.copy.converted and not lends
+                    untouched = self.student is self.parent and site.layer not in self.copy.rewritten and not lends
                     if self.copy.has_prefix and not untouched:
                         self._advance(index, site if lends else None)
                     else:
@@ -116,7 +116,7 @@ class Pipeline:
                 for batch in range(len(self.batches)):
                     h = self.parent[batch].to(self.device)
                     self.next_parent[batch] = self.layers.run(parent, h, self.call(batch, index))
-            touched = site is not None and site.layer in self.copy.converted
+            touched = site is not None and site.layer in self.copy.rewritten
             if self.student is self.parent and not touched and (site is None or site.layer not in lending):
                 self._take(index, self.next_parent)
                 continue
@@ -200,6 +200,8 @@ class Pipeline:
     @torch.no_grad()
     def divergence(self) -> float:
         """KL(parent || copy) in nats per token on windows that nothing was fitted on, once all layers are passed."""
+        if self.student is self.parent:
+            return 0.0
         total, tokens = 0.0, 0
         for batch in range(self.fits, len(self.batches)):
             ids_BT, mask_BT = self.batches[batch]

@@ -285,6 +285,11 @@ class WorkingCopy:
         return sorted({*self._forms, *self.gates, *self.codecs})
 
     @property
+    def rewritten(self) -> list[int]:
+        """Layers that give something else than in the parent; gates and codecs change what a cache keeps, no more."""
+        return sorted(self._forms)
+
+    @property
     def computed(self) -> list[int]:
         """Layers whose attention is computed here, not by the parent's own module: latents and readers."""
         return sorted(layer for layer, form in self._forms.items() if form.is_computed)
