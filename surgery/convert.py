@@ -133,10 +133,15 @@ def _carry_out(
 def _rewrite(copy_: WorkingCopy, plan: Plan, work: _Work) -> Plan:
     """Carry out the steps of a plan on a working copy; returns the plan with what the text has decided."""
     copy_.journal, copy_.stream_dtype = work.journal, work.streams
+    carry_out_steps(copy_, plan, work.windows, work.seed)
+    return plan if plan.native else plan.settled(map(copy_.settle, plan.after))
+
+
+def carry_out_steps(copy_: WorkingCopy, plan: Plan, windows: Windows | None, seed: int) -> None:
+    """Rewrite a working copy by the steps of a plan, in order."""
     for step in plan.recipe.steps:
         copy_.doing = step.rewriter
-        rewriter_for(step, work.seed).convert(copy_, [layer for _, layer in plan.changed(step)], work.windows)
-    return plan if plan.native else plan.settled(map(copy_.settle, plan.after))
+        rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
 
 
 def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, dict[str, Any]]:

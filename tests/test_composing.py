@@ -246,6 +246,27 @@ def test_layers_that_a_setting_leaves_alone_are_not_named_in_its_step():
     assert all(made.plan.after[layer] == made.plan.before[layer] for layer in sliding)
 
 
+def test_a_composition_that_breaks_a_constraint_is_refused(parent):
+    with pytest.raises(PlanError, match="does not satisfy the constraints"):
+        surgery.compose(
+            parent, ratio=1.2, calibration=text(), context=LENGTH, samples=8, native_only=True, keep_layers=(0,),
+            with_race=False,
+        )  # fmt: skip
+
+
+def test_what_is_no_number_is_never_free(parent, anatomy, by_label):
+    fit = as_windows(text(8))
+    broken = donors(parent, anatomy, by_label["lowrank keep 0.5"], fit, 0)[1]
+    with torch.no_grad():
+        broken.o_proj.weight.fill_(float("nan"))
+    bench = Bench(parent, anatomy, as_windows(text(2, seed=1)))
+    assert bench.kl({1: broken}) == float("inf")
+    assert bench.kl({}) == 0
+    low, mid, high = (by_label[f"metric {b} bits"] for b in ("2", "3", "4"))
+    costs = Costs({key_of(low.steps): {0: float("inf")}, key_of(high.steps): {0: 1e-4}})
+    assert costs.of(mid, 0) == float("inf")
+
+
 def test_native_only_gives_a_model_of_the_parents_class(parent):
     made = surgery.compose(
         parent, ratio=2, calibration=text(), context=LENGTH, samples=8, native_only=True, with_race=False

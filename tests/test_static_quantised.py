@@ -62,6 +62,22 @@ def through(model, cache, ends, step=None, width=None):
     return torch.cat(parts, 1)[mask[:, : ends[-1]].bool()]
 
 
+def through_one_graph(model, cache, ends):
+    """`through` a static cache with compiled steps, and the graph that all of them are."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    step = torch.compile(model.forward, backend=backend, fullgraph=True)
+    got = through(model, cache, ends, step, width=LENGTH)
+    torch.compiler.reset()
+    (graph,) = graphs
+    return got, graph
+
+
 def assert_same(got, want):
     """To rounding, which puts a few codes on the other side of an edge."""
     error = (got - want).abs().amax(-1) / want.abs().max()
@@ -101,19 +117,9 @@ MORE = [
     ("codec", "case"), [*COMPILED, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)]
 )
 def test_64_compiled_steps_of_padded_sequences_are_one_graph(codec, case):
-    model, graphs, ends = converted(codec, case), [], range(12, LENGTH + 1)
+    model, ends = converted(codec, case), range(12, LENGTH + 1)
     model.set_attn_implementation("surgery")
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    step = torch.compile(model.forward, backend=backend, fullgraph=True)
-    cache = model.static_cache(LENGTH)
-    got = through(model, cache, ends, step, width=LENGTH)
-    torch.compiler.reset()
-    assert len(graphs) == 1
+    got, _ = through_one_graph(model, model.static_cache(LENGTH), ends)
     assert_same(got, through(model, DynamicCache(config=model.config), ends))
 
 
@@ -208,19 +214,9 @@ def test_one_operator_reads_what_is_packed_in_words(bits, monkeypatch):
     parent = tiny_model("llama", head_dim=64).eval()
     model = surgery.convert(parent, {"steps": [WIDE | {"k_bits": bits, "group": 32 if bits == 8 else 16}]}).eval()
     model.set_attn_implementation("surgery")
-    graphs, ends = [], range(12, LENGTH + 1)
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    step = torch.compile(model.forward, backend=backend, fullgraph=True)
-    cache = model.static_cache(LENGTH)
-    got = through(model, cache, ends, step, width=LENGTH)
-    torch.compiler.reset()
-    assert len(graphs) == 1
-    assert "surgery.decode_quant.default" in {str(node.target) for node in graphs[0].graph.nodes}
+    cache, ends = model.static_cache(LENGTH), range(12, LENGTH + 1)
+    got, graph = through_one_graph(model, cache, ends)
+    assert "surgery.decode_quant.default" in {str(node.target) for node in graph.graph.nodes}
     assert tensor_bytes(cache) == 2 * sum(plan.static_bytes(LENGTH) for plan in model.plans)
     assert cache.layers[0].streams[0].parts[0].dtype == torch.int16
     assert_same(got, through(model, DynamicCache(config=model.config), ends))

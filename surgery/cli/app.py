@@ -180,7 +180,7 @@ def plan(
     keep_layers: composing.KeepLayers = None,
     native_only: composing.NativeOnly = False,
     engine: composing.Engine = None,
-    samples: composing.Samples = composing.FITTED,
+    samples: composing.Samples = None,
     length: composing.Length = None,
     race: composing.WithRace = True,
     plot: composing.Plot = None,

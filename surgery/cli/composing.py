@@ -10,9 +10,6 @@ import typer
 from ..errors import PlanError
 from .common import logged_progress, open_libraries, show, write_json, write_text
 
-FITTED = 8
-"""Windows of text to fit on."""
-
 Budget = Annotated[str | None, typer.Option(help="Bytes per token that the cache may take, such as 4KiB/token.")]
 Ratio = Annotated[float | None, typer.Option(help="Instead: how many times smaller than the parent's cache.")]
 Memory = Annotated[str | None, typer.Option(help="Instead: memory for weights and caches, such as 80GiB.")]
@@ -27,7 +24,7 @@ NativeOnly = Annotated[
     bool, typer.Option("--native-only", help="Only what the parent's own class can say; one form for all layers.")
 ]
 Engine = Annotated[str | None, typer.Option(help="Only what this engine runs (vLLM, llama.cpp); one form for all.")]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of text to fit on.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Windows of text to fit on; default: 8.")]
 Length = Annotated[int | None, typer.Option(min=8, help="Tokens per window; default: the context, at most 4096.")]
 WithRace = Annotated[bool, typer.Option("--race/--no-race", help="Convert the winner and compare it.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw KL over bytes for all budgets (.png, .svg).")]

@@ -9,6 +9,7 @@ from ..console import human_bytes
 from ..errors import PlanError, RecipeError
 from ..measure.memory import parse_bytes
 from ..plan import Plan
+from ..runtime.store import itemsize_of
 
 CONTEXT = 1024
 """Tokens at which caches are compared where nobody says; the model's context where that is shorter."""
@@ -71,7 +72,7 @@ def budget_of(
         assert memory is not None
         if batch < 1:
             raise PlanError(f"batch: {batch} must be at least 1.")
-        total, weights = parse_bytes(memory), parent.parameters * _weight_bytes(parent)
+        total, weights = parse_bytes(memory), parent.parameters * itemsize_of(parent.anatomy.dtype)
         found = (total - weights) // batch
         if found <= 0:
             raise PlanError(
@@ -96,7 +97,3 @@ def _context(given: int | str | None, most: int | None) -> int:
     if tokens < 2:
         raise PlanError(f"context: {tokens} must be at least 2 tokens.")
     return tokens
-
-
-def _weight_bytes(parent: Plan) -> int:
-    return {"float32": 4}.get(parent.anatomy.dtype, 2)

@@ -68,7 +68,7 @@ class Chooser:
             axes: None: any setting in any layer; else one setting of these axes in all layers.
         """
         parent = self._choice([self.settings[0]] * len(self.layers)).bytes
-        least = self.least()
+        least = least_bytes(self.settings, self.layers, self.kept)
         found: list[Choice] = []
         for step in range(STEPS):
             budget = int(least * (parent / least) ** (step / STEPS))
@@ -76,10 +76,6 @@ class Chooser:
             if choice is not None and (not found or choice.cost < found[-1].cost):
                 found.append(choice)
         return found
-
-    def least(self) -> int:
-        """The fewest bytes that any choice has."""
-        return least_bytes(self.settings, self.layers, self.kept)
 
     def _of(self, place: int) -> Sequence[Setting]:
         """The settings that change the layer at a place: formats leave sliding windows as they are."""

@@ -51,7 +51,7 @@ def compose(
     keep_layers: Collection[int] = (),
     native_only: bool = False,
     engine: str | None = None,
-    samples: int = FITTED,
+    samples: int | None = None,
     length: int | None = None,
     tokenizer: Any = None,
     kept: str | Path | None = None,
@@ -67,13 +67,13 @@ def compose(
     Args:
         model_or_path: model, folder, GGUF or Hub id; the parent stays as it is.
         budget: bytes per token, such as `4KiB/token`. Or `ratio`, or `memory` with `batch`; see `budget_of`.
-        calibration: text as for `convert`; its last windows are kept for the race.
+        calibration: text as for `convert`; some of its windows are kept apart to measure on, others for the race.
         context: tokens at which bytes are counted.
         axes: those that may be changed, of `project`, `retain` and `store`. Shared caches are not composed.
         keep_layers: layers that stay as they are.
         native_only: only what the parent's own class can say, and one setting for all layers.
         engine: only what this engine runs (see the plan's table).
-        samples, length: windows to fit on, and tokens per window (default: the context, at most 4096).
+        samples, length: windows to fit on (default: 8), and tokens per window (default: the context, at most 4096).
         kept: file for what has been measured; the same call goes on from there.
         with_race: without it nothing is converted and nothing is recommended.
         seed: of everything random.
@@ -84,7 +84,7 @@ def compose(
     """
     if calibration is None:
         raise PlanError("compose: needs calibration text: what a setting costs is measured on it.")
-    check = constraint(native_only, engine)
+    check, samples = constraint(native_only, engine), samples or FITTED
     parent = load_parent(model_or_path)[0] if isinstance(model_or_path, (str, Path)) else model_or_path
     anatomy = examine(parent)
     plain = make_plan(anatomy, "identity")
@@ -128,9 +128,13 @@ def compose(
     if choice is None:
         raise PlanError(f"budget: {limit} is not reached by one setting for all layers. Raise it.")
     name = f"composed-{limit.bytes_per_token:.0f}"
+    composed = make_plan(anatomy, recipe_of(layers, choice.settings, name, f"made for {limit}"))
+    reason = check(composed)
+    if reason is not None:  # where not all layers take the setting
+        raise PlanError(f"the composition does not satisfy the constraints: {reason}. Keep no layers as they are.")
     found = Composition(
         budget=limit,
-        plan=make_plan(anatomy, recipe_of(layers, choice.settings, name, f"made for {limit}")),
+        plan=composed,
         choice=choice,
         front=tuple(chooser.front()),
         singles={axis: c for axis in AXES if (c := chooser.best_uniform(limit.bytes, [axis])) is not None},

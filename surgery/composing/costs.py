@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
@@ -154,5 +154,7 @@ def _between(points: Sequence[Any], at: float) -> float:
         return points[0][1] * 4.0 ** (points[0][0] - at)
     place = next((i for i in range(1, len(points) - 1) if at < points[i][0]), len(points) - 1)
     (x0, y0), (x1, y1) = points[place - 1], points[place]
+    if inf in (y0, y1):
+        return inf
     low, high = log(max(y0, LEAST)), log(max(y1, LEAST))
     return exp(low + (high - low) * (at - x0) / (x1 - x0))

@@ -17,8 +17,8 @@ from ..calibration.forms import HeadsForm
 from ..calibration.text import Windows
 from ..calibration.visit import Visit
 from ..calibration.working_copy import WorkingCopy
+from ..convert import carry_out_steps
 from ..plan import plan as make_plan
-from ..rewriters import rewriter_for
 from ..runtime.attention import SurgeryAttention
 from .settings import Setting
 
@@ -71,9 +71,7 @@ def donors(
     """
     plan = make_plan(anatomy, setting.recipe())
     working = AloneCopy(parent, anatomy)
-    for step in plan.recipe.steps:
-        working.doing = f"fitting {setting.label}"
-        rewriter_for(step, seed).convert(working, [layer for _, layer in plan.changed(step)], windows)
+    carry_out_steps(working, plan, windows, seed)
     settled = plan.settled(map(working.settle, plan.after))
     for site in anatomy.sites:  # also layers of which only the plan changes
         working.take_form(site.layer, working.form(site.layer))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..calibration.text import Windows
 from ..convert import convert
 from ..measure.memory import cache_bytes
-from ..measure.scoring import decode
+from ..measure.scoring import decode, divergence
 from ..measure.statistics import Estimate, bootstrap
 from ..recipe import Recipe
 from .sensitivity import Bench
@@ -112,6 +112,5 @@ def _log_probabilities(model: PreTrainedModel, windows: Windows) -> Tensor:
 def _compared(wanted: Tensor, logp: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
     """Sums by window, [W, 1]: KL, equal likeliest tokens, tokens."""
     counted = windows.mask_BT[:, -DECODED:].double()
-    kl = (wanted.exp() * (wanted - logp)).sum(-1).double() * counted
-    same = (wanted.argmax(-1) == logp.argmax(-1)).double() * counted
+    kl, same = (values.double() * counted for values in divergence(wanted, logp))
     return kl.sum(1, keepdim=True), same.sum(1, keepdim=True), counted.sum(1, keepdim=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from ..anatomy import Anatomy
 from ..calibration.text import Windows
 from ..errors import UnsupportedModel
-from ..measure.scoring import last_logits
+from ..measure.scoring import divergence, last_logits
 from ..runtime.attention import SurgeryAttention
 from ..runtime.calling import cache_argument, cache_of
 
@@ -35,12 +36,12 @@ class Bench:
     """A model of the parent's class whose attentions can be exchanged, and text on which that is judged.
 
     Args:
-        parent: in float32; it is copied.
+        parent: in float32; its attentions are exchanged while something is measured, and put back.
         windows: text that nothing is fitted on.
     """
 
     def __init__(self, parent: PreTrainedModel, anatomy: Anatomy, windows: Windows) -> None:
-        self.model, self.windows = copy.deepcopy(parent).eval(), windows
+        self.model, self.windows = parent.eval(), windows
         self.names = {site.layer: site.module for site in anatomy.sites}
         self.own = {layer: self.model.get_submodule(name) for layer, name in self.names.items()}
         stem = anatomy.sites[0].module
@@ -56,19 +57,24 @@ class Bench:
         """By call: what each decoder layer gives in the parent."""
         self.cached: list[Any] = []
         """Layers of the parent's cache after the first call."""
+        self.spared: tuple[int, ...] = ()
+        """Layers that the first call left out although the second one runs them."""
         self.wanted = self._record()
         self.skips = self._can_skip()
 
     @torch.inference_mode()
     def kl(self, attentions: Mapping[int, nn.Module]) -> float:
-        """KL(parent || model) in nats per token with these attentions in the place of the parent's, by layer."""
+        """KL(parent || model) in nats per token with these attentions in the place of the parent's, by layer.
+
+        Infinite where the model gives what is no number.
+        """
         if not attentions:
             return 0.0
         places = [self.place[layer] for layer in attentions]
         with self._exchanged(attentions), self._sparing(places if self.skips else []):
             log_q = self._logits().float().log_softmax(-1)
-        kl = (self.wanted.exp() * (self.wanted - log_q)).sum(-1)
-        return max(0.0, float(kl[self.windows.mask_BT[:, self.prefill :]].mean()))  # rounding may fall below
+        kl = float(divergence(self.wanted, log_q)[0][self.windows.mask_BT[:, self.prefill :]].mean())
+        return max(kl, 0.0) if isfinite(kl) else inf  # rounding may fall below 0
 
     def _logits(self) -> Tensor:
         """[B, T - prefill, vocabulary]"""
@@ -87,9 +93,6 @@ class Bench:
         out = self.model(input_ids=ids[:, self.prefill :], use_cache=True, **{cache_argument(self.model): cache})
         logits: Tensor = out.logits
         return logits.cpu()
-
-    spared: tuple[int, ...] = ()
-    """Layers that the first call left out although the second one runs them."""
 
     @torch.inference_mode()
     def _record(self) -> Tensor:

@@ -132,10 +132,18 @@ def _per_token(logp: Tensor, base: Tensor, labels: Tensor) -> Tensor:
     if base is logp:
         kl, same = torch.zeros_like(nll), torch.ones_like(nll)
     else:
-        p = base.exp()
-        kl = torch.where(p > 0, p * (base - logp), torch.where(base.isnan(), base, 0.0)).sum(-1)
-        same = (logp.argmax(-1) == base.argmax(-1)).float()
+        kl, same = divergence(base, logp)
     return torch.stack([torch.ones_like(nll), nll, base_nll, kl, same], -1).double()
+
+
+def divergence(base: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(base || model) in nats, and 1 where both find the same token likeliest, [...] each, of log-probabilities.
+
+    Tokens that the baseline excludes (logits of -inf) cost nothing; what is not a number stays so.
+    """
+    p = base.exp()
+    kl = torch.where(p > 0, p * (base - logp), torch.where(base.isnan(), base, 0.0)).sum(-1)
+    return kl, (logp.argmax(-1) == base.argmax(-1)).float()
 
 
 def _where(values: Tensor, keep: Tensor, row: int, first: int, path: Path) -> str:
