@@ -37,7 +37,7 @@ from surgery.checkpoints.storage import load_parent
 from surgery.composing.choosing import Chooser
 from surgery.composing.compose import parts_of
 from surgery.composing.costs import measure_costs
-from surgery.composing.donors import donors
+from surgery.composing.donors import Donors
 from surgery.composing.sensitivity import Bench
 from surgery.composing.settings import Setting, settings_for
 from surgery.report.plots import composition_front, save_figure
@@ -120,7 +120,8 @@ class Subject:
         """Four layers, three settings each."""
         wide, anatomy, fit, bench = self.opened()
         settings = self.chosen(settings_for(anatomy, self.context))
-        made = {s.label: donors(wide, anatomy, s, fit, SEED) for s in settings[1:]}
+        donors = Donors(wide, anatomy, fit, SEED)
+        made = {s.label: donors.of(s) for s in settings[1:]}
         layers = sorted(bench.names)[:4]
 
         def measure(setting: Setting) -> dict[int, float]:
@@ -148,7 +149,8 @@ class Subject:
         """Random compositions of all single settings that were measured."""
         wide, anatomy, fit, bench = self.opened()
         settings = self.chosen(settings_for(anatomy, self.context))
-        made = {s.label: donors(wide, anatomy, s, fit, SEED) for s in settings[1:]}
+        donors = Donors(wide, anatomy, fit, SEED)
+        made = {s.label: donors.of(s) for s in settings[1:]}
         layers = sorted(bench.names)
         alone = {s.label: {layer: bench.kl({layer: made[s.label][layer]}) for layer in layers} for s in settings[1:]}
         draw = random.Random(SEED)

@@ -12,11 +12,10 @@ from tokenizing import word_tokenizer
 import surgery
 from surgery import PlanError, RecipeError
 from surgery.calibration.text import Windows
-from surgery.composing import compose as composing
 from surgery.composing.allocation import allocate
 from surgery.composing.budget import budget_of
 from surgery.composing.costs import Costs, key_of, to_measure
-from surgery.composing.donors import donors, stored_as
+from surgery.composing.donors import Donors
 from surgery.composing.sensitivity import Bench
 from surgery.composing.settings import settings_for
 from surgery.measure.scoring import cache_argument, cache_of
@@ -142,7 +141,7 @@ def test_a_layer_alone_is_fitted_and_measured_as_a_conversion_of_that_layer(pare
     fit, judged = as_windows(text(8)), as_windows(text(2, seed=1))
     bench = Bench(parent, anatomy, judged)
     assert bench.skips
-    alone = donors(parent, anatomy, setting, fit, seed=0)
+    alone = Donors(parent, anatomy, fit, seed=0).of(setting)
     for layer in (0, 1):
         child = surgery.convert(parent, setting.recipe(str(layer)), calibration=fit, seed=0).eval()
         wanted = chunked_kl(parent, child, judged.ids_BT)
@@ -154,7 +153,10 @@ def test_a_layer_alone_is_fitted_and_measured_as_a_conversion_of_that_layer(pare
 def test_a_format_on_top_needs_no_second_fit(parent, anatomy, by_label):
     fit, judged = as_windows(text(8)), as_windows(text(2, seed=1))
     both = by_label["lowrank keep 0.5 + kivi 2 bits"]
-    made = stored_as(donors(parent, anatomy, by_label["lowrank keep 0.5"], fit, 0), anatomy, both)
+    makes = Donors(parent, anatomy, fit, 0)
+    first = makes.of(by_label["lowrank keep 0.5"])
+    made = makes.of(both)
+    assert made[1].o_proj is first[1].o_proj
     child = surgery.convert(parent, both.recipe("1"), calibration=fit, seed=0).eval()
     found = Bench(parent, anatomy, judged).kl({1: made[1]})
     assert found == pytest.approx(chunked_kl(parent, child, judged.ids_BT), rel=1e-3)
@@ -210,7 +212,7 @@ def test_what_was_measured_is_not_measured_again(parent, found, monkeypatch):
     def fail(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(composing, "donors", fail)
+    monkeypatch.setattr(Donors, "of", fail)
     again = surgery.compose(parent, ratio=4, calibration=text(), context=LENGTH, samples=8, kept=kept, with_race=False)
     assert again.choice == made.choice
     assert again.race is None and not again.is_recommended
@@ -231,7 +233,7 @@ def test_what_was_measured_is_not_measured_again(parent, found, monkeypatch):
     ],
 )
 def test_refused_before_anything_is_measured(parent, options, message, monkeypatch):
-    monkeypatch.setattr(composing, "donors", None)
+    monkeypatch.setattr(Donors, "of", None)
     with pytest.raises(PlanError, match=message):
         surgery.compose(parent, **{"calibration": text(), "context": LENGTH, **options})
 
@@ -256,7 +258,7 @@ def test_a_composition_that_breaks_a_constraint_is_refused(parent):
 
 def test_what_is_no_number_is_never_free(parent, anatomy, by_label):
     fit = as_windows(text(8))
-    broken = donors(parent, anatomy, by_label["lowrank keep 0.5"], fit, 0)[1]
+    broken = Donors(parent, anatomy, fit, 0).of(by_label["lowrank keep 0.5"])[1]
     with torch.no_grad():
         broken.o_proj.weight.fill_(float("nan"))
     bench = Bench(parent, anatomy, as_windows(text(2, seed=1)))

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..anatomy import examine
 from ..calibration.text import Windows, read_windows, tokenizer_of
 from ..checkpoints.storage import load_parent
@@ -21,8 +19,8 @@ from ..torch_state import plain_torch
 from .budget import budget_of
 from .choosing import Chooser, check_reach
 from .composition import Composition, recipe_of
-from .costs import key_of, measure_costs
-from .donors import donors, stored_as
+from .costs import measure_costs
+from .donors import Donors
 from .race import race
 from .sensitivity import Bench
 from .settings import Setting, constraint, settings_for
@@ -108,18 +106,10 @@ def compose(
     # Differences of 1e-5 nats are to be told apart.
     wide = copy.deepcopy(parent).float().eval().requires_grad_(False)
     bench = Bench(wide, anatomy, judged)
-
-    base: dict[str, dict[int, nn.Module]] = {}
+    donors = Donors(wide, anatomy, fit.take(max(4, ALONE // windows.ids_BT.shape[1])), seed)
 
     def measure(setting: Setting) -> dict[int, float]:
-        first = key_of(setting.steps[:-1])
-        if len(setting.steps) > 1 and first in base:
-            alone = stored_as(base[first], anatomy, setting)
-        else:
-            alone = donors(wide, anatomy, setting, fit.take(max(4, ALONE // windows.ids_BT.shape[1])), seed)
-            base.clear()
-            base[key_of(setting.steps)] = alone
-        return {layer: bench.kl({layer: module}) for layer, module in alone.items()}
+        return {layer: bench.kl({layer: module}) for layer, module in donors.of(setting).items()}
 
     told = [anatomy.to_dict(), windows.digest, list(windows.ids_BT.shape), limit.context, seed]
     costs = measure_costs(settings, measure, len(layers), None if kept is None else Path(kept), told)

@@ -20,7 +20,7 @@ from ..calibration.working_copy import WorkingCopy
 from ..convert import carry_out_steps
 from ..plan import plan as make_plan
 from ..runtime.attention import SurgeryAttention
-from .settings import Setting
+from .settings import Setting, Steps
 
 
 class AloneCopy(WorkingCopy):
@@ -60,31 +60,41 @@ class AloneCopy(WorkingCopy):
         self.take_form(layer, form)
 
 
-def donors(
-    parent: PreTrainedModel, anatomy: Anatomy, setting: Setting, windows: Windows, seed: int
-) -> dict[int, nn.Module]:
-    """The attention of each layer in a form, by layer; they may stand in a model of the parent's class one by one.
+class Donors:
+    """Makes the attention of each layer in a form; they may stand in a model of the parent's class one by one.
 
     Args:
         parent: in float32.
         windows: text to fit on.
     """
-    plan = make_plan(anatomy, setting.recipe())
-    working = AloneCopy(parent, anatomy)
-    carry_out_steps(working, plan, windows, seed)
-    settled = plan.settled(map(working.settle, plan.after))
-    for site in anatomy.sites:  # also layers of which only the plan changes
-        working.take_form(site.layer, working.form(site.layer))
-    child = in_own_class(parent, settled, working, {}).eval()
-    return {site.layer: child.get_submodule(site.module) for site in anatomy.sites}
 
+    def __init__(self, parent: PreTrainedModel, anatomy: Anatomy, windows: Windows, seed: int) -> None:
+        self.parent, self.anatomy, self.windows, self.seed = parent, anatomy, windows, seed
+        self._last: tuple[Steps, dict[int, nn.Module]] = (), {}
+        """What was fitted last: a format on top of it needs no second fit."""
 
-def stored_as(attentions: Mapping[int, nn.Module], anatomy: Anatomy, setting: Setting) -> dict[int, nn.Module]:
-    """The attentions of a setting's first steps, with caches as the last one stores them: parameters stay."""
-    found: dict[int, nn.Module] = {}
-    for plan in make_plan(anatomy, setting.recipe()).after:
-        made = copy.copy(attentions[plan.layer])
-        assert isinstance(made, SurgeryAttention)
-        made.plan = replace(made.plan, store=plan.store)
-        found[plan.layer] = made
-    return found
+    def of(self, setting: Setting) -> dict[int, nn.Module]:
+        """By layer."""
+        steps, fitted = self._last
+        if steps and setting.steps[:-1] == steps and setting.last_needs_no_text:
+            return self._stored(fitted, setting)
+        plan = make_plan(self.anatomy, setting.recipe())
+        working = AloneCopy(self.parent, self.anatomy)
+        carry_out_steps(working, plan, self.windows, self.seed)
+        settled = plan.settled(map(working.settle, plan.after))
+        for site in self.anatomy.sites:  # also layers of which only the plan changes
+            working.take_form(site.layer, working.form(site.layer))
+        child = in_own_class(self.parent, settled, working, {}).eval()
+        made = {site.layer: child.get_submodule(site.module) for site in self.anatomy.sites}
+        self._last = setting.steps, made
+        return made
+
+    def _stored(self, fitted: Mapping[int, nn.Module], setting: Setting) -> dict[int, nn.Module]:
+        """The attentions of a setting's first steps, with caches as the last one stores them: parameters stay."""
+        found: dict[int, nn.Module] = {}
+        for plan in make_plan(self.anatomy, setting.recipe()).after:
+            made = copy.copy(fitted[plan.layer])
+            assert isinstance(made, SurgeryAttention)
+            made.plan = replace(made.plan, store=plan.store)
+            found[plan.layer] = made
+        return found
