@@ -146,6 +146,10 @@ def rows(kv_dims: int, layers: int, kv_heads: int) -> list[Row]:
         Row("gqa-4x", "heads", "gqa-4x"),
         Row("cla2-gqa-2x", "shared", "cla2-gqa-2x"),
         Row("window-1k", "evicted", "window-1k", evicts=True),
+        Row("snapkv-4x", "evicted", "snapkv-4x", calibrated=False, evicts=True),
+        Row("ada-snapkv-4x", "evicted", "ada-snapkv-4x", calibrated=False, evicts=True),
+        Row("h2o-4x", "evicted", "h2o-4x", calibrated=False, evicts=True),
+        Row("streaming-1k", "evicted", "streaming-1k", calibrated=False, evicts=True),
         Row("identity", "", "identity", calibrated=False),
     ]  # fmt: skip
 

@@ -179,3 +179,11 @@ def test_what_benchmarks_import_is_there(file):
             for alias in node.names:
                 there = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
                 assert there, f"{node.module} has no {alias.name}"
+
+
+def test_the_benchmark_of_real_models_has_a_row_for_every_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    rows = importlib.import_module("real_rows")
+    left = rows.untrained(rows.rows(384, 30, 3))
+    assert left
+    assert all(rows.needs_training(name) for name in left)
