@@ -130,8 +130,13 @@ def test_the_tokenizer_travels_in_the_file(tmp_path) -> None:
         export(tmp_path / "small", tmp_path / "two", to="gguf")
     data = {**words, "pre_tokenizer": {"type": "Whitespace"}}
     (tmp_path / "small" / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(PlanError, match="its splits before BPE are none of gpt-2, llama-bpe, qwen2"):
+    with pytest.raises(PlanError, match="its splits before BPE are none of gpt-2, smollm, llama-bpe, qwen2"):
         export(tmp_path / "small", tmp_path / "two", to="gguf")
+    digits = {"type": "Digits", "individual_digits": True}
+    parts = [digits, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
+    data = {**words, "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}
+    (tmp_path / "small" / "tokenizer.json").write_text(json.dumps(data))
+    assert "gpt2 (smollm)" in export(tmp_path / "small", tmp_path / "digits", to="gguf").notes[0]
 
 
 @pytest.mark.usefixtures("without_llama")

@@ -153,13 +153,17 @@ def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
     byte_level = parts[-1].get("type") == "ByteLevel" and not parts[-1].get("add_prefix_space")
     if byte_level and not data.get("normalizer") and len(parts) == 1 and parts[0].get("use_regex", True):
         return "gpt-2"
+    # Digits one by one, then as GPT-2; llama.cpp has several names for it (starcoder, refact).
+    digits = parts[0].get("type") == "Digits" and parts[0].get("individual_digits")
+    if byte_level and not data.get("normalizer") and len(parts) == 2 and digits and parts[1].get("use_regex", True):
+        return "smollm"
     split = parts[0]
     if byte_level and len(parts) == 2 and split.get("type") == "Split":
         name = PRE_TOKENIZERS.get(split.get("pattern", {}).get("Regex", ""))
         normal = (data.get("normalizer") or {}).get("type")
         if name is not None and normal in (None, "NFC"):
             return name
-    known = ", ".join(["gpt-2", *PRE_TOKENIZERS.values()])
+    known = ", ".join(["gpt-2", "smollm", *PRE_TOKENIZERS.values()])
     raise PlanError(
         f"GGUF: {folder / 'tokenizer.json'}: its splits before BPE are none of {known}. "
         "llama.cpp's own converter knows more of them; it reads the native folder."
