@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..runtime.calling import cache_argument, cache_of, take_cache
+from ..runtime.calling import CACHE_NAMES, cache_argument, cache_of, take_cache
 from ..runtime.layout import AttentionSite
 from .twin import hold_frequencies_still, make_twin
 
@@ -21,11 +22,12 @@ def prove_cache_step(source: PreTrainedModel | PretrainedConfig, sites: Sequence
     """Run the architecture on tensors without memory: a token with a cache, then a second one through that cache.
 
     A release of transformers that hands the cache over in another way than this library knows would leave the caches of
-    converted layers empty; such a model is refused here, before any work. Models without a cache are not judged, nor
+    converted layers empty; such a model is refused here, before any work. Models that use no cache are not judged, nor
     are those that cannot run without values (some routers read them).
 
     Raises:
-        UnsupportedModel: an attention is handed no cache, or its layer of the cache does not hold both tokens.
+        UnsupportedModel: the model generates and takes no cache, or keeps one of another kind than a decoder's; an
+            attention is handed no cache, or its layer of the cache does not hold both tokens.
     """
     twin = make_twin(source, "eager")
     hold_frequencies_still(twin)
@@ -38,6 +40,11 @@ def prove_cache_step(source: PreTrainedModel | PretrainedConfig, sites: Sequence
         if take_cache(named) is not None:
             reached.add(names[module])
 
+    if twin.can_generate() and not any(name in CACHE_NAMES for name in inspect.signature(twin.forward).parameters):
+        raise UnsupportedModel(
+            f"{type(twin).__name__}: its forward takes no cache, so that there is none to make smaller. It reads the "
+            "whole text anew for each token."
+        )
     names = {twin.get_submodule(site.module): site.module for site in sites}
     for module in names:
         module.register_forward_pre_hook(look, with_kwargs=True)
@@ -51,6 +58,11 @@ def prove_cache_step(source: PreTrainedModel | PretrainedConfig, sites: Sequence
         second = True
     if cache is None:
         return
+    if not hasattr(cache, "layers"):
+        raise UnsupportedModel(
+            f"{type(twin).__name__}: its cache is a {type(cache).__name__}, which is not one layer of K and V for each "
+            "attention; only caches of decoders can be rewritten."
+        )
     missing = next((name for name in calls if name not in reached), None)
     if missing is not None:
         raise UnsupportedModel(

@@ -28,6 +28,11 @@ def irreplaceable(
     Every parameter of the module must be one that its description names, and nobody outside may use a part of it. The
     module itself, left in its place and given fewer heads, asks for none of that.
     """
+    config = source.config if isinstance(source, PreTrainedModel) else source
+    own = type(graph.twin).config_class
+    if own is not None and not isinstance(config, own):
+        reason = f"transformers registers a class for one config, and its own is made for {own.__name__}"
+        return {site.layer: reason for site in sites}
     read = _attributes_read(source, sites)
     return {site.layer: reason for site in sites if (reason := _reason(graph, site, read.get(site.module)))}
 
