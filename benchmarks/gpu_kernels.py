@@ -1,6 +1,6 @@
 """Check and time every decode kernel on a GPU beside its peers; writes results/gpu_kernels_<arch>.json.
 
-python benchmarks/gpu_kernels.py [--seconds 540] [--only gqa] [--again] [--rehearse]
+python benchmarks/gpu_kernels.py [--seconds 540] [--only gqa ...] [--again] [--checks] [--rehearse]
 
 Run it again until it says that nothing is left: rows that are done are kept, unless the kernels' files have changed.
 Every call reads buffers that the last 256 MB of traffic did not touch; times are medians of CUDA-graph replays, with
@@ -462,7 +462,8 @@ def show(data: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=540, help="begin no row after that")
-    parser.add_argument("--only", default="", help="rows whose name begins so")
+    parser.add_argument("--only", action="append", metavar="NAME", help="rows whose name begins so; may come again")
+    parser.add_argument("--checks", action="store_true", help="compare with float64 in three dtypes, and time nothing")
     parser.add_argument("--again", action="store_true", help="measure rows again that are done")
     parser.add_argument("--rehearse", action="store_true", help="tiny tensors on a CPU; writes nothing")
     options = parser.parse_args()
@@ -485,8 +486,9 @@ def main() -> None:
         Console().print(f"{len(data['checks']) - len(failed)} cases agree with float64, {len(failed)} do not", *failed)
         write(name, data)
     done, left = {row["row"] for row in data["rows"]}, 0
+    wanted = tuple(options.only or [""]) if not options.rehearse else ("",)
     for row_name, make in problems(options.rehearse).items():
-        if row_name in done or not row_name.startswith(options.only):
+        if row_name in done or options.checks or not row_name.startswith(wanted):
             continue
         if time.time() - started > options.seconds:
             left += 1

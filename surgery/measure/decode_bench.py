@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from ..errors import RecipeError
 from ..runtime.calling import cache_argument
@@ -184,7 +184,7 @@ def _measure(
         return Row(**facts, skipped="does not fit")
     loop = _build(lambda: DecodeLoop(shape, layout.layers, batch, capacity), dtype, device)
     loop.start(context)
-    seconds = _time(loop.forward, torch.zeros(batch, dtype=torch.long, device=device), steps, compiled)
+    seconds = time_steps(loop.forward, torch.zeros(batch, dtype=torch.long, device=device), steps, compiled)
     del loop
     # A reader reads the whole cache of its owner again: traffic is of all layers, memory of owners only.
     traffic = weights - shape.vocabulary * shape.hidden * dtype.itemsize
@@ -204,8 +204,19 @@ _WARM = 4
 
 
 @torch.no_grad()
-def _time(forward: Callable[[Tensor], Tensor], tokens: Tensor, steps: int, compiled: bool) -> float:
-    """Median seconds of a step."""
+def time_steps(
+    forward: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    steps: int,
+    compiled: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Median seconds of a step, after some that warm up.
+
+    Args:
+        forward: from the tokens of a step, int64 [B], to those of the next.
+        clock: in seconds; `time.process_time` on one thread counts no time that other programs take.
+    """
     on_gpu = tokens.is_cuda
     step = forward
     torch.compiler.reset()
@@ -214,16 +225,34 @@ def _time(forward: Callable[[Tensor], Tensor], tokens: Tensor, steps: int, compi
     seconds = []
     with torch._dynamo.config.patch(error_on_recompile=True):
         for i in range(steps + _WARM):
-            start = time.perf_counter()
+            start = clock()
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()
             tokens = step(tokens).clone()
             if on_gpu:
                 torch.cuda.synchronize()
             if i >= _WARM:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(clock() - start)
     torch.compiler.reset()
     return statistics.median(seconds)
+
+
+def greedy_step(model: PreTrainedModel, cache: Any, batch: int, context: int) -> Callable[[Tensor], Tensor]:
+    """One greedy decoding step of a model of transformers, as one function of tokens [B] that compiles.
+
+    Args:
+        cache: what holds the first `context` tokens of every sequence; it grows by one token with each call.
+    """
+    name = cache_argument(model)
+    place = torch.full((batch, 1), context, device=model.device)
+    torch._dynamo.mark_static_address(place)  # without it, a mutated input keeps CUDA graphs away
+
+    def forward(tokens_B: Tensor) -> Tensor:
+        logits = model(tokens_B[:, None], position_ids=place, use_cache=True, **{name: cache}).logits
+        place.add_(1)
+        return logits[:, -1].argmax(-1)
+
+    return forward
 
 
 def _build(make: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
@@ -251,16 +280,8 @@ def _transformers(
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(context)
-    name = cache_argument(model)
-    place = torch.full((batch, 1), context, device=device)
-    torch._dynamo.mark_static_address(place)  # without it, a mutated input keeps CUDA graphs away
-
-    def forward(tokens_B: Tensor) -> Tensor:
-        logits = model(tokens_B[:, None], position_ids=place, use_cache=True, **{name: cache}).logits
-        place.add_(1)
-        return logits[:, -1].argmax(-1)
-
-    return _time(forward, torch.zeros(batch, dtype=torch.long, device=device), steps, compiled)
+    forward = greedy_step(model, cache, batch, context)
+    return time_steps(forward, torch.zeros(batch, dtype=torch.long, device=device), steps, compiled)
 
 
 @torch.no_grad()
