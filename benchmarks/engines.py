@@ -2,8 +2,9 @@
 
     SURGERY_VLLM_PYTHON=.venv-vllm/bin/python SURGERY_LLAMA_PYTHON=.venv-llama/bin/python python benchmarks/engines.py
 
-Weights are random (four layers, eight heads of 64), float32, so that tokens must be the same. The README's table is
-what this writes: how the engine runs the variant, and the KV bytes per token by its own account.
+Weights are random (four layers, eight heads of 64), float32, so that tokens must be the same. The table of
+`docs/how-to/serve.md` is what this writes: how the engine runs the variant, and the KV bytes per token by its own
+account.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from surgery.measure.memory import cache_bytes
 from surgery.planning.targets import NONE, Subject, Way, engines, ways
 
 SEED = 0
-BEGIN, END = "<!-- engines: written by benchmarks/engines.py --readme -->", "<!-- end of engines -->"
+PAGE = "docs/how-to/serve.md"
+BEGIN, END = "<!-- engines: written by benchmarks/engines.py --page -->", "<!-- end of engines -->"
 BARE = {"refit_queries": False, "refit_output": False}
 SHARE = {"rewriter": "share", "layout": "cla2", "gain_fit": False, **BARE}
 MLA = {"rewriter": "mla", "rank": 448, "rope_dims": 64, "selector": "top", **BARE}
@@ -61,7 +63,7 @@ def text() -> torch.Tensor:
 
 
 def words(plan: surgery.Plan) -> dict[str, str]:
-    """Engine -> by what it runs what `plan` makes, in the README's words."""
+    """Engine -> by what it runs what `plan` makes, in the words of plans."""
     return {engine: way.by if isinstance(way, Way) else NONE for engine, way in ways(Subject.of_plan(plan)).items()}
 
 
@@ -118,7 +120,7 @@ def _own_bytes(child: PreTrainedModel) -> float:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """The README's table: what plans say of each variant, beside the bytes that the engines were measured with."""
+    """The table of the page: what plans say of each variant, beside the bytes that the engines were measured with."""
     model, names = parent(), list(engines())
     lines = [f"| What is cached | {' | '.join(names)} | planned |", "|---" * (len(names) + 2) + "|"]
     for variant, steps in VARIANTS.items():
@@ -132,9 +134,9 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def readme(rows: dict[str, Any]) -> None:
+def write_page(rows: dict[str, Any]) -> None:
     """Write the table between its marks."""
-    path = common.ROOT / "README.md"
+    path = common.ROOT / PAGE
     before, rest = path.read_text().split(BEGIN)
     after = rest.split(END)[1]
     path.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
@@ -143,20 +145,20 @@ def readme(rows: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="part of a variant's name; others stay as they were")
-    parser.add_argument("--readme", action="store_true", help="only write the README's table, from the last results")
+    parser.add_argument("--page", action="store_true", help="only write the table of the page, from the last results")
     arguments = parser.parse_args()
     only = arguments.only
     path = common.ROOT / "benchmarks" / "results" / "engines.json"
-    rows = json.loads(path.read_text())["rows"] if (only or arguments.readme) and path.is_file() else {}
-    if arguments.readme:
-        return readme(rows)
+    rows = json.loads(path.read_text())["rows"] if (only or arguments.page) and path.is_file() else {}
+    if arguments.page:
+        return write_page(rows)
     model = parent()
     for variant, steps in VARIANTS.items():
         if only is None or only in variant:
             rows[variant] = run(variant, model, steps)
             data = {"environment": common.environment(SEED), "parent_bytes_per_token": 16384}
             common.write("engines", {**data, "rows": {name: rows[name] for name in VARIANTS if name in rows}})
-    readme({name: rows[name] for name in VARIANTS if name in rows})
+    write_page({name: rows[name] for name in VARIANTS if name in rows})
 
 
 if __name__ == "__main__":

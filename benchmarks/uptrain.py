@@ -239,7 +239,7 @@ RECIPE_TOKENS = 32768
 
 
 def recipes(only: str | None) -> dict[str, Any]:
-    """Rows of recipes/README.md. The control is the same for all of them: the parent, the same tokens."""
+    """Rows of docs/how-to/train.md. The control is the same for all of them: the parent, the same tokens."""
     found: dict[str, Any] = section("recipes")
     train, held = text_of("small")
     common = ("batch=8", f"length={LENGTH}")

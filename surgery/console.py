@@ -37,7 +37,7 @@ def stdout() -> Console:
 
 def render(parts: list[Any], width: int = 100) -> str:
     """Rich renderables as plain text."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_jupyter=False)
     for part in parts:
         console.print(part, highlight=False)
     file = console.file

@@ -1,4 +1,4 @@
-"""Who can load a result is judged once: plans, the README's table and exports give the same answer."""
+"""Who can load a result is judged once: plans, the table of the documentation and exports give the same answer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ BARE = {"refit_queries": False, "refit_output": False}
 
 @pytest.fixture
 def benchmark(monkeypatch) -> ModuleType:
-    """`benchmarks/engines.py`, which writes the README's table."""
+    """`benchmarks/engines.py`, which writes the table of `docs/how-to/serve.md`."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("benchmark_of_engines", ROOT / "benchmarks" / "engines.py")
     module = importlib.util.module_from_spec(spec)
@@ -63,10 +63,10 @@ def by(verdict: Way | Refusal) -> str | None:
     return verdict.by if isinstance(verdict, Way) else None
 
 
-def test_the_readme_has_the_table_that_plans_give(benchmark) -> None:
+def test_the_documentation_has_the_table_that_plans_give(benchmark) -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "engines.json").read_text())["rows"]
-    readme = (ROOT / "README.md").read_text()
-    assert readme.split(benchmark.BEGIN)[1].split(benchmark.END)[0].strip() == benchmark.table(rows)
+    page = (ROOT / benchmark.PAGE).read_text()
+    assert page.split(benchmark.BEGIN)[1].split(benchmark.END)[0].strip() == benchmark.table(rows)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..console import human_bytes, spans
+from ..console import human_bytes, render, spans
 from ..plan import Plan
 from ..recipe import Recipe
 from ..rewriters import AXES
@@ -81,6 +81,9 @@ class Composition:
         for place, (layer, setting) in enumerate(zip(self.layers, self.choice.settings, strict=True)):
             lines.append(f"# {layer:>5}: {setting.label}, {self._reason(place, layer, setting)}")
         return "\n".join(lines) + "\n" + self.recipe.to_yaml()
+
+    def __str__(self) -> str:
+        return render(self.tables())
 
     def tables(self) -> list[Any]:
         """What `print` shows, as rich renderables."""

@@ -28,7 +28,7 @@ TARGETS: dict[str, str | type[Any]] = {
 NATIVE, REMOTE, PLUGIN, REPEATED, DEEPSEEK, NONE = (
     "native", "remote code", "plugin", "native, heads repeated", "native, as DeepSeek-V3", "refused",
 )  # fmt: skip
-"""By what an engine runs a result; the README's table and plans use these words."""
+"""By what an engine runs a result; the documentation's table and plans use these words."""
 DENSE = ("float32", "bfloat16", "float16")
 """Formats of one cached number that stock classes and engines have."""
 
