@@ -98,10 +98,9 @@ def test_a_command_of_the_documentation_is_one(words: list[str]) -> None:
         names.append(words[0])
         assert words[0] in command.commands, f"surgery {' '.join(names)}"
         command, words = command.commands[words[0]], words[1:]
-    with command.make_context(
-        " ".join(names), list(words), resilient_parsing=True, ignore_unknown_options=False
-    ) as made:
-        known = {option for parameter in made.command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+    with command.make_context(" ".join(names), list(words), resilient_parsing=True) as made:
+        parameters = command.get_params(made)
+    known = {option for parameter in parameters for option in [*parameter.opts, *parameter.secondary_opts]}
     for word in words:
         if re.match(r"--?[a-z]", word):
             assert word.partition("=")[0] in known, f"surgery {' '.join(names)}: no option {word}"
@@ -122,8 +121,10 @@ def test_python_of_the_documentation_calls_what_is_there(page: Path) -> None:
 
 
 def test_every_public_name_runs_in_the_tutorial() -> None:
-    used = {node.attr for node in ast.walk(ast.parse(code_of_the_tutorial()))
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "surgery"}  # fmt: skip
+    used = set()
+    for node in ast.walk(ast.parse(code_of_the_tutorial())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "surgery":
+            used.add(node.attr)
     assert used >= set(surgery.__all__)
 
 
@@ -152,8 +153,8 @@ def test_tables_of_the_site_come_from_results_and_a_missing_number_is_an_error(m
 
 
 def test_examples_run_on_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
-    reports = example("compare").main(["--recipes", "gqa-4x", "kv-int4", "--windows", "2", "--length", "64"])
-    assert reports["kv-int4"].kl < reports["gqa-4x"].kl < 1
+    reports = example("compare").main(["--recipes", "gqa-4x", "kv-int4", "--windows", "1", "--length", "96"])
+    assert 0 < reports["kv-int4"].kl < reports["gqa-4x"].kl < 1
     sizes = example("stock_cache").main(["--tokens", "200"])
     assert sizes["h2o, 4x"] < sizes["int8"] < sizes["dense"]
     capsys.readouterr()
