@@ -62,7 +62,7 @@ def lines_of(data: dict[str, Any], lengths: list[int]) -> Iterator[list[str]]:
 
 
 def show(data: dict[str, Any], width: int) -> None:
-    """The table and the goals; the same as Markdown to paste."""
+    """The table and the goals."""
     lengths = [n for n in LENGTHS if any(recall_of(row, n) for row in data["rows"].values())]
     asked = [f"@{n // 1024}k" if n >= 1024 else f"@{n}" for n in lengths]
     heads = ["row", "bytes", "KL", "95 %", "1-TVD", "nats", "greedy", *asked]
@@ -90,21 +90,6 @@ def show(data: dict[str, Any], width: int) -> None:
     console.print(f"need training: {', '.join(data['needs_training'])}", highlight=False)
     for goal in goals(data):
         console.print(goal, highlight=False, markup=False)
-    console.print("\n" + markdown(heads, lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def markdown(heads: list[str], lines: list[list[str]]) -> str:
-    """A table for a README, its columns aligned in the source."""
-    every = [heads, *lines]
-    widths = [max(len(line[i]) for line in every) for i in range(len(heads))]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    cells = [heads, rule, *lines]
-    return "\n".join(
-        "| "
-        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        + " |"
-        for line in cells
-    )
 
 
 # ----------------------------------------------------------------------------------------------- goals

@@ -15,7 +15,8 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @cache
@@ -334,6 +335,11 @@ def kvpress_overlap() -> str:
 # ------------------------------------------------------------------------------------------------------- the site
 
 
+def example(name: str) -> str:
+    """A script of `docs/examples/` as a block of code."""
+    return f"```python\n{(ROOT / 'docs' / 'examples' / f'{name}.py').read_text()}```"
+
+
 def formula(source: str, language: str, css: str, options: Any, md: Any, **_: Any) -> str:
     """MathML of a fence ```math, which needs no script; GitHub shows the same fences as formulas."""
     return convert(source, display="block")
@@ -359,7 +365,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def define_env(env: Any) -> None:
     """Called by mkdocs-macros: names for pages, and the fence for formulas."""
-    for function in (number, measured_on, *TABLES):
+    for function in (number, measured_on, example, *TABLES):
         env.macro(function)
     fences = env.conf["mdx_configs"].setdefault("pymdownx.superfences", {})
     fences.setdefault("custom_fences", []).append({"name": "math", "class": "math", "format": formula})

@@ -12,10 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(folder: str, question: str) -> None:
-    # --8<-- [start:load]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # --8<-- [end:load]
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": question}]
         asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
