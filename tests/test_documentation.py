@@ -12,7 +12,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -58,6 +61,13 @@ def example(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Files of a folder, without a line for each request."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 def code_of_the_tutorial() -> str:
@@ -157,6 +167,37 @@ def test_examples_run_on_the_bundled_model(capsys: pytest.CaptureFixture[str]) -
     capsys.readouterr()
     example("ask").main(str(SMALL), "It was late in the evening when the old man")
     assert len(capsys.readouterr().out.split()) > 5
+
+
+@pytest.mark.slow
+def test_pages_of_the_site_open_without_a_message_in_the_console(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs kv-surgery[docs]")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    site = tmp_path / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    handler = partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("localhost", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        for page in sorted(site.rglob("index.html")):
+            url = f"http://localhost:{server.server_port}/{page.parent.relative_to(site).as_posix()}/".replace(
+                "/./", "/"
+            )
+            shown = subprocess.run(
+                [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+                 f"--user-data-dir={tmp_path / 'browser'}", "--virtual-time-budget=3000", "--dump-dom", url],
+                capture_output=True, text=True, timeout=120,
+            )  # fmt: skip
+            assert "md-content" in shown.stdout, url
+            assert "CONSOLE" not in shown.stderr, f"{url}: {shown.stderr}"
+        server.shutdown()
 
 
 @pytest.mark.slow
