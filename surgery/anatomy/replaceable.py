@@ -31,8 +31,8 @@ def irreplaceable(
     config = source.config if isinstance(source, PreTrainedModel) else source
     own = type(graph.twin).config_class
     if own is not None and not isinstance(config, own):
-        reason = f"transformers registers a class for one config, and its own is made for {own.__name__}"
-        return {site.layer: reason for site in sites}
+        shared = f"transformers registers a class for one config, and its own is made for {own.__name__}"
+        return dict.fromkeys((site.layer for site in sites), shared)
     read = _attributes_read(source, sites)
     return {site.layer: reason for site in sites if (reason := _reason(graph, site, read.get(site.module)))}
 
