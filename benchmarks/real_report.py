@@ -205,6 +205,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     if len(points) and max(p[1] for p in points) < 10 * min(p[1] for p in points):
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))  # else there would be one number or none
     _label(axes, points)
+    axes.set_xlim(0, max([60.0, *(p[0] + 14 for p in points)]))
     axes.set_xlabel("bytes of the cache, % of the parent's", fontsize=11)
     axes.set_ylabel("KL to the parent, nats per decoded token", fontsize=11)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
@@ -217,8 +218,9 @@ def plot(data: dict[str, Any], path: Path) -> None:
     )
     if any(row["refines"] for row in rows.values()):
         handles.append(Line2D([], [], color="#333333", marker="*", linestyle="", label="layers refined"))
-    axes.legend(handles=handles, fontsize=9, frameon=False, loc="upper right")
-    axes.set_title(f"{data['parent']['name']}, no training", fontsize=12, loc="left")
+    axes.legend(handles=handles, fontsize=9, frameon=False, loc="upper left")
+    folder = data["parent"]["name"]
+    axes.set_title(f"{'SmolLM2-135M' if folder == 'smollm2' else folder}, no training", fontsize=12, loc="left")
     figure.savefig(path)
 
 
@@ -232,19 +234,22 @@ def _named(rows: Rows) -> set[str]:
 
 
 def _label(axes: Any, points: list[tuple[float, float, str, bool]]) -> None:
-    """Names right of their points, each far enough below those that stand above it and as far to the right."""
+    """Names beside their points, to the left where another point is close on the right, and none upon another."""
     height, width = 0.042, 13.0  # of a name: part of the span of all points, percent of bytes
     logs = [math.log10(y) for _, y, *_ in points] or [0.0]
     low, span = min(logs), max(max(logs) - min(logs), 1e-9)
+    at = [(x, (math.log10(y) - low) / span) for x, y, *_ in points]
     placed: list[tuple[float, float]] = []
     for x, y, name, published in sorted(points, key=lambda p: -p[1]):
         place = (math.log10(y) - low) / span
+        close = any(0.5 < other_x - x < width and abs(other - place) < height for other_x, other in at)
+        start = x - 1.2 - width if close else x + 1.2
         for other_x, other in placed:  # from the top down
-            if abs(other_x - x) < width and abs(other - place) < height:
+            if abs(other_x - start) < width and abs(other - place) < height:
                 place = other - height
-        placed.append((x, place))
+        placed.append((start, place))
         placed.sort(key=lambda p: -p[1])
         axes.text(
-            x + 1.2, 10 ** (low + place * span), name, fontsize=8, va="center",
-            color="#777777" if published else "#111111",
+            x - 1.2 if close else x + 1.2, 10 ** (low + place * span), name, fontsize=8, va="center",
+            ha="right" if close else "left", color="#777777" if published else "#111111",
         )  # fmt: skip
