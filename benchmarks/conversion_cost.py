@@ -218,7 +218,7 @@ class Bench:
         """The command of a conversion."""
         samples, length = size
         return [
-            "-m", "surgery.cli", "convert", model, "-r", recipe, *more, "--calibration", self.calibration(),
+            "-m", "surgery", "convert", model, "-r", recipe, *more, "--calibration", self.calibration(),
             "--samples", samples, "--length", length, "-o", out,
         ]  # fmt: skip
 

@@ -61,7 +61,7 @@ def main(
         with tempfile.TemporaryDirectory() as cache:
             taken.append((("imports",), timed(["-c", f"from transformers import {kind}"], trees["here"], cache)))
         for command, options in COMMANDS.items():
-            arguments = ["-m", "surgery.cli", command, str(model.resolve()), *options]
+            arguments = ["-m", "surgery", command, str(model.resolve()), *options]
             for build, tree in trees.items():
                 with tempfile.TemporaryDirectory() as cache:
                     for call in ("first", "second"):

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 NEWEST_TRANSFORMERS = "5.24"
 """Newest minor release of transformers that the whole suite passed on; the pairs that are tested stand in `.ci/`."""
+NEWEST = {"torch": "2.15", "transformers": NEWEST_TRANSFORMERS}
+"""The same of both."""
 
 
 def warn_of_untested_transformers(installed: str) -> None:
@@ -20,13 +22,18 @@ def warn_of_untested_transformers(installed: str) -> None:
     Args:
         installed: version of transformers, such as `5.24.0` or `6.0.0.dev0`.
     """
-    if _minor(installed) > _minor(NEWEST_TRANSFORMERS):
+    if is_newer(installed, NEWEST_TRANSFORMERS):
         warnings.warn(
             f"transformers {installed} is newer than {NEWEST_TRANSFORMERS}, the newest that this version of surgery "
             f"was tested with. Compare converted models with their parents (surgery eval --baseline), or install "
             f"'transformers<{_next(NEWEST_TRANSFORMERS)}'.",
             stacklevel=3,
         )
+
+
+def is_newer(installed: str, tested: str) -> bool:
+    """Whether a version is of a later minor release than `tested`, which names one."""
+    return _minor(installed) > _minor(tested)
 
 
 def transformers_version() -> str:

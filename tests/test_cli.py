@@ -211,5 +211,5 @@ def test_help_shows_an_example(call, command):
 
 
 def test_module_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "surgery.cli", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "surgery", "--help"], capture_output=True, text=True, check=True)
     assert "convert" in done.stdout

@@ -26,7 +26,7 @@ from surgery.export.hub import Hub
 from surgery.export.parity import Ask
 from surgery.export.target import Source
 from surgery.runtime.calling import cache_argument
-from surgery.versions import NEWEST_TRANSFORMERS, warn_of_untested_transformers
+from surgery.versions import NEWEST, NEWEST_TRANSFORMERS, warn_of_untested_transformers
 
 pytestmark = pytest.mark.public
 ROOT = Path(__file__).parent.parent
@@ -131,7 +131,7 @@ def test_the_pairs_that_are_tested_are_those_that_are_claimed() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     for name in ("torch", "transformers"):
         assert f'"{name}>={lowest[name].rpartition(".")[0]}"' in project
-    assert newest["transformers"].startswith(NEWEST_TRANSFORMERS + ".")
+        assert newest[name].startswith(NEWEST[name] + ".")
     versions = [tuple(int(n) for n in pair["transformers"].split(".")) for pair in (lowest, pinned, newest)]
     assert versions == sorted(versions)
     assert transformers.__version__.split(".")[0] == "5"

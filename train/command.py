@@ -6,7 +6,6 @@ Nothing heavy is imported before a run begins.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,94 +13,118 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from surgery.console import stdout
+from surgery.console import show, write_json
 from surgery.errors import RecipeError
 
 if TYPE_CHECKING:
     from .run import Run
 
 EXAMPLES = (
-    "Examples: surgery train --model ./smaller --data text.jsonl -o ./trained --dry-run | "
-    "surgery train --model ./smaller --data text/ --held-out valid.jsonl -o ./trained --set tokens=2e6 | "
-    "surgery train --model ./smaller --data text/ -o ./control --control | "
+    "surgery train --model ./smaller --data text.jsonl -o ./trained --dry-run",
+    "surgery train --model ./smaller --data text/ --held-out valid.jsonl -o ./trained --set tokens=2e6",
+    "surgery train --model ./smaller --data text/ -o ./control --control",
     "accelerate launch --config_file train/configs/fsdp2.yaml -m surgery.train.uptrain --model ./smaller "
-    "--data text/ -o ./trained"
+    "--data text/ -o ./trained",
 )
-OptionalPath = Path | None
 
 
 def train(
-    model: Annotated[str | None, typer.Option(help="Folder of the converted model.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the converted model.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Text: .jsonl, .txt, .parquet, a folder of them, or a name for `datasets`.")
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Text: .jsonl, .txt, .parquet, a folder of them, or the name of a Hub dataset."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for checkpoints and OUT/model.")] = None,
-    parent: Annotated[str | None, typer.Option(help="Folder or Hub id; default: as the model says.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder for checkpoints; the result is OUT/model.")
+    ] = None,
+    parent: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The parent, folder or Hub id; default: as the model says.")
+    ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Recipe whose `uptrain` section counts; default: the model's.")
+        str | None,
+        typer.Option("--recipe", "-r", help="Recipe whose uptrain section counts; default: the model's own."),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML of these options, with an `uptrain` section.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with these options and an uptrain section.")
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override an option of `uptrain`.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override an option of uptrain; may be given several times."),
     ] = None,
-    held_out: Annotated[str | None, typer.Option(help="Text to score before and after.")] = None,
-    held_out_windows: Annotated[int | None, typer.Option(min=1, help="At most so many sequences of it (64).")] = None,
-    eval_steps: Annotated[int | None, typer.Option(min=1, help="Also score it every so many steps.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text to score before and after, given like --data.")
+    ] = None,
+    held_out_windows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Sequences of it at most; default: 64.")
+    ] = None,
+    eval_steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Also score it every N steps.")] = None,
     control: Annotated[
         bool | None, typer.Option("--control", help="Train the parent on the same tokens instead, by cross-entropy.")
     ] = None,
-    resume: Annotated[str | None, typer.Option(help="auto (default), no, or the folder of a checkpoint.")] = None,
-    force: Annotated[
-        bool | None, typer.Option("--force", help="Resume with another recipe; take a parent that differs.")
+    resume: Annotated[
+        str | None, typer.Option(metavar="HOW", help="auto, no, or the folder of a checkpoint; default: auto.")
     ] = None,
-    save_steps: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints (200).")] = None,
-    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints to keep (2).")] = None,
-    log_steps: Annotated[int | None, typer.Option(min=1, help="Steps between log entries (10).")] = None,
+    force: Annotated[
+        bool | None, typer.Option("--force", help="Resume although options changed; take a parent that differs.")
+    ] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Steps between checkpoints; default: 200.")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(min=1, metavar="N", help="Checkpoints to keep; default: 2.")] = None,
+    log_steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Steps between log entries; default: 10.")
+    ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences per forward pass and device; default: all at once.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Sequences per forward pass and device; default: all at once."),
     ] = None,
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing", help="Recompute activations: less memory, a third slower.")
     ] = None,
     keep_logits: Annotated[
         int | None,
-        typer.Option(min=1, help="Keep the parent's N likeliest tokens on disk: later epochs need no parent."),
+        typer.Option(
+            min=1, metavar="N", help="Keep the parent's N likeliest tokens on disk: later epochs need no parent."
+        ),
     ] = None,
     share_parent: Annotated[
         bool | None, typer.Option(help="Share frozen weights with the parent; default: where they are equal.")
     ] = None,
     bf16: Annotated[bool | None, typer.Option(help="Compute in bfloat16; default: on a GPU.")] = None,
     nonfinite_limit: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many steps with NaN or inf (3).")
+        int | None, typer.Option(min=1, metavar="N", help="Stop after N steps with NaN or inf; default: 3.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of text order and everything random (0).")] = None,
-    report_to: Annotated[str | None, typer.Option(help="tensorboard, wandb, trackio, ... (none).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of text order and everything random; default: 0.")
+    ] = None,
+    report_to: Annotated[
+        str | None, typer.Option(metavar="NAME", help="tensorboard, wandb, trackio and the like; default: none.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan: parameters, steps, memory.")] = False,
-    json_file: Annotated[OptionalPath, typer.Option("--json", help="Also write the summary to this file.")] = None,
 ) -> None:
     """Train a converted model briefly against its parent. Resumes by itself; writes OUT/model."""
-    given = {name: value for name, value in locals().items() if name not in ("config", "set_", "dry_run", "json_file")}
+    given = {name: value for name, value in locals().items() if name not in ("config", "set_", "dry_run")}
     run = make_run(config, given, tuple(set_ or ()))
     main_process = int(os.environ.get("RANK", "0")) == 0
     from .prepare import prepare
-    from .tables import plan_tables, summary_tables
+    from .tables import plan_data, plan_tables, summary_tables
     from .uptrain import leave
     from .uptrain import train as carry_out
 
     setup = prepare(run)
-    _show(plan_tables(setup), main_process)
-    if not dry_run:
+    if main_process:
+        show(*plan_tables(setup))
+    if dry_run:
+        summary = plan_data(setup)
+    else:
         summary = carry_out(setup)
-        _show([*summary_tables(summary), f"[bold]written to {run.out / 'model'}[/bold]"], main_process)
-        if json_file is not None and main_process:
-            json_file.write_text(json.dumps(summary, indent=2) + "\n")
+        if main_process:
+            show(*summary_tables(summary), f"[bold]written to {run.out / 'model'}[/bold]")
+    if main_process:
+        write_json(summary)
     leave()
-
-
-def _show(parts: list[Any], shown: bool) -> None:
-    console = stdout()
-    for part in parts if shown else ():
-        console.print(part)
 
 
 def make_run(config: Path | None, given: dict[str, Any], overrides: tuple[str, ...]) -> Run:

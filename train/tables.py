@@ -41,6 +41,16 @@ def plan_tables(setup: Setup) -> list[Any]:
     return [facts, groups_table(parameter_groups(setup))]
 
 
+def plan_data(setup: Setup) -> dict[str, Any]:
+    """The numbers of `plan_tables` as plain data."""
+    return {
+        "tokens": setup.tokens,
+        "steps": setup.schedule.steps,
+        "parameters": parameter_groups(setup),
+        "bytes": memory(setup),
+    }
+
+
 def groups_table(groups: dict[str, dict[str, int]]) -> Table:
     """Trained and frozen parameters by group."""
     table = Table(title="parameters", width=100)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..console import progress
+from ..console import progress, time_left
 
 _log = logging.getLogger(__name__)
 
@@ -27,12 +27,8 @@ def told_layers(doing: str, layers: int, start: int) -> Iterator[Callable[[int, 
     def tell(index: int, error: float) -> None:
         nonlocal last
         now = time.monotonic()
-        left = (now - began) / (index + 1 - start) * (layers - index - 1)
-        minutes, seconds = divmod(round(left), 60)
-        _log.info(
-            "layer %d of %d: %s, %.1f s, error %.2g, about %d:%02d left",
-            *(index + 1, layers, doing, now - last, error, minutes, seconds),
-        )
+        left = time_left((now - began) / (index + 1 - start) * (layers - index - 1))
+        _log.info("layer %d of %d: %s, %.1f s, error %.2g, %s", index + 1, layers, doing, now - last, error, left)
         last = now
         advance(1)
 

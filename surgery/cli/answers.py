@@ -84,7 +84,8 @@ def _noticing() -> Iterator[list[str]]:
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             notices.append(record.getMessage())
-            if logging.lastResort is not None and not logging.getLogger().handlers:
+            alone = logger.handlers == [self] and not logging.getLogger().handlers
+            if logging.lastResort is not None and alone:
                 logging.lastResort.handle(record)
 
     logger, listener = logging.getLogger("surgery"), Listener(logging.WARNING)

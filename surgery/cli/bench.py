@@ -6,45 +6,56 @@ from typing import Annotated
 
 import typer
 
+from ..console import show, write_json
 from ..errors import RecipeError
-from .common import Json, Model, show, write_json
+from .common import Model, Recipes
+from .verbs import Group, verb
 
-bench_app = typer.Typer(no_args_is_help=True, help="What a cache layout gives, in speed and in sequences.")
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure what a cache layout gives, in speed and in sequences.",
+)
 
 
-@bench_app.command(
-    name="decode",
-    epilog="Examples: surgery bench decode ./smaller | surgery bench decode --shape llama-3-8b -r identity -r mla-4x | "
-    "surgery bench decode --shape small --device cpu --dtype float32 --context 2048 --batch 1",
+@verb(
+    app,
+    "decode",
+    examples=(
+        "surgery bench decode ./smaller",
+        "surgery bench decode --shape llama-3-8b -r identity -r mla-4x",
+        "surgery bench decode --shape small --device cpu --dtype float32 --context 2048 --batch 1",
+    ),
 )
 def bench_decode(
     model: Annotated[
-        str | None, typer.Argument(help="Checkpoint whose shape is taken and whose caches come first; default a shape.")
-    ] = None,
-    shape: Annotated[str, typer.Option(help="llama-2-7b, llama-3-8b or small; weights are random.")] = "llama-3-8b",
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--recipe",
-            "-r",
-            help="Several times; identity is the shape's own layout. Default identity, mqa, mla-4x, cla2; for a model "
-            "identity.",
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Checkpoint whose shape is taken and whose caches come first; default: --shape."
         ),
     ] = None,
+    shape: Annotated[str, typer.Option(help="llama-2-7b, llama-3-8b or small; weights are random.")] = "llama-3-8b",
+    recipe: Recipes = None,
     variant: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Sequences; several times. Default 1, 16, 64.")] = None,
-    context: Annotated[
-        list[int] | None, typer.Option(help="Cached tokens; several times. Default 4096, 32768.")
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Sequences; may be given several times. Default: 1, 16, 64.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Fewer layers than the shape has.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps; the median counts.")] = 32,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(metavar="TOKENS", help="Cached tokens; may be given several times. Default: 4096, 32768."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fewer layers than the shape has.")] = None,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Timed steps; the median counts.")] = 32,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: a GPU where there is one.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Do not time transformers beside it.")] = False,
-    json_file: Json = None,
 ) -> None:
-    """Time compiled decode steps of cache layouts over random weights, beside transformers and the memory's speed."""
+    """Time compiled decode steps of cache layouts, beside transformers and the memory's speed.
+
+    Weights are random. Without -r: identity (the shape's own layout), mqa, mla-4x and cla2; identity for a MODEL.
+    """
     from ..measure.decode_bench import decode
 
     if variant:
@@ -66,26 +77,35 @@ def bench_decode(
         transformers=not alone,
     )
     show(*result.tables())
-    write_json(json_file, result.to_dict())
+    write_json(result.to_dict())
 
 
-@bench_app.command(
-    name="capacity",
-    epilog="Examples: surgery bench capacity ./my-model | surgery bench capacity ./my-model -r cla2 -r gqa-4x "
-    "--memory 24GB --context 8192",
+@verb(
+    app,
+    "capacity",
+    examples=(
+        "surgery bench capacity ./my-model",
+        "surgery bench capacity ./my-model -r cla2 -r gqa-4x --memory 24GB --context 8192",
+    ),
 )
 def bench_capacity(
     model: Model,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", "-r", help="Several times. Default cla2, gqa-2x, cla2-gqa-2x.")
-    ] = None,
-    memory: Annotated[str, typer.Option(help="For weights and caches, such as 80GiB or 24GB.")] = "80GiB",
+    recipe: Recipes = None,
+    memory: Annotated[
+        str, typer.Option(metavar="BYTES", help="For weights and caches, such as 80GiB or 24GB.")
+    ] = "80GiB",
     context: Annotated[
-        list[int] | None, typer.Option(help="Tokens per sequence; several times. Default 4096, 32768, 131072.")
+        list[int] | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Tokens per sequence; may be given several times. Default: 4096, 32768, 131072.",
+        ),
     ] = None,
-    json_file: Json = None,
 ) -> None:
-    """Count the sequences that fit into a memory, for the model and for what recipes make of it. Reads no weights."""
+    """Count the sequences that fit into a memory, for the model and for what recipes make of it.
+
+    Reads no weights. Without -r: cla2, gqa-2x and cla2-gqa-2x.
+    """
     from ..measure.capacity import capacity
     from ..measure.memory import parse_bytes
     from ..planning.table import CONTEXTS
@@ -97,4 +117,4 @@ def bench_capacity(
         contexts=context or tuple(CONTEXTS.values()),
     )
     show(*result.tables())
-    write_json(json_file, result.to_dict())
+    write_json(result.to_dict())

@@ -1,26 +1,44 @@
-"""Options that several commands take, and how commands print and write."""
+"""Options that several commands take, and what commands import."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..console import stdout
-from ..errors import CheckpointError
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Shipped recipes, for the completion of a shell: by their files, since reading them takes seconds."""
+    folder = Path(__file__).parent.parent / "recipes"
+    return sorted(file.stem for file in folder.glob("*.yaml") if file.stem.startswith(incomplete))
+
+
+def text_option(purpose: str) -> Any:
+    """An option that names text."""
+    return typer.Option(metavar="FILE", help=f"{purpose} (.txt, .jsonl with a field text, or .parquet).")
+
 
 Model = Annotated[
-    str, typer.Argument(help="Folder of a checkpoint, GGUF, or Hub id (owner/name, owner/name@revision).")
+    str,
+    typer.Argument(metavar="MODEL", help="Folder of a checkpoint, GGUF, or Hub id (owner/name, owner/name@revision)."),
 ]
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="Shipped name (gqa-2x, gqa-4x, mqa, identity) or path to a YAML file.")
-]
+    str,
+    typer.Option(
+        "--recipe", "-r", metavar="RECIPE", autocompletion=recipe_names,
+        help="Shipped name (gqa-2x, gqa-4x, mqa, identity) or path to a YAML file.",
+    ),
+]  # fmt: skip
+Recipes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe", "-r", metavar="RECIPE", autocompletion=recipe_names,
+        help="Shipped name or path to a YAML file; may be given several times.",
+    ),
+]  # fmt: skip
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override an option of the recipe; may be given several times."),
@@ -28,7 +46,12 @@ SetOption = Annotated[
 MergeAdapter = Annotated[
     bool, typer.Option("--merge-adapter", help="Merge the adapter (LoRA and the like) that lies in the folder.")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything random.")]
+WindowLength = Annotated[
+    int | None,
+    typer.Option(min=2, metavar="TOKENS", help="Tokens per window; default: the model's context, at most 512."),
+]
 
 _COMMAND_LINE = ("surgery.cli", "surgery.console", "surgery.errors", "surgery.train", "surgery.versions")
 
@@ -54,52 +77,3 @@ def open_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     hf_logging.disable_progress_bar()
     enable_progress_bars()  # downloads keep theirs
-
-
-@contextmanager
-def logged_progress(name: str = "surgery.calibration") -> Iterator[None]:
-    """Inside, lines about progress go to stderr where that is no terminal, which shows a bar.
-
-    Args:
-        name: of the part of this library whose lines they are.
-    """
-    logger, handler = logging.getLogger(name), logging.StreamHandler()
-    if sys.stderr.isatty():
-        yield
-        return
-    before, logger.propagate = (logger.level, logger.propagate), False
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-
-
-def show(*parts: object) -> None:
-    """Print strings and rich renderables to standard output."""
-    console = stdout()
-    for part in parts:
-        console.print(part)
-
-
-def write_json(path: Path | None, data: dict[str, object]) -> None:
-    """Write `data` where a path was given."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
-
-
-def write_text(path: Path | None, text: str) -> None:
-    """Write `text` where a path was given.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror}).") from None

@@ -8,24 +8,26 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.text import Text
-from typer.core import TyperCommand
 
-from ..console import stdout
+from ..console import show, write_json
+from .verbs import Command
 
 EXPORT_EXAMPLES = (
-    "Examples: surgery export ./smaller --to hub -o ./for-the-hub | "
-    "surgery export ./latent --to native -o ./deepseek | "
-    "surgery export ./latent --to native --norm calibrated --pad --text text.jsonl -o ./deepseek | "
-    "surgery export ./shared --to vllm -o ./served | surgery export ./smaller --to gguf -o ./for-llama-cpp"
+    "surgery export ./smaller --to hub -o ./for-the-hub",
+    "surgery export ./latent --to native -o ./deepseek",
+    "surgery export ./latent --to native --norm calibrated --pad --text text.jsonl -o ./deepseek",
+    "surgery export ./shared --to vllm -o ./served",
+    "surgery export ./smaller --to gguf -o ./for-llama-cpp",
 )
-VERIFY_EXAMPLES = "Example: surgery verify ./for-the-hub"
+VERIFY_EXAMPLES = ("surgery verify ./for-the-hub",)
 PUSH_EXAMPLES = (
-    "Examples: surgery push ./for-the-hub me/smaller --dry-run | surgery push ./for-the-hub me/smaller --private"
+    "surgery push ./for-the-hub me/smaller --dry-run",
+    "surgery push ./for-the-hub me/smaller --private",
 )
 _ADDED = "surgery.export: options of targets"
 
 
-class ExportCommand(TyperCommand):
+class ExportCommand(Command):
     """Takes the options of all targets that are registered when the command is run."""
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -49,17 +51,28 @@ class ExportCommand(TyperCommand):
 
 def export(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder of a converted model.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist, or be empty.")],
-    to: Annotated[str, typer.Option(help="Name of the target.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a converted model.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write; must not exist, or be empty.")
+    ],
+    to: Annotated[str, typer.Option(metavar="TARGET", help="Name of the target.")],
     results: Annotated[
-        list[Path] | None, typer.Option(help="What `surgery eval --json` wrote, for the model card; several times.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="What surgery eval --json wrote, for the model card; may be given several times."
+        ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Hub id of the parent, for the model card, where its path does not say it.")
+        str | None,
+        typer.Option(
+            metavar="ID", help="Hub id of the parent, for the model card, where the parent's path does not say it."
+        ),
     ] = None,
     license_: Annotated[
-        str | None, typer.Option("--license", help="Of the parent, for the model card, where its card does not say it.")
+        str | None,
+        typer.Option(
+            "--license", metavar="NAME", help="Parent's license, for the model card, where its card does not say it."
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that is not empty; keeps what you wrote in README.md.")
@@ -72,22 +85,24 @@ def export(
         model, out, to=to, overwrite=overwrite, results=results or (), base_model=base_model, license=license_,
         **context.obj,
     )  # fmt: skip
-    for line in (*report.lines(), f"[bold]written to {out}[/bold]"):
-        stdout().print(line)
+    show(*report.lines(), f"[bold]written to {out}[/bold]")
+    write_json({**report.to_dict(), "written": str(out)})
 
 
-def verify(folder: Annotated[Path, typer.Argument(help="What `surgery export` wrote.")]) -> None:
+def verify(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What surgery export wrote.")]) -> None:
     """Check the code files of an export against their digests, and that nothing else in it would run code."""
     from ..export.remote_code import verify as check
 
     names = check(folder)
-    for line in (f"{len(names)} code files are as the export wrote them" if names else "no code files", *names):
-        stdout().print(line)
+    show(f"{len(names)} code files are as the export wrote them" if names else "no code files", *names)
+    write_json({"code_files": names})
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="What `surgery export` wrote.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made where it is not.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What surgery export wrote.")],
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hub; made where it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show the files, their sizes and the card; needs no network.")
@@ -97,8 +112,8 @@ def push(
     from ..export.push import push as upload
 
     done = upload(folder, repo_id, private=private, dry_run=dry_run)
-    for line in (*([done.card] if dry_run else []), *done.lines()):
-        stdout().print(Text(line))  # text, not markup: cards have brackets
+    show(*map(Text, (*([done.card] if dry_run else []), *done.lines())))  # text, not markup: cards have brackets
+    write_json({"repo_id": repo_id, "files": dict(done.files), "bytes": done.bytes, "url": done.url})
 
 
 def _target_params() -> list[Any]:
@@ -115,10 +130,12 @@ def _target_params() -> list[Any]:
             several.setdefault(str(other.metadata.get("help", "")), []).append(owner)
         text = " ".join(f"{', '.join(named)}: {said}" for said, named in several.items())
         flag = "--" + name.replace("_", "-")
+        value = "FILE" if kind is Path else None
+        option = typer.Option(flag, help=text, metavar=value, rich_help_panel="Options of targets")
         arguments.append(
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None,
-                annotation=Annotated[kind | None, typer.Option(flag, help=text, rich_help_panel="Options of targets")],
+                annotation=Annotated[kind | None, option],
             )
         )  # fmt: skip
 

@@ -43,7 +43,7 @@ SAME = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """With the code that runs it, for transformers alone."""
+    """A folder that transformers runs alone, with the code for it inside."""
 
     engine: ClassVar[str] = "transformers"
 

@@ -18,7 +18,7 @@ from .target import Source, Written
 
 @dataclass(frozen=True, kw_only=True)
 class Native:
-    """A stock class that can say it: heads as the parent's class, mla as DeepSeek-V3, to which the options apply."""
+    """A stock class of transformers: heads as the parent's own, mla as DeepSeek-V3, which the options are for."""
 
     norm: deepseek.Norm = field(
         default="neutral",
