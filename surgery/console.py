@@ -120,19 +120,22 @@ def write_text(path: Path | None, text: str) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int, shown: bool | None = None) -> Iterator[Callable[[int], None]]:
+def progress(
+    title: str, total: int, shown: bool | None = None, *, lines: bool = True
+) -> Iterator[Callable[[int], None]]:
     """Show a bar of `total` steps while the block runs; the yielded function advances it.
 
     Where there is no bar, a line with the time left goes to the log every `LINE_SECONDS`.
 
     Args:
         shown: None shows the bar where stderr is a terminal.
+        lines: False where the caller tells more in lines of its own.
     """
     if _OUTPUT.get().quiet:
         yield lambda steps: None
         return
     if not (sys.stderr.isatty() if shown is None else shown):
-        yield _lines(title, total)
+        yield _lines(title, total) if lines else lambda steps: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:

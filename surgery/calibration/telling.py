@@ -32,6 +32,6 @@ def told_layers(doing: str, layers: int, start: int) -> Iterator[Callable[[int, 
         last = now
         advance(1)
 
-    with progress(f"{doing}, layer by layer", layers) as advance:
+    with progress(f"{doing}, layer by layer", layers, lines=False) as advance:
         advance(start)
         yield tell

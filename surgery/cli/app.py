@@ -100,10 +100,11 @@ def _fail(message: str) -> None:
 def _fail_usage(error: Any) -> None:
     message = error.format_message()
     if message.startswith("Usage:"):  # the help itself, of a command without arguments
-        sys.stderr.write(message)
+        sys.stderr.write(message.rstrip() + "\n")
         return
     path = getattr(getattr(error, "ctx", None), "command_path", "surgery")
-    _fail(f"{message} See: {path} --help")
+    end = "" if message.endswith((".", "?")) else "."
+    _fail(f"{message}{end} See: {path} --help")
 
 
 def _version(asked: bool) -> None:

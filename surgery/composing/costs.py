@@ -12,7 +12,7 @@ from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
-from ..console import progress
+from ..console import progress, time_left
 from .settings import Setting
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def measure_costs(settings: Sequence[Setting], measure: Measure, layers: int, ke
     wanted = to_measure(settings)
     missing = [s for s in wanted if key_of(s.steps) not in known]
     begun = time.monotonic()
-    with progress("measuring settings", len(missing) * layers) as advance:
+    with progress("measuring settings", len(missing) * layers, lines=False) as advance:
         for number, setting in enumerate(missing, 1):
             known[key_of(setting.steps)] = found = measure(setting)
             if kept is not None:
@@ -136,9 +136,9 @@ def measure_costs(settings: Sequence[Setting], measure: Measure, layers: int, ke
                 partial.write_text(json.dumps({"digest": digest, "costs": known}))
                 partial.replace(kept)
             advance(layers)
-            left = (time.monotonic() - begun) / number * (len(missing) - number) / 60
+            left = time_left((time.monotonic() - begun) / number * (len(missing) - number))
             _log.info(
-                "setting %d of %d, %s: %.3g nats over all layers; about %.0f min left",
+                "setting %d of %d, %s: %.3g nats over all layers, %s",
                 number, len(missing), setting.label, sum(found.values()), left,
             )  # fmt: skip
     return Costs(measured=known)
