@@ -27,7 +27,10 @@ def in_parent_class(parent: PreTrainedModel, plan: Plan, copy_: WorkingCopy, ori
     """The result in the parent's own class: fewer KV heads in the config, smaller parameters, nothing else."""
     config = native_config(parent.config, plan.anatomy.sites, plan.after[0].project.kv_heads, type(parent))
     if config is None:
-        raise PlanError(f"{type(parent).__name__} cannot say {plan.after[0].project.kv_heads} KV heads.")
+        raise PlanError(
+            f"{type(parent).__name__} has no config field that gives all layers {plan.after[0].project.kv_heads} KV "
+            "heads."
+        )
     old = parent.state_dict()
     tensors: dict[str, Tensor] = {}
     new_sites = {site.layer: site for site in examine(meta_model(config, type(parent))).sites}

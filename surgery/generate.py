@@ -32,7 +32,10 @@ def generate(
     check_speaks(model, "generate")
     tokenizer = tokenizer or tokenizer_of(model.config)
     if tokenizer is None:
-        raise CheckpointError(f"{model.config.name_or_path}: no tokenizer beside the model; pass tokenizer=...")
+        raise CheckpointError(
+            f"{model.config.name_or_path}: no tokenizer beside the model. Put its files there "
+            "(tokenizer.json, tokenizer_config.json), or pass tokenizer=... in Python."
+        )
     start, _ = special_tokens(tokenizer, [prompt])
     plain = encode(tokenizer, prompt, special=False)
     # What a tokenizer puts after a text would end it here.

@@ -1,7 +1,15 @@
-"""What tests share: the command line as a fixture, and the cores among workers."""
+"""What tests share: the command line as a fixture, the cores among workers, and a collection of error messages.
 
+Every message of our own exceptions that a run of tests meets, in one file that a person can read in one go:
+
+    SURGERY_MESSAGES=messages.txt python -m pytest -n auto
+"""
+
+import json
 import os
 import sys
+import traceback
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +36,41 @@ def call(monkeypatch, capsys):
         return caught.value.code, captured.out, captured.err
 
     return run
+
+
+def _messages():
+    """The file that was asked for, and where the workers note what they meet until the end."""
+    asked = os.environ.get("SURGERY_MESSAGES")
+    return (Path(asked), Path(f"{asked}.part")) if asked else (None, None)
+
+
+def pytest_configure(config):
+    file, part = _messages()
+    if file is None:
+        return
+    from surgery.errors import SurgeryError
+
+    if not hasattr(config, "workerinput"):  # the process that starts the workers
+        part.write_text("")
+
+    def note(error, *arguments):
+        ValueError.__init__(error, *arguments)
+        frame = traceback.extract_stack(limit=2)[0]
+        place = frame.filename.rpartition("/surgery/")[2]
+        if place != frame.filename:  # raised by the library, not by a test
+            line = json.dumps([place, frame.lineno, type(error).__name__, str(error)])
+            with part.open("a") as notes:  # one write of a short line: workers do not mix
+                notes.write(line + "\n")
+
+    SurgeryError.__init__ = note
+
+
+def pytest_sessionfinish(session):
+    file, part = _messages()
+    if file is None or hasattr(session.config, "workerinput"):
+        return
+    found = {}
+    for place, line, kind, message in map(json.loads, part.read_text().splitlines()):
+        found.setdefault((place, line), f"{kind}: {message}")  # one example of each
+    file.write_text("".join(f"{place}:{line}\n    {text}\n" for (place, line), text in sorted(found.items())))
+    part.unlink()

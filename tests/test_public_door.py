@@ -154,3 +154,5 @@ def test_public_names_are_imported_when_they_are_asked_for() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert set(surgery.__all__) == {name for names in surgery._DEFINED_IN.values() for name in names}
+    typed = (ROOT / "tests" / "typed_user.py").read_text()  # which .ci/run has checked
+    assert all(f"surgery.{name}" in typed for name in surgery.__all__)

@@ -157,7 +157,7 @@ def test_first_windows_of_documents_are_as_they_always_were():
 
 def test_windows_without_room_for_text_are_refused():
     tokenizer = word_tokenizer(start=("[gMASK]", "<s>"))
-    with pytest.raises(CheckpointError, match="hold no more than what a text starts with"):
+    with pytest.raises(CheckpointError, match="filled by the tokens that the tokenizer puts before every text"):
         load_windows([said(*range(8, 18))], tokenizer, vocab_size=128, length=2)
 
 
@@ -255,7 +255,7 @@ def test_windows_are_no_longer_than_the_models_positions(family, name):
     for source in (ids, text):
         with pytest.raises(CheckpointError, match="windows of 65 tokens, but the model has 64 positions"):
             read_windows(config, source, word_tokenizer(), length=65)
-    with pytest.raises(CheckpointError, match="windows of 100 tokens are asked to have 64"):
+    with pytest.raises(CheckpointError, match="windows of 100 tokens were given, but length=64 was asked for"):
         read_windows(config, load_windows(ids, vocab_size=128, length=100))
 
 

@@ -82,7 +82,10 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         self.documents, self.tokenizer, self.vocab_size = documents, tokenizer, vocab_size
         self.start, _ = special_tokens(tokenizer, (documents[i] for i in range(len(documents))))
         if len(self.start) >= length:
-            raise CheckpointError(f"sequences of {length} tokens hold no more than what a text starts with.")
+            raise CheckpointError(
+                f"sequences of {length} tokens are filled by the tokens that the tokenizer puts before every "
+                "text. Use a greater uptrain.length."
+            )
         self.batch, self.length, self.seed, self.separate, self.repeat = batch, length, seed, separate, repeat
         self.micro_batch, self.accumulation = split_batch(batch, world, micro_batch)
         share = batch // world
@@ -138,7 +141,10 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             found |= {int(lane): (place, used) for lane, (place, used) in data["lanes"].items()}
         missing = [lane for lane in self._lanes if lane not in found]
         if missing:
-            raise CheckpointError(f"{folder}: says nothing of data lane {missing[0]}. Resume from another checkpoint.")
+            raise CheckpointError(
+                f"{folder}: does not say how far part {missing[0]} of the text was read. Resume from another "
+                "checkpoint."
+            )
         self._lanes = {lane: _Lane(*found[lane]) for lane in self._lanes}
         self._past.clear()
         self._remember()
@@ -164,7 +170,9 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             taken = lane.tokens[lane.used : lane.used + self.length - len(ids) - len(front)]
             empty = 0 if taken else empty + 1
             if empty > len(self.documents):
-                raise CheckpointError(f"data lane {number}: {empty} documents in a row have no tokens.")
+                raise CheckpointError(
+                    f"text, part {number}: {empty} documents in a row have no tokens. Give text, in the field `text`."
+                )
             first = not ids or (self.separate and lane.used == 0)
             labels += [IGNORE] * len(front) + ([IGNORE, *taken[1:]] if first and taken else taken)
             positions += range(len(front) + len(taken))

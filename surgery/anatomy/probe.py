@@ -66,7 +66,7 @@ class PathProbe:
 
     def refuse(self, what: str) -> UnsupportedModel:
         name = self.graph.sources[self.path.linear.weight].name
-        return UnsupportedModel(f"module {self.module}: on the way from {name}, {what}")
+        return UnsupportedModel(f"module {self.module}: between the projection {name} and the attention, {what}")
 
     def name(self, node: fx.Node) -> str:
         return self.graph.sources[node].name
@@ -102,8 +102,10 @@ def read_out(graph: Graph, found: Found, path: OutPath, generator: torch.Generat
     Raises:
         UnsupportedModel: something between attention and output projection reorders or changes the heads.
     """
+    name = graph.sources[path.linear.weight].name
     refusal = UnsupportedModel(
-        f"module {found.module}: its heads do not reach {graph.sources[path.linear.weight].name} unchanged."
+        f"module {found.module}: between the attention and the output projection {name}, something changes or reorders "
+        "the heads. Only attentions whose heads go straight there can be rewritten."
     )
     run = graph.runner([path.linear.x], [found.out, *path.others])
     gates = [torch.ones(shape(g)) for g in path.others]

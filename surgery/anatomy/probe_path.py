@@ -37,7 +37,7 @@ def read_path(graph: Graph, found: Found, path: Path, role: str, generator: torc
     basis = _basis(probe, heads, distinct, norm, level, generator)
     rotary, factors = read_rotary(probe, basis)
     if role == "v" and rotary is not None:
-        raise probe.refuse("the values change with the position.")
+        raise probe.refuse("values change with the position of their token.")
     if factors.max() - factors.min() > 1e-4 * factors.abs().max():
         raise probe.refuse("channels are multiplied by unequal factors.")
     factor = snap_one(float(factors.mean()))
@@ -58,7 +58,11 @@ def _decode_rows(probe: PathProbe, level: float, generator: torch.Generator) -> 
     """[heads, H]: the row of the linear that each channel shows."""
     codes = torch.randint(0, 2, (CODES, probe.rows), generator=generator) * 2 - 1
     shown = torch.stack([probe(level * c.float())[:, 0] for c in codes]).sign().long()
-    return match_codes(codes, shown, probe.refuse("channels of a head do not show rows of the projection."))
+    return match_codes(
+        codes,
+        shown,
+        probe.refuse("something mixes the projected numbers, so that no head can be told from its rows of the weight."),
+    )
 
 
 def _heads_of_rows(probe: PathProbe, rows: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
@@ -116,7 +120,7 @@ def _read_norm(
     weight, offset = _read_gain(probe, heads, y, rows.shape)
     bias = probe.biases
     if len(bias) > 1 and len(bias) != len(rows):
-        raise probe.refuse("several biases follow the norm.")
+        raise probe.refuse("several biases are added behind the norm; one is understood.")
     return HeadNorm(
         kind=kind, span=span, eps=_read_eps(probe, heads, rows, kind, span, scale, y / level), weight=weight,
         bias=None if not bias else probe.name(bias[0]) if len(bias) == 1
@@ -142,7 +146,7 @@ def _read_gain(
             raise probe.refuse(f"the gain {probe.name(gains[0])} fits neither one head nor all.")
         return probe.name(gains[0]), offset
     if len(gains) != count:
-        raise probe.refuse("several gains follow the projection.")
+        raise probe.refuse("several gains are multiplied in; one is understood.")
     return _ordered(probe, heads, y, gains), offset
 
 
@@ -157,7 +161,7 @@ def _ordered(
         if int(moved.sum()) == 1:
             at[int(moved.long().argmax())] = probe.name(p)
     if len(at) != len(parameters):
-        raise probe.refuse("several parameters follow the projection, and not one for each head.")
+        raise probe.refuse("several parameters act, and not one for each head.")
     return tuple(at[h] for h in sorted(at))
 
 

@@ -21,7 +21,7 @@ def read_rotary(probe: PathProbe, basis: Tensor) -> tuple[Rotary | None, Tensor]
     here = basis[0].diagonal().clone()
     off = basis[0] - torch.diag(here)
     if off.abs().max() > 1e-5 * here.abs().max() or here.min() <= 0:
-        raise probe.refuse("channels mix at position 0; only rotary embeddings are understood.")
+        raise probe.refuse("something mixes channels at position 0 already, which no rotary embedding does.")
     turn = basis / here
     others = turn - torch.diag_embed(turn.diagonal(dim1=1, dim2=2))
     strength = others.abs().amax(0)

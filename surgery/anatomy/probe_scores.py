@@ -45,7 +45,7 @@ def read_scores(graph: Graph, found: Found, heads: int, generator: torch.Generat
         return Scores(scale, None, window, in_mask, None, slopes)
     if call.unknown:
         raise UnsupportedModel(
-            f"module {found.module}: its attention is given {', '.join(call.unknown)}, which no description holds."
+            f"module {found.module}: its attention is given {', '.join(call.unknown)}, which surgery cannot compute."
         )
     window, slopes = _read_mask(graph, found, heads)
     in_mask = window is not None and found.mask is not None
@@ -137,7 +137,9 @@ def _read_bias(module: str, bias_NTS: Tensor, heads: int) -> tuple[int | None, t
     seen = bias_NTS > -1e4
     tokens = bias_NTS.shape[-1]
     if not (seen == seen[0]).all() or seen.shape[-2] != tokens:
-        raise UnsupportedModel(f"module {module}: its heads see different tokens.")
+        raise UnsupportedModel(
+            f"module {module}: its heads have different masks; one mask for all heads of a layer is understood."
+        )
     token = torch.arange(tokens)
     behind = token[:, None] - token
     width = int(seen[0, -1].sum())

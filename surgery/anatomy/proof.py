@@ -55,8 +55,8 @@ def prove(
                 break
         else:
             raise UnsupportedModel(
-                f"module {found.module}: its {_ROLES[role]} differ from what the "
-                f"description gives (relative error {best:.1e})."
+                f"module {found.module}: its {_ROLES[role]}, computed from what was read of the model, "
+                f"differ from its own (relative error {best:.1e}): something in them was not understood."
             )
         _prove_far(graph, found, path, site, reading, role, generator)
         del params, weights, run
@@ -124,7 +124,8 @@ def prove_scores(
     # ALiBi that the model rounds to bfloat16 (Falcon) is met to that rounding.
     if error > (_TOLERANCE if site.alibi_slopes is None else 5e-2):
         raise UnsupportedModel(
-            f"module {found.module}: its attention differs from what the description gives (error {error:.1e})."
+            f"module {found.module}: its attention, computed from what was read of the "
+            f"model, differs from its own (error {error:.1e}): something in it was not understood."
         )
 
 
@@ -140,5 +141,6 @@ def _prove_out(graph: Graph, found: Found, path: OutPath, site: AttentionSite, g
     error = relative_error(mine, got.reshape(mine.shape).float())
     if error > _TOLERANCE:
         raise UnsupportedModel(
-            f"module {found.module}: its output differs from what the description gives (relative error {error:.1e})."
+            f"module {found.module}: its output, computed from what was read of the "
+            f"model, differs from its own (relative error {error:.1e}): something in it was not understood."
         )

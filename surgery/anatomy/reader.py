@@ -114,7 +114,7 @@ def load_config(path: str | FilePath) -> PretrainedConfig:
     if quantised.get("quantization_mode") == "online":
         raise UnsupportedModel(
             f"{file}: its weights are quantised ({quantised.get('quant_method')}) whenever the model runs, which a "
-            "converted model would not do. Pass a checkpoint without."
+            "converted model would not do. Pass a checkpoint whose weights are not quantised."
         )
     try:
         config = AutoConfig.from_pretrained(file, trust_remote_code=False)
@@ -273,7 +273,7 @@ def _read_site(graph: Graph, found: Found, paths: Paths) -> AttentionSite:
     if len({q.clip, k.clip, v.clip}) != 1:
         raise UnsupportedModel(f"{where}: only some of queries, keys and values are clamped.")
     if v.factor != 1.0:
-        raise UnsupportedModel(f"{where}: its values are multiplied by {v.factor:g}; no description holds that.")
+        raise UnsupportedModel(f"{where}: its values are multiplied by {v.factor:g}; surgery cannot compute that.")
     wide_graph, wide_found = graph, found
     if graph.wide is not None:
         wide_graph = graph.wide

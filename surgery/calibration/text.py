@@ -186,7 +186,10 @@ def window_length(config: Any, length: int | None, most: int = MOST, where: str 
     if length < 2:
         raise CheckpointError(f"{where}: windows of {length} tokens leave nothing to predict. Use two or more.")
     if limit is not None and length > limit:
-        raise CheckpointError(f"{where}: windows of {length} tokens, but the model has {limit} positions. Use fewer.")
+        raise CheckpointError(
+            f"{where}: windows of {length} tokens, but the model has {limit} positions. Use fewer "
+            "(length=..., --length)."
+        )
     return length
 
 
@@ -220,7 +223,8 @@ def load_windows(
     if isinstance(source, Windows):
         if _width(source, where) > length:
             raise CheckpointError(
-                f"{where}: windows of {_width(source, where)} tokens are asked to have {length}. Cut the text anew."
+                f"{where}: windows of {_width(source, where)} tokens were given, but length={length} was "
+                "asked for. Cut them to that, or leave length out."
             )
         return source if samples is None else source.take(samples)
     start: tuple[str, ...] | None = None
@@ -230,7 +234,10 @@ def load_windows(
     else:
         texts = read_texts(source)
         if tokenizer is None:
-            raise CheckpointError(f"{where}: needs a tokenizer. None lies beside the model; pass tokenizer=...")
+            raise CheckpointError(
+                f"{where}: needs a tokenizer. None lies beside the model: put its files there "
+                "(tokenizer.json, tokenizer_config.json), or pass tokenizer=... in Python."
+            )
         first, _ = special_tokens(tokenizer, texts)
         start = tuple(map(str, tokenizer.convert_ids_to_tokens(first))) if first else ()
         pairs: list[tuple[str, Tensor]] = []
@@ -249,7 +256,8 @@ def load_windows(
         total = sum(map(len, rows))
         if total < length:
             raise CheckpointError(
-                f"{where}: {total} tokens, shorter than one sequence of {length}. Give more text, or shorter sequences."
+                f"{where}: {total} tokens, shorter than one sequence of {length}. Give more text, or "
+                "shorter sequences (length=..., --length)."
             )
         for origin, row in pairs:
             check_known_ids(row, vocab_size, origin, tokenizer)
@@ -265,7 +273,10 @@ def _cut(tokens: Tensor, length: int, start: Sequence[int], where: str) -> list[
     if tokens[: len(start)].tolist() != list(start) or not start:
         return list(tokens.split(length))
     if length <= len(start):
-        raise CheckpointError(f"{where}: windows of {length} tokens hold no more than what a text starts with.")
+        raise CheckpointError(
+            f"{where}: windows of {length} tokens are filled by the tokens that "
+            "the tokenizer puts before every text. Use longer windows (length=..., --length)."
+        )
     front, body = tokens.split((len(start), len(tokens) - len(start)))
     return [torch.cat((front, piece)) for piece in body.split(length - len(start))]
 

@@ -140,7 +140,9 @@ def _in_parent_class(
     sites, kind = plan.anatomy.sites, type(parent.hollow)
     config = native_config(parent.hollow.config, sites, plan.after[0].project.kv_heads, kind)
     if config is None:
-        raise PlanError(f"{kind.__name__} cannot say {plan.after[0].project.kv_heads} KV heads.")
+        raise PlanError(
+            f"{kind.__name__} has no config field that gives all layers {plan.after[0].project.kv_heads} KV heads."
+        )
     new_sites = {site.layer: site for site in examine(meta_model(config, kind)).sites}
     converted = [site for site in sites if site.layer in copy_.converted]
     gone = {name for site in converted for name in parameter_names(site)}

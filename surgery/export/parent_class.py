@@ -32,7 +32,7 @@ def judge(subject: Subject) -> Way | Refusal:
         return Refusal(reason=f"layers of {subject.architecture} have query heads of several numbers")
     kv_heads, copies = repeated_heads(_heads(subject))
     if _with_kv_heads(subject, kv_heads) is None:
-        return Refusal(reason=f"{subject.architecture} cannot say {kv_heads} KV heads")
+        return Refusal(reason=f"{subject.architecture} has no config field that gives all layers {kv_heads} KV heads")
     for site, copied in zip(subject.sites, copies, strict=True):
         often = {copied.count(head) for head in copied}
         if site.k_norm is not None and site.k_norm.span == "all" and len(often) > 1:

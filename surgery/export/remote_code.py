@@ -196,7 +196,9 @@ def verify(folder: str | Path) -> list[str]:
         for key, value in (read_json(file).get("auto_map") or {}).items():
             for name in filter(None, [value] if isinstance(value, str) else value):
                 if f"{name.partition('.')[0]}.py" not in listed:  # of another repository: `owner/name--module.Class`
-                    raise CheckpointError(f"{file}: {key} is {name}, code that no export wrote.")
+                    raise CheckpointError(
+                        f"{file}: {key} is {name}, code that no export wrote. Remove that line, or export again."
+                    )
     pickles = sorted(file for file in folder.rglob("*") if file.suffix in PICKLES)
     if pickles:
         raise CheckpointError(f"{pickles[0]}: a pickle, which runs code when it is read. Remove it.")

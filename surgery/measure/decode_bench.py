@@ -141,7 +141,9 @@ def decode(
     if steps < 1 or min((*batches, *contexts), default=0) < 1:
         raise RecipeError("batches, contexts and steps must name positive numbers")
     if model is not None and layers is not None:
-        raise RecipeError("layers goes with a shape; a model has its own")
+        raise RecipeError(
+            "layers: a model has its own number of them. Leave layers out, or name a shape in the place of the model"
+        )
     sizes, own = (SHAPES[str(shape)], None) if model is None else of_model(model, dtype)
     if layers is not None:
         sizes = dataclasses.replace(sizes, layers=layers)

@@ -86,7 +86,10 @@ def evaluate(
     if tokenizer is None and (tasks or lm_eval_tasks or not isinstance(text, (Tensor, Windows))):
         tokenizer = tokenizer_of(config)
     if (tasks or lm_eval_tasks) and tokenizer is None:
-        raise CheckpointError("tasks: need a tokenizer. None lies beside the model; pass tokenizer=...")
+        raise CheckpointError(
+            "tasks: need a tokenizer. None lies beside the model: put its files there (tokenizer.json, "
+            "tokenizer_config.json), or pass tokenizer=... in Python."
+        )
     if lm_eval_tasks:
         check_prompts(tokenizer)
     if baseline is not None:

@@ -229,7 +229,8 @@ def planned_heads(step: GqaStep, where: str, site: AttentionSite) -> Heads:
     kv_heads = step.kv_heads_of(old)
     if kv_heads is None:
         raise PlanError(
-            f"layer {site.layer}: {step.kv_heads} of {old} KV heads is no whole number. Use one of {divisors}."
+            f"layer {site.layer}: {step.kv_heads} of {old} KV heads is no whole number. Set kv_heads to "
+            f"one of {divisors}."
         )
     if kv_heads > old:
         raise PlanError(
