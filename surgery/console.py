@@ -72,8 +72,7 @@ def output(*, quiet: bool = False, json_file: Path | None = None) -> Iterator[No
 
 def stdout() -> Console:
     """Where results are printed: as wide as the terminal, 100 columns into a file or pipe."""
-    shown = _OUTPUT.get().shows_tables
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 100, quiet=not shown)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 100, quiet=not _OUTPUT.get().shows_tables)
 
 
 def show(*parts: object, always: bool = False) -> None:

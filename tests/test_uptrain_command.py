@@ -26,6 +26,8 @@ def test_a_dry_run_shows_the_plan_in_100_columns_and_writes_nothing(call, home, 
         assert text in out
     assert max(map(len, out.splitlines())) <= 100
     assert not (tmp_path / "out").exists()
+    code, shown, _ = call(*arguments(home, tmp_path / "out"), "--dry-run", "--json", "-")
+    assert code == 0 and json.loads(shown).keys() == {"tokens", "steps", "parameters", "bytes"}
 
 
 def test_a_run_ends_with_a_table_and_a_summary(call, home, tmp_path):
@@ -36,6 +38,7 @@ def test_a_run_ends_with_a_table_and_a_summary(call, home, tmp_path):
     assert "KL to the parent" in shown and "written to" in shown
     assert max(map(len, shown.splitlines())) <= 100
     assert json.loads((tmp_path / "summary.json").read_text())["tokens"] == 640
+    assert "step 1 of 10: loss" in err and "step 10 of 10: held out nats per token" in err  # no terminal: lines
     assert (out / "model" / "config.json").is_file()
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 from typing import Any
 
 from transformers import TrainerCallback
 
 from surgery.calibration.text import Windows
+from surgery.console import progress
 
 from .schedule import Schedule
 from .trainer import Uptrainer
+
+_TOLD = ("loss", "nats_per_token", "held_out_kl")
+"""Endings of the names of what lines tell of the log."""
+_log = logging.getLogger(__name__)
 
 
 class HeldOut(TrainerCallback):
@@ -34,6 +41,28 @@ class HeldOut(TrainerCallback):
         names = ["nats_per_token"] + ["ratio"] * (found["ratio"] is not None)
         names += ["kl", "parent_nats_per_token"] * (self.trainer.parent is not None)
         self.trainer.log({f"held_out_{name}": found[name] for name in names})
+
+
+class Told(TrainerCallback):
+    """Lines with losses and the time left, where there is no terminal for the trainer's own bar."""
+
+    def __init__(self) -> None:
+        self.shown = contextlib.ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = state.max_steps - state.global_step
+        self.advance = self.shown.enter_context(progress("training, in steps", steps, shown=False))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        told = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in (logs or {}).items() if name.endswith(_TOLD)]
+        if told:
+            _log.info("step %d of %d: %s", state.global_step, state.max_steps, ", ".join(told))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shown.close()
 
 
 class FreshOptimizer(TrainerCallback):

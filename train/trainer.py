@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from surgery.calibration.text import Windows
 from surgery.checkpoints.companions import copy_companions
+from surgery.console import progress
 from surgery.errors import SurgeryError
 from surgery.measure.gates import Counted, collapsed, count, gate_logits, gated
 from surgery.recipe import Uptrain
@@ -265,17 +266,20 @@ class Uptrainer(Trainer):
         sums = torch.zeros(3, dtype=torch.float64)
         tokens = 0
         counts: list[Counted] = []
-        for ids, mask in windows.batches(batch):
-            labels = ids.masked_fill(~mask, IGNORE).to(self.args.device)
-            labels[:, 0] = IGNORE
-            inputs = {"input_ids": ids.to(self.args.device)}
-            plain = core(self.accelerator.unwrap_model(model))
-            with gate_logits(plain) as logits:
-                found, _ = self._distilled(model, inputs, labels, self.parent)
-            if logits:
-                counts.append(count(plain, logits, inputs, mask.to(self.args.device)))
-            sums += torch.stack([found.nll, found.kl, found.parent_nll]).double().cpu()
-            tokens += int((labels != IGNORE).sum())
+        shown = None if self.is_world_process_zero() else False
+        with progress("scoring held-out text, windows", len(windows), shown, lines=shown is None) as advance:
+            for ids, mask in windows.batches(batch):
+                labels = ids.masked_fill(~mask, IGNORE).to(self.args.device)
+                labels[:, 0] = IGNORE
+                inputs = {"input_ids": ids.to(self.args.device)}
+                plain = core(self.accelerator.unwrap_model(model))
+                with gate_logits(plain) as logits:
+                    found, _ = self._distilled(model, inputs, labels, self.parent)
+                if logits:
+                    counts.append(count(plain, logits, inputs, mask.to(self.args.device)))
+                sums += torch.stack([found.nll, found.kl, found.parent_nll]).double().cpu()
+                tokens += int((labels != IGNORE).sum())
+                advance(len(ids))
         model.train(was)
         ratio = None
         if counts:
