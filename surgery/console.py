@@ -142,6 +142,19 @@ def progress(
         yield lambda steps: bar.advance(task, steps)
 
 
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Say what is done while the block runs, where its steps cannot be counted: on a terminal, else in the log."""
+    if _OUTPUT.get().quiet:
+        yield
+    elif sys.stderr.isatty():
+        with Console(stderr=True).status(title):
+            yield
+    else:
+        _log.info("%s", title)
+        yield
+
+
 def _lines(title: str, total: int) -> Callable[[int], None]:
     began = last = time.monotonic()
     done = 0

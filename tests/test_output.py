@@ -109,6 +109,8 @@ def test_progress_without_a_terminal_is_lines_with_the_time_left(capsys, monkeyp
             advance(1000)
             advance(1000)
         assert capsys.readouterr().err == ("" if quiet else "counting: 1,000 of 2,000, about 0:00 left\n")
+    with console.output(), console.stage("loading"):
+        assert capsys.readouterr().err == "loading\n"
     assert logging.getLogger("surgery").handlers == []
     assert console.time_left(83.4) == "about 1:23 left"
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoints.writing import check_output, new_folder
+from ..console import stage
 from ..errors import PlanError
 from ..planning.targets import TARGETS, Refusal, target_class
 from .card import CARD, CardOptions, write_card
@@ -60,12 +61,14 @@ def export(
     check(target, source)
     old_card = (out / CARD).read_text(encoding="utf-8") if (out / CARD).is_file() else ""
     with new_folder(out, overwrite) as folder:
-        written = target.write(source, folder)
-        hide_paths(folder)
+        with stage(f"export to {to}: writing the files"):
+            written = target.write(source, folder)
+            hide_paths(folder)
+        with stage(f"export to {to}: loading the result there, and comparing its answers with the source's"):
+            parity = target.parity(source, folder)
         report = ExportReport(
-            target=to, architecture=written.architecture, parity=target.parity(source, folder), facts=written.facts,
-            notes=written.lines,
-        )  # fmt: skip
+            target=to, architecture=written.architecture, parity=parity, facts=written.facts, notes=written.lines
+        )
         write_card(folder, out.name, source, written, report.parity, card, old_card)
         (folder / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return report
