@@ -198,11 +198,11 @@ def test_recipes_that_no_model_could_satisfy_are_refused(step, message) -> None:
 @pytest.mark.parametrize(
     ("family", "step", "message"),
     [
-        ("llama", one("mla", rank=65), "above full"),
+        ("llama", one("mla", rank=65), "more than the 64 that K and V have"),
         ("llama", one("mla", rank=60, rope_dims=16), "the parent caches 64"),
         ("llama", one("mla", rank=16, rope_dims=34), "rotated numbers of K"),
         ("llama", one("mla", keep=0.03), "none is left for the latent"),
-        ("llama", one("lowrank", rank=65), "above full"),
+        ("llama", one("lowrank", rank=65), "more than the 64 numbers of K and V"),
         ("llama", one("lowrank", keep=0.5), "groups of 4 do not divide"),
         ("gpt_neox", one("lowrank", keep=0.5, layout="freq"), "do not turn"),
         ("qwen3", one("mla", keep=0.5), "keys are normed"),

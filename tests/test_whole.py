@@ -139,7 +139,7 @@ def changed(monkeypatch, **classes):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda patch: japanese(), r"layer 1: .*dense_bias has no place in the description"),
+        (lambda patch: japanese(), r"layer 1: .*dense_bias has no place in the attention"),
         (lambda patch: bert(), r"does not apply bert.encoder.layer.0.attention.output.dense.bias itself"),
         (lambda patch: zamba2(), r"its caller says which it writes"),
         (lambda patch: changed(patch, LlamaDecoderLayer=Reading), r"v_proj.*, a part of it, is used by model.layers.0"),

@@ -61,7 +61,7 @@ def capture(source: PreTrainedModel | PretrainedConfig) -> Graph:
     config = source.config if isinstance(source, PreTrainedModel) else source
     raise UnsupportedModel(
         f"{type(source).__name__} ({config.model_type}): cannot capture its graph with torch.export: "
-        f"{type(first).__name__}: {_first_line(first)}"
+        f"{type(first).__name__}: {_first_line(first)}. Only language models that torch.export can trace are read."
     ) from first
 
 

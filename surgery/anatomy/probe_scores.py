@@ -144,7 +144,9 @@ def _read_bias(module: str, bias_NTS: Tensor, heads: int) -> tuple[int | None, t
     behind = token[:, None] - token
     width = int(seen[0, -1].sum())
     if tokens > 1 and seen[0, 0, -1]:
-        raise UnsupportedModel(f"module {module}: its attention is not causal.")
+        raise UnsupportedModel(
+            f"module {module}: its attention is not causal: tokens see later ones, so that it keeps no KV cache."
+        )
     if not torch.equal(seen[0], (behind >= 0) & (behind < width)):
         raise UnsupportedModel(f"module {module}: its mask is neither causal nor a sliding window.")
     window = None if width == tokens else width

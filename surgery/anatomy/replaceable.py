@@ -47,7 +47,7 @@ def _reason(graph: Graph, site: AttentionSite, attribute: str | None) -> str | N
     if elsewhere := sorted(site.parameters - own):
         return f"it does not apply {elsewhere[0]} itself"
     if unknown := sorted(own - site.parameters):
-        return f"its parameter {unknown[0]} has no place in the description of an attention"
+        return f"its parameter {unknown[0]} has no place in the attention that would replace it"
     if site.alibi_slopes is not None and site.window is not None:
         return "it has ALiBi and a window, and the positions in a sliding cache are not known"
     # Layers that compute what an earlier one does are not in the graph.

@@ -11,7 +11,7 @@ from typing import Any
 from ..anatomy import examine
 from ..calibration.text import Windows, read_windows, tokenizer_of
 from ..checkpoints.storage import load_parent
-from ..console import spans
+from ..console import progress, spans
 from ..errors import PlanError
 from ..plan import plan as make_plan
 from ..rewriters import AXES
@@ -109,7 +109,12 @@ def compose(
     donors = Donors(wide, anatomy, fit.take(max(4, ALONE // windows.ids_BT.shape[1])), seed)
 
     def measure(setting: Setting) -> dict[int, float]:
-        return {layer: bench.kl({layer: module}) for layer, module in donors.of(setting).items()}
+        modules, found = donors.of(setting), {}
+        with progress(f"{setting.label}, layers measured", len(modules), shown=False) as advance:  # in the log alone
+            for layer, module in modules.items():
+                found[layer] = bench.kl({layer: module})
+                advance(1)
+        return found
 
     told = [anatomy.to_dict(), windows.digest, list(windows.ids_BT.shape), limit.context, seed]
     costs = measure_costs(settings, measure, len(layers), None if kept is None else Path(kept), told)

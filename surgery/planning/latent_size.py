@@ -63,8 +63,8 @@ def latent_budget(numbers: int, site: AttentionSite, rope_dims: int | None = Non
         )
     if numbers - rope_dims < 1:
         raise PlanError(
-            f"layer {site.layer}: {numbers} of {site.kv_dims} numbers are kept, of which {rope_dims} turn and none is "
-            "left for the latent. Raise keep, or lower rope_dims."
+            f"layer {site.layer}: {numbers} of {site.kv_dims} numbers per token are kept, rope_dims takes "
+            f"{rope_dims} of them, and none is left for the latent. Raise keep, or lower rope_dims."
         )
     return min(numbers - rope_dims, full_rank(site)), rope_dims
 

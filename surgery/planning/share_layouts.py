@@ -101,15 +101,19 @@ def check_map(owners: Mapping[int, int], sites: Mapping[int, AttentionSite], pla
             if layer not in sites:
                 raise PlanError(f"{pair}: the model has no attention layer {layer}.")
         if reader == min(sites):
-            raise PlanError(f"{pair}: the first attention layer counts the tokens for the model, and must own.")
+            raise PlanError(
+                f"{pair}: the first attention layer counts the tokens for the model, and must keep a cache of its own."
+            )
         if owner >= reader:
-            raise PlanError(f"{pair}: it is not there yet when layer {reader} runs. An owner precedes its readers.")
+            raise PlanError(
+                f"{pair}: it is not there yet when layer {reader} runs. Only caches of earlier layers can be read."
+            )
         if owner in owners:
-            raise PlanError(f"{pair}: layer {owner} owns none, it reads layer {owners[owner]}. Write {reader}: {owner}"
+            raise PlanError(f"{pair}: layer {owner} keeps none, it reads layer {owners[owner]}. Write {reader}: {owner}"
                             f" as {reader}: {owners[owner]}.")  # fmt: skip
         reason = mismatch(sites[reader], sites[owner], plans[reader], plans[owner])
         if reason:
-            raise PlanError(f"{pair}: {reason}.")
+            raise PlanError(f"{pair}: {reason}. Both must be alike.")
 
 
 def mismatch(reader: AttentionSite, owner: AttentionSite, reads: LayerPlan, keeps: LayerPlan) -> str | None:
@@ -120,7 +124,7 @@ def mismatch(reader: AttentionSite, owner: AttentionSite, reads: LayerPlan, keep
         )
         return f"{mine} against {theirs}" if mine != theirs else "their query heads are grouped differently"
     facts: tuple[tuple[str, object, object], ...] = (
-        ("a window of", reader.window, owner.window),
+        ("a window of", reader.window or "all tokens", owner.window or "all tokens"),
         ("rotary frequencies", reader.rotary, owner.rotary),
         ("ALiBi slopes", reader.alibi_slopes, owner.alibi_slopes),
         ("a norm of the keys", _kind(reader.k_norm), _kind(owner.k_norm)),
@@ -170,4 +174,4 @@ def _say(value: object) -> str:
     frequencies = getattr(value, "inv_freq", None)
     if frequencies is not None:
         return f"{len(frequencies)} from {min(frequencies):.3g} up to {max(frequencies):.3g}"
-    return "all tokens" if value is None else str(value)
+    return "none" if value is None else str(value)

@@ -76,10 +76,12 @@ class Lowrank(LatentMethod):
         inputs = input_columns(site)
         full = min(site.kv_heads * site.head_dim, inputs) + min(site.kv_heads * site.value_dim, inputs)
         if step.rank is not None and step.rank > min(full, site.kv_dims):
-            raise PlanError(f"{at}: rank {step.rank} is above full: K and V have {full} numbers. Use less.")
+            raise PlanError(f"{at}: rank {step.rank} is more than the {full} numbers of K and V. Use less.")
         numbers = aligned_rank(step.rank, 0, full) if step.rank is not None else kept_numbers(step.keep or 0, site)
         if step.layout == "grouped" and site.kv_heads % step.group:
-            raise PlanError(f"{at}: groups of {step.group} do not divide {site.kv_heads} KV heads. Set group.")
+            raise PlanError(
+                f"{at}: groups of {step.group} do not divide {site.kv_heads} KV heads. Set group to a divisor."
+            )
         share = 0.42 if step.k_share is None else step.k_share
         if step.layout == "freq":
             if site.rotary is None or site.rotary.dims != site.head_dim:

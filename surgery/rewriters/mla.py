@@ -85,7 +85,7 @@ class Mla(LatentMethod):
                 f"{at}: rope_dims {rope_dims} is more than the {turning} rotated numbers of K. Use at most that."
             )
         if step.rank > full:
-            raise PlanError(f"{at}: rank {step.rank} is above full: K and V together have rank {full}. Use less.")
+            raise PlanError(f"{at}: rank {step.rank} is more than the {full} that K and V have together. Use less.")
         if rope_dims is None:
             rope_dims = min(turning, max(2, step.rank // 6 * 2)) if turning else 0
         if step.rank + rope_dims > site.kv_dims:
