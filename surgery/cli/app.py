@@ -292,7 +292,7 @@ def convert(
         typer.Option(
             min=1,
             metavar="N",
-            help="Windows of that text at most. Time and memory grow with them: 5 to 10 forward passes over the text, "
+            help="Windows of that text at most. Time and memory grow with them: 4 to 9 forward passes over the text, "
             "and 8 bytes per token and channel of the hidden state.",
         ),
     ] = 256,
