@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from surgery.quick_evict import NAME, Induction
 from surgery.runtime.budgets import BUDGETS
 from surgery.runtime.calling import cache_argument
 from surgery.runtime.layout import LayerPlan, Ranked
+from surgery.runtime.noise import gumbel, uniform
 from surgery.runtime.queries import Queries
 from surgery.runtime.ranked_cache import RankedLayer
 from surgery.runtime.rankers import RANKERS
@@ -68,6 +70,15 @@ def output_norms(value_BKSV: Tensor) -> Tensor:
     return torch.einsum("nov,bnsv->bnso", OUT, value_BKSV.repeat_interleave(2, dim=1)).abs().sum(-1)
 
 
+def ahead(x: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Keys do not turn here, but for what queries to come would: a factor of its own for each channel."""
+    return x if len(offsets) > 100 else x * torch.linspace(0.5, 1.0, 8)
+
+
+def pair_norms(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, -1)).norm(dim=-2)
+
+
 class Loop:
     """One sequence in one layer, token by token and head by head."""
 
@@ -78,10 +89,13 @@ class Loop:
         self.sums: list[dict[int, float]] = [{} for _ in k_KTH]
         self.seen = 0
 
-    def attention(self, head: int, query: int, slots: list[int]) -> dict[int, float]:
+    def attention(self, head: int, query: int, slots: list[int], noisy: bool = False) -> dict[int, float]:
         row = self.k[head // self.group]
-        slots = [j for j in slots if j <= query]
         logits = [float(self.q[head, query] @ row[j]) / math.sqrt(row.shape[1]) for j in slots]
+        if noisy:
+            logits = [x + noise(query, head, place) for place, x in enumerate(logits)]
+        pairs = [(j, x) for j, x in zip(slots, logits, strict=True) if j <= query]
+        slots, logits = [j for j, _ in pairs], [x for _, x in pairs]
         top = max(logits)
         total = sum(math.exp(x - top) for x in logits)
         return {j: math.exp(x - top) / total for j, x in zip(slots, logits, strict=True)}
@@ -89,12 +103,15 @@ class Loop:
     def add(self, count: int) -> None:
         new = list(range(self.seen, self.seen + count))
         self.seen += count
+        scorer = self.retain.scorer
         for k in range(self.heads):
             self.kept[k] += new
-            for query in new:
+            for query in new[-400:]:
                 for h in range(k * self.group, (k + 1) * self.group):
-                    for j, weight in self.attention(h, query, self.kept[k]).items():
-                        self.sums[k][j] = self.sums[k].get(j, 0.0) + weight / self.group
+                    found = self.attention(h, query, self.kept[k], noisy=scorer == "keyformer")
+                    for j, weight in found.items():
+                        adds = float(weight < 1 / len(found)) if scorer == "scissorhands" else weight
+                        self.sums[k][j] = self.sums[k].get(j, 0.0) + adds / self.group
         slots = int(self.retain.slots_at(self.seen))
         ranker = RANKERS[self.retain.scorer]
         if count == 1:
@@ -128,7 +145,15 @@ class Loop:
             return {j: float(j) for j in slots}
         if retain.scorer == "knorm":
             return {j: -float(self.k[k, j].norm()) for j in slots}
-        if retain.scorer in ("h2o", "vatp"):
+        if retain.scorer == "scissorhands":
+            return {j: -self.sums[k][j] for j in slots}
+        if retain.scorer == "buzz":
+            return self.buzz(k)
+        if retain.scorer == "nacl":
+            return self.nacl(k, new, mine)
+        if retain.scorer == "triattention":
+            return self.triattention(k, [i for i in new if i >= retain.sinks], mine)
+        if retain.scorer in ("h2o", "vatp", "keyformer"):
             size = {j: float(self.v[k, j].abs().sum()) if retain.scorer == "vatp" else 1.0 for j in slots}
             return {j: self.sums[k][j] * size[j] for j in slots}
         if retain.scorer == "tova":
@@ -171,6 +196,49 @@ class Loop:
                 total[j] += math.exp(x - top) / below / self.group * float(self.v[k, j].norm())
         return total
 
+    def buzz(self, k: int) -> dict[int, float]:
+        """The best of each stretch before all others."""
+        slots, budget = self.kept[k], int(self.retain.slots_at(self.seen))
+        newest = max(budget // 2, self.retain.window or 0)
+        free = slots[self.retain.sinks : len(slots) - newest]
+        length = -(-max(1, len(free)) // max(1, budget - self.retain.sinks - newest))
+        score = {j: self.sums[k][j] for j in slots}
+        for begin in range(0, len(free), length):
+            best = max(free[begin : begin + length], key=lambda j: self.sums[k][j])
+            score[best] += 1000
+        return score
+
+    def nacl(self, k: int, new: list[int], mine: range) -> dict[int, float]:
+        slots, observed = self.kept[k], new[-self.retain.observe :]
+        weights = [self.attention(h, i, slots) for h in mine for i in observed]
+        mean = {j: sum(a.get(j, 0.0) for a in weights) / len(weights) for j in slots}
+        score = {j: math.log(max(mean[j], 1e-30)) + noise(self.seen, k, place) for place, j in enumerate(slots)}
+        always = slots[: self.retain.sinks] + slots[len(slots) - (self.retain.window or 0) :]
+        order = sorted(slots, key=lambda j: (j not in always, -mean[j]))
+        return score | dict.fromkeys(order[: int(self.retain.slots_at(self.seen)) // 2], math.inf)
+
+    def triattention(self, k: int, used: list[int], mine: range) -> dict[int, float]:
+        total = dict.fromkeys(self.kept[k], 0.0)
+        for h in mine:
+            mean = torch.stack([self.q[h, i] for i in used]).mean(0)
+            spread = sum(pair_norms(self.q[h, i]) for i in used) / len(used) - pair_norms(mean)
+            for j in total:
+                key = self.k[k, j]
+                total[j] += float(key @ ahead(mean, range(17)) + pair_norms(key) @ spread) / self.group
+        return total
+
+
+def noise(*places: int) -> float:
+    return float(gumbel(*(torch.tensor(place) for place in places)))
+
+
+def test_noise_of_places_is_that_of_a_generator() -> None:
+    drawn = uniform(torch.arange(300)[:, None], torch.arange(300))
+    assert 0 < drawn.min() < 1e-4 and 1 - 1e-4 < drawn.max() < 1
+    assert abs(float(drawn.mean()) - 0.5) < 0.005 and abs(float(drawn.std()) - 12**-0.5) < 0.005
+    assert abs(float(torch.corrcoef(torch.stack((drawn[1:].flatten(), drawn[:-1].flatten())))[0, 1])) < 0.02
+    assert len(drawn.unique()) > 0.99 * 300**2
+
 
 @pytest.mark.parametrize("budget", ["uniform", "ada"])
 @pytest.mark.parametrize("scorer", RANKERS)
@@ -192,7 +260,8 @@ def test_what_stays_is_what_loops_say(scorer: str, budget: str) -> None:
                 weight_BKT=None, real_BT=None, turn=lambda x: x,
                 queries=Queries(
                     query_BNTH=q[:, :, at], real_BT=None, scale=8**-0.5, plain_BNTH=q[:, :, at],
-                    ahead=lambda x, positions: x, output_norms=output_norms,
+                    ahead=ahead, output_norms=output_norms,
+                    pair_norms=pair_norms,
                 ),
             )
         )  # fmt: skip

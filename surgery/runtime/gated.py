@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -277,16 +277,26 @@ class SurgeryGatedHeadsAttention(SurgeryGatedAttention, SurgeryHeadsAttention):
             return found
         start_B1 = self._positions(inputs).amax(-1, keepdim=True) + 1
         ahead = partial(self._turn_ahead, start_B1=start_B1)
-        return replace(found, plain_BNTH=asked.q_BTNH.detach().transpose(1, 2), ahead=ahead)
+        plain = asked.q_BTNH.detach().transpose(1, 2)
+        return replace(found, plain_BNTH=plain, ahead=ahead, pair_norms=self._pair_norms)
 
-    def _turn_ahead(self, x_BNXH: Tensor, positions: int, start_B1: Tensor) -> Tensor:
-        """`x_BNXH` by the mean rotation over so many positions from `start_B1` on."""
+    def _turn_ahead(self, x_BNXH: Tensor, offsets: Sequence[int], start_B1: Tensor) -> Tensor:
+        """`x_BNXH` by the mean rotation over positions that lie so far behind `start_B1`."""
         rotary = self.site.rotary
         if rotary is None:
             return x_BNXH
-        at = start_B1 + torch.arange(positions, device=x_BNXH.device)
+        at = start_B1 + torch.tensor(offsets, device=x_BNXH.device)
         cos, sin = angles_of(at, self.inv_freq_bits, rotary.scaling, torch.float32)
         return self._turn(x_BNXH, *(t.mean(1)[:, None, None] for t in (cos, sin)))
+
+    def _pair_norms(self, x: Tensor) -> Tensor:
+        rotary = self.site.rotary
+        if rotary is None:
+            return x.abs()
+        end = rotary.start + rotary.dims
+        pairs = x[..., rotary.start : end].unflatten(-1, (-1, 2) if rotary.interleaved else (2, -1))
+        norms = pairs.norm(dim=-1 if rotary.interleaved else -2)
+        return torch.cat((x[..., : rotary.start].abs(), norms, x[..., end:].abs()), dim=-1)
 
     def _needs_frequencies(self) -> bool:
         return super()._needs_frequencies() or (self.plan.retain is not None and self.plan.retain.reads_plain_queries)

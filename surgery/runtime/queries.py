@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +13,8 @@ from torch import Tensor
 class Ahead(Protocol):
     """The mean rotation over positions to come."""
 
-    def __call__(self, x_BNXH: Tensor, positions: int) -> Tensor:
-        """Turn `x_BNXH` by the mean rotation over so many positions behind the newest token of each sequence."""
+    def __call__(self, x_BNXH: Tensor, offsets: Sequence[int]) -> Tensor:
+        """Turn `x_BNXH` by the mean rotation over positions behind the newest token of each sequence: 0 the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class Queries:
     plain_BNTH: Tensor | None = None
     """Before any rotation."""
     ahead: Ahead | None = None
+    pair_norms: Callable[[Tensor], Tensor] | None = None
+    """From [..., H] the length of each pair of channels that turn together, and of each channel that does not turn."""
 
     def newest(self, x_BNTH: Tensor, count: int) -> Tensor:
         """The newest `count` tokens [B, N, count, H], in order; undefined before the first token of a sequence."""

@@ -102,11 +102,7 @@ class RankedLayer(PagedLayer):
 
     def _keep(self, ranking: Ranking) -> Tensor:
         """[B, K, S]: which slots stay."""
-        score = (
-            self.ranker.score(ranking)
-            .masked_fill(ranking.stays_BKS, torch.inf)
-            .masked_fill(~ranking.there_BKS, -torch.inf)
-        )
+        score = ranking.ranked(self.ranker.score(ranking))
         keep = ranking.there_BKS.clone()
         keep[:, self._sharing] = self.budget.keep(score[:, self._sharing], ranking.slots_B)
         return keep

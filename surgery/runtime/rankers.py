@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .budgets import rank
+from .noise import gumbel
 from .ranking import Ranking
 
 
@@ -103,6 +103,60 @@ class ValueAware(HeavyHitters):
         return ranking.gathered_BKS * _over_heads(ranking.keys_values()[1].float().abs().sum(-1), ranking)
 
 
+class Keyformer(HeavyHitters):
+    """The same sum, of a softmax over noisy logits: Gumbel noise is added to each, so that slots which got little by
+    chance are not lost.
+
+    Its temperature rises from 1 to 2 over an answer of known length in the paper; here it stays at the 1 of prompts,
+    for nobody tells how much will be decoded.
+    """
+
+    describes = (
+        "what all queries so far attend to under noise stays, half of it the newest (Keyformer, arXiv:2403.09054)"
+    )
+
+    def gather(self, ranking: Ranking) -> Tensor:
+        return ranking.gathered_BKS + ranking.attended(noisy=True)
+
+
+class Scissorhands(Ranker):
+    """How few queries paid a slot less than the mean of what they saw: those of the newest 400 of a prompt, and of all
+    that are decoded behind it."""
+
+    describes = (
+        "what fewest of the last 400 queries attended to below their mean stays (Scissorhands, arXiv:2305.17118)"
+    )
+    gathers = True
+    history = 400
+
+    def gather(self, ranking: Ranking) -> Tensor:
+        return ranking.gathered_BKS + ranking.below_mean(self.history)
+
+    def score(self, ranking: Ranking) -> Tensor:
+        return -ranking.gathered_BKS
+
+
+class Buzz(HeavyHitters):
+    """Attention of all queries so far, the best one of each stretch of neighbours before all others.
+
+    Slots between sinks and newest are cut into as many stretches as may stay of them; in the authors' code stretches
+    have a fixed length, and the budget follows from it.
+    """
+
+    describes = "of each stretch of neighbours the most attended stays, half of it the newest (BUZZ, arXiv:2410.23079)"
+
+    def score(self, ranking: Ranking) -> Tensor:
+        newest_BK = ranking.newest_B[:, None].expand_as(ranking.count_BK)
+        open_BK = (ranking.count_BK - ranking.sinks - newest_BK).clamp_min(1)
+        room_BK = (ranking.slots_B[:, None] - ranking.sinks - newest_BK).clamp_min(1)
+        length_BK1 = -(-open_BK // room_BK)[..., None]
+        free = ranking.there_BKS & ~ranking.stays_BKS
+        stretch = ((ranking.place_S - ranking.sinks).clamp_min(0) // length_BK1).clamp_max(len(ranking.slots) - 1)
+        score = ranking.gathered_BKS.masked_fill(~free, -1.0)
+        best = torch.full_like(score, -1.0).scatter_reduce(2, stretch, score, "amax").gather(2, stretch)
+        return score + (score == best) * (1 + score.amax(-1, keepdim=True))
+
+
 class LastQuery(Ranker):
     """Attention of the newest query, the mean over all heads: the heads of a layer keep the same tokens."""
 
@@ -128,16 +182,12 @@ class Expected(Ranker):
 
     def score(self, ranking: Ranking) -> Tensor:
         queries = ranking.queries
-        assert queries.plain_BNTH is not None and queries.ahead is not None
-        T = queries.plain_BNTH.shape[2]
-        query = queries.newest(queries.plain_BNTH, T).float()
-        order = ranking.tokens_B[:, None] - T + torch.arange(T, device=query.device)
-        counts = (order >= ranking.sinks) & (order >= (ranking.tokens_B - queries.count_B)[:, None])
-        share = (counts / counts.sum(-1, keepdim=True).clamp_min(1))[:, None, :, None]
+        assert queries.ahead is not None
+        query, share = ranking.plain_queries()
         mean = (query * share).sum(2, keepdim=True)
         centred = query - mean
         covariance = torch.matmul((centred * share).transpose(2, 3), centred)
-        turn = functools.partial(queries.ahead, positions=self.ahead)
+        turn = functools.partial(queries.ahead, offsets=range(self.ahead))
         mean, covariance = turn(mean), turn(turn(covariance).transpose(2, 3))
         key = ranking.of_queries(ranking.keys_values()[0].float(), query.shape[1])
         logits = torch.matmul(key, mean.transpose(2, 3))[..., 0] * queries.scale
@@ -145,6 +195,50 @@ class Expected(Ranker):
         hidden = (ranking.place_S < ranking.sinks) | ~ranking.there_BKS
         logits = logits.masked_fill(ranking.of_queries(hidden, query.shape[1]), torch.finfo(torch.float32).min)
         return ranking.by_row(logits.softmax(-1)) * ranking.keys_values()[1].float().norm(dim=-1)
+
+
+class Centres(Ranker):
+    """What the mean query of a prompt will ask for at distances of 1, 2, 4, ... 2^16, by channel pairs of the rotation.
+
+    Mean over those distances of q'k, where q is the mean query, and of each pair |k| (E|q| - |E q|), for queries that
+    lie far from their mean. The mean is that of the prompt itself; the authors take it from calibration text.
+    """
+
+    describes = (
+        "what the mean query asks for at growing distances stays (TriAttention, github.com/WeianMao/triattention)"
+    )
+    while_decoding = False
+    plain_queries = True
+    offsets = tuple(2**i - 1 for i in range(17))
+
+    def score(self, ranking: Ranking) -> Tensor:
+        queries = ranking.queries
+        assert queries.ahead is not None and queries.pair_norms is not None
+        query, share = ranking.plain_queries()
+        mean = (query * share).sum(2, keepdim=True)
+        spread = (queries.pair_norms(query) * share).sum(2, keepdim=True) - queries.pair_norms(mean)
+        key = ranking.of_queries(ranking.keys_values()[0].float(), query.shape[1])
+        score = torch.matmul(key, queries.ahead(mean, self.offsets).transpose(2, 3))[..., 0]
+        return ranking.by_row(score + (queries.pair_norms(key) * spread).sum(-1))
+
+
+class Lots(Ranker):
+    """Half of the budget by the attention of the newest `observe` queries, the other drawn by lot, with chances as that
+    attention has them.
+
+    The published split between both is tuned by task; a lot falls as noise of its place does, alike in every run.
+    """
+
+    describes = "half by what the newest queries attend to, half drawn by lot from that (NACL, arXiv:2408.03675)"
+    while_decoding = False
+    reads = ("observe",)
+
+    def score(self, ranking: Ranking) -> Tensor:
+        attended = ranking.attended(ranking.observe) / ranking.queries.count_B.clamp_max(ranking.observe)[:, None, None]
+        at_first = ranking.among_best(attended, ranking.slots_B // 2)
+        heads = torch.arange(ranking.count_BK.shape[1], device=attended.device)[:, None]
+        drawn = attended.clamp_min(1e-30).log() + gumbel(ranking.tokens_B[:, None, None], heads, ranking.place_S)
+        return drawn.masked_fill(at_first, torch.inf)
 
 
 class Critical(Snap):
@@ -156,8 +250,7 @@ class Critical(Snap):
     def score(self, ranking: Ranking) -> Tensor:
         assert ranking.queries.output_norms is not None
         attended = super().score(ranking)
-        first = attended.masked_fill(ranking.stays_BKS, torch.inf).masked_fill(~ranking.there_BKS, -torch.inf)
-        at_first = rank(first) < (ranking.slots_B // 2).clamp_min(1)[:, None, None]
+        at_first = ranking.among_best(attended, (ranking.slots_B // 2).clamp_min(1))
         value = ranking.queries.output_norms(ranking.keys_values()[1].float())
         return ((attended + 1e-4) * ranking.by_row(value)).masked_fill(at_first, torch.inf)
 
@@ -176,5 +269,10 @@ RANKERS: dict[str, Ranker] = {
     "expected": Expected(),
     "vatp": ValueAware(),
     "critical": Critical(),
+    "scissorhands": Scissorhands(),
+    "keyformer": Keyformer(),
+    "buzz": Buzz(),
+    "nacl": Lots(),
+    "triattention": Centres(),
 }
 """Name in recipes and plans -> score."""

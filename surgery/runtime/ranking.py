@@ -5,13 +5,15 @@ Attention is computed anew for those queries that a score observes, some of them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .budgets import rank
+from .noise import gumbel
 from .queries import Queries
 from .slots import Slots
 
@@ -80,18 +82,38 @@ class Ranking:
         Args:
             last: newest queries that are asked for; None: all new ones.
         """
-        for weights in self._blocks(last):
+        for weights, _ in self._blocks(last):
             yield F.pad(weights, (0, len(self.slots) - weights.shape[-1]))
 
-    def attended(self, last: int | None = None) -> Tensor:
-        """[B, K, S]: the sum of those weights over the queries, and their mean over the query heads of each row."""
+    def attended(self, last: int | None = None, noisy: bool = False) -> Tensor:
+        """[B, K, S]: the sum of those weights over the queries, and their mean over the query heads of each row.
+
+        Args:
+            noisy: Gumbel noise is added to the logits, of its own for each head, query and slot.
+        """
+        return self._summed(last, lambda weights, age_Q: weights, noisy)
+
+    def below_mean(self, last: int | None = None) -> Tensor:
+        """[B, K, S]: the queries that pay a slot less than 1 / (slots that they see); mean over the heads of a row."""
+
+        def below(weights: Tensor, age_Q: Tensor) -> Tensor:
+            sees_BKQS = self.age_BKS[:, :, None, : weights.shape[-1]] >= age_Q[:, None]
+            sees_BKQS = sees_BKQS & (age_Q < self.queries.count_B[:, None])[:, None, :, None]
+            least_BKQ = 1.0 / (self.count_BK[..., None] - age_Q).clamp_min(1)
+            sees, least = (self.of_queries(x, weights.shape[1]) for x in (sees_BKQS, least_BKQ))
+            return (weights < least[..., None]) & sees
+
+        return self._summed(last, below)
+
+    def _summed(self, last: int | None, of: Callable[[Tensor, Tensor], Tensor], noisy: bool = False) -> Tensor:
+        """[B, K, S]: the sum over the queries of what `of` makes of weights [B, N, Q, S] and ages; mean over heads."""
         total = torch.zeros((*self.queries.query_BNTH.shape[:2], len(self.slots)), device=self.count_BK.device)
-        for weights in self._blocks(last):
-            total[..., : weights.shape[-1]] += weights.sum(2)
+        for weights, age_Q in self._blocks(last, noisy):
+            total[..., : weights.shape[-1]] += of(weights, age_Q).sum(2)
         return self.by_row(total)
 
-    def _blocks(self, last: int | None) -> Iterator[Tensor]:
-        """`attention`, without the slots behind all of the queries of a block."""
+    def _blocks(self, last: int | None, noisy: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """`attention`, without the slots behind all of the queries of a block, and the tokens behind each query."""
         T = self.queries.query_BNTH.shape[2]
         last = T if last is None else min(last, T)
         query = self.queries.newest(self.queries.query_BNTH, last).float()
@@ -111,6 +133,10 @@ class Ranking:
             )
             if self.queries.softcap is not None:
                 logits = self.queries.softcap * torch.tanh(logits / self.queries.softcap)
+            if noisy:
+                order_B1Q1 = (self.tokens_B[:, None] - 1 - age_Q)[:, None, :, None]
+                head_N11 = torch.arange(N, device=query.device)[:, None, None]
+                logits = logits + gumbel(order_B1Q1, head_N11, self.place_S[:S])
             hidden = self.age_BKS[:, :, None, :S] < age_Q[:, None]
             if self.queries.row_of_query is not None:
                 hidden = hidden.index_select(1, self.queries.row_of_query)
@@ -120,7 +146,27 @@ class Ranking:
                 logits = torch.cat((logits, sink), dim=-1)
             weights = logits.softmax(-1)[..., :S]
             there = age_Q < self.queries.count_B[:, None]
-            yield weights if self.queries.real_BT is None else weights.masked_fill(~there[:, None, :, None], 0.0)
+            if self.queries.real_BT is not None:
+                weights = weights.masked_fill(~there[:, None, :, None], 0.0)
+            yield weights, age_Q
+
+    def ranked(self, score_BKS: Tensor) -> Tensor:
+        """`score_BKS`, infinite where a slot stays whatever it says, and -infinite where there is none."""
+        return score_BKS.masked_fill(self.stays_BKS, torch.inf).masked_fill(~self.there_BKS, -torch.inf)
+
+    def among_best(self, score_BKS: Tensor, slots_B: Tensor) -> Tensor:
+        """[B, K, S]: the best slots of each row, so many, those that stay before all others."""
+        return rank(self.ranked(score_BKS)) < slots_B[:, None, None]
+
+    def plain_queries(self) -> tuple[Tensor, Tensor]:
+        """Queries of the new tokens before their rotation [B, N, T, H], float32, and the part [B, 1, T, 1] of each in
+        their mean: 0 of sinks and padding."""
+        assert self.queries.plain_BNTH is not None
+        T = self.queries.plain_BNTH.shape[2]
+        query = self.queries.newest(self.queries.plain_BNTH, T).float()
+        order = self.tokens_B[:, None] - T + torch.arange(T, device=query.device)
+        counts = (order >= self.sinks) & (order >= (self.tokens_B - self.queries.count_B)[:, None])
+        return query, (counts / counts.sum(-1, keepdim=True).clamp_min(1))[:, None, :, None]
 
     def of_queries(self, x_BK: Tensor, heads: int) -> Tensor:
         """[B, N, ...] from [B, K, ...]: for each query head what its row says."""
