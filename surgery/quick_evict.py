@@ -19,7 +19,7 @@ from .runtime.layout import Ranked
 from .runtime.masks import real_of_new
 from .runtime.paged_attention import attend
 from .runtime.queries import Queries
-from .runtime.ranked_cache import RankedLayer
+from .runtime.ranked_cache import RankedLayer, join
 from .runtime.rankers import RANKERS, Ranker
 from .runtime.ranking import Ranking
 from .runtime.slots import New
@@ -156,6 +156,7 @@ def put_layers(cache: DynamicCache, model: PreTrainedModel, plan: Plan) -> None:
     for layer in planned:
         assert isinstance(layer.retain, Ranked)
         cache.layers[layer.layer] = StockRankedLayer(layer.retain, layer.layer)
+    join(cache.layers)
     if model not in _HOOKED:
         model.register_forward_pre_hook(_begin, with_kwargs=True)
         model.register_forward_hook(_end, with_kwargs=True, always_call=True)

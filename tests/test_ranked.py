@@ -22,7 +22,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 import surgery
 from surgery.measure.memory import tensor_bytes
 from surgery.quick_evict import NAME, Induction
-from surgery.runtime.budgets import BUDGETS
+from surgery.runtime.budgets import BUDGETS, Claim, OverLayers
 from surgery.runtime.calling import cache_argument
 from surgery.runtime.layout import LayerPlan, Ranked
 from surgery.runtime.noise import gumbel, uniform
@@ -93,7 +93,7 @@ class Loop:
         row = self.k[head // self.group]
         logits = [float(self.q[head, query] @ row[j]) / math.sqrt(row.shape[1]) for j in slots]
         if noisy:
-            logits = [x + noise(query, head, place) for place, x in enumerate(logits)]
+            logits = [x + n for x, n in zip(logits, noise(len(logits), query, head), strict=True)]
         pairs = [(j, x) for j, x in zip(slots, logits, strict=True) if j <= query]
         slots, logits = [j for j, _ in pairs], [x for _, x in pairs]
         top = max(logits)
@@ -212,7 +212,8 @@ class Loop:
         slots, observed = self.kept[k], new[-self.retain.observe :]
         weights = [self.attention(h, i, slots) for h in mine for i in observed]
         mean = {j: sum(a.get(j, 0.0) for a in weights) / len(weights) for j in slots}
-        score = {j: math.log(max(mean[j], 1e-30)) + noise(self.seen, k, place) for place, j in enumerate(slots)}
+        drawn = zip(slots, noise(len(slots), self.seen, k), strict=True)
+        score = {j: math.log(max(mean[j], 1e-30)) + n for j, n in drawn}
         always = slots[: self.retain.sinks] + slots[len(slots) - (self.retain.window or 0) :]
         order = sorted(slots, key=lambda j: (j not in always, -mean[j]))
         return score | dict.fromkeys(order[: int(self.retain.slots_at(self.seen)) // 2], math.inf)
@@ -228,8 +229,10 @@ class Loop:
         return total
 
 
-def noise(*places: int) -> float:
-    return float(gumbel(*(torch.tensor(place) for place in places)))
+def noise(count: int, *at: int) -> list[float]:
+    """Of the first places of a row."""
+    found: list[float] = gumbel(*(torch.tensor(place) for place in at), torch.arange(count)).tolist()
+    return found
 
 
 def test_noise_of_places_is_that_of_a_generator() -> None:
@@ -287,6 +290,69 @@ def test_budgets_keep_the_mean_over_layers(budget: str) -> None:
         assert all(6 <= n <= tokens_seen for n in kept)
 
 
+OVER_LAYERS = [name for name, budget in BUDGETS.items() if isinstance(budget, OverLayers)]
+
+
+def claims(heads: Sequence[int] = (2, 2, 3, 2), tokens_seen: int = 40, always: int = 6) -> list[Claim]:
+    """Of layers of so many heads that share, in two sequences."""
+    generator, found = torch.Generator().manual_seed(4), []
+    for n in heads:
+        score = torch.rand(2, n, tokens_seen, generator=generator) ** (4 * torch.rand(1, generator=generator) + 1)
+        opened = (torch.arange(tokens_seen) >= always).expand(2, n, -1)
+        found.append(
+            Claim(score_BKS=score.masked_fill(~opened, torch.inf), open_BKS=opened,
+                  measure_B=torch.rand(2, generator=generator), mass_B=(score * opened).sum((1, 2)))
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("budget", OVER_LAYERS)
+@pytest.mark.parametrize("part", [0.2, 0.6])
+def test_dividing_as_layers_come_is_dividing_at_once(budget: str, part: float) -> None:
+    rule, all_of_them = BUDGETS[budget], claims((2, 2, 2, 2))
+    assert isinstance(rule, OverLayers)
+    slots_B = torch.tensor([int(part * 8 * 34), int(part * 8 * 34) // 2])
+    want = rule.divide(all_of_them, slots_B)
+    left: list[Claim] = []
+    for claim in all_of_them:
+        left.append(claim)
+        given = rule.divide(left, slots_B)
+        keeps = [rule.keep(c.score_BKS, 6 + n) for c, n in zip(left, given.unbind(-1), strict=True)]
+        left = [c.of(keep) for c, keep in zip(left, keeps, strict=True)]
+        assert all((c.most_B <= n).all() for c, n in zip(left, given.unbind(-1), strict=True))
+    assert torch.equal(given, want)
+    assert ((2 * want).sum(-1) <= slots_B).all() and ((2 * want).sum(-1) > slots_B - 8).all()
+
+
+def test_budgets_over_layers_divide_as_defined() -> None:
+    found, slots_B = claims(), torch.tensor([90, 120])
+    heads = torch.tensor([2, 2, 3, 2])
+    for b in range(2):
+        cake = BUDGETS["cake"].divide(found, slots_B)[b]
+        measure = torch.stack([c.measure_B[b] for c in found])
+        share = measure * slots_B[b] / (measure * heads).sum()
+        assert (cake < 34).all() and torch.equal(cake, share.long())
+        dynamic = BUDGETS["dynamic"].divide(found, slots_B)[b]
+        best = [c.score_BKS[b, :, 6:].sort(-1, descending=True).values.mean(0) for c in found]
+        entries = sorted(
+            ((float(x), int(n)) for values, n in zip(best, heads, strict=True) for x in values), reverse=True
+        )
+        room, taken = int(slots_B[b]), []
+        for value, n in entries:
+            room -= n
+            taken += [value] if room >= 0 else []
+        assert dynamic.tolist() == [sum(float(x) in taken for x in values) for values in best]
+        prefix = BUDGETS["prefix"].divide(found, slots_B)[b]
+        sums = [c.score_BKS[b, :, 6:].sort(-1, descending=True).values.sum(0).cumsum(0) / c.mass_B[b] for c in found]
+        held = [float(total[n - 1]) for total, n in zip(sums, prefix, strict=True)]
+        more = [float(total[n]) for total, n in zip(sums, prefix, strict=True)]
+        assert min(more) >= max(held) and max(held) - min(held) < 0.1  # of a slot's size alike
+        lazy = BUDGETS["simlayer"].divide(found, slots_B)[b]
+        order = measure.argsort(descending=True).tolist()
+        assert lazy[order[0]] == 34 and lazy[order[-1]] == 0
+        assert int((lazy * heads).sum()) > slots_B[b] - 3
+
+
 # ------------------------------------------------------------------------------------------- in models
 
 
@@ -309,9 +375,14 @@ def test_bytes_are_planned_and_a_prompt_sees_everything(form: str, scorer: str) 
     assert_close(model(ids, use_cache=False).logits, logits)
 
 
-@pytest.mark.parametrize("budget", ["uniform", "ada"])
 @pytest.mark.parametrize(
-    ("form", "scorer"), [*(("heads", s) for s in RANKERS), ("latent", "snapkv"), ("latent", "h2o")]
+    ("form", "scorer", "budget"),
+    [
+        *(("heads", scorer, "uniform") for scorer in RANKERS),
+        *((form, scorer, "ada") for form, scorer in (("heads", "h2o"), ("latent", "snapkv"), ("latent", "h2o"))),
+        *(("heads", "snapkv", budget) for budget in OVER_LAYERS),
+        ("latent", "snapkv", "cake"),
+    ],
 )
 @torch.no_grad()
 def test_rows_of_a_padded_batch_are_what_they_are_alone(form: str, scorer: str, budget: str) -> None:
@@ -345,6 +416,25 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(form: str, scorer: str, 
 def _heads(cache: DynamicCache) -> int:
     heads: int = cache.layers[0].lengths.shape[1]
     return heads
+
+
+@pytest.mark.parametrize("budget", OVER_LAYERS)
+@torch.no_grad()
+def test_layers_share_what_all_of_them_may_keep(budget: str) -> None:
+    step = {"rewriter": "evict", "scorer": "snapkv", "budget": budget, "recent": 4, "sinks": 2, "observe": 4}
+    model, ids = surgery.convert(tiny_model("llama", **FOUR), {"steps": [step]}).eval(), tokens(length=120)
+    _, cache = run(model, ids, [100])
+    layers = [layer for layer in cache.layers if isinstance(layer, RankedLayer)]
+    for _ in range(2):
+        held = torch.stack([layer.lengths for layer in layers])  # [L, B, K]
+        mean = layers[0].retain.slots_at(int(layers[0].tokens[0]))
+        assert (held == held[..., :1]).all() and (held >= 6).all()
+        assert (4 * mean - 4 < held[..., 0].sum(0)).all() and (held[..., 0].sum(0) <= 4 * mean).all()
+        assert len(held[:, 0, 0].unique()) > 1
+        assert all(layer.claim is None for layer in layers)
+        run(model, ids[:, 100:], [20], cache)  # a new question divides anew
+    kept, first = copy.deepcopy(cache), layers[0]
+    assert kept.layers[0].peers[0] is kept.layers[0] is not first
 
 
 @torch.no_grad()
@@ -527,6 +617,14 @@ STEP = {"rewriter": "evict", "scorer": "snapkv", "ratio": 4, "recent": 8, "obser
     [
         ({"scorer": "snapvk"}, "no scorer 'snapvk'. Did you mean 'snapkv'"),
         ({"budget": "adda"}, "no budget 'adda'. Did you mean 'ada'"),
+        (
+            {"scorer": "h2o", "observe": None, "budget": "cake"},
+            "h2o leave while tokens are decoded, too. Use a scorer that",
+        ),
+        (
+            {"scorer": "nacl", "budget": "prefix"},
+            "those of nacl are no parts of attention. Use snapkv, or the budget cake",
+        ),
         ({"window": 100}, "window: the score snapkv does not read it. It reads ratio, sinks, page, budget, slots"),
         ({"scorer": "h2o"}, "observe: the score h2o does not read it"),
         ({"scorer": "window", "observe": None}, "recent: the score window does not read it"),
@@ -570,6 +668,7 @@ def test_plans_refuse_what_cannot_be_scored_and_name_what_is_left() -> None:
     [
         ("llama", "snapkv", "ada"),
         ("qwen3", "h2o", "uniform"),
+        ("llama", "snapkv", "cake"),
         *(pytest.param(family, "tova", "pyramid", marks=pytest.mark.slow) for family in ("gpt_neox", "gpt2", "phi3")),
     ],
 )

@@ -10,7 +10,7 @@ from ..console import spans
 from ..errors import PlanError, RecipeError
 from ..planning.schema import nearest
 from ..recipe import Text
-from ..runtime.budgets import BUDGETS
+from ..runtime.budgets import BUDGETS, OverLayers
 from ..runtime.layout import Evict, LayerPlan, Ranked
 from ..runtime.rankers import RANKERS
 from ..runtime.scorers import SCORERS
@@ -82,6 +82,19 @@ class EvictStep(WindowStep):
         if self.budget is not None and self.budget not in BUDGETS:
             near = nearest(self.budget, BUDGETS)
             raise RecipeError(f"{where}.budget: no budget {self.budget!r}.{near} Known: {', '.join(BUDGETS)}.")
+        budget, ranker = BUDGETS[self.budget or "uniform"], RANKERS.get(self.scorer)
+        if ranker is not None and isinstance(budget, OverLayers) and ranker.while_decoding:
+            raise RecipeError(
+                f"{where}.budget: {self.budget} divides slots over the layers once a prompt is there, and those of "
+                f"{self.scorer} leave while tokens are decoded, too. Use a scorer that waits for prompts: "
+                f"{', '.join(name for name, r in RANKERS.items() if not r.while_decoding)}."
+            )
+        if ranker is not None and isinstance(budget, OverLayers) and budget.by_mass and not ranker.is_attention:
+            raise RecipeError(
+                f"{where}.budget: {self.budget} compares scores of different layers, and those of {self.scorer} are no "
+                f"parts of attention. Use {', '.join(name for name, r in RANKERS.items() if r.is_attention)}, or the "
+                "budget cake or simlayer."
+            )
         for name, least in (("recent", 1), ("observe", 1), ("pool", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

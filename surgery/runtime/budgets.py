@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .ranking import Ranking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What one layer brings to a budget over all layers; slots that always stay are not divided."""
+
+    score_BKS: Tensor
+    """Of the slots that are there, of the heads that share; infinite and -infinite as in `Budget.keep`."""
+    open_BKS: Tensor
+    """Which of them may leave."""
+    measure_B: Tensor
+    """What `Budget.measure` says of the layer."""
+    mass_B: Tensor
+    """Sum of the scores that were divided at first, some of which may have left since."""
+
+    @property
+    def heads(self) -> int:
+        """Heads that share."""
+        return self.score_BKS.shape[1]
+
+    @property
+    def most_B(self) -> Tensor:
+        """Slots per head that can be given."""
+        return self.open_BKS.sum(-1).amax(-1)
+
+    @property
+    def best_BS(self) -> Tensor:
+        """Scores of the best open slot of each head together, of the second best, and so on; 0 where there is none."""
+        return self.score_BKS.masked_fill(~self.open_BKS, 0.0).sort(-1, descending=True).values.sum(1)
+
+    def of(self, keep_BKS: Tensor) -> Claim:
+        """When some have left; the others move up, in their order."""
+        index = torch.argsort(~keep_BKS, dim=-1, stable=True)[..., : max(1, int(keep_BKS.sum(-1).max()))]
+        score, opened = self.score_BKS.masked_fill(~keep_BKS, -torch.inf), self.open_BKS & keep_BKS
+        return replace(self, score_BKS=score.gather(2, index), open_BKS=opened.gather(2, index))
 
 
 class Budget(Protocol):
@@ -14,7 +54,7 @@ class Budget(Protocol):
     describes: str
     """What is shared out, and the source, for people."""
     even: bool = True
-    """Whether all heads of a layer keep the same number."""
+    """Whether all heads of a layer keep the same number, known before."""
 
     def of_layer(self, mean: float, most: float, depth: float) -> float:
         """Slots per head of a layer beyond those that always stay.
@@ -72,6 +112,132 @@ class Ada(Budget):
         return best.view_as(score) & there
 
 
+class OverLayers(Budget):
+    """Slots are divided over the layers of a cache by what their prompt is like; heads of a layer keep as many.
+
+    That goes on as layers come: what is kept at a time is never more than the whole budget and one layer.
+    """
+
+    even = False
+    by_mass: bool = False
+    """Whether `divide` adds and compares scores of several layers, so that these must be parts of attention."""
+
+    def measure(self, ranking: Ranking) -> Tensor:
+        """[B]: what `divide` is to know of a layer beside its scores."""
+        return ranking.count_BK.new_zeros(len(ranking.count_BK), dtype=torch.float32)
+
+    def divide(self, claims: Sequence[Claim], slots_B: Tensor) -> Tensor:
+        """[B, layers]: slots per head of each layer, beyond those that always stay; no more for any when layers join.
+
+        Args:
+            claims: of the first layers.
+            slots_B: for all heads of all layers together, those that are still to come included.
+        """
+        raise NotImplementedError
+
+
+class Cake(OverLayers):
+    """In proportion to how spread out the attention of the newest queries is, and how much it moves.
+
+    A layer's measure is the entropy of the attention of the newest `observe` queries to what came before them, times
+    the sum of its variances over the queries. Exponents are 1; the authors tune them for each model.
+    """
+
+    describes = "layers share by entropy and variance of their newest queries' attention (CAKE, arXiv:2503.12491)"
+
+    def measure(self, ranking: Ranking) -> Tensor:
+        weights = torch.cat(list(ranking.attention(ranking.observe)), dim=2)
+        observed_B = ranking.queries.count_B.clamp_max(ranking.observe)
+        before = ranking.of_queries(ranking.age_BKS >= observed_B[:, None, None], weights.shape[1])
+        weights = weights * before[:, :, None]
+        entropy = -(weights * (weights + 1e-10).log()).sum((1, 2, 3))
+        count = observed_B[:, None, None].float()
+        mean = weights.sum(2) / count
+        variance = (weights.square().sum(2) / count - mean.square()).clamp_min(0).sum((1, 2))
+        return entropy * variance + 1e-10
+
+    def divide(self, claims: Sequence[Claim], slots_B: Tensor) -> Tensor:
+        weight, most = (torch.stack([getattr(c, n) for c in claims], -1) for n in ("measure_B", "most_B"))
+        heads = torch.tensor([c.heads for c in claims], device=slots_B.device)
+        given, full = torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
+        for _ in claims:  # those that cannot take their share leave the rest of it to the others
+            left_B = slots_B - (heads * most * full).sum(-1)
+            share = left_B[:, None] * weight / (heads * weight * ~full).sum(-1, keepdim=True).clamp_min(1e-30)
+            given = torch.where(full, most, share)
+            full = full | (given >= most)
+        return torch.minimum(given, most).long()
+
+
+class Dynamic(OverLayers):
+    """As many as each layer has among the best of all layers, by scores that are parts of attention.
+
+    Heads of a layer keep as many, so that what counts is the mean of their best slots, of their second best, and so on;
+    the authors count heads apart before they take a mean, look at some layers at a time, and cap what one may have.
+    """
+
+    describes = "layers have as many as are among the best of all (DynamicKV, arXiv:2412.14838)"
+    by_mass = True
+
+    def divide(self, claims: Sequence[Claim], slots_B: Tensor) -> Tensor:
+        best = torch.cat([c.best_BS / c.heads for c in claims], dim=1)
+        heads = torch.cat([torch.full((c.best_BS.shape[1],), c.heads, device=best.device) for c in claims])
+        order = torch.argsort(best, dim=-1, descending=True, stable=True)
+        fits = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, order, heads[order].cumsum(-1) <= slots_B[:, None])
+        counts = fits.split([c.best_BS.shape[1] for c in claims], dim=1)
+        return torch.stack([torch.minimum(n.sum(-1), c.most_B) for n, c in zip(counts, claims, strict=True)], -1)
+
+
+class Prefix(OverLayers):
+    """So many that all layers hold the same part of the sum of their scores.
+
+    The authors find the numbers on a few texts, once; here every prompt has its own.
+    """
+
+    describes = "layers hold the same part of their attention (PrefixKV, arXiv:2412.03409)"
+    by_mass = True
+    steps = 24
+    """Halvings of the part that is looked for."""
+
+    def divide(self, claims: Sequence[Claim], slots_B: Tensor) -> Tensor:
+        # By slots per head, from the best: the part of the scores that is held.
+        held = [c.best_BS.cumsum(-1) / c.mass_B.clamp_min(1e-30)[:, None] for c in claims]
+        low, high = torch.zeros_like(slots_B, dtype=torch.float32), torch.ones_like(slots_B, dtype=torch.float32)
+
+        def counts(part_B: Tensor) -> Tensor:
+            found = [(h < part_B[:, None]).sum(-1) for h in held]
+            return torch.stack([torch.minimum(n, c.most_B) for n, c in zip(found, claims, strict=True)], -1)
+
+        heads = torch.tensor([c.heads for c in claims], device=slots_B.device)
+        for _ in range(self.steps):
+            middle = (low + high) / 2
+            fits = (counts(middle) * heads).sum(-1) <= slots_B
+            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+        return counts(low)
+
+
+class Lazy(OverLayers):
+    """Lazy layers keep what always stays, and the others all that there is, as far as the budget goes.
+
+    A layer is the lazier the more of their attention its newest `observe` queries pay to what always stays. The authors
+    call layers above a threshold lazy, whatever that saves; here the ratio says how many are.
+    """
+
+    describes = "layers that look at first and newest tokens stream, others keep all (SimLayerKV, arXiv:2410.13846)"
+
+    def measure(self, ranking: Ranking) -> Tensor:
+        to_BKS = ranking.attended(ranking.observe) / ranking.queries.count_B.clamp_max(ranking.observe)[:, None, None]
+        return 1 - (to_BKS * ranking.stays_BKS).sum(-1).mean(-1)
+
+    def divide(self, claims: Sequence[Claim], slots_B: Tensor) -> Tensor:
+        measure, most = (torch.stack([getattr(c, n) for c in claims], -1) for n in ("measure_B", "most_B"))
+        heads = torch.tensor([c.heads for c in claims], device=slots_B.device)
+        order = torch.argsort(measure, dim=-1, descending=True, stable=True)
+        wanted = (most * heads).gather(-1, order)
+        given = (slots_B[:, None] - (wanted.cumsum(-1) - wanted)).clamp_min(0)
+        given = torch.minimum(given, wanted)
+        return torch.zeros_like(most).scatter_(-1, order, given) // heads
+
+
 def rank(score: Tensor) -> Tensor:
     """Place of each entry of the last dimension by its score, from the largest; of equal ones the first comes first."""
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
@@ -80,5 +246,13 @@ def rank(score: Tensor) -> Tensor:
     )
 
 
-BUDGETS: dict[str, Budget] = {"uniform": Uniform(), "pyramid": Pyramid(), "ada": Ada()}
+BUDGETS: dict[str, Budget] = {
+    "uniform": Uniform(),
+    "pyramid": Pyramid(),
+    "ada": Ada(),
+    "cake": Cake(),
+    "dynamic": Dynamic(),
+    "prefix": Prefix(),
+    "simlayer": Lazy(),
+}
 """Name in recipes and plans -> rule."""

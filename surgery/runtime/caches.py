@@ -15,7 +15,7 @@ from .page_pool import PagePool
 from .paged_cache import PagedLayer
 from .pooling_cache import PoolingLayer
 from .quantised_cache import QuantisedLayer
-from .ranked_cache import RankedLayer
+from .ranked_cache import RankedLayer, join
 from .static_quantised_cache import StaticQuantisedLayer
 
 
@@ -88,6 +88,7 @@ def install_layers(cache: Cache, plans: Sequence[LayerPlan], ratio: float | None
             pages = sum(_static_pages(p, length, ratio) for p in own if p.retain and pool_shape(p) == shape)
             pool = pools.setdefault(shape, PagePool(plan.retain.page, pages, ratio or plan.retain.ratio))
         cache.layers[plan.layer] = PAGED[plan.retain.kind](plan.retain, plan.layer, pool, length)
+    join(cache.layers)
 
 
 def check_replaceable(layer: Any, plan: LayerPlan) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .budgets import BUDGETS
+from .budgets import BUDGETS, Claim, OverLayers
 from .page_pool import PagePool
 from .paged_cache import PagedLayer
 from .queries import Queries
@@ -30,6 +32,10 @@ class RankedLayer(PagedLayer):
     def __init__(self, retain: Ranked, layer: int, pool: PagePool | None = None, max_length: int | None = None) -> None:
         super().__init__(retain, layer, pool, max_length)
         self.ranker, self.budget = RANKERS[retain.scorer], BUDGETS[retain.budget]
+        self.peers: Sequence[RankedLayer] = [self]
+        """Layers of the cache that share a budget over layers, this one among them, in order: see `join`."""
+        self.claim: Claim | None = None
+        """While a pass divides a budget over layers."""
 
     def _clear(self) -> None:
         super()._clear()
@@ -102,10 +108,49 @@ class RankedLayer(PagedLayer):
 
     def _keep(self, ranking: Ranking) -> Tensor:
         """[B, K, S]: which slots stay."""
-        score = ranking.ranked(self.ranker.score(ranking))
+        score, slots_B = ranking.ranked(self.ranker.score(ranking))[:, self._sharing], ranking.slots_B
         keep = ranking.there_BKS.clone()
-        keep[:, self._sharing] = self.budget.keep(score[:, self._sharing], ranking.slots_B)
+        if not isinstance(self.budget, OverLayers):
+            keep[:, self._sharing] = self.budget.keep(score, slots_B)
+            return keep
+        opened = (ranking.there_BKS & ~ranking.stays_BKS)[:, self._sharing]
+        self.claim = Claim(
+            score_BKS=score, open_BKS=opened, measure_B=self.budget.measure(ranking),
+            mass_B=score.masked_fill(~opened, 0.0).sum((1, 2)),
+        )  # fmt: skip
+        always_B = (ranking.there_BKS & ranking.stays_BKS)[:, self._sharing].sum(-1).amax(-1)
+        mine = keep[:, self._sharing] = self.budget.keep(score, always_B + self._divided(slots_B - always_B, always_B))
+        self.claim = self.claim.of(mine)
+        if self is self.peers[-1]:
+            for peer in self.peers:
+                peer.claim = None
         return keep
+
+    def _divided(self, open_B: Tensor, always_B: Tensor) -> Tensor:
+        """[B]: open slots per head of this layer. Those before it give back what it takes from them.
+
+        Args:
+            open_B: slots per head and layer, on average, beyond the `always_B` that always stay.
+        """
+        there = self.peers[: 1 + next(i for i, peer in enumerate(self.peers) if peer is self)]
+        claims = [peer.claim for peer in there if peer.claim is not None]
+        to_come = (len(self.peers) - len(there)) * claims[-1].heads
+        slots_B = open_B.clamp_min(0) * (sum(claim.heads for claim in claims) + to_come)
+        assert isinstance(self.budget, OverLayers)
+        given_BL = self.budget.divide(claims, slots_B)
+        for peer, given_B in zip(there[:-1], given_BL.unbind(-1), strict=False):
+            peer._give_back(always_B + given_B)
+        return given_BL[:, -1]
+
+    def _give_back(self, slots_B: Tensor) -> None:
+        """Keep so many of the slots that are there, by the scores of this pass."""
+        assert self.claim is not None
+        slots = self.slots()
+        keep = slots.expires_BKS > 0
+        mine = keep[:, self._sharing] = self.budget.keep(self.claim.score_BKS, slots_B)
+        if bool((self.claim.open_BKS & ~mine).any()):
+            self._store(replace(slots, expires_BKS=slots.expires_BKS.masked_fill(~keep, -1)))
+            self.claim = self.claim.of(mine)
 
     def slots(self) -> Slots:
         slots = super().slots()
@@ -125,3 +170,14 @@ class RankedLayer(PagedLayer):
     def _write_gathered(self, gathered_BKS: Tensor) -> None:
         width = self.tables.shape[2] * self.retain.page
         self._set("gathered", torch.nn.functional.pad(gathered_BKS, (0, width - gathered_BKS.shape[2])))
+
+
+def join(layers: Iterable[Any]) -> None:
+    """Let those layers of one cache know each other that share a budget over layers: all options are the same."""
+    groups: dict[Ranked, list[RankedLayer]] = {}
+    for layer in layers:
+        if isinstance(layer, RankedLayer) and isinstance(layer.budget, OverLayers):
+            groups.setdefault(replace(layer.retain, depth=0.0, whole=()), []).append(layer)
+    for group in groups.values():
+        for layer in group:
+            layer.peers = group

@@ -32,6 +32,8 @@ class Ranker(Protocol):
     """Part of the budget that goes to the newest tokens."""
     plain_queries: bool = False
     """Whether it needs queries before their rotation."""
+    is_attention: bool = False
+    """Whether it is a part of the attention of some queries, so that layers can be compared, and slots added up."""
     output_norms: bool = False
     """Whether it needs what W_o makes of values."""
 
@@ -70,7 +72,8 @@ class Snap(Ranker):
 
     describes = "what the newest queries of the prompt attend to stays (SnapKV, arXiv:2404.14469)"
     while_decoding = False
-    reads = ("observe", "pool")
+    reads: tuple[str, ...] = ("observe", "pool")
+    is_attention = True
 
     def score(self, ranking: Ranking) -> Tensor:
         observed = ranking.queries.count_B.clamp_max(ranking.observe)[:, None, None]
@@ -245,6 +248,7 @@ class Critical(Snap):
     """Half of the budget by `snapkv`, the other by (that + 1e-4) |W_o v|_1."""
 
     describes = "half by what the newest queries attend to, half by that times |W_o v| (CriticalKV, arXiv:2502.03805)"
+    is_attention = False
     output_norms = True
 
     def score(self, ranking: Ranking) -> Tensor:
