@@ -3,12 +3,14 @@
     python benchmarks/evict_quality.py /path/to/checkpoint                    # see smollm2.py
     python benchmarks/evict_quality.py CHECKPOINT --only "snapkv 4x" h2o     # rows whose names contain one of these
     python benchmarks/evict_quality.py CHECKPOINT --lengths 512               # recall at these lengths alone
+    python benchmarks/evict_quality.py CHECKPOINT --quick                     # less text, to evict_quality_quick.json
 
 Rows that are there are kept: an interrupted run goes on. Nothing is trained or calibrated. Each window of text is a
 prompt of 448 tokens, of which slots leave once it has been read, and 64 tokens that are decoded through what is left;
 only those count. Questions are asked at the end of their context, so that scores of a prompt observe them. 4 first and
 32 newest tokens always stay. `part_of_parent` is the cache after such a prompt, `part_at_end` after 64 tokens more:
-scores that look at prompts alone keep all of those.
+scores that look at prompts alone keep all of those. `--quick` reads one window of each text in the place of two,
+decodes 32 tokens, and asks half of the questions: rows of one file are compared with each other alone.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from surgery.runtime.calling import cache_argument
 
 SEED = 0
 SIZES = Sizes(calibration=(0, 0), windows=2, prompt=448, decoded=64, questions=2)
+QUICK = Sizes(calibration=(0, 0), windows=1, prompt=448, decoded=32, questions=1)
 LENGTHS = (512, 1024)
 RATIOS = (4, 2, 8)
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,6 +50,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "vatp": {"scorer": "vatp"},
     "knorm": {"scorer": "knorm"},
     "streaming": {"scorer": "streaming"},
+    "scissorhands": {"scorer": "scissorhands"},
+    "keyformer": {"scorer": "keyformer"},
+    "buzz": {"scorer": "buzz"},
+    "nacl": {"scorer": "nacl"},
+    "triattention": {"scorer": "triattention"},
+    "cake snapkv": {"scorer": "snapkv", "budget": "cake"},
+    "dynamic snapkv": {"scorer": "snapkv", "budget": "dynamic"},
+    "prefix snapkv": {"scorer": "snapkv", "budget": "prefix"},
+    "simlayer snapkv": {"scorer": "snapkv", "budget": "simlayer"},
+    "h2o, d2o merges": {"scorer": "h2o", "merge": "d2o"},
+    "h2o, lookm merges": {"scorer": "h2o", "merge": "lookm"},
+    "h2o, cam merges": {"scorer": "h2o", "merge": "cam"},
+    "snapkv, d2o merges": {"scorer": "snapkv", "merge": "d2o"},
+    "streaming, positions in the cache": {"scorer": "streaming", "positions": "cache"},
 }
 WHOLE = 0.15
 """Part of the KV heads that keep everything in rows of retrieval heads; the others stream, to the same bytes in all."""
@@ -93,21 +110,23 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "evict_quality")
     parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="rows whose names contain one of these")
     parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS, help="tokens of context of the questions")
+    parser.add_argument("--quick", action="store_true", help="less of everything, to a file of its own")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no measurement after so many")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
+    sizes, file = (QUICK, "evict_quality_quick") if arguments.quick else (SIZES, "evict_quality")
     begun = time.monotonic()
     parent = surgery.load(arguments.checkpoint, dtype=torch.float32).eval()
     anatomy, tokenizer = surgery.examine(parent), load_tokenizer(arguments.checkpoint)
-    answers = Answers(arguments.folder, read_texts(tokenizer, anatomy.config, SIZES), SIZES, lambda: parent)
-    recall = Recall(anatomy.config, tokenizer, SIZES.questions, SEED)
-    place = ROOT / "benchmarks" / "results" / "evict_quality.json"
+    answers = Answers(arguments.folder, read_texts(tokenizer, anatomy.config, sizes), sizes, lambda: parent)
+    recall = Recall(anatomy.config, tokenizer, sizes.questions, SEED)
+    place = ROOT / "benchmarks" / "results" / f"{file}.json"
     data = json.loads(place.read_text()) if place.exists() else {"rows": {}}
 
     def keep(row: str, part: str, found: dict[str, Any]) -> None:
         data["rows"].setdefault(row, {})[part] = found
-        data.update(environment=environment(SEED), sizes=vars(SIZES))
-        write("evict_quality", data)
+        data.update(environment=environment(SEED), sizes=vars(sizes))
+        write(file, data)
         said = {key: value for key, value in found.items() if not isinstance(value, dict | list)}
         print(f"{time.strftime('%H:%M')} {row}, {part}: {said}", flush=True)  # noqa: T201
 

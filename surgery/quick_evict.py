@@ -142,6 +142,11 @@ def put_layers(cache: DynamicCache, model: PreTrainedModel, plan: Plan) -> None:
                 f"{layer.retain.scorer} reads {what}, which attention functions of transformers are not given. Convert "
                 "the model with the step evict."
             )
+        if layer.retain.moves_slots:
+            raise PlanError(
+                "positions: cache turns keys further, which attention functions of transformers do not. Convert the "
+                "model with the step evict."
+            )
         if site.softcap is not None or site.sinks is not None:
             raise PlanError(
                 f"layer {layer.layer}: its scores are capped or have sinks, which sdpa does not compute. Convert the "

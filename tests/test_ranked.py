@@ -25,11 +25,12 @@ from surgery.quick_evict import NAME, Induction
 from surgery.runtime.budgets import BUDGETS, Claim, OverLayers
 from surgery.runtime.calling import cache_argument
 from surgery.runtime.layout import LayerPlan, Ranked
+from surgery.runtime.merging import MERGES
 from surgery.runtime.noise import gumbel, uniform
 from surgery.runtime.queries import Queries
 from surgery.runtime.ranked_cache import RankedLayer
 from surgery.runtime.rankers import RANKERS
-from surgery.runtime.slots import New
+from surgery.runtime.slots import New, Slots
 
 SMALL: dict[str, Any] = {"ratio": 4.0, "window": 4, "sinks": 2, "observe": 4, "pool": 3}
 MODELS = {
@@ -353,6 +354,73 @@ def test_budgets_over_layers_divide_as_defined() -> None:
         assert int((lazy * heads).sum()) > slots_B[b] - 3
 
 
+class Merged:
+    """One head of one sequence: slots that go, folded into others one by one."""
+
+    def __init__(self, key_SH: Tensor, value_SV: Tensor, goes: list[int], into: list[int]) -> None:
+        self.key, self.value, self.goes, self.into = key_SH.double(), value_SV.double(), goes, into
+
+    def nearest(self, i: int) -> tuple[float, int]:
+        return max((float(torch.cosine_similarity(self.key[i], self.key[j], dim=0)), j) for j in self.into)
+
+    def weighted(self, own: float, weight_of: dict[int, float]) -> tuple[Tensor, Tensor]:
+        key, value = self.key.clone(), self.value.clone()
+        for j in self.into:
+            mine = [i for i in weight_of if self.nearest(i)[1] == j]
+            base = own if own > 0 else 1 + len(mine) / 2
+            total = base + sum(weight_of[i] for i in mine)
+            for x, made in ((self.key, key), (self.value, value)):
+                made[j] = (base * x[j] + sum(weight_of[i] * x[i] for i in mine)) / total if mine else x[j]
+        return key, value
+
+    def d2o(self) -> tuple[Tensor, Tensor]:
+        likeness = {i: self.nearest(i)[0] for i in self.goes}
+        mean = sum(likeness.values()) / len(likeness)
+        return self.weighted(math.e, {i: math.exp(x) for i, x in likeness.items() if x >= mean})
+
+    def lookm(self) -> tuple[Tensor, Tensor]:
+        return self.weighted(0.0, dict.fromkeys(self.goes, 0.5))
+
+    def cam(self, attention: list[float], lots: list[float]) -> tuple[Tensor, Tensor]:
+        value = self.value.clone()
+        for i in self.goes:
+            takers = [j for j in self.into if j > i][:32]
+            mean = sum(attention[j] for j in takers) / max(1, len(takers))
+            if takers and lots[i] < attention[i] / mean:
+                value[takers] += self.value[i] / len(takers)
+        return self.key, value
+
+
+@pytest.mark.parametrize("rule", MERGES)
+def test_what_leaves_is_folded_as_defined(rule: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    key, value = (torch.randn(2, 2, 70, 8, generator=generator) for _ in range(2))
+    attention, goes = torch.rand(2, 2, 70, generator=generator), torch.rand(2, 2, 70, generator=generator) < 0.5
+    goes[..., :4] = False
+    goes[..., -1] = False
+    there = torch.ones_like(goes)
+    there[1, :, 60:] = False  # a shorter row
+    into = there & ~goes
+    into[..., :4] = False
+    goes = goes & there
+    goes[0, 0] = False  # nothing leaves here
+    slots = Slots(key_BKSH=key, value_BKSV=value, expires_BKS=there.int(), born_BKS=there.int(), gathered_BKS=attention)
+    made = MERGES[rule].fold(slots, goes, into, torch.tensor([70, 60]))
+    changed = 0
+    for b, k in itertools.product(range(2), range(2)):
+        left, stays = (x[b, k].nonzero()[:, 0].tolist() for x in (goes, into))
+        loop = Merged(key[b, k], value[b, k], left, stays)
+        lots = uniform(torch.tensor([70, 60][b]), torch.tensor(k), torch.arange(70)).tolist()
+        wanted = (loop.key, loop.value) if not left else getattr(loop, rule)(
+            *((attention[b, k].tolist(), lots) if rule == "cam" else ())
+        )  # fmt: skip
+        for got, want in zip((made.key_BKSH, made.value_BKSV), wanted, strict=True):
+            assert_close(got[b, k, stays].double(), want[stays])
+        assert torch.equal(made.value_BKSV[b, k, :4], value[b, k, :4])
+        changed += int((made.value_BKSV[b, k, stays] != value[b, k, stays]).any())
+    assert changed == 3
+
+
 # ------------------------------------------------------------------------------------------- in models
 
 
@@ -376,18 +444,24 @@ def test_bytes_are_planned_and_a_prompt_sees_everything(form: str, scorer: str) 
 
 
 @pytest.mark.parametrize(
-    ("form", "scorer", "budget"),
+    ("form", "scorer", "options"),
     [
-        *(("heads", scorer, "uniform") for scorer in RANKERS),
-        *((form, scorer, "ada") for form, scorer in (("heads", "h2o"), ("latent", "snapkv"), ("latent", "h2o"))),
-        *(("heads", "snapkv", budget) for budget in OVER_LAYERS),
-        ("latent", "snapkv", "cake"),
+        *(("heads", scorer, {}) for scorer in RANKERS),
+        *(
+            (form, scorer, {"budget": "ada"})
+            for form, scorer in (("heads", "h2o"), ("latent", "snapkv"), ("latent", "h2o"))
+        ),
+        *(("heads", "snapkv", {"budget": budget}) for budget in OVER_LAYERS),
+        ("latent", "snapkv", {"budget": "cake"}),
+        *(("heads", "h2o", {"merge": merge}) for merge in MERGES),
+        ("normed keys", "streaming", {"positions": "cache"}),
+        ("heads", "snapkv", {"budget": "cake", "merge": "d2o", "positions": "cache"}),
     ],
 )
 @torch.no_grad()
-def test_rows_of_a_padded_batch_are_what_they_are_alone(form: str, scorer: str, budget: str) -> None:
+def test_rows_of_a_padded_batch_are_what_they_are_alone(form: str, scorer: str, options: dict[str, Any]) -> None:
     """Each has its own budget; padding before, between and behind the tokens of two prompts."""
-    model, ids = model_of(form, scorer, budget=budget), tokens(length=70)
+    model, ids = model_of(form, scorer, **options), tokens(length=70)
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
     mask[1, 60:64] = 0
@@ -435,6 +509,44 @@ def test_layers_share_what_all_of_them_may_keep(budget: str) -> None:
         run(model, ids[:, 100:], [20], cache)  # a new question divides anew
     kept, first = copy.deepcopy(cache), layers[0]
     assert kept.layers[0].peers[0] is kept.layers[0] is not first
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@torch.no_grad()
+def test_merging_changes_no_numbers_of_slots_and_nothing_where_none_leave(merge: str) -> None:
+    ids = tokens(length=100)
+    plain, plain_cache = run(model_of("heads", "h2o"), ids, [60, *range(61, 101)])
+    made, cache = run(model_of("heads", "h2o", merge=merge), ids, [60, *range(61, 101)])
+    assert torch.equal(made[:, :60], plain[:, :60]) and not torch.allclose(made[:, 60:], plain[:, 60:])
+    assert tensor_bytes(cache) == tensor_bytes(plain_cache)
+    assert_close(run(model_of("heads", "h2o", merge=merge, ratio=1.0), ids, [60, *range(61, 101)])[0], plain_of(ids))
+
+
+def plain_of(ids: Tensor) -> Tensor:
+    return run(model_of("heads", "h2o", ratio=1.0), ids, [60, *range(61, 101)])[0]
+
+
+@pytest.mark.parametrize("form", ["heads", "normed keys", "readers"])
+@torch.no_grad()
+def test_positions_in_the_cache_are_those_of_a_text_without_what_left(form: str) -> None:
+    """One layer's sinks and newest tokens, as if nothing had ever stood between them; layer 0 reads no other layer."""
+    model, ids = model_of(form, "streaming", positions="cache"), tokens(length=64)
+    _, cache = run(model, ids, [40, *range(41, 65)])
+    layer = cache.layers[0]
+    held = int(layer.lengths[0, 0])
+    assert 16 <= held < 64 and (layer.lengths == held).all()
+    short = torch.cat((ids[:, :2], ids[:, 64 - held + 2 :]), dim=1)
+    # The same tokens at positions that end with the true one.
+    at = torch.arange(64 - held, 64).expand(2, -1)
+    whole = DynamicCache(config=model.config)
+    reference = model_of(form, "streaming", positions="cache", ratio=1.0)
+    reference(short, position_ids=at, use_cache=True, **{cache_argument(model): whole})
+    want = whole.layers[0].slots()
+    got = layer.slots()
+    assert_close(got.key_BKSH[:, :, :held], want.key_BKSH[:, :, :held])
+    assert_close(got.value_BKSV[:, :, :held], want.value_BKSV[:, :, :held])
+    _, text = run(model_of(form, "streaming"), ids, [40, *range(41, 65)])
+    assert not torch.allclose(text.layers[0].slots().key_BKSH[:, :, :2], got.key_BKSH[:, :, :2], atol=1e-3)
 
 
 @torch.no_grad()
@@ -598,7 +710,7 @@ def test_what_has_no_form_is_refused() -> None:
         run(model_of("heads", "tova"), tokens(), [20], cache)
     data = model.plans[0].to_dict()
     assert LayerPlan.from_dict(data) == model.plans[0]
-    for name, value in (("scorer", "snap"), ("budget", "adda")):
+    for name, value in (("scorer", "snap"), ("budget", "adda"), ("merge", "d20")):
         with pytest.raises(ValueError, match=f"layer 0: tokens leave by the .* '{value}', which is not known here"):
             LayerPlan.from_dict(data | {"retain": data["retain"] | {name: value}})
 
@@ -625,6 +737,8 @@ STEP = {"rewriter": "evict", "scorer": "snapkv", "ratio": 4, "recent": 8, "obser
             {"scorer": "nacl", "budget": "prefix"},
             "those of nacl are no parts of attention. Use snapkv, or the budget cake",
         ),
+        ({"merge": "d20"}, "no merging 'd20'. Did you mean 'd2o'"),
+        ({"merge": "cam"}, "snapkv has no such sum. Use h2o, keyformer, or another merging: d2o, lookm"),
         ({"window": 100}, "window: the score snapkv does not read it. It reads ratio, sinks, page, budget, slots"),
         ({"scorer": "h2o"}, "observe: the score h2o does not read it"),
         ({"scorer": "window", "observe": None}, "recent: the score window does not read it"),
@@ -653,6 +767,13 @@ def test_plans_refuse_what_cannot_be_scored_and_name_what_is_left() -> None:
     assert "layers 0 keep their windows as they are" in " ".join(str(plan).split())
     with pytest.raises(surgery.PlanError, match="layer 0: .* sees the newest 8 tokens only"):
         surgery.plan(anatomy("gemma2"), {"steps": [STEP | {"layers": "0"}]})
+    for option in ({"merge": "d2o"}, {"positions": "cache"}):
+        with pytest.raises(surgery.PlanError, match="layer 0: .* keys and values, and the layer caches a latent"):
+            surgery.plan(anatomy("llama"), {"steps": [mla, STEP | option]})
+        plan = surgery.plan(anatomy("llama"), {"steps": [STEP | option]})
+        assert LayerPlan.from_dict(json.loads(json.dumps(plan.after[0].to_dict()))) == plan.after[0]
+        assert ("d2o merges" in str(plan)) == ("merge" in option)
+        assert ("close up when others leave" in str(plan)) == ("positions" in option)
     pyramid = surgery.plan(anatomy("llama", **FOUR), {"steps": [STEP | {"budget": "pyramid"}]})
     assert [layer.retain.depth for layer in pyramid.after] == [0, 1 / 3, 2 / 3, 1]
     assert "static" in str(pyramid)
@@ -699,6 +820,8 @@ def test_stock_models_that_hide_their_queries_are_refused(monkeypatch: pytest.Mo
         surgery.cache(eager, evict="knorm", recent=8)
     with pytest.raises(surgery.PlanError, match="reads queries before their rotation"):
         surgery.cache(tiny_model("llama"), evict="expected", recent=8)
+    with pytest.raises(surgery.PlanError, match="positions: cache turns keys further"):
+        surgery.cache(tiny_model("llama"), evict="streaming", recent=8, positions="cache")
     with pytest.raises(surgery.PlanError, match="no score 'window' that orders slots"):
         surgery.cache(tiny_model("llama"), evict="window")
     with pytest.raises(surgery.PlanError, match="give `codec` or `evict`, not both"):

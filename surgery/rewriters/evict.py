@@ -12,6 +12,7 @@ from ..planning.schema import nearest
 from ..recipe import Text
 from ..runtime.budgets import BUDGETS, OverLayers
 from ..runtime.layout import Evict, LayerPlan, Ranked
+from ..runtime.merging import MERGES
 from ..runtime.rankers import RANKERS
 from ..runtime.scorers import SCORERS
 from .tokens.gates import GatedMethod
@@ -41,6 +42,12 @@ class EvictStep(WindowStep):
     `uniform` where absent."""
     slots: int | None = None
     """Slots per head, on average, where a score orders them: whatever the length, in the place of `ratio`."""
+    merge: str | None = None
+    """What becomes of slots that leave where a score orders them, by a name in `surgery.runtime.merging`; dropped where
+    absent."""
+    positions: Literal["text", "cache"] | None = None
+    """Where a score orders slots: `cache` turns those that stay to where they lie in the cache when others leave
+    (StreamingLLM), `text` or absent leaves them at the positions of their tokens."""
     whole: dict[int, tuple[int, ...]] | None = None
     """Layer -> its KV heads that keep all of their tokens, where a score orders slots; `surgery.retrieval_heads` finds
     them. The budget is that of the others."""
@@ -70,9 +77,9 @@ class EvictStep(WindowStep):
             raise RecipeError(f"{where}.scorer: no scorer {self.scorer!r}.{near} Known: {', '.join(known)}.")
         reads: tuple[str, ...] = ("window", "windows")
         if self.ranks:
-            reads = ("budget", "slots", "whole", "recent", *RANKERS[self.scorer].reads)
+            reads = ("budget", "slots", "merge", "positions", "whole", "recent", *RANKERS[self.scorer].reads)
         defaults = {"window": 256, "windows": "uniform"}
-        defaults |= dict.fromkeys(("budget", "slots", "whole", "recent", "observe", "pool"))
+        defaults |= dict.fromkeys(("budget", "slots", "merge", "positions", "whole", "recent", "observe", "pool"))
         for name, default in defaults.items():
             if name not in reads and getattr(self, name) != default:
                 raise RecipeError(
@@ -82,19 +89,10 @@ class EvictStep(WindowStep):
         if self.budget is not None and self.budget not in BUDGETS:
             near = nearest(self.budget, BUDGETS)
             raise RecipeError(f"{where}.budget: no budget {self.budget!r}.{near} Known: {', '.join(BUDGETS)}.")
-        budget, ranker = BUDGETS[self.budget or "uniform"], RANKERS.get(self.scorer)
-        if ranker is not None and isinstance(budget, OverLayers) and ranker.while_decoding:
-            raise RecipeError(
-                f"{where}.budget: {self.budget} divides slots over the layers once a prompt is there, and those of "
-                f"{self.scorer} leave while tokens are decoded, too. Use a scorer that waits for prompts: "
-                f"{', '.join(name for name, r in RANKERS.items() if not r.while_decoding)}."
-            )
-        if ranker is not None and isinstance(budget, OverLayers) and budget.by_mass and not ranker.is_attention:
-            raise RecipeError(
-                f"{where}.budget: {self.budget} compares scores of different layers, and those of {self.scorer} are no "
-                f"parts of attention. Use {', '.join(name for name, r in RANKERS.items() if r.is_attention)}, or the "
-                "budget cake or simlayer."
-            )
+        if self.merge is not None and self.merge not in MERGES:
+            near = nearest(self.merge, MERGES)
+            raise RecipeError(f"{where}.merge: no merging {self.merge!r}.{near} Known: {', '.join(MERGES)}.")
+        self._validate_pairs(where)
         for name, least in (("recent", 1), ("observe", 1), ("pool", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -113,6 +111,37 @@ class EvictStep(WindowStep):
             raise RecipeError(
                 f"{where}.observe: {self.observe or _OBSERVE} queries, but only the newest {self.recent or _RECENT} "
                 "tokens are sure to stay (`recent`), and those that are observed must be among them."
+            )
+
+    def _validate_pairs(self, where: str) -> None:
+        """Refuse a budget or a merging that asks for what the score has not.
+
+        Raises:
+            RecipeError: names what has it.
+        """
+        ranker, budget = RANKERS.get(self.scorer), BUDGETS[self.budget or "uniform"]
+        if ranker is None:
+            return
+        if isinstance(budget, OverLayers):
+            waiting = {name: r for name, r in RANKERS.items() if not r.while_decoding}
+            if self.scorer not in waiting:
+                raise RecipeError(
+                    f"{where}.budget: {self.budget} divides slots over the layers once a prompt is there, and those of "
+                    f"{self.scorer} leave while tokens are decoded, too. Use a scorer that waits for prompts: "
+                    f"{', '.join(waiting)}."
+                )
+            if budget.by_mass and not ranker.is_attention:
+                raise RecipeError(
+                    f"{where}.budget: {self.budget} compares scores of different layers, and those of {self.scorer} "
+                    f"are no parts of attention. Use {', '.join(n for n, r in waiting.items() if r.is_attention)}, or "
+                    "the budget cake or simlayer."
+                )
+        if self.merge is not None and MERGES[self.merge].by_attention and not (ranker.gathers and ranker.is_attention):
+            raise RecipeError(
+                f"{where}.merge: {self.merge} weighs slots by the attention that was summed up for them, and "
+                f"{self.scorer} has no such sum. Use "
+                f"{', '.join(name for name, r in RANKERS.items() if r.gathers and r.is_attention)}, or another "
+                f"merging: {', '.join(name for name, m in MERGES.items() if not m.by_attention)}."
             )
 
 
@@ -140,7 +169,7 @@ class Evicting(GatedMethod):
         ranked = Ranked(
             ratio=step.ratio, window=step.recent or _RECENT, scorer=step.scorer, budget=step.budget or "uniform",
             slots=step.slots, observe=step.observe or _OBSERVE, pool=step.pool or _POOL, sinks=step.sinks,
-            page=step.page,
+            page=step.page, merge=step.merge, positions=step.positions or "text",
         )  # fmt: skip
         planned = plan_retained(step, ranked, anatomy, layers, where, leave_windows=step.layers is None)
         ranked = next(layer.retain for layer in planned if isinstance(layer.retain, Ranked))
@@ -180,6 +209,10 @@ class Evicting(GatedMethod):
             return [f"evict: tokens go by {step.scorer}, for which nothing is trained"]
         ranker, budget = RANKERS[step.scorer], BUDGETS[step.budget or "uniform"]
         lines = [f"evict: {ranker.describes}; {budget.describes}"]
+        if step.merge is not None:
+            lines.append(f"evict: {MERGES[step.merge].describes}")
+        if step.positions == "cache":
+            lines.append("evict: slots close up when others leave, and distances are those in the cache")
         if ranker.while_decoding:
             lines.append("evict: bytes are those of any time, but for a page per head between two evictions")
         else:

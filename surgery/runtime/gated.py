@@ -265,6 +265,7 @@ class SurgeryGatedHeadsAttention(SurgeryGatedAttention, SurgeryHeadsAttention):
             real_BT=real_BT,
             turn=lambda x: norm_heads(self.k_norm, asked.turn(x.transpose(1, 2)), True).transpose(1, 2),
             angles=self._angles(asked.turn),
+            shift=self._shifted if self.retain.moves_slots else None,
             queries=self._ranking_queries(inputs, asked, real_BT) if self._ranks(k.shape[1]) else None,
         )
 
@@ -289,6 +290,12 @@ class SurgeryGatedHeadsAttention(SurgeryGatedAttention, SurgeryHeadsAttention):
         cos, sin = angles_of(at, self.inv_freq_bits, rotary.scaling, torch.float32)
         return self._turn(x_BNXH, *(t.mean(1)[:, None, None] for t in (cos, sin)))
 
+    def _shifted(self, key_BKSH: Tensor, by_BKS: Tensor) -> Tensor:
+        if self.site.rotary is None:
+            return key_BKSH
+        cos, sin = angles_of(by_BKS, self.inv_freq_bits, 1.0, torch.float32)
+        return self._turn(key_BKSH.float(), cos, sin).to(key_BKSH.dtype)
+
     def _pair_norms(self, x: Tensor) -> Tensor:
         rotary = self.site.rotary
         if rotary is None:
@@ -299,7 +306,9 @@ class SurgeryGatedHeadsAttention(SurgeryGatedAttention, SurgeryHeadsAttention):
         return torch.cat((x[..., : rotary.start].abs(), norms, x[..., end:].abs()), dim=-1)
 
     def _needs_frequencies(self) -> bool:
-        return super()._needs_frequencies() or (self.plan.retain is not None and self.plan.retain.reads_plain_queries)
+        retain = self.plan.retain
+        turns = retain is not None and (retain.reads_plain_queries or retain.moves_slots)
+        return super()._needs_frequencies() or turns
 
     def _query(self, asked: AskedHeads) -> Tensor:
         """[B, N, T, H], rotated."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .budgets import BUDGETS, Claim, OverLayers
+from .merging import MERGES
 from .page_pool import PagePool
 from .paged_cache import PagedLayer
 from .queries import Queries
 from .rankers import RANKERS
 from .ranking import Ranking
 from .retain import Ranked
-from .slots import NEVER, New, Slots
+from .slots import NEVER, New, Shift, Slots
 
 
 class RankedLayer(PagedLayer):
@@ -36,6 +37,8 @@ class RankedLayer(PagedLayer):
         """Layers of the cache that share a budget over layers, this one among them, in order: see `join`."""
         self.claim: Claim | None = None
         """While a pass divides a budget over layers."""
+        self.shift: Shift | None = None
+        """Of this pass, while the budget is divided: see `New.shift`."""
 
     def _clear(self) -> None:
         super()._clear()
@@ -76,7 +79,7 @@ class RankedLayer(PagedLayer):
         if self._unasked <= 0:
             slots = self.slots()
             keep = self._keep(self._ranking(slots, new.queries)) | (over_B < 0)[:, None, None]
-            self._store(replace(slots, expires_BKS=slots.expires_BKS.masked_fill(~keep, -1)))
+            self._store(self._without(slots, keep, new.shift))
 
     def _left(self, slots: Slots, new: New) -> Slots:
         assert new.queries is not None
@@ -86,8 +89,24 @@ class RankedLayer(PagedLayer):
         if self.ranker.gathers:
             slots = replace(slots, gathered_BKS=self.ranker.gather(ranking))
             ranking = replace(ranking, slots=slots)
-        keep = self._keep(ranking)
-        return replace(slots, expires_BKS=slots.expires_BKS.masked_fill(~keep, -1))
+        self.shift = new.shift
+        left = self._without(slots, self._keep(ranking), new.shift)
+        if self.claim is None:
+            self.shift = None  # it knows the model, which copies of a cache are not to take along
+        return left
+
+    def _without(self, slots: Slots, keep_BKS: Tensor, shift: Shift | None) -> Slots:
+        """`slots`, where those that are not kept expire, merged into others or closed up as the plan says."""
+        goes = (slots.expires_BKS > (self.tokens - 1)[:, None, None]) & ~keep_BKS
+        if self.retain.merge is not None and bool(goes.any()):
+            into = keep_BKS & ~goes & (slots.expires_BKS > 0)
+            into[..., : self.retain.sinks] = False
+            slots = MERGES[self.retain.merge].fold(slots, goes, into, self.tokens)
+        if self.retain.positions == "cache" and bool(goes.any()):
+            assert shift is not None
+            behind = goes.flip(-1).cumsum(-1).flip(-1)
+            slots = replace(slots, key_BKSH=shift(slots.key_BKSH, behind))
+        return replace(slots, expires_BKS=slots.expires_BKS.masked_fill(~keep_BKS, -1))
 
     def _budget(self) -> Tensor:
         """[B] slots per head of this layer."""
@@ -123,7 +142,7 @@ class RankedLayer(PagedLayer):
         self.claim = self.claim.of(mine)
         if self is self.peers[-1]:
             for peer in self.peers:
-                peer.claim = None
+                peer.claim = peer.shift = None
         return keep
 
     def _divided(self, open_B: Tensor, always_B: Tensor) -> Tensor:
@@ -149,7 +168,7 @@ class RankedLayer(PagedLayer):
         keep = slots.expires_BKS > 0
         mine = keep[:, self._sharing] = self.budget.keep(self.claim.score_BKS, slots_B)
         if bool((self.claim.open_BKS & ~mine).any()):
-            self._store(replace(slots, expires_BKS=slots.expires_BKS.masked_fill(~keep, -1)))
+            self._store(self._without(slots, keep, self.shift))
             self.claim = self.claim.of(mine)
 
     def slots(self) -> Slots:

@@ -89,6 +89,7 @@ class HeavyHitters(Ranker):
     describes = "what all queries so far attend to stays, half of it the newest tokens (H2O, arXiv:2306.14048)"
     gathers = True
     newest = 0.5
+    is_attention = True
 
     def gather(self, ranking: Ranking) -> Tensor:
         return ranking.gathered_BKS + ranking.attended()
@@ -101,6 +102,7 @@ class ValueAware(HeavyHitters):
     """The same, times the sum of the absolute values of V. Published with 20 first tokens that stay (`sinks`)."""
 
     describes = "attention of all queries so far times |v|, half of it the newest tokens (VATP, arXiv:2406.12335)"
+    is_attention = False
 
     def score(self, ranking: Ranking) -> Tensor:
         return ranking.gathered_BKS * _over_heads(ranking.keys_values()[1].float().abs().sum(-1), ranking)
@@ -147,6 +149,7 @@ class Buzz(HeavyHitters):
     """
 
     describes = "of each stretch of neighbours the most attended stays, half of it the newest (BUZZ, arXiv:2410.23079)"
+    is_attention = False
 
     def score(self, ranking: Ranking) -> Tensor:
         newest_BK = ranking.newest_B[:, None].expand_as(ranking.count_BK)

@@ -8,6 +8,7 @@ from math import ceil
 from typing import Literal
 
 from .budgets import BUDGETS
+from .merging import MERGES
 from .project import Latent, Project
 from .rankers import RANKERS
 from .scorers import SCORERS
@@ -48,6 +49,11 @@ class Retain:
     @property
     def reads_plain_queries(self) -> bool:
         """Whether what is kept depends on queries before their rotation."""
+        return False
+
+    @property
+    def moves_slots(self) -> bool:
+        """Whether slots are turned to other positions when some before them have left."""
         return False
 
     @property
@@ -267,9 +273,9 @@ class Ranked(Retain):
     """A score that nothing was trained for orders the slots of a layer, and a budget keeps the best ones.
 
     After several tokens came at once, and attended to all that was there, a head keeps `slots_at(tokens seen)` slots on
-    average. Keys stay rotated as they were, to the positions of their tokens. While tokens come one by one, scores that
-    follow decoding keep to the budget of the tokens seen, evicting when a head holds a page more than that on average;
-    others keep all of them until several come at once again.
+    average. Keys stay rotated as they were, to the positions of their tokens, unless `positions` says otherwise. While
+    tokens come one by one, scores that follow decoding keep to the budget of the tokens seen, evicting when a head
+    holds a page more than that on average; others keep all of them until several come at once again.
     """
 
     scorer: str
@@ -286,6 +292,10 @@ class Ranked(Retain):
     """Newest queries that the score observes, where it observes some only."""
     pool: int = 5
     """Neighbours that share their scores, where the score pools; odd."""
+    merge: str | None = None
+    """Name in `merging.MERGES`: slots that leave are folded into others; None: they are dropped."""
+    positions: Literal["text", "cache"] = "text"
+    """`cache`: slots close up when others leave, so that distances are those in the cache, not in the text."""
     kind: str = "ranked"
 
     @property
@@ -299,6 +309,10 @@ class Ranked(Retain):
     @property
     def reads_plain_queries(self) -> bool:
         return RANKERS[self.scorer].plain_queries
+
+    @property
+    def moves_slots(self) -> bool:
+        return self.positions == "cache"
 
     @property
     def waits_for_prompts(self) -> bool:
@@ -329,16 +343,24 @@ class Ranked(Retain):
         budget = "" if self.budget == "uniform" else f"{self.budget} "
         size = f"{self.ratio:.3g}x" if self.slots is None else f"{self.slots} slots"
         whole = f", all of heads {', '.join(map(str, self.whole))}" if self.whole else ""
-        return f"{budget}{self.scorer} {size}{whole}"
+        merge = "" if self.merge is None else f", {self.merge} merges"
+        return f"{budget}{self.scorer} {size}{merge}{', positions in the cache' if self.moves_slots else ''}{whole}"
 
     def supports(self, site: AttentionSite) -> str | None:
         if self.reads_plain_queries and site.q_norm is not None and site.q_norm.after_rotary:
             return f"its queries are normed behind their rotation, and {self.scorer} turns means of them. Use snapkv."
+        if self.moves_slots and site.k_norm is not None and site.k_norm.after_rotary:
+            return "its keys are normed behind their rotation, and cannot be turned further. Use positions: text."
+        if self.moves_slots and site.rotary is not None and site.rotary.axes is not None:
+            return "a token has several positions, which do not close up as one. Use positions: text."
         return super().supports(site)
 
     def supports_project(self, project: Project) -> str | None:
         if self.reads_plain_queries and isinstance(project, Latent):
             return f"{self.scorer} turns queries of heads ahead, and the layer caches a latent. Use snapkv or h2o."
+        if isinstance(project, Latent) and (self.merge is not None or self.moves_slots):
+            option = f"merge: {self.merge} folds" if self.merge is not None else "positions: cache turns"
+            return f"{option} keys and values, and the layer caches a latent. Leave the option out."
         return super().supports_project(project)
 
     def newest_bytes(self, width: int, itemsize: int) -> int:
@@ -374,7 +396,8 @@ class Ranked(Retain):
         return super().bytes_of_pages(pages, table, heads, width, itemsize) + gathered
 
     def unknown(self) -> str | None:
-        return _unknown("score", self.scorer, RANKERS) or _unknown("budget", self.budget, BUDGETS)
+        merge = None if self.merge is None else _unknown("merging", self.merge, MERGES)
+        return _unknown("score", self.scorer, RANKERS) or _unknown("budget", self.budget, BUDGETS) or merge
 
 
 def _unknown(what: str, name: str, known: Mapping[str, object]) -> str | None:

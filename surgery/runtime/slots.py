@@ -15,6 +15,8 @@ from torch import Tensor
 from .queries import Queries
 
 NEVER = 2**31 - 1
+Shift = Callable[[Tensor, Tensor], Tensor]
+"""Turns rotated keys [B, K, S, H] onwards by so many positions [B, K, S]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class New:
     """False at padding; None where there is none."""
     turn: Callable[[Tensor], Tensor]
     """Rotates keys [B, K, T, H] to the positions of these tokens, as attention reads them."""
+    shift: Shift | None = None
+    """Where slots move when others leave."""
     queries: Queries | None = None
     """Where slots leave by a rank."""
     angles: tuple[Tensor, Tensor, bool, int] | None = None
