@@ -22,6 +22,7 @@ from .runtime.queries import Queries
 from .runtime.ranked_cache import RankedLayer, join
 from .runtime.rankers import RANKERS, Ranker
 from .runtime.ranking import Ranking
+from .runtime.rehearsal import rehearse
 from .runtime.slots import New
 
 NAME = "surgery_evict"
@@ -200,3 +201,5 @@ def _end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
                 f"layer {layer.layer}: {type(model).__name__} stored keys in a cache that evicts, and its attention "
                 "handed it no queries: it does not run by `attn_implementation`. Convert the model with the step evict."
             )
+    if layers and output is not None:
+        rehearse(model, args, kwargs, output)

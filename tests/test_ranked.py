@@ -245,7 +245,7 @@ def test_noise_of_places_is_that_of_a_generator() -> None:
 
 
 @pytest.mark.parametrize("budget", ["uniform", "ada"])
-@pytest.mark.parametrize("scorer", RANKERS)
+@pytest.mark.parametrize("scorer", [name for name, ranker in RANKERS.items() if not ranker.rehearses])
 def test_what_stays_is_what_loops_say(scorer: str, budget: str) -> None:
     retain = Ranked(scorer=scorer, budget=budget, **SMALL)
     generator = torch.Generator().manual_seed(3)
@@ -492,6 +492,37 @@ def _heads(cache: DynamicCache) -> int:
     return heads
 
 
+@torch.no_grad()
+def test_prompts_are_read_again_and_leave_what_that_asked_for() -> None:
+    """Against the weights of a parent that reads the same text twice; a second prompt goes on from there."""
+    model, ids = model_of("heads", "kvzip"), tokens(length=60)
+    logits, cache = run(model, ids, [40])
+    eager = parent("llama").eval()
+    eager.set_attn_implementation("eager")
+    weights = eager(ids[:, :40].repeat(1, 2), output_attentions=True).attentions
+    eager.set_attn_implementation("sdpa")
+    everything = run(model_of("heads", "h2o", ratio=1.0), ids, [40])[1]
+    for layer, all_slots, attended in zip(cache.layers, everything.layers, weights, strict=True):
+        most = attended[:, :, 40:, :40].amax(2).unflatten(1, (layer.lengths.shape[1], -1)).amax(2)
+        most[..., :2] = most[..., -4:] = 2.0
+        places = most.topk(10, dim=-1).indices.sort(-1).values
+        want = all_slots.slots().key_BKSH.gather(2, places[..., None].expand(-1, -1, -1, 16))
+        assert_close(layer.slots().key_BKSH[:, :, :10], want)
+        assert (layer.lengths == 10).all() and layer.get_seq_length() == 40 and (layer.tokens == 40).all()
+    run(model, ids[:, 40:], [20], cache)
+    assert all((layer.lengths == 15).all() for layer in cache.layers)
+    stock = surgery.cache(parent("llama"), evict="kvzip", ratio=4, recent=4, sinks=2)
+    mask = torch.ones_like(ids[:, :40])
+    again = parent("llama")(ids[:, :40], attention_mask=mask, **{cache_argument(model): stock}).logits
+    assert_close(again, logits)
+    for mine, theirs in zip(stock.layers, run(model, ids, [40])[1].layers, strict=True):
+        assert_close(mine.slots().key_BKSH, theirs.slots().key_BKSH)
+    with pytest.raises(ValueError, match=r"asks for an attention mask of shape \[2, 40\]"):
+        model(ids[:, :40], attention_mask=torch.ones(2, 1, 40, 40, dtype=torch.bool).tril(), use_cache=True)
+    with pytest.raises(ValueError, match="kvzip 4x: prompts are read twice, and no static cache"):
+        model.static_cache(64)
+
+
 @pytest.mark.parametrize("budget", OVER_LAYERS)
 @torch.no_grad()
 def test_layers_share_what_all_of_them_may_keep(budget: str) -> None:
@@ -735,8 +766,9 @@ STEP = {"rewriter": "evict", "scorer": "snapkv", "ratio": 4, "recent": 8, "obser
         ),
         (
             {"scorer": "nacl", "budget": "prefix"},
-            "those of nacl are no parts of attention. Use snapkv, or the budget cake",
+            "those of nacl are no parts of attention. Use snapkv, kvzip, or the budget",
         ),
+        ({"scorer": "kvzip", "observe": None, "budget": "cake"}, "kvzip at a second reading of it. Use the budget ada"),
         ({"merge": "d20"}, "no merging 'd20'. Did you mean 'd2o'"),
         ({"merge": "cam"}, "snapkv has no such sum. Use h2o, keyformer, or another merging: d2o, lookm"),
         ({"window": 100}, "window: the score snapkv does not read it. It reads ratio, sinks, page, budget, slots"),
@@ -767,6 +799,11 @@ def test_plans_refuse_what_cannot_be_scored_and_name_what_is_left() -> None:
     assert "layers 0 keep their windows as they are" in " ".join(str(plan).split())
     with pytest.raises(surgery.PlanError, match="layer 0: .* sees the newest 8 tokens only"):
         surgery.plan(anatomy("gemma2"), {"steps": [STEP | {"layers": "0"}]})
+    twice = {"rewriter": "evict", "scorer": "kvzip", "recent": 8}
+    with pytest.raises(surgery.PlanError, match="kvzip reads each prompt twice, and layers 0 would keep it twice"):
+        surgery.plan(anatomy("gemma2"), {"steps": [twice]})
+    with pytest.raises(surgery.PlanError, match="kvzip reads prompts again, at positions behind them"):
+        surgery.plan(anatomy("gpt2"), {"steps": [twice]})
     for option in ({"merge": "d2o"}, {"positions": "cache"}):
         with pytest.raises(surgery.PlanError, match="layer 0: .* keys and values, and the layer caches a latent"):
             surgery.plan(anatomy("llama"), {"steps": [mla, STEP | option]})

@@ -136,12 +136,17 @@ class EvictStep(WindowStep):
                     f"are no parts of attention. Use {', '.join(n for n, r in waiting.items() if r.is_attention)}, or "
                     "the budget cake or simlayer."
                 )
-        if self.merge is not None and MERGES[self.merge].by_attention and not (ranker.gathers and ranker.is_attention):
+            if not budget.by_mass and ranker.rehearses:
+                raise RecipeError(
+                    f"{where}.budget: {self.budget} looks at the newest queries of a prompt, and {self.scorer} at a "
+                    "second reading of it. Use the budget ada, dynamic or prefix."
+                )
+        summing = [name for name, r in RANKERS.items() if r.gathers and r.is_attention and not r.rehearses]
+        if self.merge is not None and MERGES[self.merge].by_attention and self.scorer not in summing:
             raise RecipeError(
                 f"{where}.merge: {self.merge} weighs slots by the attention that was summed up for them, and "
-                f"{self.scorer} has no such sum. Use "
-                f"{', '.join(name for name, r in RANKERS.items() if r.gathers and r.is_attention)}, or another "
-                f"merging: {', '.join(name for name, m in MERGES.items() if not m.by_attention)}."
+                f"{self.scorer} has no such sum. Use {', '.join(summing)}, or another merging: "
+                f"{', '.join(name for name, m in MERGES.items() if not m.by_attention)}."
             )
 
 
@@ -178,6 +183,12 @@ class Evicting(GatedMethod):
         whole = self._whole(heads, where)
         # Layers whose heads keep everything stay as they are.
         owners = sorted(layer for layer, count in heads.items() if len(whole[layer]) < count)
+        if RANKERS[step.scorer].rehearses and {layer.owner for layer in planned} != set(owners):
+            rest = sorted({layer.owner for layer in planned} - set(owners))
+            raise PlanError(
+                f"{where}: {step.scorer} reads each prompt twice, and layers {spans(rest)} would keep it twice: slots "
+                "must leave in all layers. Use another scorer."
+            )
         depths = {layer: place / (len(owners) - 1) if len(owners) > 1 else 0.5 for place, layer in enumerate(owners)}
         made = {layer: replace(ranked, depth=depths[layer], whole=whole[layer]) for layer in owners}
         return tuple(
@@ -213,13 +224,17 @@ class Evicting(GatedMethod):
             lines.append(f"evict: {MERGES[step.merge].describes}")
         if step.positions == "cache":
             lines.append("evict: slots close up when others leave, and distances are those in the cache")
+        if ranker.rehearses:
+            lines.append(
+                "evict: prompts are read twice, which takes about three times as long, and dynamic caches alone"
+            )
         if ranker.while_decoding:
             lines.append("evict: bytes are those of any time, but for a page per head between two evictions")
         else:
             lines.append(
                 "evict: slots leave after each prompt or chunk of several tokens, which see all that was there; what "
-                "is decoded one by one stays until the next. Bytes above are those of a prompt, and a static cache has "
-                "room for all tokens unless it is told a ratio"
+                "is decoded one by one stays until the next. Bytes above are those of a prompt"
+                + ("" if ranker.rehearses else ", and a static cache has room for all tokens unless it is told a ratio")
             )
         mine = [layer for layer in plan.after if isinstance(layer.retain, Ranked)]
         if any(not layer.owns_cache for layer in mine):

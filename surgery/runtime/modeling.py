@@ -35,6 +35,7 @@ from .latent import SurgeryLatentAttention
 from .layout import AttentionSite, Codec, LayerPlan
 from .parallel import drop_plans
 from .recording import prepare_recording, records_of, running_model
+from .rehearsal import rehearse
 
 ATTENTIONS: dict[str, type[SurgeryAttention]] = {"heads": SurgeryHeadsAttention, "latent": SurgeryLatentAttention}
 """`kind` of a `Project` -> the module that runs a layer which keeps all tokens."""
@@ -87,6 +88,7 @@ class SurgeryMixin(SurgeryGeneration):
         base.register_forward_pre_hook(functools.partial(prepare_recording, keys=keys), with_kwargs=True)
         base.register_forward_pre_hook(_forget_calls)
         base.register_forward_hook(_check_caches)
+        base.register_forward_hook(rehearse, with_kwargs=True)
         if self.shares_caches:
             base.register_forward_pre_hook(_hand_down_states, with_kwargs=True)
 

@@ -17,7 +17,7 @@ from .queries import Queries
 from .rankers import RANKERS
 from .ranking import Ranking
 from .retain import Ranked
-from .slots import NEVER, New, Shift, Slots
+from .slots import NEVER, Chunk, New, Shift, Slots
 
 
 class RankedLayer(PagedLayer):
@@ -39,6 +39,8 @@ class RankedLayer(PagedLayer):
         """While a pass divides a budget over layers."""
         self.shift: Shift | None = None
         """Of this pass, while the budget is divided: see `New.shift`."""
+        self.rehearsing = False
+        """Whether the tokens that come are those of the prompt once more, and are not to stay: see `rehearsal`."""
 
     def _clear(self) -> None:
         super()._clear()
@@ -58,6 +60,12 @@ class RankedLayer(PagedLayer):
 
     def _expiry(self, old: Slots, dec_BKT: Tensor, order_BT: Tensor, count_B: Tensor) -> tuple[Slots, Tensor]:
         return old, torch.full(dec_BKT.shape, NEVER, dtype=torch.int32, device=dec_BKT.device)
+
+    def add(self, new: New) -> PagedLayer | Chunk:
+        seen = super().add(new)
+        if self.rehearsing:
+            self.seen -= new.key_BKTH.shape[2]
+        return seen
 
     def _add_token(self, new: New, dec_BK: Tensor) -> None:
         self._write(self.lengths, new.turn(new.key_BKTH)[:, :, 0], new.value_BKTV[:, :, 0])
@@ -85,15 +93,28 @@ class RankedLayer(PagedLayer):
         assert new.queries is not None
         self._unasked = 0
         slots = slots.live(self.tokens - 1)
+        if self.ranker.rehearses and not self.rehearsing:
+            return slots
         ranking = self._ranking(slots, new.queries)
         if self.ranker.gathers:
             slots = replace(slots, gathered_BKS=self.ranker.gather(ranking))
             ranking = replace(ranking, slots=slots)
+        if self.rehearsing:
+            slots = self._without_newest(slots, new.queries.count_B)
+            ranking = self._ranking(slots, new.queries)
         self.shift = new.shift
         left = self._without(slots, self._keep(ranking), new.shift)
         if self.claim is None:
             self.shift = None  # it knows the model, which copies of a cache are not to take along
         return left
+
+    def _without_newest(self, slots: Slots, count_B: Tensor) -> Slots:
+        """`slots` without those of the newest tokens, which are not counted any more."""
+        lengths_BK1 = (slots.expires_BKS > 0).sum(-1, keepdim=True) - count_B[:, None, None]
+        self._set("tokens", self.tokens - count_B.int())
+        slots = slots.cut(0, max(1, int(lengths_BK1.max())))
+        gone = torch.arange(len(slots), device=self.device) >= lengths_BK1
+        return replace(slots, expires_BKS=slots.expires_BKS.masked_fill(gone, -1))
 
     def _without(self, slots: Slots, keep_BKS: Tensor, shift: Shift | None) -> Slots:
         """`slots`, where those that are not kept expire, merged into others or closed up as the plan says."""

@@ -32,6 +32,8 @@ class Ranker(Protocol):
     """Part of the budget that goes to the newest tokens."""
     plain_queries: bool = False
     """Whether it needs queries before their rotation."""
+    rehearses: bool = False
+    """Whether it reads the attention of a second pass over each prompt, in which slots leave."""
     is_attention: bool = False
     """Whether it is a part of the attention of some queries, so that layers can be compared, and slots added up."""
     output_norms: bool = False
@@ -228,6 +230,29 @@ class Centres(Ranker):
         return ranking.by_row(score + (queries.pair_norms(key) * spread).sum(-1))
 
 
+class Reconstruction(Ranker):
+    """The largest attention that any query pays when the prompt is read again, behind itself.
+
+    That of earlier prompts counts on, so that a conversation loses what no prompt needed for itself; what was decoded
+    is rehearsed in none. The authors put an instruction before the second reading, and cut prompts of more than 2048
+    tokens into pieces that attend to themselves alone.
+    """
+
+    describes = (
+        "what a second reading of the prompt attends to stays, whatever is asked later (KVzip, arXiv:2505.23416)"
+    )
+    while_decoding = False
+    gathers = True
+    rehearses = True
+    is_attention = True
+
+    def gather(self, ranking: Ranking) -> Tensor:
+        return torch.maximum(ranking.gathered_BKS, ranking.most_attended())
+
+    def score(self, ranking: Ranking) -> Tensor:
+        return ranking.gathered_BKS
+
+
 class Lots(Ranker):
     """Half of the budget by the attention of the newest `observe` queries, the other drawn by lot, with chances as that
     attention has them.
@@ -281,5 +306,6 @@ RANKERS: dict[str, Ranker] = {
     "buzz": Buzz(),
     "nacl": Lots(),
     "triattention": Centres(),
+    "kvzip": Reconstruction(),
 }
 """Name in recipes and plans -> score."""

@@ -105,6 +105,18 @@ class Ranking:
 
         return self._summed(last, below)
 
+    def most_attended(self) -> Tensor:
+        """[B, K, S]: the largest of those weights, over the new queries and the query heads of each row."""
+        most = torch.zeros((*self.queries.query_BNTH.shape[:2], len(self.slots)), device=self.count_BK.device)
+        for weights, _ in self._blocks(None):
+            part = most[..., : weights.shape[-1]]
+            part.copy_(torch.maximum(part, weights.amax(2)))
+        index = self.queries.row_of_query
+        if index is None:
+            return most.unflatten(1, (self.count_BK.shape[1], -1)).amax(2)
+        rows = most.new_zeros(len(most), self.count_BK.shape[1], len(self.slots))
+        return rows.scatter_reduce(1, index[None, :, None].expand_as(most), most, "amax")
+
     def _summed(self, last: int | None, of: Callable[[Tensor, Tensor], Tensor], noisy: bool = False) -> Tensor:
         """[B, K, S]: the sum over the queries of what `of` makes of weights [B, N, Q, S] and ages; mean over heads."""
         total = torch.zeros((*self.queries.query_BNTH.shape[:2], len(self.slots)), device=self.count_BK.device)

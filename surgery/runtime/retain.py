@@ -324,7 +324,7 @@ class Ranked(Retain):
 
     @property
     def has_static(self) -> bool:
-        return self.waits_for_prompts
+        return self.waits_for_prompts and not RANKERS[self.scorer].gathers
 
     @property
     def fills_evenly(self) -> bool:
@@ -349,6 +349,8 @@ class Ranked(Retain):
     def supports(self, site: AttentionSite) -> str | None:
         if self.reads_plain_queries and site.q_norm is not None and site.q_norm.after_rotary:
             return f"its queries are normed behind their rotation, and {self.scorer} turns means of them. Use snapkv."
+        if RANKERS[self.scorer].rehearses and site.rotary is None:
+            return f"{self.scorer} reads prompts again, at positions behind them, which it may not have. Use snapkv."
         if self.moves_slots and site.k_norm is not None and site.k_norm.after_rotary:
             return "its keys are normed behind their rotation, and cannot be turned further. Use positions: text."
         if self.moves_slots and site.rotary is not None and site.rotary.axes is not None:
@@ -373,10 +375,12 @@ class Ranked(Retain):
             ValueError: slots leave while tokens are decoded.
         """
         if not self.has_static:
-            raise ValueError(
-                f"{self.label()}: slots leave while tokens are decoded, which no step of a static cache does. Use a "
-                "dynamic cache (cache_implementation='dynamic')."
+            why = (
+                "prompts are read twice, and no static cache has room for that"
+                if self.waits_for_prompts
+                else "slots leave while tokens are decoded, which no step of a static cache does"
             )
+            raise ValueError(f"{self.label()}: {why}. Use a dynamic cache (cache_implementation='dynamic').")
         if self.slots is not None:
             return replace(self, slots=None).static_pages(tokens, heads, ratio)
         return super().static_pages(tokens, heads, ratio or 1.0)
