@@ -325,6 +325,18 @@ def test_dividing_as_layers_come_is_dividing_at_once(budget: str, part: float) -
     assert ((2 * want).sum(-1) <= slots_B).all() and ((2 * want).sum(-1) > slots_B - 8).all()
 
 
+def test_lean_heads_hold_the_same_part_of_what_they_attend_to() -> None:
+    claim = claims((3,))[0]
+    keep = BUDGETS["lean"].keep(claim.score_BKS, torch.tensor([20, 12]))
+    assert (keep[..., :6]).all() and (57 <= keep[0].sum() <= 60) and (33 <= keep[1].sum() <= 36)
+    score = claim.score_BKS.masked_fill(~claim.open_BKS, 0.0)
+    kept, dropped = score.masked_fill(~keep, 0.0), score.masked_fill(keep, 0.0)
+    part, next_one = kept.sum(-1) / score.sum(-1), dropped.amax(-1) / score.sum(-1)
+    assert (part.amax(-1) <= (part + next_one).amin(-1)).all()  # no head could give a slot to another
+    assert (kept.masked_fill(~keep, 2.0)[..., 6:].amin(-1) >= dropped.amax(-1)).all()
+    assert len(keep.sum(-1).unique()) > 2
+
+
 def test_budgets_over_layers_divide_as_defined() -> None:
     found, slots_B = claims(), torch.tensor([90, 120])
     heads = torch.tensor([2, 2, 3, 2])
@@ -766,7 +778,7 @@ STEP = {"rewriter": "evict", "scorer": "snapkv", "ratio": 4, "recent": 8, "obser
         ),
         (
             {"scorer": "nacl", "budget": "prefix"},
-            "those of nacl are no parts of attention. Use snapkv, kvzip, or the budget",
+            "those of nacl are no parts of attention. Use snapkv, kvzip, or another budget",
         ),
         ({"scorer": "kvzip", "observe": None, "budget": "cake"}, "kvzip at a second reading of it. Use the budget ada"),
         ({"merge": "d20"}, "no merging 'd20'. Did you mean 'd2o'"),

@@ -130,17 +130,18 @@ class EvictStep(WindowStep):
                     f"{self.scorer} leave while tokens are decoded, too. Use a scorer that waits for prompts: "
                     f"{', '.join(waiting)}."
                 )
-            if budget.by_mass and not ranker.is_attention:
-                raise RecipeError(
-                    f"{where}.budget: {self.budget} compares scores of different layers, and those of {self.scorer} "
-                    f"are no parts of attention. Use {', '.join(n for n, r in waiting.items() if r.is_attention)}, or "
-                    "the budget cake or simlayer."
-                )
             if not budget.by_mass and ranker.rehearses:
                 raise RecipeError(
                     f"{where}.budget: {self.budget} looks at the newest queries of a prompt, and {self.scorer} at a "
                     "second reading of it. Use the budget ada, dynamic or prefix."
                 )
+        if budget.by_mass and not ranker.is_attention:
+            fits = [n for n, r in RANKERS.items() if not (isinstance(budget, OverLayers) and r.while_decoding)]
+            raise RecipeError(
+                f"{where}.budget: {self.budget} adds up scores of slots, and those of {self.scorer} are no parts of "
+                f"attention. Use {', '.join(n for n in fits if RANKERS[n].is_attention)}, or another budget: "
+                f"{', '.join(name for name, b in BUDGETS.items() if not b.by_mass)}."
+            )
         summing = [name for name, r in RANKERS.items() if r.gathers and r.is_attention and not r.rehearses]
         if self.merge is not None and MERGES[self.merge].by_attention and self.scorer not in summing:
             raise RecipeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,6 +55,8 @@ class Budget(Protocol):
     """What is shared out, and the source, for people."""
     even: bool = True
     """Whether all heads of a layer keep the same number, known before."""
+    by_mass: bool = False
+    """Whether it adds and compares scores of several rows, so that these must be parts of attention."""
 
     def of_layer(self, mean: float, most: float, depth: float) -> float:
         """Slots per head of a layer beyond those that always stay.
@@ -112,6 +114,30 @@ class Ada(Budget):
         return best.view_as(score) & there
 
 
+class Lean(Budget):
+    """The heads of a layer share their slots so that each holds the same part of the sum of its scores.
+
+    The authors name the part (95 %), and bytes follow from the text; here it is the one that the budget reaches.
+    """
+
+    describes = "heads of a layer hold the same part of their attention (LeanKV, arXiv:2412.03131)"
+    even = False
+    by_mass = True
+
+    def keep(self, score_BKS: Tensor, slots_B: Tensor) -> Tensor:
+        there, opened = score_BKS > -torch.inf, score_BKS.isfinite()
+        score = score_BKS.masked_fill(~opened, 0.0)
+        best = score.sort(-1, descending=True).values
+        held = best.cumsum(-1) / best.sum(-1, keepdim=True).clamp_min(1e-30)
+        always_BK, most_BK = (there & ~opened).sum(-1), opened.sum(-1)
+
+        def counts(part_B: Tensor) -> Tensor:
+            return torch.minimum((held < part_B[:, None, None]).sum(-1), most_BK)
+
+        part_B = largest(lambda part_B: (always_BK + counts(part_B)).sum(-1) <= score_BKS.shape[1] * slots_B, slots_B)
+        return (rank(score_BKS) < (always_BK + counts(part_B))[..., None]) & there
+
+
 class OverLayers(Budget):
     """Slots are divided over the layers of a cache by what their prompt is like; heads of a layer keep as many.
 
@@ -119,8 +145,6 @@ class OverLayers(Budget):
     """
 
     even = False
-    by_mass: bool = False
-    """Whether `divide` adds and compares scores of several layers, so that these must be parts of attention."""
 
     def measure(self, ranking: Ranking) -> Tensor:
         """[B]: what `divide` is to know of a layer beside its scores."""
@@ -195,24 +219,17 @@ class Prefix(OverLayers):
 
     describes = "layers hold the same part of their attention (PrefixKV, arXiv:2412.03409)"
     by_mass = True
-    steps = 24
-    """Halvings of the part that is looked for."""
 
     def divide(self, claims: Sequence[Claim], slots_B: Tensor) -> Tensor:
         # By slots per head, from the best: the part of the scores that is held.
         held = [c.best_BS.cumsum(-1) / c.mass_B.clamp_min(1e-30)[:, None] for c in claims]
-        low, high = torch.zeros_like(slots_B, dtype=torch.float32), torch.ones_like(slots_B, dtype=torch.float32)
 
         def counts(part_B: Tensor) -> Tensor:
             found = [(h < part_B[:, None]).sum(-1) for h in held]
             return torch.stack([torch.minimum(n, c.most_B) for n, c in zip(found, claims, strict=True)], -1)
 
         heads = torch.tensor([c.heads for c in claims], device=slots_B.device)
-        for _ in range(self.steps):
-            middle = (low + high) / 2
-            fits = (counts(middle) * heads).sum(-1) <= slots_B
-            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        return counts(low)
+        return counts(largest(lambda part_B: (counts(part_B) * heads).sum(-1) <= slots_B, slots_B))
 
 
 class Lazy(OverLayers):
@@ -238,6 +255,16 @@ class Lazy(OverLayers):
         return torch.zeros_like(most).scatter_(-1, order, given) // heads
 
 
+def largest(fits: Callable[[Tensor], Tensor], like_B: Tensor) -> Tensor:
+    """[B]: about the largest part, from 0 to 1, that fits in each sequence; smaller ones fit as well."""
+    low, high = (torch.full_like(like_B, end, dtype=torch.float32) for end in (0.0, 1.0))
+    for _ in range(24):
+        middle = (low + high) / 2
+        yes = fits(middle)
+        low, high = torch.where(yes, middle, low), torch.where(yes, high, middle)
+    return low
+
+
 def rank(score: Tensor) -> Tensor:
     """Place of each entry of the last dimension by its score, from the largest; of equal ones the first comes first."""
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
@@ -250,6 +277,7 @@ BUDGETS: dict[str, Budget] = {
     "uniform": Uniform(),
     "pyramid": Pyramid(),
     "ada": Ada(),
+    "lean": Lean(),
     "cake": Cake(),
     "dynamic": Dynamic(),
     "prefix": Prefix(),
