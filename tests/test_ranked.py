@@ -714,7 +714,7 @@ def test_beams_copies_and_turns(scorer: str) -> None:
         kept.crop(-1)
 
 
-@pytest.mark.parametrize(("form", "scorer", "budget"), [("heads", "expected", "ada"), ("latent", "snapkv", "uniform")])
+@pytest.mark.parametrize(("form", "scorer", "budget"), [("heads", "expected", "ada"), ("latent", "snapkv", "cake")])
 @torch.no_grad()
 def test_scores_of_prompts_run_compiled_in_static_caches(form: str, scorer: str, budget: str) -> None:
     model, ids, graphs = model_of(form, scorer, budget=budget), tokens(length=60), []

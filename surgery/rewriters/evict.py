@@ -226,9 +226,7 @@ class Evicting(GatedMethod):
         if step.positions == "cache":
             lines.append("evict: slots close up when others leave, and distances are those in the cache")
         if ranker.rehearses:
-            lines.append(
-                "evict: prompts are read twice, which takes about three times as long, and dynamic caches alone"
-            )
+            lines.append("evict: prompts are read twice, which takes more than twice as long, and dynamic caches alone")
         if ranker.while_decoding:
             lines.append("evict: bytes are those of any time, but for a page per head between two evictions")
         else:
