@@ -26,6 +26,8 @@ class Merge(Protocol):
 
     describes: str
     """What becomes of slots that leave, and the source, for people."""
+    of_prompts: bool = True
+    """Whether it folds slots that leave behind a prompt, too; those are dropped otherwise."""
     by_attention: bool = False
     """Whether it weighs slots by the attention that a score has summed up for them."""
 
@@ -99,10 +101,14 @@ class Pivot(ToNearest):
 class CaM(Merge):
     """V alone, shared out evenly to the next 32 that stay, by lot: the chance is the slot's attention by their mean.
 
-    Lots fall as noise of their place does, alike in every run.
+    While decoding alone, as published: so many leave behind a prompt that the sums of V would outweigh all else. Lots
+    fall as noise of their place does, alike in every run.
     """
 
-    describes = "V of what leaves is added to the next slots, by lot (CaM, openreview.net/forum?id=LCTmppB165)"
+    describes = (
+        "V of what leaves while decoding is added to the next slots, by lot (CaM, openreview.net/forum?id=LCTmppB165)"
+    )
+    of_prompts = False
     by_attention = True
     next = 32
 

@@ -87,7 +87,7 @@ class RankedLayer(PagedLayer):
         if self._unasked <= 0:
             slots = self.slots()
             keep = self._keep(self._ranking(slots, new.queries)) | (over_B < 0)[:, None, None]
-            self._store(self._without(slots, keep, new.shift))
+            self._store(self._without(slots, keep, new.shift, of_prompt=False))
 
     def _left(self, slots: Slots, new: New) -> Slots:
         assert new.queries is not None
@@ -116,13 +116,14 @@ class RankedLayer(PagedLayer):
         gone = torch.arange(len(slots), device=self.device) >= lengths_BK1
         return replace(slots, expires_BKS=slots.expires_BKS.masked_fill(gone, -1))
 
-    def _without(self, slots: Slots, keep_BKS: Tensor, shift: Shift | None) -> Slots:
+    def _without(self, slots: Slots, keep_BKS: Tensor, shift: Shift | None, of_prompt: bool = True) -> Slots:
         """`slots`, where those that are not kept expire, merged into others or closed up as the plan says."""
         goes = (slots.expires_BKS > (self.tokens - 1)[:, None, None]) & ~keep_BKS
-        if self.retain.merge is not None and bool(goes.any()):
+        merge = None if self.retain.merge is None else MERGES[self.retain.merge]
+        if merge is not None and (merge.of_prompts or not of_prompt) and bool(goes.any()):
             into = keep_BKS & ~goes & (slots.expires_BKS > 0)
             into[..., : self.retain.sinks] = False
-            slots = MERGES[self.retain.merge].fold(slots, goes, into, self.tokens)
+            slots = merge.fold(slots, goes, into, self.tokens)
         if self.retain.positions == "cache" and bool(goes.any()):
             assert shift is not None
             behind = goes.flip(-1).cumsum(-1).flip(-1)
