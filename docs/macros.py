@@ -95,14 +95,14 @@ def real_models(*families: str) -> str:
     return table(heads, (_real_cells(name, row) for name, row in order))
 
 
-def evict_ranks() -> str:
-    """SmolLM2-135M with the eviction by rank."""
+def evict_ranks(name: str = "evict_quality") -> str:
+    """SmolLM2-135M with the eviction by rank; `name` is the file of results."""
 
-    def cells(name: str, row: dict[str, Any]) -> list[str]:
+    def cells(row_name: str, row: dict[str, Any]) -> list[str]:
         text, recall = row["text"], row["recall-512"]
         parts = [f"{100 * text.get(key, 1.0):.0f} %" for key in ("part_of_parent", "part_at_end")]
         return [
-            name,
+            row_name,
             *parts,
             f"{text['kl']:.3f}",
             f"{text['nats_per_token']:.2f}",
@@ -110,10 +110,10 @@ def evict_ranks() -> str:
             f"{recall['nats']:.2f}",
         ]
 
-    rows = at("evict_quality", "rows")
-    order = sorted(rows, key=lambda name: (name != "parent", rows[name]["text"]["kl"]))
+    rows = at(name, "rows")
+    order = sorted(rows, key=lambda row_name: (row_name != "parent", rows[row_name]["text"]["kl"]))
     heads = ["row", "cache after the prompt", "at the end", "KL", "nats/token", "answered", "nats of the answers"]
-    return table(heads, (cells(name, rows[name]) for name in order))
+    return table(heads, (cells(row_name, rows[row_name]) for row_name in order))
 
 
 def codecs() -> str:
