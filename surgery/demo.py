@@ -109,7 +109,8 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
         seconds = time.monotonic() - converted
         console.print(f"{row.name}: converted in {converted - started:.0f} s, evaluated in {seconds:.0f} s")
         samples += [(row.name, p, _continued(child, tokenizer, p)) for p in PROMPTS]
-    sensitivity = None if fast else layer_sensitivity(parent, calibration, held_out.take(8))
+    halved = "half the KV heads in one layer alone, pooled without refits"
+    sensitivities = None if fast else {halved: layer_sensitivity(parent, calibration, held_out.take(8))}
 
     models = [m for m in (reports[0].baseline, *(r.model for r in reports)) if m is not None]
     console.print(quality_table(reports), recall_table(models), serving_table(reports), sep="\n")
@@ -126,8 +127,7 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
         reports,
         out,
         title="surgery demo",
-        sensitivity=sensitivity,
-        sensitivity_label="half the KV heads in one layer alone, pooled without refits",
+        sensitivities=sensitivities,
         samples=samples,
         overwrite=overwrite,
     )

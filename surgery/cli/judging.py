@@ -118,14 +118,22 @@ def report(
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for report.html, report.md and plots.")
     ],
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "surgery report",
+    composition: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also show what each layer costs: file that surgery plan --budget ... --json wrote."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put several evaluations on one page: one table, quality against bytes, recall, plots."""
+    """Put several evaluations on one page: quality against bytes, recall, memory, speed, costs of layers."""
+    from ..composing.composition import saved_sensitivities
     from ..report.data import Report, quality_table
     from ..report.page import told_apart, write_report
 
     reports = [Report.load(file) for file in results]
-    page = write_report(reports, out, title=title, overwrite=overwrite)
+    costs = None if composition is None else saved_sensitivities(composition)
+    page = write_report(reports, out, title=title, sensitivities=costs, overwrite=overwrite)
     show(quality_table(told_apart(reports)), f"[bold]written to {page}[/bold]")
     write_json({"written": str(page), "reports": [report.to_dict() for report in reports]})
 

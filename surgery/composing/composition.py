@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..checkpoints.files import read_json
 from ..console import human_bytes, render, spans
+from ..errors import CheckpointError
 from ..plan import Plan
 from ..recipe import Recipe
 from ..rewriters import AXES
@@ -160,6 +164,27 @@ class Composition:
 
     def _all(self) -> list[Setting]:
         return [s for choice in (self.choice, *self.front) for s in choice.settings]
+
+
+def saved_sensitivities(file: str | Path) -> dict[str, dict[int, float]]:
+    """What `surgery plan --budget ... --json` wrote of each setting: KL by layer where that layer alone has it.
+
+    Returns:
+        By the setting in words.
+
+    Raises:
+        CheckpointError: the file is absent, or another one.
+    """
+    found = read_json(Path(file))
+    try:
+        return {
+            " + ".join(map(step_label, json.loads(key))): {int(layer): kl for layer, kl in by.items()}
+            for key, by in found["sensitivities"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{file}: holds no costs of layers. Make it with: surgery plan MODEL --budget ... --json FILE"
+        ) from None
 
 
 def recipe_of(layers: Sequence[int], chosen: Sequence[Setting], name: str, description: str) -> Recipe:

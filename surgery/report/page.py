@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,19 @@ from rich.table import Table
 from ..checkpoints.writing import check_output, new_folder
 from ..console import count
 from ..errors import CheckpointError
-from .data import Measured, Report, markdown, quality_table, recall_table, serving_table, table_cells, tasks_table
+from . import maps
+from . import samples as sampled
+from .data import (
+    GateRatios,
+    Measured,
+    Report,
+    markdown,
+    quality_table,
+    recall_table,
+    serving_table,
+    table_cells,
+    tasks_table,
+)
 
 
 def write_report(
@@ -25,15 +37,14 @@ def write_report(
     out: str | Path,
     *,
     title: str = "surgery report",
-    sensitivity: Mapping[int, float] | None = None,
-    sensitivity_label: str = "",
+    sensitivities: Mapping[str, Mapping[int, float]] | None = None,
     samples: Iterable[tuple[str, str, str]] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write `report.html`, one file with all in it, and `report.md` with `plots/*.png`, complete or not at all.
 
     Args:
-        sensitivity: layer -> nats per token that converting it alone costs; `sensitivity_label` says how.
+        sensitivities: by conversion in words, layer -> nats per token that converting that layer alone costs.
         samples: (model, prompt, what the model continued it with).
         overwrite: replace an older report in `out`; a folder that holds other things is never replaced.
 
@@ -46,7 +57,7 @@ def write_report(
     out = Path(out)
     check_comparable(reports)
     check_report_folder(out, overwrite)
-    blocks = _page(told_apart(reports), sensitivity or {}, sensitivity_label, list(samples))
+    blocks = _page(told_apart(reports), sensitivities or {}, sampled.side_by_side(samples))
     with new_folder(out, overwrite) as folder:
         (folder / "plots").mkdir()
         for block in blocks:
@@ -59,7 +70,7 @@ def write_report(
 
 def markdown_page(reports: Sequence[Report]) -> tuple[str, dict[str, bytes]]:
     """What `report.md` says below its title, and the pictures by the paths that it names."""
-    blocks = _page(list(reports), {}, "", [])
+    blocks = _page(list(reports), {}, [])
     return _as_markdown(None, blocks).rstrip(), {b.file: b.png for b in blocks if isinstance(b, _Picture)}
 
 
@@ -146,80 +157,104 @@ class _Heading:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Picture:
+    """A plot: as an image for Markdown, and in the form that the template of the page has for it."""
+
     name: str
     says: str
     png: bytes
-    width: int
-    """Pixels of a screen at 100 %."""
+    kind: str
+    """`plots`, `maps` or `bars`."""
+    shown: Callable[[], list[Any]]
+    """What the template is given; maps as (name, maps that stand side by side below it)."""
 
     @property
     def file(self) -> str:
         return f"plots/{self.name}.png"
 
 
-@dataclass(frozen=True)
-class _Sample:
-    model: str
-    prompt: str
-    text: str
-
-
 def _page(
-    reports: list[Report], sensitivity: Mapping[int, float], label: str, samples: list[tuple[str, str, str]]
+    reports: list[Report], changes: Mapping[str, Mapping[int, float]], samples: Sequence[sampled.Sample]
 ) -> list[Any]:
     """What the page says, in order: headings, paragraphs, tables, pictures, samples."""
-    from . import plots
+    from . import interactive, plots
 
     baseline = next((r.baseline for r in reports if r.baseline is not None), None)
     models = [*([] if baseline is None else [baseline]), *(r.model for r in reports)]
     page: list[Any] = [
-        _Heading("Quality"),
+        _Heading("Quality against bytes"),
+        _picture("quality", "Loss against bytes per token of the KV cache", plots.pareto(reports), "plots",
+                 lambda: interactive.fronts(reports)),
+        "Further down and further left is better. The grey line joins the models that no other beats in both; dashed "
+        "lines: the baseline. Bars: 95 % intervals.",
         quality_table(reports),
         "nats/token: loss, lower is better. prefill: the same in one forward pass, which never reads the cache. "
         "change: of the loss against the baseline, with its 95 % interval over windows of the text. KL: nats/token "
         "from the baseline. same top: share of tokens at which both find the same next token likeliest. "
         "KV B/token: bytes that the cache holds per token, measured.",
-        _picture("quality", "Loss against bytes per token of the KV cache", plots.pareto(reports)),
-    ]
+    ]  # fmt: skip
     if baseline is not None:
         says = "Change of the loss in the early, middle and late third of the context"
-        page.append(_picture("position", says, plots.loss_by_position(reports)))
+        page += [
+            f"{says}, nats/token.",
+            _picture(
+                "position", says, plots.loss_by_position(reports), "maps", lambda: [("", [maps.by_position(reports)])]
+            ),
+        ]
     if any(m.recall for m in models):
-        page += [_Heading("Recall"), recall_table(models), "Share answered exactly; nats of the right answer."]
-        page.append(_picture("recall", "Recall by depth and length", plots.recall_maps(models)))
+        page += [
+            _Heading("Recall"),
+            recall_table(models),
+            "Share answered exactly; nats of the right answer. The maps show both by the depth of the fact in the text "
+            "and the length of the text in tokens.",
+            _picture("recall", "Recall by depth and length", plots.recall_maps(models), "maps",
+                     lambda: [(m.name, maps.recall(m, models)) for m in models if m.recall]),
+        ]  # fmt: skip
     page += [_Heading("Memory and speed"), serving_table(reports)]
     if any(r.model.speed for r in reports):
-        page.append(_picture("speed", "Decoded tokens per second", plots.decode_speed(reports)))
-    if sensitivity:
-        page.append(_Heading("Sensitivity of the layers"))
+        drawn = plots.decode_speed(reports)
+        page.append(_picture("speed", "Decoded tokens per second", drawn, "bars", lambda: maps.decoding(reports)))
+    if changes:
         says = "Change of the loss where one layer is converted"
-        page.append(_picture("sensitivity", says, plots.sensitivity(sensitivity, label)))
+        page += [
+            _Heading("Sensitivity of the layers"),
+            f"{says} and the others are as they were, nats/token.",
+            _picture("sensitivity", says, plots.sensitivities(changes), "plots",
+                     lambda: [interactive.over_layers(changes, says)]),
+        ]  # fmt: skip
     tasks = {name: scores for report in reports for name, scores in report.tasks.items()}
-    gated = [m for m in models if m.gates is not None]
+    gated = [(m.name, m.gates) for m in models if m.gates is not None]
     if gated:
         page += [
             _Heading("Tokens per slot"),
             "By layer and KV head: gates decide which tokens keep a slot of the cache.",
         ]
-    for i, m in enumerate(gated):
-        says = f"Tokens per slot by layer and KV head: {m.name}"
-        page += [m.name, _picture(f"gates-{i + 1}", says, plots.gate_map(m.gates))]  # type: ignore[arg-type]
+    for i, (name, gates) in enumerate(gated):
+        says = f"Tokens per slot by layer and KV head: {name}"
+        page.append(_picture(f"gates-{i + 1}", says, plots.gate_map(gates), "maps", partial(_gate_maps, name, gates)))
     if tasks:
         page += [_Heading("Tasks of lm-eval"), tasks_table(tasks)]
     if samples:
-        page += [_Heading("Samples"), *(_Sample(*sample) for sample in samples)]
+        page += [
+            _Heading("Samples"),
+            f"Marked: where a model says something else than {samples[0].answers[0].model}.",
+            *samples,
+        ]
     page.append(_Heading("How this was measured"))
     page += dict.fromkeys(note for report in reports for note in report.notes())
     page += dict.fromkeys(f"on {r.device} with {', '.join(f'{k} {v}' for k, v in r.versions.items())}" for r in reports)
     return page
 
 
-def _picture(name: str, says: str, figure: Any) -> _Picture:
+def _gate_maps(name: str, gates: GateRatios) -> list[Any]:
+    return [(name, [maps.gates(gates)])]
+
+
+def _picture(name: str, says: str, figure: Any, kind: str, shown: Callable[[], list[Any]]) -> _Picture:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
-    return _Picture(name, says, file.getvalue(), round(100 * figure.get_figwidth()))
+    return _Picture(name=name, says=says, png=file.getvalue(), kind=kind, shown=shown)
 
 
 def _as_markdown(title: str | None, blocks: Iterable[Any]) -> str:
@@ -230,58 +265,45 @@ def _as_markdown(title: str | None, blocks: Iterable[Any]) -> str:
                 parts.append(f"## {text}")
             case _Picture():
                 parts.append(f"![{block.says}]({block.file})")
-            case _Sample(model, prompt, text):
-                quoted = f"*{model}*\n\n**{prompt.strip()}**{text}"
-                parts.append("\n".join(f"> {line}".rstrip() for line in quoted.splitlines()))
+            case sampled.Sample():
+                parts.append(_sample_as_markdown(block))
             case _:
                 parts.append(markdown(block))
     return "\n\n".join(parts) + "\n"
 
 
+def _sample_as_markdown(sample: sampled.Sample) -> str:
+    """A quotation for each model, words that differ in bold."""
+    parts = [f"*{' '.join(sample.prompt.split())}*"]
+    for answer in sample.answers:
+        text = "".join(f"**{piece}**" if differs else piece for piece, differs in answer.pieces)
+        parts.append("\n".join(f"> {line}".rstrip() for line in f"`{answer.model}`\n{text}".splitlines()))
+    return "\n\n".join(parts)
+
+
 def _as_html(title: str, blocks: Iterable[Any]) -> str:
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    for block in blocks:
-        match block:
-            case _Heading(text):
-                parts.append(f"<h2>{html.escape(text)}</h2>")
-            case _Picture():
-                data = base64.b64encode(block.png).decode()
-                says = html.escape(block.says)
-                parts.append(f'<img alt="{says}" width="{block.width}" src="data:image/png;base64,{data}">')
-            case _Sample():
-                model, prompt, text = (html.escape(part) for part in (block.model, block.prompt, block.text))
-                parts.append(f"<blockquote><cite>{model}</cite><b>{prompt}</b>{text}</blockquote>")
-            case Table():
-                parts.append(_html_table(block))
-            case _:
-                parts.append(f"<p>{html.escape(str(block))}</p>")
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    """The template `page.html` with the blocks and Bokeh's script in it."""
+    from jinja2 import Environment, StrictUndefined
+
+    from . import interactive
+
+    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(template).render(
+        title=title, blocks=[_for_template(block) for block in blocks], script=interactive.script()
     )
 
 
-def _html_table(table: Table) -> str:
-    header, *rows = ([html.escape(cell) for cell in row] for row in table_cells(table))
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
-    caption = f"<p>{html.escape(str(table.caption))}</p>" if table.caption else ""
-    return '<div class="table"><table>\n' + "\n".join(lines) + f"\n</table></div>{caption}"
-
-
-_CSS = """
-:root { color-scheme: light dark; --line: #d8d8d8; --soft: #666; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-p { color: var(--soft); font-size: 0.9rem; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; }
-img { display: block; max-width: 100%; height: auto; margin: 1.5rem 0; background: white; border-radius: 6px; }
-blockquote { margin: 1rem 0; padding: 0.2rem 1rem; border-left: 3px solid var(--line); white-space: pre-wrap; }
-cite { display: block; color: var(--soft); font-size: 0.9rem; }
-"""
+def _for_template(block: Any) -> tuple[str, Any]:
+    """The kind by which the template knows a block, and what it shows of it."""
+    match block:
+        case _Heading(text):
+            return "heading", text
+        case _Picture():
+            return block.kind, block.shown()
+        case sampled.Sample():
+            return "sample", block
+        case Table():
+            return "table", {"cells": table_cells(block), "caption": str(block.caption or "")}
+        case _:
+            return "text", str(block)

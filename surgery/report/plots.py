@@ -46,20 +46,16 @@ def pareto(reports: Sequence[Report]) -> Figure:
     spans: list[tuple[float, float, float]] = []
     baselines = {r.baseline.name: r.baseline for r in reports if r.baseline is not None}
     for i, report in enumerate(reports):
-        m, d = report.model, report.difference
-        own = m.quality[m.path].nats_per_token
-        low, high = (own.low, own.high)
-        if report.baseline is not None and d is not None:
-            low, high = (report.baseline.nats_per_token + bound for bound in (d.gap.low, d.gap.high))
-        x, y = m.kv_bytes_per_token, m.nats_per_token
+        m = report.model
+        x, (low, y, high) = m.kv_bytes_per_token, low_and_high(report)
         if not (math.isfinite(y) and x > 0):
             continue
-        if not math.isfinite(high - low):  # one window says nothing about others
-            low = high = y
         spread = [[max(0.0, y - low)], [max(0.0, high - y)]] if high > low else None
-        axes.errorbar(x, y, yerr=spread, fmt=_marker(i), color=_colour(i), markersize=7, capsize=3, zorder=3)
+        axes.errorbar(
+            x, y, yerr=spread, fmt=MARKERS[marker_of(i)], color=colour_of(i), markersize=7, capsize=3, zorder=3
+        )
         names.append(m.name)
-        colours.append(_colour(i))
+        colours.append(colour_of(i))
         xs.append(x)
         spans.append((min(low, y), y, max(high, y)))
     for b in baselines.values():
@@ -70,6 +66,8 @@ def pareto(reports: Sequence[Report]) -> Figure:
             colours.append(BASELINE)
             xs.append(b.kv_bytes_per_token)
             spans.append((b.nats_per_token,) * 3)
+    best = unbeaten(zip(xs, (y for _, y, _ in spans), strict=True))
+    axes.plot([x for x, _ in best], [y for _, y in best], color=_GREY, linewidth=1, zorder=0)
     axes.set_xlabel("KV cache, bytes/token (log scale)")
     what = "95 % interval of the difference to the baseline" if baselines else "95 % interval"
     axes.set_ylabel(f"loss, nats/token\n(bars: {what})")
@@ -82,6 +80,27 @@ def pareto(reports: Sequence[Report]) -> Figure:
     return figure
 
 
+def low_and_high(report: Report) -> tuple[float, float, float]:
+    """Loss of a model in its 95 % interval, (low, value, high): that of the difference where there is a baseline."""
+    m, d = report.model, report.difference
+    own = m.quality[m.path].nats_per_token
+    low, high = own.low, own.high
+    if report.baseline is not None and d is not None:
+        low, high = (report.baseline.nats_per_token + bound for bound in (d.gap.low, d.gap.high))
+    if not math.isfinite(high - low):  # one window says nothing about others
+        low = high = m.nats_per_token
+    return low, m.nats_per_token, high
+
+
+def unbeaten(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points to whose left nothing is as low, from left to right."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not found or y < found[-1][1]:
+            found.append((x, y))
+    return found
+
+
 def loss_by_position(reports: Sequence[Report]) -> Figure:
     """Change of the loss in each third of the window; reports without a baseline are left out."""
     figure, axes = _figure(_WIDTH, 3.6)
@@ -91,7 +110,7 @@ def loss_by_position(reports: Sequence[Report]) -> Figure:
         at = [third + (place - (len(rows) - 1) / 2) * width for third in range(len(BUCKETS))]
         assert report.difference is not None
         values = report.difference.gap_by_position
-        axes.bar(at, values, 0.92 * width, color=_colour(i), label=_wrap(report.model.name, 44))
+        axes.bar(at, values, 0.92 * width, color=colour_of(i), label=_wrap(report.model.name, 44))
     axes.axhline(0, color=BASELINE, linewidth=1)
     third = f" third of {reports[0].length} tokens" if reports else ""
     axes.set_xticks(range(len(BUCKETS)), [f"{bucket}{third}" for bucket in BUCKETS])
@@ -146,20 +165,30 @@ def recall_maps(models: Sequence[Measured]) -> Figure:
     return figure
 
 
-def sensitivity(changes: Mapping[int, float], label: str = "") -> Figure:
-    """Loss of a model of which one layer is converted, by layer."""
+def sensitivities(changes: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Loss of a model of which one layer is converted, by layer: bars, or a line for each of several conversions."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(_WIDTH, 3.0)
-    layers = sorted(changes)
-    axes.bar(layers, [changes[layer] for layer in layers], 0.8, color=COLOURS[0])
-    axes.axhline(0, color=BASELINE, linewidth=1)
+    figure, axes = _figure(_WIDTH, 3.0 if len(changes) == 1 else 5.0)
+    for i, (name, by) in enumerate(changes.items()):
+        layers = sorted(by)
+        values = [by[layer] for layer in layers]
+        if len(changes) == 1:
+            axes.bar(layers, values, 0.8, color=colour_of(i))
+            axes.axhline(0, color=BASELINE, linewidth=1)
+            axes.set_title(_wrap(name, 90), fontsize=11, loc="left")
+        else:
+            axes.plot(
+                layers, values, MARKERS[marker_of(i)] + "-", color=colour_of(i), markersize=4, label=_wrap(name, 44)
+            )
+    if len(changes) > 1:
+        if all(value > 0 for by in changes.values() for value in by.values()):
+            axes.set_yscale("log")
+        _legend(figure, len(changes))
     axes.grid(False, axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.set_xlabel("converted layer")
     axes.set_ylabel("change of the loss,\nnats/token")
-    if label:
-        axes.set_title(_wrap(label, 90), fontsize=11, loc="left")
     return figure
 
 
@@ -196,13 +225,13 @@ def composition_front(found: Mapping[str, Any]) -> Figure:
         points = [(p["bytes_per_token"], p["predicted_kl"]) for p in front if p["predicted_kl"] > 0]
         if not points:
             continue
-        axes.plot(*zip(*points, strict=True), _marker(i) + "-", color=_colour(i), markersize=4, label=name)
+        axes.plot(*zip(*points, strict=True), MARKERS[marker_of(i)] + "-", color=colour_of(i), markersize=4, label=name)
         xs += [x for x, _ in points]
     race = found["race"]
     for i, runner in enumerate(race["runners"] if race is not None else ()):
         x, kl = runner["bytes"] / race["tokens"], runner["kl"]
         spread = [[max(0.0, kl["value"] - kl["low"])], [max(0.0, kl["high"] - kl["value"])]]
-        axes.errorbar(x, kl["value"], yerr=spread, fmt="*", color=BASELINE if i else _colour(0), markersize=12,
+        axes.errorbar(x, kl["value"], yerr=spread, fmt="*", color=BASELINE if i else colour_of(0), markersize=12,
                       capsize=3, zorder=4, label=f"raced: {runner['name']}")  # fmt: skip
         xs.append(x)
     budget = found["budget"]["bytes"] / found["budget"]["context"]
@@ -236,7 +265,7 @@ def decode_speed(reports: Sequence[Report]) -> Figure:
         if mine is None:
             continue
         ratio = "" if base is None else f" ({mine.decode.median / base.decode.median:.2f}x)"
-        bars.append((report.model.name, _colour(i), mine, ratio))
+        bars.append((report.model.name, colour_of(i), mine, ratio))
         if base is not None and report.baseline is not None:
             bars.append((report.baseline.name, _GREY, base, ""))
     figure, axes = _figure(_WIDTH, 1.0 + 0.42 * max(1, len(bars)))
@@ -287,12 +316,14 @@ def _style(axes: Axes) -> None:
     axes.tick_params(labelsize=9)
 
 
-def _colour(index: int) -> str:
+def colour_of(index: int) -> str:
+    """Colours come again, with other markers."""
     return COLOURS[index % len(COLOURS)]
 
 
-def _marker(index: int) -> str:
-    return MARKERS[index % len(MARKERS)]
+def marker_of(index: int) -> int:
+    """Index into `MARKERS`: 36 models are told apart by colour and marker."""
+    return (index + index // len(COLOURS)) % len(MARKERS)
 
 
 def _wrap(name: str, width: int) -> str:
