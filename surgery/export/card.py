@@ -7,6 +7,7 @@ made again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def write_card(
         old: an earlier card, whose hand-written parts are kept.
     """
     pictures: dict[str, bytes] = {}
-    body = [BEGIN, f"# {name}", _lead(source), "## What was done", *_done(source)]
+    loading = ["## How to load", *_loading(written, name)]
+    body = [BEGIN, f"# {name}", _lead(source, options.results), *loading, "## What was done", *_done(source)]
     if options.results:
         page, pictures = markdown_page(options.results)
         body += [page, _all_numbers(options.results)]
@@ -88,8 +90,6 @@ def write_card(
             "parent, and `surgery export --results result.json` puts them here.",
         ]
     body += [
-        "## How to load",
-        *_loading(written, name),
         "## Checked",
         parity.line() + ".",
         "## Limits",
@@ -107,7 +107,7 @@ def write_card(
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _lead(source: Source) -> str:
+def _lead(source: Source, results: Sequence[Report]) -> str:
     plan = source.provenance.get("plan") or {}
     parent = _parent_link(source)
     saved = ""
@@ -119,7 +119,19 @@ def _lead(source: Source) -> str:
         )
     return (
         f"{parent} with its attention rewritten by [surgery](https://pypi.org/project/kv-surgery) so that the KV cache "
-        f"gets small.{saved}"
+        f"gets small.{saved}{_measured(results)}"
+    )
+
+
+def _measured(results: Sequence[Report]) -> str:
+    """One sentence on one evaluation beside the parent."""
+    report = results[0] if len(results) == 1 else None
+    if report is None or report.baseline is None or report.gap is None or not math.isfinite(report.gap):
+        return ""
+    change = report.gap / max(report.baseline.nats_per_token, 1e-9)
+    return (
+        f" On the text of the evaluation below its loss changes by **{change:+.1%}**, at a KL of {report.kl:.4f} nats "
+        "per token to the parent."
     )
 
 

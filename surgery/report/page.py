@@ -157,6 +157,11 @@ class _Heading:
     text: str
 
 
+@dataclass(frozen=True)
+class _List:
+    items: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Picture:
     """A plot: as an image for Markdown, and in the form that the template of the page has for it."""
@@ -189,10 +194,16 @@ def _page(
         "Further down and further left is better. The grey line joins the models that no other beats in both; dashed "
         "lines: the baseline. Bars: 95 % intervals.",
         quality_table(reports),
-        "nats/token: loss, lower is better. prefill: the same in one forward pass, which never reads the cache. "
-        "change: of the loss against the baseline, with its 95 % interval over windows of the text. KL: nats/token "
-        "from the baseline. same top: share of tokens at which both find the same next token likeliest. "
-        "KV B/token: bytes that the cache holds per token, measured.",
+        _List(
+            (
+                "nats/token: loss, lower is better",
+                "prefill: the same in one forward pass, which never reads the cache",
+                "change: of the loss against the baseline, with its 95 % interval over windows of the text",
+                "KL: nats/token from the baseline",
+                "same top: share of tokens at which both find the same next token likeliest",
+                "KV B/token: bytes that the cache holds per token, measured",
+            )
+        ),
     ]  # fmt: skip
     if baseline is not None:
         says = "Change of the loss in the early, middle and late third of the context"
@@ -242,8 +253,8 @@ def _page(
             *samples,
         ]
     page.append(_Heading("How this was measured"))
-    page += dict.fromkeys(note for report in reports for note in report.notes())
-    page += dict.fromkeys(f"on {r.device} with {', '.join(f'{k} {v}' for k, v in r.versions.items())}" for r in reports)
+    where = (f"on {r.device} with {', '.join(f'{k} {v}' for k, v in r.versions.items())}" for r in reports)
+    page.append(_List(tuple(dict.fromkeys([*(note for r in reports for note in r.notes()), *where]))))
     return page
 
 
@@ -263,6 +274,8 @@ def _as_markdown(title: str | None, blocks: Iterable[Any]) -> str:
         match block:
             case _Heading(text):
                 parts.append(f"## {text}")
+            case _List(items):
+                parts.append("\n".join(f"- {item}" for item in items))
             case _Picture():
                 parts.append(f"![{block.says}]({block.file})")
             case sampled.Sample():
@@ -299,6 +312,8 @@ def _for_template(block: Any) -> tuple[str, Any]:
     match block:
         case _Heading(text):
             return "heading", text
+        case _List(items):
+            return "list", items
         case _Picture():
             return block.kind, block.shown()
         case sampled.Sample():
