@@ -73,7 +73,7 @@ def recall(m: Measured, models: Sequence[Measured]) -> list[Map]:
         maps.append(
             Map(
                 title=task.replace("_", " "),
-                corner="depth / tokens",
+                corner="depth, tokens",
                 columns=tuple(f"{length:,}" for length in lengths),
                 rows=tuple(rows),
             )
