@@ -121,7 +121,7 @@ def report(
     composition: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Also show what each layer costs: file that surgery plan --budget ... --json wrote."
+            metavar="FILE", help="Also show what each layer costs: file that surgery plan --budget wrote by --json."
         ),
     ] = None,
     overwrite: Overwrite = False,
