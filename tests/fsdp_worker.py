@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 fsdp_worker.py HOME OUT MODEL
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def main(home, out, model):
         torch.save(found, out / "gradients.pt")
     trainer.accelerator.wait_for_everyone()
     leave()
+    os._exit(0)  # gradients are saved; threads of gloo may still abort an interpreter that ends in order
 
 
 if __name__ == "__main__":
