@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="the package that holds it, where it is downloaded already")
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--context", type=int, action="append", help="default all")
+    parser.add_argument("--batch", type=int, help="default all")
     parser.add_argument("--dtype", help="default both")
     parser.add_argument("--llama", metavar="PYTHON", help="also time llama.cpp, of the package xllamacpp there")
     parser.add_argument("--tiny", action="store_true", help="the bundled model; results stay in --folder")
@@ -258,9 +259,11 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(options)
     cells = [
-        c
-        for c in (TINY if options.tiny else CELLS)
-        if (not options.context or c[2] in options.context) and options.dtype in (None, c[0])
+        (dtype, batch, context)
+        for dtype, batch, context in (TINY if options.tiny else CELLS)
+        if (not options.context or context in options.context)
+        and options.dtype in (None, dtype)
+        and options.batch in (None, batch)
     ]
     for dtype, batch, context in [] if options.report else cells:
         for name in ("parent", *RECIPES):
