@@ -537,3 +537,15 @@ def test_fit_chooses_refits_and_keeps_only_what_helps(kind):
     before = copy.divergence(windows.split()[1])
     assert before == pytest.approx(copy.held_out, rel=1e-3)
     assert tune_gains(copy, copy.computed, windows, steps=4) <= before
+
+
+def test_prompts_of_latents_need_no_more_than_flash_attention():
+    model = families.tiny_model("llama")
+    ids = torch.randint(3, 120, (8, 48), generator=torch.Generator().manual_seed(0))
+    step = {"rewriter": "mla", "keep": 0.5, "rope_dims": 4}
+    child = surgery.convert(model, {"steps": [step]}, calibration=ids).eval()
+    with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        found = child(input_ids=ids[:2]).logits  # raises where keys and values differ in width
+    child.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert_close(found, child(input_ids=ids[:2]).logits)

@@ -77,6 +77,20 @@ class SurgeryHeadNorm(nn.Module):
         return f"{self.norm.kind}, span={self.norm.span}, eps={self.norm.eps}"
 
 
+def equally_wide(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with zeros behind the narrower of keys and values, which change no score and no mean.
+
+    For keys and values of one width sdpa goes block by block; for others it holds all scores at once, 4 to 5 times as
+    long over 8192 tokens of a CPU.
+    """
+    missing = key.shape[-1] - value.shape[-1]
+    if missing > 0:
+        value = nn.functional.pad(value, (0, missing))
+    elif missing < 0:
+        query, key = (nn.functional.pad(x, (0, -missing)) for x in (query, key))
+    return query, key, value
+
+
 class SurgeryAttention(nn.Module):
     """Softmax attention of one converted layer, called and answering as the parent's module was.
 
@@ -232,7 +246,12 @@ class SurgeryAttention(nn.Module):
         elif self.site.alibi_slopes is not None:
             raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
 
+        width = value.shape[-1]
+        if not own and implementation in LIKE_SDPA and query.shape[2] > 1:
+            query, key, value = equally_wide(query, key, value)
         found = self._call_attention(attention_interface, query, key, value, mask, inputs.rest)
+        if found[0].shape[-1] != width:
+            found = (found[0][..., :width], found[1])
         return (self._values(found[0]), found[1]) if absorbs else found
 
     def gives_weights(self, named: Mapping[str, Any]) -> bool:
