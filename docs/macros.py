@@ -299,6 +299,23 @@ def composed() -> str:
     return table(heads, (cells(name, row) for name, row in rows.items()))
 
 
+def cpu_decode() -> str:
+    """Tokens per second of whole models on one core, one sequence, and over the parent's compiled static decoding."""
+    rows = [row for row in at("cpu_decode", "rows") if (row["dtype"], row["batch"]) == ("float32", 1)]
+    contexts = sorted({row["context"] for row in rows})
+    speed = {(r["model"], r["attention"], r["cache"], r["context"]): r["tokens_per_s"] for r in rows}
+
+    def cell(key: tuple[str, ...], context: int) -> str:
+        if (*key, context) not in speed:
+            return ""
+        found = speed[*key, context]
+        return f"{found:.1f} ({found / speed['parent', 'sdpa', 'static', context]:.2f}x)"
+
+    keys = dict.fromkeys((row["model"], row["attention"], row["cache"]) for row in rows)
+    heads = ["model", "attention", "cache", *(f"{context:,} tokens" for context in contexts)]
+    return table(heads, ([*key, *(cell(key, context) for context in contexts)] for key in keys), left=3)
+
+
 def conversion_cost() -> str:
     """Processor time of calibrated conversions of SmolLM2-135M, in forward passes over the text."""
     rows = {name: row for name, row in at("conversion_cost", "rows", "cost").items() if "passes" in row}
@@ -347,7 +364,7 @@ def formula(source: str, language: str, css: str, options: Any, md: Any, **_: An
 
 TABLES: tuple[Callable[..., str], ...] = (
     real_models, evict_ranks, codecs, codec_speed, pooled_heads, latents, shared_layers, retained, recalled,
-    decoding_with_less, uptrained, recovered, composed, conversion_cost, releases, kvpress_overlap,
+    decoding_with_less, uptrained, recovered, composed, cpu_decode, conversion_cost, releases, kvpress_overlap,
 )  # fmt: skip
 
 
