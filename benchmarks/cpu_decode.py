@@ -95,7 +95,9 @@ class Bench:
         """Write a row, and say it."""
         self.rows.append(row)
         data = {**environment(SEED), "threads": 1, "steps": STEPS, "goals": GOALS, "rows": self.rows}
-        self.path.write_text(json.dumps(data, indent=1) + "\n")
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(data, indent=1) + "\n")
+        part.replace(self.path)
         print(json.dumps(row), flush=True)  # noqa: T201
 
     @cached_property

@@ -26,6 +26,7 @@ import surgery
 from surgery.bundled import SMALL
 from surgery.calibration.text import load_tokenizer
 from surgery.demo import topic_windows
+from surgery.measure.decode_bench import build
 from surgery.measure.decode_layouts import SHAPES
 
 SEED = 0
@@ -64,8 +65,7 @@ def wide(device: str, recipe: str, layers: int, shape: str, tokens: tuple[int, i
     torch.manual_seed(SEED)
     config = SHAPES[shape].config(torch.bfloat16)
     config.num_hidden_layers, config.vocab_size = layers, 1024
-    with torch.device(device):
-        parent = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    parent = build(lambda: LlamaForCausalLM(config), torch.bfloat16, torch.device(device))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     text = torch.randint(config.vocab_size, tokens, generator=torch.Generator().manual_seed(SEED))

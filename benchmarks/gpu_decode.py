@@ -27,7 +27,7 @@ from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import surgery
-from surgery.measure.decode_bench import DecodeBench, Row, decode, greedy_step, time_steps
+from surgery.measure.decode_bench import DecodeBench, Row, build, decode, greedy_step, time_steps
 from surgery.measure.decode_layouts import SHAPES
 from surgery.measure.memory import tensor_bytes
 
@@ -68,10 +68,7 @@ def whole(shape: str, batch: int, context: int, device: str, dtype: torch.dtype,
     """
     torch.manual_seed(SEED)
     config = SHAPES[shape].config(dtype, positions=2 * context)
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        parent: PreTrainedModel = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
+    parent: PreTrainedModel = build(lambda: LlamaForCausalLM(config), dtype, torch.device(device))
     ids = torch.randint(config.vocab_size, (1, context), device=device)
     codes = {"rewriter": "quantise", "codec": "kivi", "k_bits": 4}
     gates = {"rewriter": "dms", "ratio": RATIO, "window": min(256, context // 16)}

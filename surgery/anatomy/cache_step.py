@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel
-from ..runtime.calling import CACHE_NAMES, cache_argument, cache_of, take_cache
+from ..runtime.calling import cache_argument, cache_of, take_cache
 from ..runtime.layout import AttentionSite
 from .twin import hold_frequencies_still, make_twin
 
@@ -40,11 +39,14 @@ def prove_cache_step(source: PreTrainedModel | PretrainedConfig, sites: Sequence
         if take_cache(named) is not None:
             reached.add(names[module])
 
-    if twin.can_generate() and not any(name in CACHE_NAMES for name in inspect.signature(twin.forward).parameters):
-        raise UnsupportedModel(
-            f"{type(twin).__name__}: its forward takes no cache, so that there is none to make smaller. It reads the "
-            "whole text anew for each token."
-        )
+    if twin.can_generate():
+        try:
+            cache_argument(twin)
+        except ValueError:
+            raise UnsupportedModel(
+                f"{type(twin).__name__}: its forward takes no cache, so that there is none to make smaller. It reads "
+                "the whole text anew for each token."
+            ) from None
     names = {twin.get_submodule(site.module): site.module for site in sites}
     for module in names:
         module.register_forward_pre_hook(look, with_kwargs=True)

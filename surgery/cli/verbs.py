@@ -145,7 +145,9 @@ def verb(
 
 
 def _left_behind(out: Path | None) -> str:
-    kept = out and out.with_name(f"{out.name}.unfinished")
+    from ..checkpoints.unfinished import SUFFIX
+
+    kept = out and out.with_name(out.name + SUFFIX)
     if kept and kept.exists():
         return f"What was done is kept in {kept}, and the same command goes on from there."
     return "Nothing was written."

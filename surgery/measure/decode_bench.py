@@ -184,7 +184,7 @@ def _measure(
     }  # fmt: skip
     if weights + batch * capacity * kv_bytes > 0.95 * room:
         return Row(**facts, skipped="does not fit")
-    loop = _build(lambda: DecodeLoop(shape, layout.layers, batch, capacity), dtype, device)
+    loop = build(lambda: DecodeLoop(shape, layout.layers, batch, capacity), dtype, device)
     loop.start(context)
     seconds = time_steps(loop.forward, torch.zeros(batch, dtype=torch.long, device=device), steps, compiled)
     del loop
@@ -257,7 +257,8 @@ def greedy_step(model: PreTrainedModel, cache: Any, batch: int, context: int) ->
     return forward
 
 
-def _build(make: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
+def build(make: Callable[[], Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """A module that is made on a device and in a dtype, without a copy in another; for inference."""
     gc.collect()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -275,7 +276,7 @@ def _transformers(
     """Seconds of a step of `LlamaForCausalLM` over a full static cache."""
     config = shape.config(dtype, kv_heads, capacity)
     config._attn_implementation = "sdpa"
-    model = _build(lambda: LlamaForCausalLM(config), dtype, device)
+    model = build(lambda: LlamaForCausalLM(config), dtype, device)
     cache: Any = StaticCache(config=config, max_cache_len=capacity)
     cache.early_initialization(batch, kv_heads, shape.head_dim, dtype, device)
     for layer in cache.layers:
