@@ -290,3 +290,32 @@ def test_streams_in_bfloat16_take_half_the_memory_and_change_little(monkeypatch:
     assert any(not narrow.state_dict()[name].equal(tensor) for name, tensor in wide.state_dict().items())
     with pytest.raises(surgery.PlanError, match="streams: 'float16' must be one of float32, bfloat16"):
         surgery.convert(model, recipe, calibration=ids, streams="float16")
+
+
+@pytest.mark.parametrize("case", ["plain", "tied", "not exact", "reads its dtype"])
+@torch.no_grad()
+def test_tables_are_held_in_half_precision_where_that_changes_nothing(case, monkeypatch):
+    monkeypatch.setattr("surgery.calibration.tables.TABLE_NUMBERS", 1024)
+    monkeypatch.setattr("surgery.calibration.tables.WIDENED", 512)
+    parent = families.tiny_model("llama", tie_word_embeddings=case == "tied").eval()
+    if case != "not exact":
+        parent = parent.bfloat16().float()
+    copy, windows = copy_of(parent), random_windows()
+    ids, mask = windows.ids_BT[:2], windows.mask_BT[:2]
+    if case == "reads its dtype":
+        real = LlamaModel.forward
+
+        def forward(self: LlamaModel, input_ids: Tensor | None = None, **more: Any) -> Any:
+            more["inputs_embeds"] = self.embed_tokens(input_ids).to(self.embed_tokens.weight.dtype)
+            return real(self, **more)
+
+        monkeypatch.setattr(LlamaModel, "forward", forward)
+    wanted = answers(parent, ids, mask)
+    shell = copy.layers.shell
+    narrow = {m.weight.dtype for m in (shell.get_input_embeddings(), shell.get_output_embeddings())}
+    assert narrow == {torch.float32 if case in ("not exact", "reads its dtype") else torch.bfloat16}
+    h, calls = copy.layers.entering(ids)
+    for index in range(len(copy.layers)):
+        h = copy.layers.run(copy.layers.build(index), h, calls[index])
+    torch.testing.assert_close(copy.layers.answers(h, ids, mask), wanted, rtol=1e-5, atol=1e-5)
+    assert parent.lm_head.weight.dtype == torch.float32

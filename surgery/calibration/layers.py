@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..runtime.layout import AttentionSite
 from .outputs import answers
+from .tables import narrow_tables
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer beside the hidden states."""
@@ -47,6 +48,7 @@ class DecoderLayers:
         self.wraps = False
         """Whether layers return more than the hidden states, which then come first."""
         self._check_chain()
+        self._narrow_tables()
 
     def __len__(self) -> int:
         return len(self.stack)
@@ -152,6 +154,21 @@ class DecoderLayers:
             f"layer {failure}: {type(self.shell).__name__} does not hand it what the layer before returned, so that "
             "its arguments cannot be recorded. Convert without calibration text."
         )
+
+    @torch.no_grad()
+    def _narrow_tables(self) -> None:
+        """Keep tables in half precision where what goes into the layers, and comes out of the model, stays the same."""
+        ids, mask = torch.arange(8).reshape(2, 4) % 3 + 1, torch.ones(2, 4, dtype=torch.bool)
+
+        def ends() -> list[Tensor]:
+            h = self.entering(ids)[0]
+            return [h, self.answers(h, ids, mask)]
+
+        before = ends()
+        restore = narrow_tables(self.shell, [m for layer in self.stack for m in layer.modules()])
+        same = all(a.dtype == b.dtype and torch.allclose(a, b, 1e-5, 1e-5) for a, b in zip(before, ends(), strict=True))
+        if not same:  # the model reads a table, or its dtype, in a way of its own
+            restore()
 
     @contextmanager
     def _layers(

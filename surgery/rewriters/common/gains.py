@@ -26,6 +26,8 @@ GainFit = bool | Literal["global"]
 """`true`: layer by layer, in closed form; `global`: by 60 steps on the loss of the whole model; `false`: not at all."""
 GAIN_TOKENS = 4_096
 """Tokens that the closed form looks at: it fits 2N numbers per layer."""
+GAIN_ROWS = 64
+"""Tokens whose 2N outputs, [2N, tokens, D], are in memory together."""
 STEP = 0.05
 """Part of q by which its effect on the head outputs is measured."""
 WINDOWS = 64
@@ -44,12 +46,14 @@ def fit_gains(visit: Visit, weights: AttentionWeights) -> AttentionWeights:
     for a in visit.activations(GAIN_TOKENS):
         now, then = (copy.head_outputs(layer, a.inputs, w) for w in (weights, larger))
         heads = torch.cat([(then - now) / STEP, now], 2) if weights.q_norm is None else torch.cat([now * 0, now], 2)
-        o = torch.cat([weights.o_DNV] * 2, 1)
-        for row, mask, wanted in zip(heads, a.mask_BT, a.wanted_BTD, strict=True):
-            given_PCD = torch.einsum("pcv,dcv->pcd", row[mask], o)
-            missing = wanted[mask] - given_PCD[:, N:].sum(1)
-            gram += to_double(torch.einsum("pcd,ped->ce", given_PCD, given_PCD))
-            cross += to_double(torch.einsum("pcd,pd->c", given_PCD, missing))
+        o_CVD = weights.o_DNV.permute(1, 2, 0).repeat(2, 1, 1)
+        mask = a.mask_BT
+        for heads_PCV, wanted_PD in zip(heads[mask].split(GAIN_ROWS), a.wanted_BTD[mask].split(GAIN_ROWS), strict=True):
+            given_CPD = heads_PCV.transpose(0, 1) @ o_CVD
+            missing_PD = wanted_PD - given_CPD[N:].sum(0)
+            given = given_CPD.flatten(1)
+            gram += to_double(given @ given.T)
+            cross += to_double(given @ missing_PD.flatten())
     factor = (1 + torch.linalg.solve(damp(total(gram), 1e-3), total(cross))).clamp(0.5, 2.0).to(weights.q_NHD.dtype)
     q, o = factor[:N], factor[N:]
     return replace(

@@ -164,10 +164,11 @@ def conjugate_gradients(
             break
         Ap = apply(p)
         step = torch.where(rz > 0, rz / dot(p, Ap).clamp_min(1e-30), 0)[:, None, None]
-        x, r = x + step * p, r - step * Ap
+        x += step * p  # in place: at the width of a 7B model each of these is 134 MB
+        r -= step * Ap
         z = precondition(r)
         rz, old = dot(r, z), rz
-        p = z + torch.where(old > 0, rz / old.clamp_min(1e-30), 0)[:, None, None] * p
+        p = z.add_(torch.where(old > 0, rz / old.clamp_min(1e-30), 0)[:, None, None] * p)
     return x
 
 
