@@ -137,9 +137,9 @@ def _rewrite(copy_: WorkingCopy, plan: Plan, work: _Work) -> Plan:
     return plan if plan.native else plan.settled(map(copy_.settle, plan.after))
 
 
-def carry_out_steps(copy_: WorkingCopy, plan: Plan, windows: Windows | None, seed: int) -> None:
-    """Rewrite a working copy by the steps of a plan, in order."""
-    for step in plan.recipe.steps:
+def carry_out_steps(copy_: WorkingCopy, plan: Plan, windows: Windows | None, seed: int, done: int = 0) -> None:
+    """Rewrite a working copy by the steps of a plan, in order, but for the first `done` ones."""
+    for step in plan.recipe.steps[done:]:
         copy_.doing = step.rewriter
         rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
 

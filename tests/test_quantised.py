@@ -375,6 +375,35 @@ def test_directions_of_keys_before_their_rotation_are_close_at_eight_bits(family
     assert cache.layers[0].streams[0].packed == 48
 
 
+LATENTS = {
+    "mla": {"rewriter": "mla", "rank": 24, "rope_dims": 8},
+    "lowrank": {"rewriter": "lowrank", "rank": 32},
+    "shared": {"rewriter": "share", "layout": {1: 0}, "init": "latent"},
+}
+
+
+@pytest.mark.parametrize("case", LATENTS)
+def test_directions_of_latents_are_close_at_eight_bits_and_follow_padding(case):
+    steps = [LATENTS[case]]
+    parent = tiny_model("llama", num_key_value_heads=4).eval()
+    plain = surgery.convert(parent, {"steps": steps}, calibration=TEXT).eval()
+    model = surgery.convert(
+        parent, {"steps": [*steps, SMALL | {"codec": "metric", "k_bits": 8}]}, calibration=TEXT
+    ).eval()
+    mask = torch.ones_like(IDS)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        given = {cache_argument(model): cache}
+        parts = [
+            model(IDS[:, a:b], attention_mask=mask[:, :b], **given).logits
+            for a, b in [(0, 40), *((t, t + 1) for t in range(40, IDS.shape[1]))]
+        ]
+        want = plain(IDS, attention_mask=mask).logits
+    assert 0 < relative_error(torch.cat(parts, 1)[:, 40:], want[:, 40:]) < 0.06
+    assert cache.layers[0].streams[0].packed == 48
+
+
 @torch.no_grad()
 def test_keys_that_are_rotated_at_read_follow_padding_and_refuse_leaps():
     model = converted("metric", k_bits=8)
@@ -407,7 +436,7 @@ def test_codecs_that_read_text_say_so_and_refuse_what_they_cannot_hold():
     with pytest.raises(
         surgery.PlanError, match="layer 0: .* reads keys and values of heads, and the layer caches a la"
     ):
-        surgery.plan(parent, {"steps": [{"rewriter": "mla", "rank": 24, "rope_dims": 8}, step]})
+        surgery.plan(parent, {"steps": [{"rewriter": "mla", "rank": 24, "rope_dims": 8}, step | {"codec": "oscar"}]})
     with pytest.raises(surgery.PlanError, match="tokens of text behind the first 4 are too few for 16 directions"):
         surgery.convert(parent, {"steps": [step]}, calibration=TEXT[:1, :16])
 

@@ -37,6 +37,11 @@ class HeadsForm:
         """Whether the copy computes the head outputs in place of the parent's attention."""
         return False
 
+    @property
+    def latent_of_cache(self) -> LatentWeights | None:
+        """The latent that the layer caches, or reads from its owner; None where that is K and V."""
+        return None
+
     def sources(self, layer: int) -> tuple[int, ...]:
         """Layers whose inputs K, V and the queries of `layer` are made from."""
         return (layer,)
@@ -87,6 +92,10 @@ class LatentForm(HeadsForm):
     def is_computed(self) -> bool:
         return True
 
+    @property
+    def latent_of_cache(self) -> LatentWeights | None:
+        return self.latent
+
     def head_outputs(self, layer: int, weights_of: WeightsOf, inputs: Inputs) -> Tensor | None:
         return latent_outputs(weights_of(layer), self.latent, inputs[layer])
 
@@ -115,6 +124,10 @@ class ReaderForm(HeadsForm):
     @property
     def is_computed(self) -> bool:
         return True
+
+    @property
+    def latent_of_cache(self) -> LatentWeights | None:
+        return self.latent
 
     def sources(self, layer: int) -> tuple[int, ...]:
         return (layer,) if self.owner == layer else (layer, self.owner)

@@ -95,7 +95,7 @@ def to_measure(settings: Sequence[Setting]) -> list[Setting]:
         if single.axes == ("project",) and method not in methods:
             methods.add(method)
             pairs = [s for s in settings if len(s.steps) == 2 and s.steps[0] == single.steps[0]]
-            found += _spread([s for s in pairs if s.axes[-1] == "store" and s.last_needs_no_text])
+            found += _spread([s for s in pairs if s.axes[-1] == "store" and (s.has_latents or s.last_needs_no_text)])
     return found
 
 

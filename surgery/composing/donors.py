@@ -70,23 +70,26 @@ class Donors:
 
     def __init__(self, parent: PreTrainedModel, anatomy: Anatomy, windows: Windows, seed: int) -> None:
         self.parent, self.anatomy, self.windows, self.seed = parent, anatomy, windows, seed
-        self._last: tuple[Steps, dict[int, nn.Module]] = (), {}
-        """What was fitted last: a format on top of it needs no second fit."""
+        self._base: tuple[Steps, AloneCopy | None, dict[int, nn.Module]] = (), None, {}
+        """What was fitted last by all of its steps: one more step on top of it needs no second fit of those."""
 
     def of(self, setting: Setting) -> dict[int, nn.Module]:
         """By layer."""
-        steps, fitted = self._last
-        if steps and setting.steps[:-1] == steps and setting.last_needs_no_text:
+        steps, working, fitted = self._base
+        more = bool(steps) and setting.steps[:-1] == steps
+        if more and setting.last_needs_no_text:
             return self._stored(fitted, setting)
         plan = make_plan(self.anatomy, setting.recipe())
-        working = AloneCopy(self.parent, self.anatomy)
-        carry_out_steps(working, plan, self.windows, self.seed)
+        if not more or working is None:
+            working = AloneCopy(self.parent, self.anatomy)
+        carry_out_steps(working, plan, self.windows, self.seed, done=len(steps) if more else 0)
         settled = plan.settled(map(working.settle, plan.after))
         for site in self.anatomy.sites:  # also layers of which only the plan changes
             working.take_form(site.layer, working.form(site.layer))
         child = in_own_class(self.parent, settled, working, {}).eval()
         made = {site.layer: child.get_submodule(site.module) for site in self.anatomy.sites}
-        self._last = setting.steps, made
+        if not more:
+            self._base = setting.steps, working, made
         return made
 
     def _stored(self, fitted: Mapping[int, nn.Module], setting: Setting) -> dict[int, nn.Module]:

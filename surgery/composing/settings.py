@@ -14,6 +14,7 @@ from ..plan import Plan, plan
 from ..planning.targets import Refusal, Subject, engines, ways
 from ..recipe import Recipe
 from ..rewriters import AXES, REWRITERS, rewriter_class
+from ..runtime.layout import Latent
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ class Setting:
     """Of one sequence at the context of the budget, by place of the layer."""
     axes: tuple[str, ...]
     """Of the steps."""
+    has_latents: bool = False
+    """Whether caches hold latents."""
 
     def recipe(self, layers: str | None = None) -> dict[str, Any]:
         """As a recipe, on all layers or on some."""
@@ -99,7 +102,8 @@ def settings_for(
             if reason is None:
                 bytes_of = tuple(layer.bytes_at(context) for layer in made.after)
                 used = tuple(axis for axis, step in zip(AXES, alternative, strict=True) if step)
-                found.append(Setting(steps=steps, axes=used, bytes_of=bytes_of))
+                latents = any(isinstance(layer.project, Latent) for layer in made.after)
+                found.append(Setting(steps=steps, axes=used, bytes_of=bytes_of, has_latents=latents))
                 break
             reasons[" + ".join(map(step_label, steps))] = reason
     for label, reason in reasons.items():

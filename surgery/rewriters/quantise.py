@@ -113,10 +113,10 @@ class Quantise(Method):
                 + (f" Select these: {spans(able)}." if able else "")
             )
         latent = [layer.layer for layer in layers if isinstance(layer.project, Latent) and step.selects(layer.layer)]
-        if CODECS[step.codec].calibrated and latent:
+        if CODECS[step.codec].reads_heads and latent:
             raise PlanError(
                 f"layer {latent[0]}: {where}: {step.codec} reads keys and values of heads, and the layer caches a "
-                "latent. Use the codec int4 or kivi."
+                "latent. Use the codec metric, kivi or int4."
             )
         if step.bits == "sensitivity":
             self._check_measurable(layers, able, where)
@@ -127,12 +127,8 @@ class Quantise(Method):
 
     @classmethod
     def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
-        """`int8`, and `metric` at many numbers of bits; `kivi` for latents, which `metric` refuses."""
-        offers: list[list[dict[str, Any]]] = [[{"codec": "int8"}]]
-        for bits in OFFERED_BITS:
-            latent = [{"codec": "kivi", "k_bits": bits}] if bits in (2, 3, 4) else []
-            offers.append([{"codec": "metric", "k_bits": bits}, *latent])
-        return offers
+        """`int8`, and `metric` at many numbers of bits."""
+        return [[{"codec": "int8"}], *([{"codec": "metric", "k_bits": bits}] for bits in OFFERED_BITS)]
 
     def conflict(self, other: Any) -> str | None:
         """Bits are measured layer by layer, on caches that nobody else reads."""

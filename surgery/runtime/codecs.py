@@ -34,6 +34,8 @@ class CodecKind:
     nothing."""
     unrotated: bool = False
     """Whether keys are held before their rotation."""
+    reads_heads: bool = False
+    """Whether calibration looks at keys and values of heads, so that latents have no tables."""
 
     def knows(self, bits: float) -> bool:
         """Whether so many can be asked for."""
@@ -91,14 +93,15 @@ CODECS: dict[str, CodecKind] = {
         bits=(2, 3, 4), default=3,
         keys=lambda bits, group, tables: Levels(bits=int(bits), group=group, by_channel=True, tables=tables),
         values=lambda bits, group, tables: Levels(bits=int(bits), group=group, by_channel=False, tables=tables),
-        tables=_levels, unrotated=True,
+        tables=_levels, unrotated=True, reads_heads=True,
         describes="keys by channel, values by token, levels of calibration text, one number of a hundred apart",
     ),
     "oscar": CodecKind(
         bits=(2, 3, 4), default=2,
         keys=lambda bits, group, t: Turned(inner=PerToken(bits=int(bits), group=group, clip=0.96), tables=t),
         values=lambda bits, group, t: Turned(inner=PerToken(bits=int(bits), group=group, clip=0.92), tables=t),
-        tables=_turns, describes="turned to what attention looks for in calibration text, then groups of each token",
+        tables=_turns, reads_heads=True,
+        describes="turned to what attention looks for in calibration text, then groups of each token",
     ),
 }  # fmt: skip
 """Name in recipes -> codec."""

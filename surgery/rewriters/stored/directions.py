@@ -19,6 +19,7 @@ from ...calibration.visit import Visit
 from ...errors import PlanError
 from ...runtime.calibrated_forms import TABLES, Directions
 from ...runtime.layout import Codec
+from .entries import sampled_entries
 from .samples import as_tables, sampled
 
 _MOST = 8
@@ -59,11 +60,14 @@ class StreamDirections:
 
 
 def directions_of_layer(visit: Visit, store: Codec) -> list[StreamDirections]:
-    """Of the keys of one layer, and of its values where `store` encodes them.
+    """Of the keys of one layer, and of its values where `store` encodes them; of the entries of a latent cache.
 
     Raises:
         PlanError: the text has too few tokens behind the first ones.
     """
+    latent = visit.copy.form(visit.layer).latent_of_cache
+    if latent is not None:
+        return [directions_of(*sampled_entries(visit, store, latent), scaled=False, mean=True, letter="k")]
     seen = sampled(visit, store)
     made = [directions_of(seen.k_KPH, seen.key_metric_KHH, scaled=False, mean=True, letter="k")]
     if store.v_bits is not None:

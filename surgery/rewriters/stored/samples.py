@@ -86,15 +86,11 @@ def sampled(visit: Visit, store: Codec) -> Samples:
         x, mask = found.x_student_BTD, found.mask_BT
         sums.add(x, x, mask)
         _, k, v = project(plain, x, torch.tensor([0]))
-        behind = mask & (torch.arange(x.shape[1]) >= store.sinks)
+        behind = behind_first(mask, store)
         keys.append(k.transpose(1, 2)[behind])
         values.append(v.transpose(1, 2)[behind])
     k_KPH, v_KPV = (gathered(torch.cat(parts)).transpose(0, 1) for parts in (keys, values))
-    if k_KPH.shape[1] < 2 * k_KPH.shape[2]:
-        raise PlanError(
-            f"layer {visit.layer}: {k_KPH.shape[1]} tokens of text behind the first {store.sinks} are too few for "
-            f"{k_KPH.shape[2]} directions. Give more text, or longer windows."
-        )
+    check_enough(visit, store, *k_KPH.shape[1:])
     back = back_of(visit.site)
     read_NHH = sums.finish().q_read_NHH[:, back][:, :, back]
     o_KDGV = [weights.o_DNV[:, list(group)].double() for group in weights.groups]
@@ -103,3 +99,21 @@ def sampled(visit: Visit, store: Codec) -> Samples:
         key_metric_KHH=torch.stack([read_NHH[list(group)].sum(0) for group in weights.groups]),
         value_metric_KVV=torch.stack([torch.einsum("dgv,dgw->vw", o, o) for o in o_KDGV]),
     )  # fmt: skip
+
+
+def behind_first(mask_BT: Tensor, store: Codec) -> Tensor:
+    """[B, T]: real tokens that are packed once they are old; the first ones never are."""
+    return mask_BT & (torch.arange(mask_BT.shape[1]) >= store.sinks)
+
+
+def check_enough(visit: Visit, store: Codec, tokens: int, width: int) -> None:
+    """Refuse text with fewer tokens than twice the directions.
+
+    Raises:
+        PlanError: names the layer and both numbers.
+    """
+    if tokens < 2 * width:
+        raise PlanError(
+            f"layer {visit.layer}: {tokens} tokens of text behind the first {store.sinks} are too few for {width} "
+            "directions. Give more text, or longer windows."
+        )
