@@ -23,6 +23,9 @@ from ...errors import PlanError
 
 QUERY_TOKENS = 9_000
 """Calibration tokens whose queries are fitted: each keeps N numbers for every token of its window."""
+STEPS = 6
+"""Of conjugate gradients. On SmolLM2 (4096 tokens) twice as many change the KL of `mqa` from 0.802 to 0.820 nats and of
+`mla-4x` from 0.849 to 0.847: what they still find is of the calibration text."""
 PROBED = 4
 """Queries of each window whose own metric of W_q is written out, for the preconditioner."""
 
@@ -122,7 +125,7 @@ class ScoreFit:
         weight = (size.clamp_min(0) / size.mean((0, 2), keepdim=True).clamp_min(1e-30)).mean(1)
         self.seen_DD = self.seen_DD + to_double(torch.einsum("bmd,bm,bme->de", x, weight, x))
 
-    def solve(self, ridge: float = 1e-3, steps: int = 12) -> AttentionWeights:
+    def solve(self, ridge: float = 1e-3, steps: int = STEPS) -> AttentionWeights:
         """The student with refitted W_q; `ridge` is relative, and shrinks to the rows that it had."""
         x = self.batches[0].x_BmD
         w = self.student.with_bias("q")[..., : x.shape[-1]].double()
