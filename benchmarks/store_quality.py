@@ -57,7 +57,11 @@ PAIRS = {
         ("gqa-2x", {"rewriter": "gqa", "kv_heads": "1/2"}),
         ("mla-4x", {"rewriter": "mla", "keep": 0.25}),
     )
-    for second, more in (("", []), (" and int4", [{"codec": "int4"}]))
+    for second, more in (
+        ("", []),
+        (" and int4", [{"codec": "int4"}]),
+        (" and metric, 4 bits", [{"codec": "metric", "k_bits": 4}]),
+    )
 }
 """Steps before the codec, and the same with it: what the pair costs beside its parts."""
 BACKENDS = {f"transformers {name}, {bits} bits": (name, bits) for name in ("quanto", "hqq") for bits in (4, 2)}

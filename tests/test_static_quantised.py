@@ -87,7 +87,8 @@ def assert_same(got, want):
 
 PAIRS = [(name, "plain", "surgery") for name in CODECS]
 PAIRS += [("kivi", case, "surgery") for case in CASES if case != "plain"]
-PAIRS += [("metric", "uneven groups", "surgery"), ("metric", "plain", "eager"), ("kivi", "shared", "eager")]
+PAIRS += [("metric", case, "surgery") for case in ("uneven groups", "latent", "latent, rotated at read")]
+PAIRS += [("metric", "plain", "eager"), ("kivi", "shared", "eager")]
 
 
 @pytest.mark.parametrize(("codec", "case", "implementation"), PAIRS)
