@@ -44,6 +44,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "fp8": {"codec": "fp8"},
     **{f"int4 (Hadamard), {b} bits": {"codec": "int4", "k_bits": b} for b in (4, 3, 2)},
     **{f"kivi, {b} bits": {"codec": "kivi", "k_bits": b} for b in (4, 3, 2)},
+    **{f"gear, {b} bits": {"codec": "gear", "k_bits": b} for b in (4, 3, 2)},
     "kivi, 4 bits all counted, by sensitivity": {"codec": "kivi", "bits": "sensitivity", "bits_per_number": 4},
     **{f"turbo, {b} bits": {"codec": "turbo", "k_bits": b} for b in (4, 3, 2)},
     **{f"kvquant, {b} bits": {"codec": "kvquant", "k_bits": b} for b in (4, 3, 2)},

@@ -16,7 +16,7 @@ from surgery.runtime.calibrated_forms import TABLES, Directions, Levels
 from surgery.runtime.calling import cache_argument
 from surgery.runtime.codecs import CODECS
 from surgery.runtime.layout import Codec, LayerPlan
-from surgery.runtime.packed_forms import Spherical
+from surgery.runtime.packed_forms import PerToken, Residual, Spherical
 from surgery.runtime.packing import gaussian_codebook, hadamard, pack, packed_width, unpack
 from surgery.runtime.quantised_cache import QuantisedLayer
 
@@ -122,6 +122,7 @@ def test_planned_bytes_are_allocated_and_the_model_is_still_the_model(codec):
         "int4": 0.2,
         "turbo": 0.3,
         "kivi": 0.6,
+        "gear": 0.5,
         "metric": 0.6,
         "kvquant": 0.6,
         "oscar": 0.7,
@@ -139,6 +140,26 @@ def test_a_chunk_up_to_a_whole_group_sees_what_its_tokens_see_one_by_one():
     assert relative_error(torch.cat(parts, 1), one) < 3e-3  # a code may fall on the other side of its edge by rounding
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_residual_takes_off_what_the_best_product_takes_off(rank):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 32, 16, generator=g)
+    x = x + 3 * torch.randn(2, 3, 32, 1, generator=g).exp() * torch.randn(2, 3, 1, 16, generator=g)
+    inner = PerToken(bits=2, group=16)
+    form = Residual(inner=inner, group=16, rank=rank)
+    parts = form.encode(x)
+    assert sum(p.nbytes for p in parts) == 2 * form.bytes_of(32, 3, 16)
+    lost = (x - inner.decode(inner.encode(x), 16)).unflatten(2, (2, 16))
+    best = torch.linalg.svdvals(lost)[..., rank:].square().sum(-1)
+    left = (x - form.decode(parts, 16)).unflatten(2, (2, 16)).square().sum((-2, -1))
+    assert (left < 1.1 * best).all() and (left > 0.99 * best).all()
+    hidden = torch.zeros(2, 32, dtype=torch.bool)
+    hidden[:, 5] = True
+    spoilt = torch.where(hidden[:, None, :, None], 1e3, x)
+    kept = form.decode(form.encode(spoilt, hidden), 16)[~hidden[:, None].expand(2, 3, 32)]
+    assert relative_error(kept, x[~hidden[:, None].expand(2, 3, 32)]) < 0.5
+
+
 def test_history_is_never_encoded_again():
     model = converted("kivi")
     _, cache = decoded(model, IDS[:, :40], 40)
@@ -151,7 +172,7 @@ def test_history_is_never_encoded_again():
         assert torch.equal(new[:, :, : old.shape[2]], old)
 
 
-@pytest.mark.parametrize("codec", ["int4", "kivi"])
+@pytest.mark.parametrize("codec", ["int4", "kivi", "gear"])
 @torch.no_grad()
 def test_padding_sets_no_scale_and_takes_no_place_of_a_first_token(codec):
     """What comes in front of a sequence in a batch may not change it: the padded row packs other columns together, so

@@ -36,8 +36,9 @@ class QuantiseStep(Step):
     rewriter: Literal["quantise"] = "quantise"
     codec: str = "int4"
     """`int8`, `fp8`: one scale per token and head. `int4`: Hadamard rotation, then groups of channels of each token.
-    `kivi`: keys by channel over groups of tokens. `turbo`: random rotation, levels that suit a Gaussian. `metric`:
-    principal directions of calibration text, each with bits of its own."""
+    `kivi`: keys by channel over groups of tokens. `gear`: what `kivi` loses beside it, in low rank. `turbo`: random
+    rotation, levels that suit a Gaussian. `metric`: principal directions of calibration text, each with bits of its
+    own. `kvquant`, `oscar`: published forms that read text."""
     k_bits: float | None = None
     """Bits of one number of a key or a latent, scales left out (`metric`: any number, all that is packed); the codec's
     own by default."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .calibrated_forms import TABLES, Directions, Levels, Turned
-from .packed_forms import Decoded, Form, Parts, PerChannel, PerToken, Spherical, Symmetric, Tables
+from .packed_forms import Decoded, Form, Parts, PerChannel, PerToken, Residual, Spherical, Symmetric, Tables
 
 __all__ = ["CODECS", "CodecKind", "Decoded", "Form", "Parts", "Tables", "groups_of"]
 
@@ -79,6 +79,12 @@ CODECS: dict[str, CodecKind] = {
         bits=(2, 3, 4, 5, 6, 7, 8), default=2, keys=lambda bits, group, _: PerChannel(bits=int(bits), group=group),
         values=lambda bits, group, _: PerToken(bits=int(bits), group=group),
         describes="keys by channel over groups of tokens, values by token over groups of channels",
+    ),
+    "gear": CodecKind(
+        bits=(2, 3, 4), default=2,
+        keys=lambda bits, group, _: Residual(inner=PerChannel(bits=int(bits), group=group), group=group),
+        values=lambda bits, group, _: Residual(inner=PerToken(bits=int(bits), group=group), group=group),
+        describes="as kivi, and what that loses in a group of tokens as one product of a column and a row",
     ),
     "turbo": CodecKind(
         bits=(1, 2, 3, 4, 5), default=4, keys=lambda bits, *_: Spherical(bits=int(bits)),

@@ -273,3 +273,54 @@ class Spherical(Decoded):
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
         return tokens * heads * (packed_width(width, self.bits) + SCALE_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual(Decoded):
+    """The form `inner`, and what it loses in each group of tokens as a product of `rank` columns and rows, float16.
+
+    Columns and rows come from two rounds of power iteration. `inner` has no basis.
+
+    Source: GEAR, arXiv:2403.05527, without its sparse part (there: GEAR-L), and with one product for each group of
+    tokens from the first on, where GEAR has one for the whole prompt.
+    """
+
+    inner: Form
+    group: int
+    rank: int = 1
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        parts = self.inner.encode(x_BKTW, skip_BT)
+        lost = x_BKTW.float() - self.inner.decode(parts, x_BKTW.shape[-1])
+        if skip_BT is not None:
+            lost = lost.masked_fill(skip_BT[:, None, :, None], 0.0)
+        lost = lost.unflatten(2, (-1, self.group))  # [B, K, groups, tokens, W]
+        columns, rows = [], []
+        for _ in range(self.rank):
+            # From the row of most energy, which is never orthogonal to what is sought.
+            most = lost.square().sum(-1, keepdim=True).argmax(-2, keepdim=True)
+            row = _unit(lost.gather(-2, most.expand(*most.shape[:-1], lost.shape[-1])))
+            for _ in range(2):
+                row = _unit((lost @ row.mT).mT @ lost)
+            row = stored(row)
+            column = stored(lost @ row.float().mT)
+            lost = lost - column.float() * row.float()
+            columns.append(column)
+            rows.append(row)
+        return *parts, torch.cat(columns, -1).flatten(2, 3), torch.cat(rows, -2).flatten(2, 3)
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        *inner, columns, rows = parts
+        lost = columns.float().unflatten(2, (-1, self.group)) @ rows.float().unflatten(2, (-1, self.rank))
+        return self.inner.decode(tuple(inner), width) + lost.flatten(2, 3)
+
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
+        return None
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        products = heads * self.rank * (tokens + tokens // self.group * width) * SCALE_BYTES
+        return self.inner.bytes_of(tokens, heads, width) + products
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-20)
