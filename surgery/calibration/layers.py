@@ -200,10 +200,17 @@ class DecoderLayers:
                 layer.__dict__.pop("forward", None)
 
 
-def shell_of(parent: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
-    """`parent` in float32 without the values of the parameters `names`; all others are its own where they can be."""
+def shell_of(parent: PreTrainedModel, names: Iterable[str], *, shares: bool = False) -> PreTrainedModel:
+    """`parent` in float32 without the values of the parameters `names`; all others are its own where they can be.
+
+    Args:
+        shares: tables beside the layers are the parent's own modules: what is done to them is done to it.
+    """
     left = set(names)
     memo: dict[int, Any] = {}
+    for name, module in parent.named_modules() if shares else ():
+        if type(module) in (nn.Embedding, nn.Linear) and f"{name}.weight" not in left:
+            memo[id(module)] = module
     for name, parameter in parent.named_parameters(remove_duplicate=False):
         if id(parameter) in memo:
             continue

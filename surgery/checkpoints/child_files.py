@@ -59,7 +59,7 @@ class Parent:
         """The copy that methods convert."""
         sites = plan.anatomy.sites
         return WorkingCopy.of_checkpoint(
-            plan.anatomy, lambda: shell_of(self.hollow, layer_parameters(self.hollow, sites)), self.read
+            plan.anatomy, lambda: shell_of(self.hollow, layer_parameters(self.hollow, sites), shares=True), self.read
         )
 
     def read(self, name: str) -> Tensor:

@@ -134,13 +134,14 @@ class ScoreFit:
         mean = hermitian(total(self.metric_NHH)) / probed
         mu = (ridge * mean.diagonal(0, -2, -1).mean(-1) * C.diagonal().mean())[:, None, None]
         left, right = (torch.linalg.inv(damp(m, 1e-2)).to(x) for m in (mean, C))
+        del C
 
         def apply(W: Tensor) -> Tensor:
-            found = torch.zeros_like(W)
+            found, rows = torch.zeros_like(W), W.to(x)
             for batch in self.batches:
-                u = torch.einsum("bmd,nhd->bnmh", batch.x_BmD, W.to(batch.x_BmD))
+                u = torch.einsum("bmd,nhd->bnmh", batch.x_BmD, rows)
                 found += self._bring_back(batch, batch.keys.scores(u * self.student.scale))
-            return total(found) / tokens + mu * W
+            return total(found).div_(tokens).add_(mu * W)
 
         goal = total(self.target_NHD) / tokens + mu * w
 
