@@ -6,19 +6,20 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .anatomy.positions import max_positions
+from .calibration.working_copy import WorkingCopy
 from .convert import convert
-from .errors import PlanError, RecipeError
+from .errors import PlanError
 from .plan import plan
 from .planning.schema import nearest
-from .quick_evict import Induction, StockRankedLayer, put_layers
+from .quick_evict import StockRankedLayer, put_layers
 from .recipe import Recipe
-from .runtime.calling import cache_argument, take_cache
+from .rewriters.tokens.retrieval import looking_up
+from .runtime.budgets import BUDGETS
+from .runtime.calling import take_cache
 from .runtime.coded_layer import prepare
 from .runtime.layout import Codec
 from .runtime.modeling import SurgeryMixin
@@ -26,8 +27,6 @@ from .runtime.quantised_cache import QuantisedLayer
 from .runtime.rankers import RANKERS
 from .runtime.static_quantised_cache import StaticQuantisedLayer
 
-_PERIOD = 500
-"""Random tokens that come again in the search for heads that look them up, at most."""
 _TELLING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that tell their caches which tokens are padding."""
 
@@ -74,6 +73,11 @@ def cache(
     if evict is not None and max_cache_len is not None:
         raise PlanError("evict: stock models let tokens go in dynamic caches alone. Leave max_cache_len out.")
     recipe = Recipe.load(_recipe(codec or "int4", options) if evict is None else _evicting(evict, options))
+    if evict is not None and BUDGETS[options.get("budget") or "uniform"].finds != "nothing":
+        raise PlanError(
+            f"budget {options['budget']!r} finds out about heads when a model is converted: convert it with the step "
+            "evict, or give whole=surgery.retrieval_heads(model) and no budget."
+        )
     if any(step.text == "needed" for step in recipe.steps):
         raise PlanError(
             f"codec {codec!r} reads tables from calibration text: convert the model with the step quantise."
@@ -114,40 +118,22 @@ def quantise_cache(model: PreTrainedModel, codec: str = "int4", **options: Any) 
     return convert(model, _recipe(codec, options))
 
 
-@torch.inference_mode()
 def retrieval_heads(model: PreTrainedModel, part: float = 0.15, *, seed: int = 0) -> dict[int, tuple[int, ...]]:
     """Layer -> KV heads that look up what came before: for `whole` of the step `evict`, and of `cache(evict=...)`.
 
-    Random tokens are read four times over. A head looks up if its queries attend to what came behind the earlier places
-    of their own token (induction); a KV head is as good as the best query head that reads it. As RazorAttention
-    (arXiv:2407.15891), without its echo heads, which are one in a hundred.
+    As `budget: razor` finds them when a model is converted, see `surgery.runtime.budgets.Razor`.
 
     Args:
-        model: of a class of transformers, whose anatomy is read; it runs once.
+        model: of a class of transformers; its layers run once over some thousand random tokens.
         part: of the KV heads of all layers without a window.
         seed: of the tokens.
 
     Raises:
         RecipeError: `part` is not above 0 and at most 1. PlanError, UnsupportedModel: as `cache`.
     """
-    if not 0 < part <= 1:
-        raise RecipeError(f"part: {part:g} of the KV heads; give a number above 0 and at most 1.")
-    probing = cache(model, evict="streaming", ratio=1, recent=1)
-    period = min(_PERIOD, (max_positions(model.config) or 4 * _PERIOD) // 4)
-    probes = {}
-    for layer in probing.layers:
-        if isinstance(layer, StockRankedLayer):
-            layer.ranker = probes[layer.layer] = Induction(period)
-    random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.config.get_text_config(decoder=True).vocab_size, (1, period), generator=random)
-    model(ids.repeat(1, 4).to(model.device), use_cache=True, **{cache_argument(model): probing})
-    found = sorted(
-        ((float(s), layer, head) for layer, p in probes.items() for head, s in enumerate(p.found_K)), reverse=True
-    )
-    chosen: dict[int, list[int]] = {}
-    for _, layer_index, head in found[: max(1, round(part * len(found)))]:
-        chosen.setdefault(layer_index, []).append(head)
-    return {index: tuple(sorted(heads)) for index, heads in sorted(chosen.items())}
+    step = {"rewriter": "evict", "scorer": "streaming", "budget": "razor", "ratio": 1, "part": part}
+    planned = plan(model, {"steps": [step]})
+    return looking_up(WorkingCopy(model, planned.anatomy), [layer for _, layer in planned.changed()], part, seed)
 
 
 def _recipe(codec: str, options: dict[str, Any]) -> dict[str, Any]:

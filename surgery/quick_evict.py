@@ -20,8 +20,7 @@ from .runtime.masks import real_of_new
 from .runtime.paged_attention import attend
 from .runtime.queries import Queries
 from .runtime.ranked_cache import RankedLayer, join
-from .runtime.rankers import RANKERS, Ranker
-from .runtime.ranking import Ranking
+from .runtime.rankers import RANKERS
 from .runtime.rehearsal import rehearse
 from .runtime.slots import New
 
@@ -97,33 +96,6 @@ def evicting_attention(
 
 AttentionInterface.register(NAME, evicting_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-class Induction(Ranker):
-    """Lets nothing go, and sees how much each KV head attends to what came behind the earlier places of a token.
-
-    Args:
-        period: of the tokens, which come again.
-    """
-
-    describes = "attention to what came behind the same token before"
-    while_decoding = False
-
-    def __init__(self, period: int) -> None:
-        self.period = period
-        self.found_K = torch.zeros(0)
-        """Mean weight of all such places together, of each KV head."""
-
-    def score(self, ranking: Ranking) -> Tensor:
-        begin, total = 0, torch.zeros(ranking.queries.query_BNTH.shape[1], device=ranking.count_BK.device)
-        for weights in ranking.attention():
-            order = torch.arange(begin, begin + weights.shape[2], device=weights.device)
-            begin += weights.shape[2]
-            behind = order[:, None] - ranking.place_S + 1  # a whole number of periods where the place is one of those
-            counts = (behind % self.period == 0) & (behind > 0) & (order[:, None] >= self.period)
-            total = total + (weights * counts).sum((0, 2, 3))
-        self.found_K = total.view(ranking.count_BK.shape[1], -1).amax(-1) / (begin - self.period)
-        return torch.zeros_like(ranking.there_BKS, dtype=torch.float32)
 
 
 def put_layers(cache: DynamicCache, model: PreTrainedModel, plan: Plan) -> None:

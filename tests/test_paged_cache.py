@@ -21,7 +21,7 @@ from surgery.measure.evaluate import evaluate
 from surgery.measure.memory import cache_size, tensor_bytes
 from surgery.runtime.layout import AHEAD, LayerPlan
 from surgery.runtime.paged_cache import PagedLayer
-from surgery.runtime.retain import table_width
+from surgery.runtime.retained import table_width
 
 FORMS = [("dms", 1), ("dms", 12), ("dms", 256), ("dmc", 1), ("dmc", 12), ("dmc", 256), ("dmc", None)]
 every_form = pytest.mark.parametrize(("method", "window"), FORMS)

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 import surgery
 from surgery.measure.memory import tensor_bytes
-from surgery.quick_evict import NAME, Induction
+from surgery.quick_evict import NAME
 from surgery.runtime.budgets import BUDGETS, Claim, OverLayers
 from surgery.runtime.calling import cache_argument
 from surgery.runtime.layout import LayerPlan, Ranked
@@ -652,34 +652,6 @@ def test_heads_that_keep_everything_do_and_the_plan_counts_them(scorer: str, bud
         surgery.plan(anatomy("llama", **FOUR), {"steps": [step | {"whole": {1: [0, 4]}}]})
     with pytest.raises(surgery.PlanError, match="names layer 3, where no tokens leave. They do in 0-1"):
         surgery.plan(anatomy("llama", **FOUR), {"steps": [step | {"whole": {3: [0]}, "layers": "0-1"}]})
-
-
-def test_heads_that_look_up_what_came_before_are_found() -> None:
-    """Of two KV heads, queries of the second attend to what came behind their own token."""
-    period, ids = 12, torch.randperm(12).repeat(4)
-    seen = torch.eye(12)[ids]
-    before = seen.roll(1, 0)
-    key = torch.stack((torch.zeros_like(before), before))[None]
-    probe, layer = Induction(period), RankedLayer(Ranked(scorer="streaming", ratio=1.0, window=1), 0)
-    layer.ranker = probe
-    queries = Queries(query_BNTH=30 * seen.expand(1, 4, -1, -1), real_BT=None, scale=1.0)
-    layer.add(
-        New(key_BKTH=key, value_BKTV=key, logits_BKT=-torch.ones(1, 2, 48), weight_BKT=None, real_BT=None,
-            turn=lambda x: x, queries=queries)
-    )  # fmt: skip
-    assert probe.found_K[1] > 0.99 and probe.found_K[0] < 0.2
-    model = tiny_model("llama").eval()
-    found = surgery.retrieval_heads(model, 0.5)
-    assert sum(map(len, found.values())) == 2 and set(found) <= {0, 1}
-    cache = surgery.cache(model, evict="streaming", ratio=8, recent=4, whole=found)
-    model(tokens(length=64), **{cache_argument(model): cache})
-    kept = {(layer, head) for layer, heads in found.items() for head in heads}
-    for layer, head in itertools.product(range(2), range(2)):
-        held = cache.layers[layer]
-        count = held.lengths[0, head] if isinstance(held, RankedLayer) else held.get_seq_length()
-        assert count == (64 if (layer, head) in kept else 8)
-    with pytest.raises(surgery.RecipeError, match="part: 2 of the KV heads"):
-        surgery.retrieval_heads(model, 2)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..attention.forward import head_outputs
 from ..attention.latent import LatentWeights
 from ..attention.weights import AttentionWeights, parameter_names, read_attention, write_changed
 from ..runtime.canonical import canonical_weights
-from ..runtime.layout import AttentionSite, Codec, LayerPlan, Project
+from ..runtime.layout import AttentionSite, Codec, LayerPlan, Project, Retain
 from .forms import HeadsForm, Inputs, LatentForm, ReaderForm
 from .journal import Journal, way_of
 from .layers import DecoderLayers, layer_parameters, shell_of
@@ -83,8 +83,8 @@ class WorkingCopy:
         self._beside: dict[str, dict[int, dict[str, Tensor]]] = {"gate": {}, "codec": {}}
         self.gates, self.codecs = self._beside.values()
         """Tensors of the gates that layers got, and tables of the codecs of their caches, by name."""
-        self.window_of: dict[int, int] = {}
-        """Newest tokens that gates may not drop, where the text has decided that by layer."""
+        self.retain_of: dict[int, Retain | None] = {}
+        """Which tokens owners of caches keep, where the text has decided that by layer."""
         self.bits_of: dict[int, tuple[float, float]] = {}
         """Bits of a key's and of a value's number, where the text has decided that by layer."""
         self.choice: int | None = None
@@ -183,7 +183,7 @@ class WorkingCopy:
 
     def facts(self) -> dict[str, Any]:
         """What has been found out beside."""
-        names = ("window_of", "bits_of", "choice", "held_out")
+        names = ("retain_of", "bits_of", "choice", "held_out")
         return {name: getattr(self, name) for name in names}
 
     def take_parts(self, parts: Mapping[tuple[Any, ...], Any], facts: Mapping[str, Any]) -> None:
@@ -307,14 +307,12 @@ class WorkingCopy:
     def settle(self, plan: LayerPlan) -> LayerPlan:
         """`plan` with what the steps and the text have decided for its layer."""
         layer = plan.layer
-        if layer in self.window_of:
-            assert plan.retain is not None
-            plan = replace(plan, retain=replace(plan.retain, window=self.window_of[layer]))
         if layer in self.bits_of:
             assert isinstance(plan.store, Codec)
             k_bits, v_bits = self.bits_of[layer]
             plan = replace(plan, store=replace(plan.store, k_bits=k_bits, v_bits=v_bits))
-        return self.form(layer).settle(self.sites[layer], plan)
+        plan = self.form(layer).settle(self.sites[layer], plan)
+        return replace(plan, retain=self.retain_of.get(plan.owner, plan.retain))
 
     def canonical(self, layer: int) -> dict[str, Tensor]:
         """The layer under the names and in the layout of the runtime's attention."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..anatomy import Anatomy
+from ..calibration.text import Windows
+from ..calibration.working_copy import WorkingCopy
 from ..console import spans
 from ..errors import PlanError, RecipeError
 from ..planning.schema import nearest
@@ -17,8 +20,11 @@ from ..runtime.rankers import RANKERS
 from ..runtime.scorers import SCORERS
 from .tokens.gates import GatedMethod
 from .tokens.options import WindowStep, plan_retained
+from .tokens.retrieval import retained
 
 _OBSERVE, _POOL, _RECENT = 32, 5, 64
+_OF_RANKS = ("budget", "slots", "merge", "positions", "whole", "part", "recent")
+"""Options that are read wherever a score orders slots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,10 @@ class EvictStep(WindowStep):
     whole: dict[int, tuple[int, ...]] | None = None
     """Layer -> its KV heads that keep all of their tokens, where a score orders slots; `surgery.retrieval_heads` finds
     them. The budget is that of the others."""
+    part: float | None = None
+    """Of all KV heads, how many keep all of their tokens where the budget finds out which (`duo`, `razor`); the others
+    share what is left of `ratio`. Absent: of `duo` as many as `ratio` leaves when the others keep `sinks` and `recent`
+    alone, of `razor` 0.15."""
     recent: int | None = None
     """Newest tokens that stay where a score orders slots; 64 where absent."""
     observe: int | None = None
@@ -66,7 +76,8 @@ class EvictStep(WindowStep):
     @property
     def text(self) -> Text:
         if self.ranks:
-            return "none"
+            budget = BUDGETS[self.budget or "uniform"]
+            return "needed" if budget.finds != "nothing" and budget.by == "text" else "none"
         return "needed" if SCORERS[self.scorer].has_threshold else super().text
 
     def validate(self, where: str) -> None:
@@ -77,9 +88,8 @@ class EvictStep(WindowStep):
             raise RecipeError(f"{where}.scorer: no scorer {self.scorer!r}.{near} Known: {', '.join(known)}.")
         reads: tuple[str, ...] = ("window", "windows")
         if self.ranks:
-            reads = ("budget", "slots", "merge", "positions", "whole", "recent", *RANKERS[self.scorer].reads)
-        defaults = {"window": 256, "windows": "uniform"}
-        defaults |= dict.fromkeys(("budget", "slots", "merge", "positions", "whole", "recent", "observe", "pool"))
+            reads = (*_OF_RANKS, *RANKERS[self.scorer].reads)
+        defaults = {"window": 256, "windows": "uniform"} | dict.fromkeys((*_OF_RANKS, "observe", "pool"))
         for name, default in defaults.items():
             if name not in reads and getattr(self, name) != default:
                 raise RecipeError(
@@ -93,6 +103,7 @@ class EvictStep(WindowStep):
             near = nearest(self.merge, MERGES)
             raise RecipeError(f"{where}.merge: no merging {self.merge!r}.{near} Known: {', '.join(MERGES)}.")
         self._validate_pairs(where)
+        self._validate_heads(where)
         for name, least in (("recent", 1), ("observe", 1), ("pool", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -111,6 +122,37 @@ class EvictStep(WindowStep):
             raise RecipeError(
                 f"{where}.observe: {self.observe or _OBSERVE} queries, but only the newest {self.recent or _RECENT} "
                 "tokens are sure to stay (`recent`), and those that are observed must be among them."
+            )
+
+    def _validate_heads(self, where: str) -> None:
+        """Refuse options about heads that the budget does not read, or that leave the other heads nothing.
+
+        Raises:
+            RecipeError: says what to give.
+        """
+        budget = BUDGETS[self.budget or "uniform"]
+        if budget.finds != "whole" and self.part is not None:
+            finding = [name for name, b in BUDGETS.items() if b.finds == "whole"]
+            raise RecipeError(f"{where}.part: only budgets that find heads read it: {', '.join(finding)}.")
+        if budget.finds != "nothing" and self.whole is not None:
+            raise RecipeError(
+                f"{where}.whole: {self.budget} finds the heads when the model is converted. Leave whole out, or the "
+                "budget."
+            )
+        if budget.finds != "whole":
+            return
+        if self.slots is not None:
+            raise RecipeError(
+                f"{where}.slots: with {self.budget} the ratio says how many heads keep everything, and what is left "
+                "for the others. Give ratio, and `recent` for how many of the newest tokens these keep."
+            )
+        if self.part is not None and not 0 < self.part <= 1:
+            raise RecipeError(f"{where}.part: {self.part:g} of the KV heads; give a number above 0 and at most 1.")
+        part = self.part or budget.part or 0.0
+        if part * self.ratio > 1:
+            raise RecipeError(
+                f"{where}.part: {part:g} of the KV heads keep everything, which is more than one of {self.ratio:g} "
+                f"tokens. Use a part of at most {1 / self.ratio:.3g}, or a ratio of at most {1 / part:.3g}."
             )
 
     def _validate_pairs(self, where: str) -> None:
@@ -157,6 +199,12 @@ class Evicting(GatedMethod):
     Options = EvictStep
     step: EvictStep
 
+    def convert(self, copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None) -> None:
+        """Find the heads that need their tokens, where the budget asks for that; otherwise as other gates."""
+        if self.step.ranks and BUDGETS[self.step.budget or "uniform"].finds != "nothing":
+            copy.retain_of |= retained(copy, plans, windows, self.seed)
+        super().convert(copy, plans, windows)
+
     @classmethod
     def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
         """Windows of some parts of the context, and H2O at some ratios."""
@@ -177,6 +225,12 @@ class Evicting(GatedMethod):
             slots=step.slots, observe=step.observe or _OBSERVE, pool=step.pool or _POOL, sinks=step.sinks,
             page=step.page, merge=step.merge, positions=step.positions or "text",
         )  # fmt: skip
+        budget = BUDGETS[ranked.budget]
+        if budget.finds == "whole":
+            part = step.part or budget.part or 1 / step.ratio
+            left = 1 / step.ratio - part  # of all tokens and heads, for those that do not keep everything
+            others: dict[str, Any] = {"ratio": (1 - part) / left} if left > 1e-9 else {"slots": ranked.always_kept}
+            ranked = replace(ranked, part=part, **others)
         planned = plan_retained(step, ranked, anatomy, layers, where, leave_windows=step.layers is None)
         ranked = next(layer.retain for layer in planned if isinstance(layer.retain, Ranked))
         changed = {new.owner for old, new in zip(layers, planned, strict=True) if new.retain != old.retain}
@@ -223,6 +277,12 @@ class Evicting(GatedMethod):
         lines = [f"evict: {ranker.describes}; {budget.describes}"]
         if step.merge is not None:
             lines.append(f"evict: {MERGES[step.merge].describes}")
+        if budget.finds != "nothing":
+            lines.append(
+                "evict: heads are told apart once, when the model is converted, "
+                + ("on calibration text" if budget.by == "text" else "by reading random tokens that come again")
+                + "; bytes of single layers above are means"
+            )
         if step.positions == "cache":
             lines.append("evict: slots close up when others leave, and distances are those in the cache")
         if ranker.rehearses:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,15 @@ class Budget(Protocol):
     """Whether all heads of a layer keep the same number, known before."""
     by_mass: bool = False
     """Whether it adds and compares scores of several rows, so that these must be parts of attention."""
+    finds: Literal["nothing", "whole", "shares"] = "nothing"
+    """What is found out about KV heads when a model is converted, and stands in plans from then on: those that keep all
+    of their tokens, or what each keeps in units of the mean."""
+    by: Literal["text", "lookup"] = "text"
+    """How that is found: by what layers lose on calibration text where heads stream, or by which heads look up what
+    came before in random tokens that come again."""
+    part: float | None = None
+    """Part of the KV heads that keep all of their tokens where nobody says; None: the rest streams, and the ratio says
+    how many do not."""
 
     def of_layer(self, mean: float, most: float, depth: float) -> float:
         """Slots per head of a layer beyond those that always stay.
@@ -136,6 +145,50 @@ class Lean(Budget):
 
         part_B = largest(lambda part_B: (always_BK + counts(part_B)).sum(-1) <= score_BKS.shape[1] * slots_B, slots_B)
         return (rank(score_BKS) < (always_BK + counts(part_B))[..., None]) & there
+
+
+class Retrieval(Budget):
+    """Some KV heads keep all of their tokens, of the others each as many."""
+
+    finds = "whole"
+
+
+class Duo(Retrieval):
+    """Of every `ratio` KV heads one keeps all of its tokens, and the others the first and the newest.
+
+    Those keep all that change the layer's output most when they stream, on calibration text. The authors train a gate
+    on each head for that, with an L1 penalty, on texts with pass keys in them.
+    """
+
+    describes = "KV heads that cost most when they stream keep all, others the newest (DuoAttention, arXiv:2410.10819)"
+
+
+class Razor(Retrieval):
+    """KV heads that look up what came before keep all of their tokens, and the others share the rest of the budget.
+
+    Random tokens come four times over. A head looks up if its queries attend to what came behind the earlier places of
+    their own token (induction), or to those places (echo, one of fifteen); a KV head is as good as the best query head
+    that reads it. The token that stands for those which left is `merge: mean`.
+    """
+
+    describes = (
+        "KV heads that look up what came before keep all, others share the rest (RazorAttention, arXiv:2407.15891)"
+    )
+    by = "lookup"
+    part = 0.15
+
+
+class ByHead(Budget):
+    """A sixth of the slots is shared evenly, the rest by what each KV head of all layers costs when it streams.
+
+    That is measured on calibration text, as for `duo`; the authors take scores of heads in questions about long texts,
+    which ask for labels. No head is given more than all of its tokens, and what it cannot take goes to the others.
+    """
+
+    describes = "KV heads share by what they cost when they stream (HeadKV, arXiv:2410.19258)"
+    even = False
+    finds = "shares"
+    safe = 1 / 6
 
 
 class OverLayers(Budget):
@@ -278,6 +331,9 @@ BUDGETS: dict[str, Budget] = {
     "pyramid": Pyramid(),
     "ada": Ada(),
     "lean": Lean(),
+    "duo": Duo(),
+    "razor": Razor(),
+    "headkv": ByHead(),
     "cake": Cake(),
     "dynamic": Dynamic(),
     "prefix": Prefix(),

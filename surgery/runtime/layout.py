@@ -13,7 +13,9 @@ from typing import Any
 
 from .codecs import CODECS
 from .project import PROJECTS, Heads, Latent, Project, position_numbers
-from .retain import AHEAD, RETAINS, Evict, Gate, Pool, Ranked, Retain, Trained
+from .ranked import Ranked
+from .retain import RETAINS, Evict, Gate, Pool, Trained
+from .retained import AHEAD, Retain
 from .site import AttentionSite, HeadNorm, OutputGate, Projection, Rotary, from_json
 from .store import STORES, Codec, Dense, Store, itemsize_of
 

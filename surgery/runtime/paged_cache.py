@@ -15,7 +15,7 @@ from torch import Tensor
 from .decisions import at_end, hard_decisions
 from .layout import AHEAD, Retain
 from .page_pool import PagePool
-from .retain import table_width
+from .retained import table_width
 from .slots import NEVER, Chunk, New, Slots
 from .whole_layer import WholeLayer
 

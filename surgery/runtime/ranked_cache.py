@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budgets import BUDGETS, Claim, OverLayers
+from .budgets import BUDGETS, Claim, OverLayers, rank
 from .merging import MERGES
 from .page_pool import PagePool
 from .paged_cache import PagedLayer
 from .queries import Queries
+from .ranked import Ranked
 from .rankers import RANKERS
 from .ranking import Ranking
-from .retain import Ranked
 from .slots import NEVER, Chunk, New, Shift, Slots
 
 
@@ -132,7 +132,12 @@ class RankedLayer(PagedLayer):
 
     def _budget(self) -> Tensor:
         """[B] slots per head of this layer."""
-        slots = [int(self.retain.slots_at(tokens)) for tokens in self.tokens.tolist()]
+        return self._by_head().float().mean(-1).long()
+
+    def _by_head(self) -> Tensor:
+        """[B, K] slots of each head of this layer; [B, 1] where all are given as many."""
+        K = len(self.retain.shares) or 1
+        slots = [(self.retain.slots_by_head(tokens) * K)[:K] for tokens in self.tokens.tolist()]
         return torch.tensor(slots, device=self.device)
 
     def _ranking(self, slots: Slots, queries: Queries) -> Ranking:
@@ -140,17 +145,19 @@ class RankedLayer(PagedLayer):
         count = (slots.expires_BKS > (self.tokens - 1)[:, None, None]).sum(-1)
         if self.ranker.gathers and slots.gathered_BKS is None:
             slots = replace(slots, gathered_BKS=torch.zeros_like(slots.expires_BKS, dtype=torch.float32))
-        slots_B = self._budget()
-        newest = (self.ranker.newest * slots_B).long().clamp_min(retain.window or 0)
+        slots_BK = self._by_head()
+        newest = (self.ranker.newest * slots_BK).long().clamp_min(retain.window or 0)
         return Ranking(
             slots=slots, count_BK=count, queries=queries, observe=retain.observe, pool=retain.pool,
-            sinks=retain.sinks, tokens_B=self.tokens, slots_B=slots_B, newest_B=newest,
+            sinks=retain.sinks, tokens_B=self.tokens, slots_BK=slots_BK, newest_BK=newest,
         )  # fmt: skip
 
     def _keep(self, ranking: Ranking) -> Tensor:
         """[B, K, S]: which slots stay."""
-        score, slots_B = ranking.ranked(self.ranker.score(ranking))[:, self._sharing], ranking.slots_B
-        keep = ranking.there_BKS.clone()
+        score, keep = ranking.ranked(self.ranker.score(ranking))[:, self._sharing], ranking.there_BKS.clone()
+        if self.retain.shares:
+            return (rank(score) < ranking.slots_BK[..., None]) & keep
+        slots_B = ranking.slots_BK[:, 0]
         if not isinstance(self.budget, OverLayers):
             keep[:, self._sharing] = self.budget.keep(score, slots_B)
             return keep

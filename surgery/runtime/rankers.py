@@ -154,9 +154,8 @@ class Buzz(HeavyHitters):
     is_attention = False
 
     def score(self, ranking: Ranking) -> Tensor:
-        newest_BK = ranking.newest_B[:, None].expand_as(ranking.count_BK)
-        open_BK = (ranking.count_BK - ranking.sinks - newest_BK).clamp_min(1)
-        room_BK = (ranking.slots_B[:, None] - ranking.sinks - newest_BK).clamp_min(1)
+        open_BK = (ranking.count_BK - ranking.sinks - ranking.newest_BK).clamp_min(1)
+        room_BK = (ranking.slots_BK - ranking.sinks - ranking.newest_BK).clamp_min(1)
         length_BK1 = -(-open_BK // room_BK)[..., None]
         free = ranking.there_BKS & ~ranking.stays_BKS
         stretch = ((ranking.place_S - ranking.sinks).clamp_min(0) // length_BK1).clamp_max(len(ranking.slots) - 1)
@@ -266,7 +265,7 @@ class Lots(Ranker):
 
     def score(self, ranking: Ranking) -> Tensor:
         attended = ranking.attended(ranking.observe) / ranking.queries.count_B.clamp_max(ranking.observe)[:, None, None]
-        at_first = ranking.among_best(attended, ranking.slots_B // 2)
+        at_first = ranking.among_best(attended, ranking.slots_BK // 2)
         heads = torch.arange(ranking.count_BK.shape[1], device=attended.device)[:, None]
         drawn = attended.clamp_min(1e-30).log() + gumbel(ranking.tokens_B[:, None, None], heads, ranking.place_S)
         return drawn.masked_fill(at_first, torch.inf)
@@ -282,7 +281,7 @@ class Critical(Snap):
     def score(self, ranking: Ranking) -> Tensor:
         assert ranking.queries.output_norms is not None
         attended = super().score(ranking)
-        at_first = ranking.among_best(attended, (ranking.slots_B // 2).clamp_min(1))
+        at_first = ranking.among_best(attended, (ranking.slots_BK // 2).clamp_min(1))
         value = ranking.queries.output_norms(ranking.keys_values()[1].float())
         return ((attended + 1e-4) * ranking.by_row(value)).masked_fill(at_first, torch.inf)
 

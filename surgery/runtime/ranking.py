@@ -38,10 +38,10 @@ class Ranking:
     """First tokens, which stay."""
     tokens_B: Tensor
     """Tokens of each sequence so far, padding left out."""
-    slots_B: Tensor
-    """Slots that each head keeps, on average over the layer."""
-    newest_B: Tensor
-    """Newest tokens that stay."""
+    slots_BK: Tensor
+    """Slots that each head keeps, [B, 1] where all as many; where heads share, on average over them."""
+    newest_BK: Tensor
+    """Newest tokens of each head that stay; likewise."""
 
     @property
     def place_S(self) -> Tensor:
@@ -61,7 +61,7 @@ class Ranking:
     @property
     def stays_BKS(self) -> Tensor:
         """Whether a slot stays whatever its score."""
-        return (self.place_S < self.sinks) | (self.age_BKS < self.newest_B[:, None, None])
+        return (self.place_S < self.sinks) | (self.age_BKS < self.newest_BK[..., None])
 
     @property
     def gathered_BKS(self) -> Tensor:
@@ -166,9 +166,9 @@ class Ranking:
         """`score_BKS`, infinite where a slot stays whatever it says, and -infinite where there is none."""
         return score_BKS.masked_fill(self.stays_BKS, torch.inf).masked_fill(~self.there_BKS, -torch.inf)
 
-    def among_best(self, score_BKS: Tensor, slots_B: Tensor) -> Tensor:
+    def among_best(self, score_BKS: Tensor, slots_BK: Tensor) -> Tensor:
         """[B, K, S]: the best slots of each row, so many, those that stay before all others."""
-        return rank(self.ranked(score_BKS)) < slots_B[:, None, None]
+        return rank(self.ranked(score_BKS)) < slots_BK[..., None]
 
     def plain_queries(self) -> tuple[Tensor, Tensor]:
         """Queries of the new tokens before their rotation [B, N, T, H], float32, and the part [B, 1, T, 1] of each in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class GatedMethod(Method):
         """
         if self._measures_windows:
             assert windows is not None
-            copy.window_of |= windows_by_layer(copy, plans, windows)
+            given = windows_by_layer(copy, plans, windows)
+            copy.retain_of |= {p.layer: replace(p.retain, window=given[p.layer]) for p in plans if p.retain is not None}
             plans = [copy.settle(plan) for plan in plans]
         scored: dict[int, Evict] = {}
         for plan in plans:

@@ -1,0 +1,169 @@
+"""Retain axis: slots leave by the rank that a score gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+from .budgets import BUDGETS
+from .merging import MERGES
+from .project import Latent, Project
+from .rankers import RANKERS
+from .retained import AHEAD, Retain, table_width, unknown_name
+from .site import AttentionSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked(Retain):
+    """A score that nothing was trained for orders the slots of a layer, and a budget keeps the best ones.
+
+    After several tokens came at once, and attended to all that was there, a head keeps `slots_at(tokens seen)` slots on
+    average. Keys stay rotated as they were, to the positions of their tokens, unless `positions` says otherwise. While
+    tokens come one by one, scores that follow decoding keep to the budget of the tokens seen, evicting when a head
+    holds a page more than that on average; others keep all of them until several come at once again.
+    """
+
+    scorer: str
+    """Name in `rankers.RANKERS`."""
+    budget: str = "uniform"
+    """Name in `budgets.BUDGETS`."""
+    slots: int | None = None
+    """Slots per head, on average, whatever the length; None: as many as `ratio` leaves."""
+    whole: tuple[int, ...] = ()
+    """KV heads of this layer that keep all of their tokens; the budget is that of the others."""
+    part: float = 0.0
+    """Part of the KV heads of all layers that will keep all of theirs, while nobody has found out which."""
+    shares: tuple[float, ...] = ()
+    """Of each KV head of this layer: slots beyond those that always stay, in units of the mean over all layers."""
+    depth: float = 0.5
+    """Of this layer among those that share a budget: 0 the first, 1 the last."""
+    observe: int = 32
+    """Newest queries that the score observes, where it observes some only."""
+    pool: int = 5
+    """Neighbours that share their scores, where the score pools; odd."""
+    merge: str | None = None
+    """Name in `merging.MERGES`: slots that leave are folded into others; None: they are dropped."""
+    positions: Literal["text", "cache"] = "text"
+    """`cache`: slots close up when others leave, so that distances are those in the cache, not in the text."""
+    kind: str = "ranked"
+
+    @property
+    def decided_by(self) -> str:
+        return "rank"
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.slots is not None
+
+    @property
+    def reads_plain_queries(self) -> bool:
+        return RANKERS[self.scorer].plain_queries
+
+    @property
+    def moves_slots(self) -> bool:
+        return self.positions == "cache"
+
+    @property
+    def waits_for_prompts(self) -> bool:
+        return not RANKERS[self.scorer].while_decoding
+
+    @property
+    def protected(self) -> int:
+        return self.sinks
+
+    @property
+    def has_static(self) -> bool:
+        return self.waits_for_prompts and not RANKERS[self.scorer].gathers
+
+    @property
+    def fills_evenly(self) -> bool:
+        return BUDGETS[self.budget].even
+
+    def slots_at(self, tokens: int) -> float:
+        by_head = self.slots_by_head(tokens)
+        return sum(by_head) / len(by_head)
+
+    def slots_by_head(self, tokens: int) -> list[int]:
+        """Slots of each KV head after `tokens` tokens where heads have `shares`; otherwise of any of them."""
+        always = self.always_kept
+        if tokens <= always:
+            return [tokens]
+        in_all = tokens / self.ratio if self.slots is None else self.slots
+        mean, most = max(0.0, in_all - always), float(tokens - always)
+        kept = BUDGETS[self.budget].of_layer(mean, most, self.depth)
+        return [always + ceil(min(kept * share, most)) for share in self.shares or (1.0,)]
+
+    def label(self) -> str:
+        budget = "" if self.budget == "uniform" else f"{self.budget} "
+        size = f"{self.ratio:.3g}x" if self.slots is None else f"{self.slots} slots"
+        whole = f", all of heads {', '.join(map(str, self.whole))}" if self.whole else ""
+        whole = f", all of {self.part:.0%} of the heads" if self.part else whole
+        merge = "" if self.merge is None else f", {self.merge} merges"
+        return f"{budget}{self.scorer} {size}{merge}{', positions in the cache' if self.moves_slots else ''}{whole}"
+
+    def supports(self, site: AttentionSite) -> str | None:
+        if self.reads_plain_queries and site.q_norm is not None and site.q_norm.after_rotary:
+            return f"its queries are normed behind their rotation, and {self.scorer} turns means of them. Use snapkv."
+        if RANKERS[self.scorer].rehearses and site.rotary is None:
+            return f"{self.scorer} reads prompts again, at positions behind them, which it may not have. Use snapkv."
+        if self.moves_slots and site.k_norm is not None and site.k_norm.after_rotary:
+            return "its keys are normed behind their rotation, and cannot be turned further. Use positions: text."
+        if self.moves_slots and site.rotary is not None and site.rotary.axes is not None:
+            return "a token has several positions, which do not close up as one. Use positions: text."
+        return super().supports(site)
+
+    def supports_project(self, project: Project) -> str | None:
+        if isinstance(project, Latent) and BUDGETS[self.budget].finds != "nothing":
+            return f"{self.budget} tells KV heads apart, and the layer caches a latent for all of them. Use uniform."
+        if self.reads_plain_queries and isinstance(project, Latent):
+            return f"{self.scorer} turns queries of heads ahead, and the layer caches a latent. Use snapkv or h2o."
+        if isinstance(project, Latent) and (self.merge is not None or self.moves_slots):
+            option = f"merge: {self.merge} folds" if self.merge is not None else "positions: cache turns"
+            return f"{option} keys and values, and the layer caches a latent. Leave the option out."
+        return super().supports_project(project)
+
+    def newest_bytes(self, width: int, itemsize: int) -> int:
+        return 0
+
+    def static_pages(self, tokens: int, heads: int, ratio: float | None = None) -> int:
+        """As of others, but for all tokens where no ratio is given: how many will be decoded, and stay, nobody knows.
+
+        Raises:
+            ValueError: slots leave while tokens are decoded.
+        """
+        if not self.has_static:
+            why = (
+                "prompts are read twice, and no static cache has room for that"
+                if self.waits_for_prompts
+                else "slots leave while tokens are decoded, which no step of a static cache does"
+            )
+            raise ValueError(f"{self.label()}: {why}. Use a dynamic cache (cache_implementation='dynamic').")
+        if self.slots is not None:
+            return replace(self, slots=None).static_pages(tokens, heads, ratio)
+        return super().static_pages(tokens, heads, ratio or 1.0)
+
+    def bytes_at(self, tokens: int, heads: int, width: int, itemsize: int) -> int:
+        if self.shares:
+            each = [ceil((slots + AHEAD) / self.page) for slots in self.slots_by_head(tokens)]
+            in_all = sum(each) * heads / len(each)
+            return self.bytes_of_pages(in_all, table_width(max(each)), heads, width, itemsize)
+        pages, whole, count = self.pages_at(tokens), ceil((tokens + AHEAD) / self.page), self._whole_of(heads)
+        table = table_width(max(pages, whole) if count else pages)
+        return self.bytes_of_pages(pages * (heads - count) + whole * count, table, heads, width, itemsize)
+
+    def _whole_of(self, heads: int) -> float:
+        """Of so many KV heads those that keep all of their tokens, as far as is known."""
+        return self.part * heads or len(self.whole)
+
+    def ratio_of(self, heads: int) -> float:
+        whole, share = self._whole_of(heads) / max(1, heads), sum(self.shares or (1.0,)) / len(self.shares or (1.0,))
+        return 1 / (whole + (1 - whole) * share / self.ratio)
+
+    def bytes_of_pages(self, pages: float, table: int, heads: int, width: int, itemsize: int) -> int:
+        gathered = 4 * heads * table * self.page if RANKERS[self.scorer].gathers else 0
+        return super().bytes_of_pages(pages, table, heads, width, itemsize) + gathered
+
+    def unknown(self) -> str | None:
+        merge = None if self.merge is None else unknown_name("merging", self.merge, MERGES)
+        return unknown_name("score", self.scorer, RANKERS) or unknown_name("budget", self.budget, BUDGETS) or merge
