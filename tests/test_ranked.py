@@ -25,8 +25,9 @@ from surgery.quick_evict import NAME
 from surgery.runtime.budgets import BUDGETS, Claim, OverLayers
 from surgery.runtime.calling import cache_argument
 from surgery.runtime.layout import LayerPlan, Ranked
-from surgery.runtime.merging import MERGES
+from surgery.runtime.merging import MERGES, Neighbours
 from surgery.runtime.noise import gumbel, uniform
+from surgery.runtime.paged_attention import attend
 from surgery.runtime.queries import Queries
 from surgery.runtime.ranked_cache import RankedLayer
 from surgery.runtime.rankers import RANKERS
@@ -405,6 +406,34 @@ class Merged:
     def lookm(self) -> tuple[Tensor, Tensor]:
         return self.weighted(0.0, dict.fromkeys(self.goes, 0.5))
 
+    def kvmerger(self) -> tuple[Tensor, Tensor]:
+        """Stretches are found by going from a slot towards one that stays, as far as neighbours are alike."""
+        reached: dict[int, list[int]] = {}
+        for i in self.goes:
+            for d in range(1, len(self.key)):
+                sides = [j for j in (i - d, i + d) if j in self.into and self.alike(min(i, j), max(i, j))]
+                if sides:
+                    reached.setdefault(sides[0], []).append(i)
+                    break
+        key, value = self.key.clone(), self.value.clone()
+        for j, some in reached.items():
+            far = {i: float((self.key[i] - self.key[j]).square().sum()) for i in some}
+            mean = sum(far.values()) / len(far)
+            weight = {i: math.exp(-x / 2 / mean) for i, x in far.items()}
+            for x, made in ((self.key, key), (self.value, value)):
+                made[j] = (x[j] + sum(w * x[i] for i, w in weight.items())) / (1 + sum(weight.values()))
+        return key, value
+
+    def alike(self, first: int, last: int) -> bool:
+        pairs = ((self.key[i], self.key[i + 1]) for i in range(first, last))
+        return all(float(torch.cosine_similarity(a, b, dim=0)) > 0.75 for a, b in pairs)
+
+    def mean(self, more: float) -> tuple[Tensor, Tensor]:
+        key, value, j = self.key.clone(), self.value.clone(), min(self.into)
+        for x, made in ((self.key, key), (self.value, value)):
+            made[j] = ((1 + more) * x[j] + sum(x[i] for i in self.goes)) / (1 + more + len(self.goes))
+        return key, value
+
     def cam(self, attention: list[float], lots: list[float]) -> tuple[Tensor, Tensor]:
         value = self.value.clone()
         for i in self.goes:
@@ -419,6 +448,7 @@ class Merged:
 def test_what_leaves_is_folded_as_defined(rule: str) -> None:
     generator = torch.Generator().manual_seed(6)
     key, value = (torch.randn(2, 2, 70, 8, generator=generator) for _ in range(2))
+    key = key + 1.5 * key.roll(1, 2) if rule == "kvmerger" else key  # some neighbours are alike
     attention, goes = torch.rand(2, 2, 70, generator=generator), torch.rand(2, 2, 70, generator=generator) < 0.5
     goes[..., :4] = False
     goes[..., -1] = False
@@ -428,21 +458,64 @@ def test_what_leaves_is_folded_as_defined(rule: str) -> None:
     into[..., :4] = False
     goes = goes & there
     goes[0, 0] = False  # nothing leaves here
-    slots = Slots(key_BKSH=key, value_BKSV=value, expires_BKS=there.int(), born_BKS=there.int(), gathered_BKS=attention)
+    more = 3.0 * (torch.arange(70) == into.byte().argmax(-1, keepdim=True)) if MERGES[rule].counts else None
+    slots = Slots(key_BKSH=key, value_BKSV=value, expires_BKS=there.int(), born_BKS=there.int(), gathered_BKS=attention,
+                  more_BKS=more)  # fmt: skip
     made = MERGES[rule].fold(slots, goes, into, torch.tensor([70, 60]))
     changed = 0
     for b, k in itertools.product(range(2), range(2)):
         left, stays = (x[b, k].nonzero()[:, 0].tolist() for x in (goes, into))
         loop = Merged(key[b, k], value[b, k], left, stays)
         lots = uniform(torch.tensor([70, 60][b]), torch.tensor(k), torch.arange(70)).tolist()
-        wanted = (loop.key, loop.value) if not left else getattr(loop, rule)(
-            *((attention[b, k].tolist(), lots) if rule == "cam" else ())
-        )  # fmt: skip
+        needs = {"cam": (attention[b, k].tolist(), lots), "mean": (3.0,)}
+        wanted = (loop.key, loop.value) if not left else getattr(loop, rule)(*needs.get(rule, ()))
         for got, want in zip((made.key_BKSH, made.value_BKSV), wanted, strict=True):
             assert_close(got[b, k, stays].double(), want[stays])
         assert torch.equal(made.value_BKSV[b, k, :4], value[b, k, :4])
         changed += int((made.value_BKSV[b, k, stays] != value[b, k, stays]).any())
+        if made.more_BKS is not None:
+            assert made.more_BKS[b, k].sum() == 3 + len(left) == made.more_BKS[b, k, min(stays)]
     assert changed == 3
+
+
+@torch.no_grad()
+def test_a_mean_counts_as_all_that_left() -> None:
+    """Attention of one token, of several, and of scores, to slots and to a mean of all others, in float64."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(1, n, 64, 8, generator=generator) for n in (4, 2, 2))
+    layer, dense = RankedLayer(Ranked(scorer="streaming", merge="mean", **SMALL), 0), torch.float64
+    for begin, end in ((0, 40), *((i, i + 1) for i in range(40, 62)), (62, 64)):
+        at = slice(begin, end)
+        before = None if not begin else copy.deepcopy((layer.heavy(), *layer.side_by_side()))
+        queries = Queries(query_BNTH=q[:, :, at], real_BT=None, scale=8**-0.5)
+        seen = layer.add(
+            New(key_BKTH=k[:, :, at], value_BKTV=v[:, :, at], logits_BKT=-torch.ones(1, 2, end - begin),
+                weight_BKT=None, real_BT=None, turn=lambda x: x, queries=queries)
+        )  # fmt: skip
+        found = attend(None, q[:, :, at], seen, 8**-0.5, True)  # type: ignore[arg-type]
+        if before is None:
+            continue
+        heavy, key, value, _ = before
+        if end - begin == 1:  # after the step: slots of before and the new one, or what an eviction has left of them
+            heavy, (key, value, _) = layer.heavy(), layer.side_by_side()
+        else:
+            key, value = (torch.cat((x, new[:, :, at]), 2) for x, new in ((key, k), (value, v)))
+        assert heavy is not None
+        place, more = heavy
+        weight = torch.ones(1, 2, key.shape[2])
+        weight[..., place] += more
+        for t, n in itertools.product(range(end - begin), range(4)):
+            S = key.shape[2] - (end - begin) + t + 1
+            logits = key[0, n // 2, :S].to(dense) @ q[0, n, begin + t].to(dense) * 8**-0.5
+            parts = weight[0, n // 2, :S] * logits.exp()
+            assert_close(found[0, t, n].to(dense), (parts / parts.sum()) @ value[0, n // 2, :S].to(dense))
+    heavy = layer.heavy()
+    assert heavy is not None
+    key, value, there = layer.side_by_side()
+    gone = 64 - int(there[0, 0].sum()) + 1  # in one slot, which counts as so many
+    assert (heavy[1] == gone - 1).all()
+    assert_close(key[:, :, 2], k[:, :, 2 : 2 + gone].mean(2))
+    assert_close(value[:, :, 2], v[:, :, 2 : 2 + gone].mean(2))
 
 
 # ------------------------------------------------------------------------------------------- in models
@@ -568,12 +641,18 @@ def test_layers_share_what_all_of_them_may_keep(budget: str) -> None:
 
 @pytest.mark.parametrize("merge", MERGES)
 @torch.no_grad()
-def test_merging_changes_no_numbers_of_slots_and_nothing_where_none_leave(merge: str) -> None:
+def test_merging_changes_no_numbers_of_slots_and_nothing_where_none_leave(
+    merge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Neighbours, "alike", -0.5)
     ids = tokens(length=100)
     plain, plain_cache = run(model_of("heads", "h2o"), ids, [60, *range(61, 101)])
     made, cache = run(model_of("heads", "h2o", merge=merge), ids, [60, *range(61, 101)])
     assert torch.equal(made[:, :60], plain[:, :60]) and not torch.allclose(made[:, 60:], plain[:, 60:])
-    assert tensor_bytes(cache) == tensor_bytes(plain_cache)
+    counts = 4 * 2 * 2 * 2 if MERGES[merge].counts else 0  # of each head in two sequences and two layers
+    assert tensor_bytes(cache) == tensor_bytes(plain_cache) + counts
+    model = model_of("heads", "h2o", merge=merge)
+    assert tensor_bytes(run(model, ids, [60])[1]) == 2 * sum(plan.bytes_at(60) for plan in model.plans)
     assert_close(run(model_of("heads", "h2o", merge=merge, ratio=1.0), ids, [60, *range(61, 101)])[0], plain_of(ids))
 
 

@@ -65,7 +65,7 @@ def test_costs_are_what_outputs_lose_when_one_head_streams() -> None:
     plan = surgery.plan(anatomy(), {"steps": [STEP | {"budget": "duo"}]})
     windows = Windows(TEXT, torch.ones_like(TEXT, dtype=torch.bool), "text")
     costs = streaming_costs(WorkingCopy(model(), plan.anatomy), layers_of(plan), windows, sinks=2, recent=12)
-    ids, seen = TEXT[:8], {}  # the last window is one to compare on
+    ids, seen = TEXT[:8, :12].repeat(1, 2), {}  # the last window is one to compare on
     handles = [
         layer.self_attn.v_proj.register_forward_hook(lambda _, args, out, i=i: seen.__setitem__(i, out))
         for i, layer in enumerate(model().model.layers)

@@ -30,6 +30,9 @@ class Merge(Protocol):
     """Whether it folds slots that leave behind a prompt, too; those are dropped otherwise."""
     by_attention: bool = False
     """Whether it weighs slots by the attention that a score has summed up for them."""
+    counts: bool = False
+    """Whether all that leave go into one slot, the first behind the sinks, which then counts in attention as so many
+    tokens (`Slots.more_BKS`)."""
 
     def fold(self, slots: Slots, goes_BKS: Tensor, into_BKS: Tensor, tokens_B: Tensor) -> Slots:
         """`slots`, in the order of their tokens, with those that go folded into some of the others.
@@ -58,15 +61,7 @@ class ToNearest(Merge):
         goes_BKS = goes_BKS & into_BKS.any(-1, keepdim=True)
         weight = self.weights(likeness, goes_BKS).masked_fill(~goes_BKS, 0.0)
         count = torch.zeros_like(weight).scatter_add_(2, to, (weight > 0).float())
-        own = torch.where(count > 0, self.own(count), 1.0)
-        total = own.scatter_add(2, to, weight)[..., None]
-
-        def folded(x_BKSH: Tensor) -> Tensor:
-            x = x_BKSH.float()
-            index = to[..., None].expand_as(x)
-            return ((own[..., None] * x).scatter_add(2, index, weight[..., None] * x) / total).to(x_BKSH.dtype)
-
-        return replace(slots, key_BKSH=folded(slots.key_BKSH), value_BKSV=folded(slots.value_BKSV))
+        return averaged(slots, to, weight, torch.where(count > 0, self.own(count), 1.0))
 
 
 class D2O(ToNearest):
@@ -96,6 +91,57 @@ class Pivot(ToNearest):
 
     def own(self, count_BKS: Tensor) -> Tensor:
         return 1 + count_BKS / 2
+
+
+class Neighbours(Merge):
+    """Those in one stretch of alike neighbours (cosine of the keys of each two above 0.75) with a slot that stays.
+
+    They go into the nearest one of those, with weights exp(-|k - k'|^2 / 2 s^2), where s^2 is the mean of the squared
+    distances of all that go there, and 1 of the one that stays. The authors merge each stretch into its most attended
+    token, and how much that saves follows from the text; here score and budget say what stays. Those that have no
+    neighbour alike which stays are dropped.
+    """
+
+    describes = (
+        "what leaves is averaged into a slot of the same stretch of alike neighbours (KVMerger, arXiv:2407.08454)"
+    )
+    alike = 0.75
+
+    def fold(self, slots: Slots, goes_BKS: Tensor, into_BKS: Tensor, tokens_B: Tensor) -> Slots:
+        key, S = slots.key_BKSH.float(), goes_BKS.shape[-1]
+        place_S = torch.arange(S, device=key.device)
+        near = torch.cosine_similarity(key[:, :, 1:], key[:, :, :-1], dim=-1) > self.alike
+        stretch = F.pad((~near).long(), (1, 0)).cumsum(-1)
+        before = torch.where(into_BKS, place_S, -1).cummax(-1).values
+        behind = torch.where(into_BKS, place_S, S).flip(-1).cummin(-1).values.flip(-1)
+        has_before = (before >= 0) & (stretch.gather(2, before.clamp_min(0)) == stretch)
+        has_behind = (behind < S) & (stretch.gather(2, behind.clamp_max(S - 1)) == stretch)
+        first = has_before & (~has_behind | (place_S - before <= behind - place_S))
+        to = torch.where(first, before, behind).clamp(0, S - 1)
+        goes = goes_BKS & (has_before | has_behind)
+        far = (key - key.gather(2, to[..., None].expand_as(key))).square().sum(-1).masked_fill(~goes, 0.0)
+        nothing = torch.zeros_like(far)
+        spread = nothing.scatter_add(2, to, far) / nothing.scatter_add(2, to, goes.float()).clamp_min(1)
+        weight = torch.exp(-far / (2 * spread.gather(2, to)).clamp_min(1e-30)).masked_fill(~goes, 0.0)
+        return averaged(slots, to, weight, torch.ones_like(weight))
+
+
+class Mean(Merge):
+    """All that leave: into the mean of their keys and that of their values, a token that counts as often as it has
+    tokens.
+
+    It begins as the first token behind the sinks, which stays for that, whatever its score.
+    """
+
+    describes = "what leaves is averaged into one token, which counts as so many (RazorAttention, arXiv:2407.15891)"
+    counts = True
+
+    def fold(self, slots: Slots, goes_BKS: Tensor, into_BKS: Tensor, tokens_B: Tensor) -> Slots:
+        assert slots.more_BKS is not None
+        goes = goes_BKS & into_BKS.any(-1, keepdim=True)
+        to = into_BKS.byte().argmax(-1, keepdim=True).expand_as(goes)
+        more = slots.more_BKS.scatter_add(2, to, goes.float())
+        return replace(averaged(slots, to, goes.float(), 1 + slots.more_BKS), more_BKS=more)
 
 
 class CaM(Merge):
@@ -134,6 +180,24 @@ class CaM(Merge):
         return replace(slots, value_BKSV=(value + taken).to(slots.value_BKSV.dtype))
 
 
+def averaged(slots: Slots, to_BKS: Tensor, weight_BKS: Tensor, own_BKS: Tensor) -> Slots:
+    """`slots`, each of them the mean of itself and of what goes there.
+
+    Args:
+        to_BKS: where each slot goes.
+        weight_BKS: with which weight; 0 of what goes nowhere.
+        own_BKS: weight of each slot itself; whatever, where nothing comes.
+    """
+    total = own_BKS.scatter_add(2, to_BKS, weight_BKS)[..., None]
+
+    def folded(x_BKSH: Tensor) -> Tensor:
+        x = x_BKSH.float()
+        index = to_BKS[..., None].expand_as(x)
+        return ((own_BKS[..., None] * x).scatter_add(2, index, weight_BKS[..., None] * x) / total).to(x_BKSH.dtype)
+
+    return replace(slots, key_BKSH=folded(slots.key_BKSH), value_BKSV=folded(slots.value_BKSV))
+
+
 def nearest(key_BKSH: Tensor, into_BKS: Tensor) -> tuple[Tensor, Tensor]:
     """Of each slot, [B, K, S] each: cosine of its key and of the nearest among some slots, and the place of that."""
     B, K, S, _ = key_BKSH.shape
@@ -143,5 +207,11 @@ def nearest(key_BKSH: Tensor, into_BKS: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([f.values for f in found], dim=2), torch.cat([f.indices for f in found], dim=2)
 
 
-MERGES: dict[str, Merge] = {"d2o": D2O(), "lookm": Pivot(), "cam": CaM()}
+MERGES: dict[str, Merge] = {
+    "d2o": D2O(),
+    "lookm": Pivot(),
+    "cam": CaM(),
+    "kvmerger": Neighbours(),
+    "mean": Mean(),
+}
 """Name in recipes and plans -> rule."""

@@ -72,16 +72,17 @@ def latent_attention_forward(
 
 def ragged_attention_forward(
     query_BNH: Tensor, keys: Tensor, values: Tensor, tables_BKM: Tensor, lengths_BK: Tensor, scaling: float
-) -> Tensor:
-    """[B, N, V] of one new token against slots in pages [P, page, .], of which each KV head has its own number."""
+) -> tuple[Tensor, Tensor]:
+    """[B, N, V] of one new token against slots in pages [P, page, .], of which each KV head has its own number, and the
+    log-sum-exp of its scores [B, N]."""
     rows = lengths_BK.numel()
     if query_BNH.is_cuda:
         programs = programs_for(device_of(query_BNH))
         plan = ragged_schedule(lengths_BK[None], programs, keys.shape[1])[0]
     else:
         plan = lengths_BK.new_empty(rows + 3)  # only a GPU shares the work out
-    out: Tensor = decode_ragged(query_BNH, keys, values, tables_BKM, lengths_BK, plan, scaling)[0]
-    return out
+    found: tuple[Tensor, Tensor] = decode_ragged(query_BNH, keys, values, tables_BKM, lengths_BK, plan, scaling)
+    return found
 
 
 def packed_attention_forward(

@@ -58,7 +58,11 @@ def attend(
         if plain and AVAILABLE and expand is None:
             return _through_pages(reading, query_BNTH, seen)
         key, value, there = seen.side_by_side()
-        return _blend(reading, query_BNTH, key, value, there[:, :, None])
+        visible, heavy = there[:, :, None], seen.heavy()
+        if heavy is not None:
+            at = torch.arange(there.shape[2], device=there.device) == heavy[0]
+            visible = _counted(visible, heavy[1][..., None] * at, query_BNTH.dtype)
+        return _blend(reading, query_BNTH, key, value, visible)
     return _attend_chunk(reading, query_BNTH, seen)
 
 
@@ -80,6 +84,8 @@ def _attend_chunk(reading: _Reading, query_BNTH: Tensor, seen: Chunk) -> Tensor:
         if seen.real_BT is not None:
             # Padding before all tokens sees none of them, but it has to see something.
             visible[..., 0] |= ~visible.any(-1)
+        if slots.more_BKS is not None:
+            visible = _counted(visible, slots.more_BKS, query_BNTH.dtype)
         parts.append(_blend(reading, query_BNTH[:, :, begin:end], slots.key_BKSH, slots.value_BKSV, visible))
         if end < T:
             slots = slots.live(seen.order_BT[:, end - 1])
@@ -100,12 +106,31 @@ def _through_pages(reading: _Reading, query_BN1H: Tensor, layer: PagedLayer) -> 
     keys, values = layer.pool.keys, layer.pool.values
     if reading.view is not None:
         keys, values = reading.view(keys, values)
-    q = query_BN1H.detach()[:, :, 0]
-    return ragged_attention_forward(q, keys, values, tables, lengths, reading.scale)[:, None]
+    q, heavy = query_BN1H.detach()[:, :, 0], layer.heavy()
+    out, sums = ragged_attention_forward(q, keys, values, tables, lengths, reading.scale)
+    if heavy is not None:
+        place, more = heavy
+        more = more if reading.kv_of_query is None else more.index_select(1, reading.kv_of_query)
+        page = tables[..., place // keys.shape[1]].long()
+        key, value = (t[page, place % t.shape[1]] for t in (keys, values))  # [B, K, .]
+        group = q.shape[1] // key.shape[1]
+        key, value, more = (t.repeat_interleave(group, dim=1) for t in (key, value, more))
+        # Of the slot it has counted one token: what the others add to the sum of the softmax, as a part of all.
+        logit = (q.float() * key.float()).sum(-1) * reading.scale
+        part = torch.sigmoid(logit + more.log() - sums)[..., None]
+        blended = (out.float() * (1 - part) + value.float() * part).to(out.dtype)
+        out = torch.where(more[..., None] > 0, blended, out)  # where nothing has left, the slot may not be there
+    return out[:, None]
+
+
+def _counted(visible_BKTS: Tensor, more_BKS: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores where slots stand for more tokens than one."""
+    weight = more_BKS.log1p().to(dtype)[:, :, None]
+    return torch.where(visible_BKTS, weight, torch.finfo(dtype).min)
 
 
 def _blend(reading: _Reading, query: Tensor, key: Tensor, value: Tensor, visible_BKTS: Tensor | None) -> Tensor:
-    """[B, T, N, V]; `visible_BKTS`: None for causality alone."""
+    """[B, T, N, V]; `visible_BKTS`: which slots are seen, or what is added to scores; None for causality alone."""
     attention, N = reading.attention, query.shape[1]
     if reading.kv_of_query is not None:
         index = reading.kv_of_query

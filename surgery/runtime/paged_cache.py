@@ -190,6 +190,11 @@ class PagedLayer(WholeLayer):
         key, value = (t[pages].flatten(2, 3)[:, :, :longest] for t in (self.pool.keys, self.pool.values))
         return key, value, torch.arange(longest, device=self.device) < self.lengths[..., None]
 
+    def heavy(self) -> tuple[int, Tensor] | None:
+        """Place in each row of the slot that counts as several tokens, and how many beside its own, float32 [B, K];
+        None where there is none."""
+        return None
+
     def slots(self) -> Slots:
         """All slots as new tokens may see them; copies."""
         key, value, there = self.side_by_side()

@@ -70,7 +70,12 @@ class Ranked(Retain):
 
     @property
     def protected(self) -> int:
-        return self.sinks
+        return self.sinks + self._counts
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the slot behind the sinks stays, for it stands for all that leave."""
+        return self.merge is not None and MERGES[self.merge].counts
 
     @property
     def has_static(self) -> bool:
@@ -162,7 +167,8 @@ class Ranked(Retain):
 
     def bytes_of_pages(self, pages: float, table: int, heads: int, width: int, itemsize: int) -> int:
         gathered = 4 * heads * table * self.page if RANKERS[self.scorer].gathers else 0
-        return super().bytes_of_pages(pages, table, heads, width, itemsize) + gathered
+        more = 4 * heads if self._counts else 0
+        return super().bytes_of_pages(pages, table, heads, width, itemsize) + gathered + more
 
     def unknown(self) -> str | None:
         merge = None if self.merge is None else unknown_name("merging", self.merge, MERGES)

@@ -33,6 +33,7 @@ class RankedLayer(PagedLayer):
     def __init__(self, retain: Ranked, layer: int, pool: PagePool | None = None, max_length: int | None = None) -> None:
         super().__init__(retain, layer, pool, max_length)
         self.ranker, self.budget = RANKERS[retain.scorer], BUDGETS[retain.budget]
+        self.merge = None if retain.merge is None else MERGES[retain.merge]
         self.peers: Sequence[RankedLayer] = [self]
         """Layers of the cache that share a budget over layers, this one among them, in order: see `join`."""
         self.claim: Claim | None = None
@@ -52,6 +53,8 @@ class RankedLayer(PagedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self._sharing = [k for k in range(key_states.shape[1]) if k not in self.retain.whole]
+        if self.merge is not None and self.merge.counts:
+            self.state["more"] = key_states.new_zeros(key_states.shape[:2], dtype=torch.float32)
         if self.ranker.gathers:
             self.state["gathered"] = key_states.new_zeros(*key_states.shape[:2], 0, dtype=torch.float32)
 
@@ -119,10 +122,12 @@ class RankedLayer(PagedLayer):
     def _without(self, slots: Slots, keep_BKS: Tensor, shift: Shift | None, of_prompt: bool = True) -> Slots:
         """`slots`, where those that are not kept expire, merged into others or closed up as the plan says."""
         goes = (slots.expires_BKS > (self.tokens - 1)[:, None, None]) & ~keep_BKS
-        merge = None if self.retain.merge is None else MERGES[self.retain.merge]
+        merge = self.merge
         if merge is not None and (merge.of_prompts or not of_prompt) and bool(goes.any()):
             into = keep_BKS & ~goes & (slots.expires_BKS > 0)
             into[..., : self.retain.sinks] = False
+            if merge.counts and slots.more_BKS is None:  # the first tokens
+                slots = replace(slots, more_BKS=torch.zeros_like(slots.expires_BKS, dtype=torch.float32))
             slots = merge.fold(slots, goes, into, self.tokens)
         if self.retain.positions == "cache" and bool(goes.any()):
             assert shift is not None
@@ -149,7 +154,7 @@ class RankedLayer(PagedLayer):
         newest = (self.ranker.newest * slots_BK).long().clamp_min(retain.window or 0)
         return Ranking(
             slots=slots, count_BK=count, queries=queries, observe=retain.observe, pool=retain.pool,
-            sinks=retain.sinks, tokens_B=self.tokens, slots_BK=slots_BK, newest_BK=newest,
+            sinks=retain.protected, tokens_B=self.tokens, slots_BK=slots_BK, newest_BK=newest,
         )  # fmt: skip
 
     def _keep(self, ranking: Ranking) -> Tensor:
@@ -202,6 +207,9 @@ class RankedLayer(PagedLayer):
 
     def slots(self) -> Slots:
         slots = super().slots()
+        if "more" in self.state:
+            at = torch.arange(len(slots), device=self.device) == self.retain.sinks
+            slots = replace(slots, more_BKS=self.state["more"][..., None] * at)
         if not self.ranker.gathers:
             return slots
         gathered = self.state["gathered"][..., : len(slots)]
@@ -210,10 +218,15 @@ class RankedLayer(PagedLayer):
 
     def _store(self, slots: Slots) -> Slots:
         slots = super()._store(slots)
+        if slots.more_BKS is not None and len(slots) > self.retain.sinks:
+            self._set("more", slots.more_BKS[..., self.retain.sinks])
         if slots.gathered_BKS is not None:
             gone = slots.expires_BKS < 0  # behind the slots of short rows, where new ones will be
             self._write_gathered(slots.gathered_BKS.masked_fill(gone, 0.0))
         return slots
+
+    def heavy(self) -> tuple[int, Tensor] | None:
+        return (self.retain.sinks, self.state["more"]) if "more" in self.state else None
 
     def _write_gathered(self, gathered_BKS: Tensor) -> None:
         width = self.tables.shape[2] * self.retain.page

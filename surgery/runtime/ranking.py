@@ -145,6 +145,8 @@ class Ranking:
             )
             if self.queries.softcap is not None:
                 logits = self.queries.softcap * torch.tanh(logits / self.queries.softcap)
+            if self.slots.more_BKS is not None:
+                logits = logits + self.of_queries(self.slots.more_BKS.log1p(), N)[:, :, None, :S]
             if noisy:
                 order_B1Q1 = (self.tokens_B[:, None] - 1 - age_Q)[:, None, :, None]
                 head_N11 = torch.arange(N, device=query.device)[:, None, None]

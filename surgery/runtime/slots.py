@@ -7,7 +7,7 @@ that rules the masks of a chunk, and what stays of it, for both methods alike.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class Slots:
     """int32: order of the token that the slot holds; -1 where nobody asks any more."""
     gathered_BKS: Tensor | None = None
     """float32: what a score has gathered of each slot so far (`Ranked`)."""
+    more_BKS: Tensor | None = None
+    """float32: tokens that a slot stands for beside its own, for all of which it counts in attention; None: none."""
 
     def __len__(self) -> int:
         return self.key_BKSH.shape[2]
@@ -64,13 +66,15 @@ class Slots:
         return self._each(lambda t: t[:, :, begin:end])
 
     def and_(self, other: Slots) -> Slots:
-        """These and those behind them, of which a score has gathered nothing yet."""
+        """These and those behind them, of which a score has gathered nothing yet, and which stand for themselves."""
         if len(self) == 0:
             return other
-        if self.gathered_BKS is not None and other.gathered_BKS is None:
-            nothing = torch.zeros_like(other.born_BKS, dtype=self.gathered_BKS.dtype)
-            other = replace(other, gathered_BKS=nothing)
-        both = {name: (t, getattr(other, name)) for name, t in vars(self).items() if t is not None}
+        nothing = torch.zeros_like(other.born_BKS, dtype=torch.float32)
+        both = {
+            name: (t, nothing if getattr(other, name) is None else getattr(other, name))
+            for name, t in vars(self).items()
+            if t is not None
+        }
         return Slots(**{name: torch.cat(pair, dim=2) for name, pair in both.items()})
 
     def live(self, last_B: Tensor) -> Slots:

@@ -102,11 +102,13 @@ def streaming_costs(
     """Owner -> [K] what a layer's output changes by when one KV head streams: sees the first and newest tokens alone.
 
     Squared, in parts of the parent's hidden states behind the layer, mean over tokens; readers' changes are added to
-    those of their owners. Gates on outputs, and norms of them, are not counted.
+    those of their owners. Gates on outputs, and norms of them, are not counted. Of each window the first half is read
+    twice, so that there is something to look up: text alone hardly asks for that.
 
     Raises:
         PlanError: no window of text is longer than what streaming heads keep.
     """
+    windows = _twice(windows)
     T = windows.ids_BT.shape[1]
     if sinks + recent >= T:
         raise PlanError(
@@ -187,6 +189,15 @@ def _measured(
         found[owner] = join(found[owner], scores) if owner in found else scores
     copy.held_out = held_out
     return found
+
+
+def _twice(windows: Windows) -> Windows:
+    """The first half of each window, two times over."""
+    half = windows.ids_BT.shape[1] // 2
+    ids, mask = (x[:, :half].repeat(1, 2) for x in (windows.ids_BT, windows.mask_BT))
+    # Padding on the right, in windows that are shorter than a half.
+    order = torch.argsort(~mask, dim=-1, stable=True)
+    return replace(windows, ids_BT=ids.gather(1, order), mask_BT=mask.gather(1, order), digest=f"{windows.digest}x2")
 
 
 def _heads(visit: Visit, a: Activations) -> Iterator[_Head]:
