@@ -100,6 +100,7 @@ def convert(
             "recipe."
         )
     check_model(parent)
+    recipe = recipe.told(lambda: tokenizer or tokenizer_of(parent.config, told))
     plan = make_plan(parent, recipe)
     _check_calibration(plan, calibration)
     for name, layers in plan.left_out.items():
@@ -203,6 +204,7 @@ def convert_checkpoint(
     check_adapter(folder, merge_adapter)
     base = base_folder(folder)
     checkpoint = Checkpoint(base)
+    recipe = recipe.told(lambda: tokenizer or load_tokenizer(folder) or load_tokenizer(base))
     plan = make_plan(base, recipe)
     _check_calibration(plan, calibration)
     fit = check_whole(checkpoint)

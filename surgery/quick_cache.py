@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from .calibration.text import tokenizer_of
 from .calibration.working_copy import WorkingCopy
 from .convert import convert
 from .errors import PlanError
@@ -73,6 +74,7 @@ def cache(
     if evict is not None and max_cache_len is not None:
         raise PlanError("evict: stock models let tokens go in dynamic caches alone. Leave max_cache_len out.")
     recipe = Recipe.load(_recipe(codec or "int4", options) if evict is None else _evicting(evict, options))
+    recipe = recipe.told(lambda: tokenizer_of(model.config))
     if evict is not None and BUDGETS[options.get("budget") or "uniform"].finds != "nothing":
         raise PlanError(
             f"budget {options['budget']!r} finds out about heads when a model is converted: convert it with the step "

@@ -22,6 +22,7 @@ from .runtime.queries import Queries
 from .runtime.ranked_cache import RankedLayer, join
 from .runtime.rankers import RANKERS
 from .runtime.rehearsal import rehearse
+from .runtime.separators import separators_among
 from .runtime.slots import New
 
 NAME = "surgery_evict"
@@ -38,6 +39,8 @@ class StockRankedLayer(RankedLayer):
 
     mask: Tensor | None = None
     """Of the next call: [B, S], 0 at padding, or of four dimensions; None without padding."""
+    separators_BT: Tensor | None = None
+    """Of the next call: which of its tokens separate parts of the text, where the score asks for that."""
     waits = False
     """Whether keys came, and no queries yet."""
 
@@ -68,7 +71,7 @@ class StockRankedLayer(RankedLayer):
             weight_BKT=None,
             real_BT=real,
             turn=lambda x: x,
-            queries=Queries(query_BNTH=query.detach(), real_BT=real, scale=scale),
+            queries=Queries(query_BNTH=query.detach(), real_BT=real, scale=scale, separators_BT=self.separators_BT),
         )
         self.waits = False
         return attend(module, query, self.add(new), scale, True)  # type: ignore[arg-type]
@@ -154,6 +157,8 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     layers = _evicting(take_cache(dict(kwargs)))
     for layer in layers:
         layer.waits = False  # of a pass that was broken off
+        if layer.retain.reads_separators:
+            layer.separators_BT = separators_among(layer.retain.separators, args, kwargs)
     if layers:
         _text_config(model)._attn_implementation = NAME
 

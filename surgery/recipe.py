@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -46,6 +46,19 @@ class Step:
     def text(self) -> Text:
         """Whether the step has a form without calibration text, and whether text makes it better."""
         return "none"
+
+    @property
+    def asks_tokenizer(self) -> bool:
+        """Whether something is still to be read from the tokenizer of the model."""
+        return False
+
+    def told(self, tokenizer: Any) -> Step:
+        """The step with that; `tokenizer` None: the model comes without one.
+
+        Raises:
+            PlanError: nothing there says it.
+        """
+        return self
 
     def validate(self, where: str) -> None:
         """Raise RecipeError for values that no model could satisfy."""
@@ -91,6 +104,15 @@ class Recipe:
         for override in overrides:
             _override(data, override)
         return _recipe(data, where)
+
+    def told(self, tokenizer: Callable[[], Any]) -> Recipe:
+        """The recipe with what its steps ask of the tokenizer, which is made where one asks; see `Step.told`."""
+        if not any(step.asks_tokenizer for step in self.steps):
+            return self
+        made = tokenizer()
+        return dataclasses.replace(
+            self, steps=tuple(step.told(made) if step.asks_tokenizer else step for step in self.steps)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `Recipe.load` reads back to an equal recipe."""

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from closeness import assert_close
 from families import tiny_model
 from gated_models import contents, run, tokens
 from methods import METHODS, merged, parent, sites
+from tokenizers import Tokenizer
+from tokenizing import word_tokenizer
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 import surgery
 from surgery.measure.memory import tensor_bytes
@@ -42,12 +45,14 @@ MODELS = {
     "latent": ("mla", "llama"),
     "latent, turned at read": ("lowrank", "qwen3"),
 }
+SEPARATORS = tuple(range(20, 45))
 GREEDY = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40}
 
 
 @functools.cache
 def model_of(form: str, scorer: str, **options: Any) -> PreTrainedModel:
     method, family = MODELS[form]
+    options |= {"separators": SEPARATORS} if scorer == "sepllm" else {}
     ranked = merged(METHODS[method], [family], "ranked", scorer=scorer, **SMALL | options)
     shares = METHODS[method].shares
     made = ranked if not shares else type(ranked)(METHODS[method].plan_and_weights, [family], shares, ranked.retain)
@@ -61,6 +66,7 @@ ALIKE = {
     "scissorhands": "h2o",
     "nacl": "snapkv",
     "critical": "snapkv",
+    "sepllm": "h2o",
 }
 """Scores that read what another does, and are tried in fewer forms."""
 
@@ -157,6 +163,9 @@ class Loop:
         mine = range(k * self.group, (k + 1) * self.group)
         if retain.scorer == "streaming":
             return {j: float(j) for j in slots}
+        if retain.scorer == "sepllm":
+            order = [j for j in slots if j % 5 != 3] + [j for j in slots if j % 5 == 3]
+            return {j: float(place) for place, j in enumerate(order)}
         if retain.scorer == "knorm":
             return {j: -float(self.k[k, j].norm()) for j in slots}
         if retain.scorer == "scissorhands":
@@ -278,7 +287,7 @@ def test_what_stays_is_what_loops_say(scorer: str, budget: str) -> None:
                 queries=Queries(
                     query_BNTH=q[:, :, at], real_BT=None, scale=8**-0.5, plain_BNTH=q[:, :, at],
                     ahead=ahead, output_norms=output_norms,
-                    pair_norms=pair_norms,
+                    pair_norms=pair_norms, separators_BT=(torch.arange(begin, end) % 5 == 3).expand(rows, -1),
                 ),
             )
         )  # fmt: skip
@@ -734,6 +743,46 @@ def test_heads_that_keep_everything_do_and_the_plan_counts_them(scorer: str, bud
 
 
 @torch.no_grad()
+def test_separators_stay_and_are_found_in_the_tokenizer(tmp_path: Path) -> None:
+    """Ids come from the recipe, or from the tokenizer, and stand in the config; stock models do alike."""
+    words = word_tokenizer(100)
+    core = json.loads(words.backend_tokenizer.to_str())
+    vocab = core["model"]["vocab"]
+    for word, mark in (("w20", "."), ("w21", ";"), ("w22", "..."), ("w23", "?")):
+        vocab[mark] = vocab.pop(word)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), pad_token="<pad>")
+    step = {"rewriter": "evict", "scorer": "sepllm", "ratio": 4, "recent": 4, "sinks": 2}
+    parent_model = tiny_model("llama")
+    assert "those that the tokenizer has" in " ".join(str(surgery.plan(anatomy("llama"), {"steps": [step]})).split())
+    with pytest.raises(surgery.PlanError, match="sepllm asks which .* the model comes without a tokenizer. Give their"):
+        surgery.convert(parent_model, {"steps": [step]})
+    with pytest.raises(surgery.PlanError, match="and the tokenizer has none"):
+        surgery.convert(parent_model, {"steps": [step]}, tokenizer=words)
+    model = surgery.convert(parent_model, {"steps": [step]}, tokenizer=tokenizer).eval()
+    assert [plan.retain.separators for plan in model.plans] == [(20, 21, 23)] * 2
+    ids = tokens(length=80).clamp_min(30)
+    ids[0, 7:50:9], ids[1, 60] = torch.tensor([20, 21, 23, 20, 21]), 23
+    everything = run(model_of("heads", "h2o", ratio=1.0), ids, [80])[1].layers[0].slots().key_BKSH
+    logits, cache = run(model, ids, [80])
+    want = [[0, 1, 7, 16, 25, 34, 43, *range(67, 80)], [0, 1, 60, *range(63, 80)]]
+    for row, places in enumerate(want):
+        assert_close(cache.layers[0].slots().key_BKSH[row, :, :20], everything[row][:, places])
+    stock = surgery.cache(parent_model, evict="sepllm", ratio=4, recent=4, sinks=2, separators=[20, 21, 23])
+    assert_close(parent_model.eval()(ids, **{cache_argument(model): stock}).logits, logits)
+    assert_close(stock.layers[0].slots().key_BKSH, cache.layers[0].slots().key_BKSH)
+    embedded = parent_model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="the model was called with embeddings. Pass input_ids"):
+        model(inputs_embeds=embedded, use_cache=True)
+    model(inputs_embeds=embedded, use_cache=False)
+    surgery.save(model, tmp_path / "child")
+    assert surgery.load(tmp_path / "child").plans == model.plans
+    parent_model.save_pretrained(tmp_path / "parent")
+    tokenizer.save_pretrained(tmp_path / "parent")
+    plan = surgery.convert_checkpoint(tmp_path / "parent", {"steps": [step]}, tmp_path / "other")
+    assert plan.after == model.plans
+
+
+@torch.no_grad()
 def test_fixed_slots_bound_the_cache_however_long_it_runs() -> None:
     step = {"rewriter": "evict", "scorer": "tova", "slots": 20, "recent": 4, "sinks": 2}
     plan = surgery.plan(anatomy("llama"), {"steps": [step]})
@@ -852,6 +901,8 @@ STEP = {"rewriter": "evict", "scorer": "snapkv", "ratio": 4, "recent": 8, "obser
         ({"scorer": "window", "whole": {0: [0]}, "observe": None, "recent": None}, "whole: the score window does not"),
         ({"observe": 9}, "observe: 9 queries, but only the newest 8 tokens are sure to stay"),
         ({"pool": 4}, "pool: 4 must be odd"),
+        ({"separators": [3]}, "separators: the score snapkv does not read it"),
+        ({"scorer": "sepllm", "observe": None, "separators": []}, "separators: \\[\\]; give at least one id"),
         ({"recent": 0}, "recent: 0 must be at least 1"),
         ({"slots": 99, "ratio": 3}, "slots: 99 slots and ratio 3: give one of them"),
         ({"slots": 9}, "slots: 9 are fewer than the 10 that always stay"),

@@ -21,6 +21,7 @@ from ..runtime.scorers import SCORERS
 from .tokens.gates import GatedMethod
 from .tokens.options import WindowStep, plan_retained
 from .tokens.retrieval import retained
+from .tokens.separators import separators_of
 
 _OBSERVE, _POOL, _RECENT = 32, 5, 64
 _OF_RANKS = ("budget", "slots", "merge", "positions", "whole", "part", "recent")
@@ -61,6 +62,9 @@ class EvictStep(WindowStep):
     """Of all KV heads, how many keep all of their tokens where the budget finds out which (`duo`, `razor`); the others
     share what is left of `ratio`. Absent: of `duo` as many as `ratio` leaves when the others keep `sinks` and `recent`
     alone, of `razor` 0.15."""
+    separators: tuple[int, ...] | None = None
+    """Ids of the tokens that separate parts of the text, for the score `sepllm`; where absent all that are punctuation
+    (. , ? ! ; :) or white space to the tokenizer of the model."""
     recent: int | None = None
     """Newest tokens that stay where a score orders slots; 64 where absent."""
     observe: int | None = None
@@ -72,6 +76,20 @@ class EvictStep(WindowStep):
     def ranks(self) -> bool:
         """Whether the score orders slots, rather than judging each token alone."""
         return self.scorer in RANKERS
+
+    @property
+    def asks_tokenizer(self) -> bool:
+        return self.ranks and RANKERS[self.scorer].separators and self.separators is None
+
+    def told(self, tokenizer: Any) -> EvictStep:
+        found = () if tokenizer is None else separators_of(tokenizer)
+        if not found:
+            raise PlanError(
+                f"evict: {self.scorer} asks which tokens separate parts of the text, and "
+                + ("the model comes without a tokenizer" if tokenizer is None else "the tokenizer has none")
+                + ". Give their ids: separators: [...]."
+            )
+        return replace(self, separators=found)
 
     @property
     def text(self) -> Text:
@@ -89,7 +107,8 @@ class EvictStep(WindowStep):
         reads: tuple[str, ...] = ("window", "windows")
         if self.ranks:
             reads = (*_OF_RANKS, *RANKERS[self.scorer].reads)
-        defaults = {"window": 256, "windows": "uniform"} | dict.fromkeys((*_OF_RANKS, "observe", "pool"))
+        others = (*_OF_RANKS, "observe", "pool", "separators")
+        defaults = {"window": 256, "windows": "uniform"} | dict.fromkeys(others)
         for name, default in defaults.items():
             if name not in reads and getattr(self, name) != default:
                 raise RecipeError(
@@ -110,6 +129,10 @@ class EvictStep(WindowStep):
                 raise RecipeError(f"{where}.{name}: {value} must be at least {least}.")
         if self.slots is not None and self.ratio != 4:
             raise RecipeError(f"{where}.slots: {self.slots} slots and ratio {self.ratio:g}: give one of them.")
+        if self.separators is not None and (not self.separators or min(self.separators) < 0):
+            raise RecipeError(
+                f"{where}.separators: {list(self.separators)}; give at least one id, none of them negative."
+            )
         always = self.sinks + (self.recent or _RECENT)
         if self.slots is not None and self.slots < always:
             raise RecipeError(
@@ -223,7 +246,7 @@ class Evicting(GatedMethod):
         ranked = Ranked(
             ratio=step.ratio, window=step.recent or _RECENT, scorer=step.scorer, budget=step.budget or "uniform",
             slots=step.slots, observe=step.observe or _OBSERVE, pool=step.pool or _POOL, sinks=step.sinks,
-            page=step.page, merge=step.merge, positions=step.positions or "text",
+            page=step.page, merge=step.merge, positions=step.positions or "text", separators=step.separators or (),
         )  # fmt: skip
         budget = BUDGETS[ranked.budget]
         if budget.finds == "whole":
@@ -283,6 +306,8 @@ class Evicting(GatedMethod):
                 + ("on calibration text" if budget.by == "text" else "by reading random tokens that come again")
                 + "; bytes of single layers above are means"
             )
+        if step.asks_tokenizer:
+            lines.append("evict: separators are those that the tokenizer has, found when the model is converted")
         if step.positions == "cache":
             lines.append("evict: slots close up when others leave, and distances are those in the cache")
         if ranker.rehearses:

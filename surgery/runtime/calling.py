@@ -269,3 +269,29 @@ def _dropout(module: nn.Module, *names: str) -> float:
         if isinstance(value, (int, float)):
             return float(value)
     return 0.0
+
+
+def forget_calls(base_model: nn.Module, _: tuple[Any, ...]) -> None:
+    """Layers need not all run: a draft by early exit runs the first ones, a stage of a pipeline its own."""
+    if not torch.compiler.is_compiling():
+        for attention in base_model.surgery_attentions:  # type: ignore[union-attr]
+            attention.received_cache = None
+
+
+def check_caches(base_model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+    """Refuse a forward pass that gave back a cache which converted attentions were not handed.
+
+    Raises:
+        RuntimeError: the cache would stay empty, and the model would go on as if there were no earlier tokens. Training
+            is left alone: activation checkpointing takes the cache from the layers on purpose.
+    """
+    if base_model.training or torch.compiler.is_compiling() or cache_of(output) is None:
+        return
+    for attention in base_model.surgery_attentions:  # type: ignore[union-attr]
+        if attention.received_cache is False:
+            raise RuntimeError(
+                f"layer {attention.layer_idx}: the model was asked to use a cache, and its attention received none. "
+                f"transformers {transformers.__version__} calls it with {', '.join(attention.received)}; none of these "
+                "is a cache. This release is newer than the code of the converted attention: use an older one, or "
+                "convert the model again with a newer version of surgery."
+            )

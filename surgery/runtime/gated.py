@@ -42,6 +42,8 @@ class SurgeryGatedAttention(SurgeryAttention):
     """
 
     gate: SurgeryGate
+    separators_BT: Tensor | None = None
+    """Which tokens of this pass separate parts of the text, where the score asks: see `separators`."""
 
     def __init__(
         self, config: Any, site: AttentionSite, plan: LayerPlan, call: CallingConvention, shapes: Shapes
@@ -152,6 +154,7 @@ class SurgeryGatedAttention(SurgeryAttention):
             softcap=self.site.softcap,
             sinks_N=self.sinks,
             output_norms=self._output_norms,
+            separators_BT=self.separators_BT if self.plan.asks_separators else None,
         )
 
     def _output_norms(self, value_BKSV: Tensor) -> Tensor:

@@ -81,6 +81,11 @@ class LayerPlan:
         return whole if self.retain is None else round(whole / self.retain.ratio_of(self.decisions))
 
     @property
+    def asks_separators(self) -> bool:
+        """Whether the cache of the layer is to be told which tokens separate parts of the text."""
+        return self.owns_cache and isinstance(self.retain, Ranked) and self.retain.reads_separators
+
+    @property
     def lenders(self) -> tuple[int, ...]:
         """Layers whose cache this one reads beside its own."""
         if not self.owns_cache:

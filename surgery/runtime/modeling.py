@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm
-from .calling import CallingConvention, cache_of, record_calls
+from .calling import CallingConvention, check_caches, forget_calls, record_calls
 from .canonical import kept_weights, origin_of
 from .configuration import config_class, converted_config
 from .gated import SurgeryGatedHeadsAttention
@@ -36,6 +36,7 @@ from .layout import AttentionSite, Codec, LayerPlan
 from .parallel import drop_plans
 from .recording import prepare_recording, records_of, running_model
 from .rehearsal import rehearse
+from .separators import mark_separators
 
 ATTENTIONS: dict[str, type[SurgeryAttention]] = {"heads": SurgeryHeadsAttention, "latent": SurgeryLatentAttention}
 """`kind` of a `Project` -> the module that runs a layer which keeps all tokens."""
@@ -86,9 +87,11 @@ class SurgeryMixin(SurgeryGeneration):
         base.register_forward_pre_hook(check_given_cache, with_kwargs=True)
         keys = {"attentions", *(key for _, attention in found for key, _ in attention.records)}
         base.register_forward_pre_hook(functools.partial(prepare_recording, keys=keys), with_kwargs=True)
-        base.register_forward_pre_hook(_forget_calls)
-        base.register_forward_hook(_check_caches)
+        base.register_forward_pre_hook(forget_calls)
+        base.register_forward_hook(check_caches)
         base.register_forward_hook(rehearse, with_kwargs=True)
+        if any(attention.plan.asks_separators for _, attention in found):
+            base.register_forward_pre_hook(mark_separators, with_kwargs=True)
         if self.shares_caches:
             base.register_forward_pre_hook(_hand_down_states, with_kwargs=True)
 
@@ -181,32 +184,6 @@ def _hand_down_states(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     copy empty.
     """
     return args, {SHARED_STATES: collections.UserDict(), **kwargs}
-
-
-def _forget_calls(base_model: nn.Module, _: tuple[Any, ...]) -> None:
-    """Layers need not all run: a draft by early exit runs the first ones, a stage of a pipeline its own."""
-    if not torch.compiler.is_compiling():
-        for attention in base_model.surgery_attentions:  # type: ignore[union-attr]
-            attention.received_cache = None
-
-
-def _check_caches(base_model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-    """Refuse a forward pass that gave back a cache which converted attentions were not handed.
-
-    Raises:
-        RuntimeError: the cache would stay empty, and the model would go on as if there were no earlier tokens. Training
-            is left alone: activation checkpointing takes the cache from the layers on purpose.
-    """
-    if base_model.training or torch.compiler.is_compiling() or cache_of(output) is None:
-        return
-    for attention in base_model.surgery_attentions:  # type: ignore[union-attr]
-        if attention.received_cache is False:
-            raise RuntimeError(
-                f"layer {attention.layer_idx}: the model was asked to use a cache, and its attention received none. "
-                f"transformers {transformers.__version__} calls it with {', '.join(attention.received)}; none of these "
-                "is a cache. This release is newer than the code of the converted attention: use an older one, or "
-                "convert the model again with a newer version of surgery."
-            )
 
 
 def _with_shared_key(names: Any) -> list[str]:

@@ -38,6 +38,8 @@ class Queries:
     plain_BNTH: Tensor | None = None
     """Before any rotation."""
     ahead: Ahead | None = None
+    separators_BT: Tensor | None = None
+    """Which of the tokens separate parts of the text; None where nobody asked, or their ids are not known."""
     pair_norms: Callable[[Tensor], Tensor] | None = None
     """From [..., H] the length of each pair of channels that turn together, and of each channel that does not turn."""
 

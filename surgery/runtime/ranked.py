@@ -46,6 +46,8 @@ class Ranked(Retain):
     """Name in `merging.MERGES`: slots that leave are folded into others; None: they are dropped."""
     positions: Literal["text", "cache"] = "text"
     """`cache`: slots close up when others leave, so that distances are those in the cache, not in the text."""
+    separators: tuple[int, ...] = ()
+    """Ids of the tokens that separate parts of the text, for scores that ask for them."""
     kind: str = "ranked"
 
     @property
@@ -59,6 +61,11 @@ class Ranked(Retain):
     @property
     def reads_plain_queries(self) -> bool:
         return RANKERS[self.scorer].plain_queries
+
+    @property
+    def reads_separators(self) -> bool:
+        """Whether what is kept depends on which tokens separate parts of the text."""
+        return RANKERS[self.scorer].separators
 
     @property
     def moves_slots(self) -> bool:

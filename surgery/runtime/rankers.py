@@ -38,6 +38,8 @@ class Ranker(Protocol):
     """Whether it is a part of the attention of some queries, so that layers can be compared, and slots added up."""
     output_norms: bool = False
     """Whether it needs what W_o makes of values."""
+    separators: bool = False
+    """Whether it needs to know which tokens separate parts of the text."""
 
     def score(self, ranking: Ranking) -> Tensor:
         """[B, K, S] float32 of all slots; anything where there is none."""
@@ -55,6 +57,31 @@ class Streaming(Ranker):
 
     def score(self, ranking: Ranking) -> Tensor:
         return -ranking.age_BKS.float()
+
+
+class Separators(Ranker):
+    """Tokens that separate parts of the text, the newest of them first; what is left of the budget goes to the newest.
+
+    The authors give separators and newest tokens budgets of their own, and drop the oldest separators; here both share
+    one, and `recent` says how many of the newest tokens are sure of a place.
+    """
+
+    describes = "separators stay, and the newest tokens (SepLLM, arXiv:2412.12094)"
+    gathers = True
+    separators = True
+    reads = ("separators",)
+
+    def gather(self, ranking: Ranking) -> Tensor:
+        found_BT = ranking.queries.separators_BT
+        if found_BT is None:
+            raise ValueError(
+                "sepllm knows separators by their ids, and the model was called with embeddings. Pass input_ids, or "
+                "use another score."
+            )
+        return ranking.gathered_BKS + ranking.of_new(found_BT.float())
+
+    def score(self, ranking: Ranking) -> Tensor:
+        return ranking.gathered_BKS * len(ranking.slots) - ranking.age_BKS
 
 
 class KeyNorm(Ranker):
@@ -293,6 +320,7 @@ def _over_heads(x_BkS: Tensor, ranking: Ranking) -> Tensor:
 
 RANKERS: dict[str, Ranker] = {
     "streaming": Streaming(),
+    "sepllm": Separators(),
     "snapkv": Snap(),
     "h2o": HeavyHitters(),
     "tova": LastQuery(),

@@ -182,6 +182,15 @@ class Ranking:
         counts = (order >= self.sinks) & (order >= (self.tokens_B - self.queries.count_B)[:, None])
         return query, (counts / counts.sum(-1, keepdim=True).clamp_min(1))[:, None, :, None]
 
+    def of_new(self, x_BT: Tensor) -> Tensor:
+        """[B, K, S]: for the slot of each new token what `x_BT` says of that token, 0 for others."""
+        T, real = x_BT.shape[1], self.queries.real_BT
+        ordered = x_BT if real is None else x_BT.gather(1, torch.argsort(real.byte(), dim=-1, stable=True))
+        place = (T - 1 - self.age_BKS).clamp(0, T - 1)
+        found = ordered[:, None].expand(-1, place.shape[1], -1).gather(2, place)
+        new = (self.age_BKS >= 0) & (self.age_BKS < self.queries.count_B[:, None, None])
+        return found.masked_fill(~new, 0.0)
+
     def of_queries(self, x_BK: Tensor, heads: int) -> Tensor:
         """[B, N, ...] from [B, K, ...]: for each query head what its row says."""
         if self.queries.row_of_query is not None:
