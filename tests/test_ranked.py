@@ -599,6 +599,16 @@ def _heads(cache: DynamicCache) -> int:
 
 
 @torch.no_grad()
+def test_tables_shrink_with_what_they_hold() -> None:
+    """Whatever was there before slots left: two readings of a prompt, or a cache that had everything."""
+    model, ids = model_of("heads", "kvzip"), tokens(length=200)
+    _, cache = run(model, ids, [200])
+    assert tensor_bytes(cache) == 2 * sum(plan.bytes_at(200) for plan in model.plans)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert tensor_bytes(cache) == 2 * sum(plan.bytes_at(200) for plan in model.plans)
+
+
+@torch.no_grad()
 def test_prompts_are_read_again_and_leave_what_that_asked_for() -> None:
     """Against the weights of a parent that reads the same text twice; a second prompt goes on from there."""
     model, ids = model_of("heads", "kvzip"), tokens(length=60)

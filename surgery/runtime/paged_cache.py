@@ -267,6 +267,7 @@ class PagedLayer(WholeLayer):
         there = torch.arange(self.tables.shape[2], device=self.device) < self.held[..., None]
         if self.pool.grows:
             self.pool.rebuild(self.tables.new_zeros(0))
+            self.state["tables"] = self.tables[..., :0]
         else:
             self.pool.give(self.tables[there])
         self.held.zero_()
@@ -364,6 +365,7 @@ class PagedLayer(WholeLayer):
             self._set(name, t.index_select(0, index))
         self.batch_size = len(index)
         self._fit()
-        # Tables may have widened; what is there stands at their beginning.
-        to = self.tables[..., : there.shape[2]][there].long()
+        # Tables may have another width; what is there stands at their beginning.
+        width = min(self.tables.shape[2], there.shape[2])
+        to = self.tables[..., :width][there[..., :width]].long()
         self.pool.keys[to], self.pool.values[to] = keys, values
