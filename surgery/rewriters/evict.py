@@ -253,7 +253,13 @@ class Evicting(GatedMethod):
             part = step.part or budget.part or 1 / step.ratio
             left = 1 / step.ratio - part  # of all tokens and heads, for those that do not keep everything
             others: dict[str, Any] = {"ratio": (1 - part) / left} if left > 1e-9 else {"slots": ranked.always_kept}
-            ranked = replace(ranked, part=part, **others)
+            ranked, context = replace(ranked, part=part, **others), anatomy.max_positions
+            if left > 1e-9 and context is not None and ranked.drop_rate(context, ranked.ratio) > 1:
+                raise PlanError(
+                    f"{where}.part: where {part:g} of the KV heads keep everything, the others keep one of "
+                    f"{ranked.ratio:.3g} tokens, fewer than the {ranked.always_kept} of the model's context of "
+                    f"{context} that always stay. Use a smaller part, ratio or recent."
+                )
         planned = plan_retained(step, ranked, anatomy, layers, where, leave_windows=step.layers is None)
         ranked = next(layer.retain for layer in planned if isinstance(layer.retain, Ranked))
         changed = {new.owner for old, new in zip(layers, planned, strict=True) if new.retain != old.retain}
