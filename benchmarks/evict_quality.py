@@ -5,7 +5,8 @@
     python benchmarks/evict_quality.py CHECKPOINT --lengths 512               # recall at these lengths alone
     python benchmarks/evict_quality.py CHECKPOINT --quick                     # less text, to evict_quality_quick.json
 
-Rows that are there are kept: an interrupted run goes on. Nothing is trained or calibrated. Each window of text is a
+Rows that are there are kept: an interrupted run goes on. Nothing is trained; `duo` and `headkv` find their heads on
+windows of other text (`calibration_text`). Each window of text is a
 prompt of 448 tokens, of which slots leave once it has been read, and 64 tokens that are decoded through what is left;
 only those count. Questions are asked at the end of their context, so that scores of a prompt observe them. 4 first and
 32 newest tokens always stay. `part_of_parent` is the cache after such a prompt, `part_at_end` after 64 tokens more:
@@ -24,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment, write
+from common import ROOT, calibration_text, environment, write
 from real_measure import Answers, Recall, Sizes, decoded, read_texts
 from transformers import DynamicCache, PreTrainedModel
 
 import surgery
 from surgery.calibration.text import load_tokenizer
 from surgery.measure.memory import tensor_bytes
+from surgery.recipe import Recipe
 from surgery.runtime.calling import cache_argument
 
 SEED = 0
@@ -67,6 +69,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "h2o, lookm merges": {"scorer": "h2o", "merge": "lookm"},
     "h2o, cam merges": {"scorer": "h2o", "merge": "cam"},
     "snapkv, d2o merges": {"scorer": "snapkv", "merge": "d2o"},
+    "sepllm": {"scorer": "sepllm"},
+    "h2o, kvmerger merges": {"scorer": "h2o", "merge": "kvmerger"},
+    "streaming, mean merges": {"scorer": "streaming", "merge": "mean"},
+    "duo": {"scorer": "streaming", "budget": "duo"},
+    "razor": {"scorer": "streaming", "budget": "razor"},
+    "razor, mean merges": {"scorer": "streaming", "budget": "razor", "merge": "mean"},
+    "headkv snapkv": {"scorer": "snapkv", "budget": "headkv"},
+    "headkv h2o": {"scorer": "h2o", "budget": "headkv"},
     "streaming, positions in the cache": {"scorer": "streaming", "positions": "cache"},
 }
 WHOLE = 0.15
@@ -75,6 +85,7 @@ ROWS = {
     f"{name} {ratio}x": {"rewriter": "evict", "ratio": ratio, "recent": 32, "sinks": 4, **kind}
     for ratio in RATIOS
     for name, kind in KINDS.items()
+    if not (ratio > 1 / 0.15 and kind.get("budget") == "razor")  # whose whole heads alone are more than that
 }
 HEADS = {f"retrieval heads {ratio}x": (1 - WHOLE) / (1 / ratio - WHOLE) for ratio in (4, 2)}
 """Row -> tokens per slot of the heads that stream."""
@@ -150,7 +161,9 @@ def main() -> None:
         if name in HEADS:
             whole = surgery.retrieval_heads(parent, WHOLE)
             step = {"rewriter": "evict", "scorer": "streaming", "ratio": step, "recent": 4, "whole": whole}
-        model = surgery.convert(parent, {"steps": [step]}).eval()
+        recipe = Recipe.load({"steps": [step]})
+        text = calibration_text(arguments.folder) if recipe.steps[0].text == "needed" else None
+        model = surgery.convert(parent, recipe, calibration=text, samples=8, tokenizer=tokenizer).eval()
         for part in filter(partial(lacks, name), wanted):
             if part == "text":
                 found, whole = {**text_quality(model, answers), **bytes_held(model, answers)}, data["rows"]["parent"]

@@ -26,7 +26,7 @@ REPRESENTATIVE = ["identity", "gqa-2x", "mla-4x", "lowrank-2x", "cla2", "window-
 FAMILIES = ["qwen3", "gemma2", "gpt_neox", "gpt2", "gpt_oss"]
 """Key norms, soft cap and windows, fused partial rotary, Conv1D and learned positions, sinks."""
 WINDOWED = ["gemma2", "gpt_oss"]
-TEXT_DECIDES = ["lowrank-3x", "mla-8x", "window-1k"]
+TEXT_DECIDES = ["lowrank-3x", "mla-8x", "window-1k", "duo-2x"]
 """How many numbers or tokens a layer keeps. Of others the text decides no more than what these stand for."""
 REFUSED = {
     ("mla-4x", "qwen3"): "mla, but the keys are normed per head",
@@ -75,7 +75,8 @@ def quick(name: str) -> Recipe:
 
 def plan_and_text(name: str, family: str) -> tuple[surgery.Plan, torch.Tensor | None]:
     plan = surgery.plan(anatomy(family), quick(name))
-    return plan, TEXT if plan.wants_calibration else None
+    text = TEXT.repeat(1, 3) if name == "duo-2x" else TEXT  # longer than what streaming heads keep
+    return plan, text if plan.wants_calibration else None
 
 
 @functools.cache
