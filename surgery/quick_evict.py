@@ -118,10 +118,10 @@ def put_layers(cache: DynamicCache, model: PreTrainedModel, plan: Plan) -> None:
                 f"{layer.retain.scorer} reads {what}, which attention functions of transformers are not given. Convert "
                 "the model with the step evict."
             )
-        if layer.retain.moves_slots:
+        if layer.retain.turns_keys:
             raise PlanError(
-                "positions: cache turns keys further, which attention functions of transformers do not. Convert the "
-                "model with the step evict."
+                f"positions: {layer.retain.positions} turns keys further, which attention functions of transformers do "
+                "not. Convert the model with the step evict."
             )
         if site.softcap is not None or site.sinks is not None:
             raise PlanError(

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tokenizing import word_tokenizer
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import surgery
 from surgery.measure.memory import tensor_bytes
@@ -702,6 +703,70 @@ def test_positions_in_the_cache_are_those_of_a_text_without_what_left(form: str)
     assert not torch.allclose(text.layers[0].slots().key_BKSH[:, :, :2], got.key_BKSH[:, :, :2], atol=1e-3)
 
 
+def capped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **named: Any) -> Any:
+    """Each query against keys that are turned for it, so that none seems more than 10 tokens away."""
+    rotary, (N, T) = module.test_rotary, query.shape[1:3]
+    key, value = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (key, value))
+    out = []
+    for t in range(T):
+        by = (t - torch.arange(t + 1) - 10).clamp_min(0)
+        angle = by[:, None].double() * rotary.inv_freq.double()
+        cos, sin = angle.cos().float(), angle.sin().float()
+        a, b = key[:, :, : t + 1].chunk(2, -1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        scores = (query[:, :, t : t + 1] @ turned.mT) * module.scaling
+        scores = scores if mask is None else scores.masked_fill(~mask[:, :, t : t + 1, : t + 1], -1e30)
+        out.append(scores.softmax(-1) @ value[:, :, : t + 1])
+    return torch.cat(out, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("form", ["heads", "normed keys"])
+@torch.no_grad()
+def test_no_slot_is_seen_further_away_than_the_cap(form: str) -> None:
+    """While all slots are there, as stock attention with keys that are turned for each query; also behind padding."""
+    family, ids = MODELS[form][1], tokens(length=60)
+    model, stock = (
+        model_of(form, "streaming", positions="capped", distance=10, ratio=1.0),
+        copy.deepcopy(parent(family)),
+    )
+    for layer in stock.model.layers:
+        layer.self_attn.test_rotary = stock.model.rotary_emb
+    AttentionInterface.register("capped_test", capped_attention)
+    AttentionMaskInterface.register("capped_test", sdpa_mask)
+    stock.eval().config._attn_implementation = "capped_test"
+    want = stock(ids, use_cache=False).logits
+    for ends in ([60], [8, 40, *range(41, 61)]):
+        assert_close(run(model, ids, ends)[0], want)
+    assert not torch.allclose(run(model_of(form, "streaming", ratio=1.0), ids, [60])[0], want, atol=1e-3)
+    far = model_of(form, "streaming", positions="capped", distance=60, ratio=1.0)
+    assert_close(run(far, ids, [50, *range(51, 61)])[0], run(model_of(form, "streaming", ratio=1.0), ids, [60])[0])
+    mask = torch.ones_like(ids)
+    mask[0, :12] = 0
+    at, cache = (mask.cumsum(-1) - 1).clamp_min(0), DynamicCache(config=model.config)
+    parts = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=at[:, a:b], **{cache_argument(model): cache}).logits
+        for a, b in ((0, 40), *((i, i + 1) for i in range(40, 60)))
+    ]
+    alone = stock(ids[:1, 12:], use_cache=False).logits
+    assert_close(torch.cat(parts, 1)[:1, 12:], alone)
+    assert_close(torch.cat(parts, 1)[1:], want[1:])
+
+
+@pytest.mark.parametrize("scorer", [name for name, ranker in RANKERS.items() if not ranker.attends])
+@torch.no_grad()
+def test_slots_know_the_order_of_their_tokens(scorer: str) -> None:
+    model, ids = model_of("heads", scorer, positions="capped", distance=10), tokens(length=64)
+    _, cache = run(model, ids, [40])
+    assert tensor_bytes(cache) == 2 * sum(plan.bytes_at(40) for plan in model.plans)
+    run(model, ids[:, 40:], range(1, 25), cache)
+    everything = run(model_of("heads", "h2o", ratio=1.0), ids, [64])[1].layers[0].slots().key_BKSH
+    slots = cache.layers[0].slots()
+    there = slots.expires_BKS > 0
+    assert there.any() and (there.sum(-1) < 40).all()
+    want = everything.gather(2, slots.born_BKS.long()[..., None].expand_as(slots.key_BKSH))
+    assert_close(slots.key_BKSH[there], want[there])
+
+
 @torch.no_grad()
 def test_streaming_keeps_the_same_whether_tokens_came_at_once_or_alone() -> None:
     model, ids = model_of("heads", "streaming"), tokens(length=120)
@@ -913,6 +978,9 @@ STEP = {"rewriter": "evict", "scorer": "snapkv", "ratio": 4, "recent": 8, "obser
         ({"pool": 4}, "pool: 4 must be odd"),
         ({"separators": [3]}, "separators: the score snapkv does not read it"),
         ({"scorer": "sepllm", "observe": None, "separators": []}, "separators: \\[\\]; give at least one id"),
+        ({"distance": 9}, "distance: only positions: capped reads it"),
+        ({"scorer": "knorm", "observe": None, "positions": "capped", "distance": 0}, "distance: 0 must be at least 1"),
+        ({"positions": "capped"}, "snapkv goes by attention, .* Use streaming, sepllm, knorm, or positions: cache"),
         ({"recent": 0}, "recent: 0 must be at least 1"),
         ({"slots": 99, "ratio": 3}, "slots: 99 slots and ratio 3: give one of them"),
         ({"slots": 9}, "slots: 9 are fewer than the 10 that always stay"),
@@ -940,6 +1008,13 @@ def test_plans_refuse_what_cannot_be_scored_and_name_what_is_left() -> None:
         surgery.plan(anatomy("gemma2"), {"steps": [twice]})
     with pytest.raises(surgery.PlanError, match="kvzip reads prompts again, at positions behind them"):
         surgery.plan(anatomy("gpt2"), {"steps": [twice]})
+    capped = {"rewriter": "evict", "scorer": "streaming", "recent": 8, "positions": "capped"}
+    plan = surgery.plan(anatomy("llama"), {"steps": [capped]})
+    assert plan.after[0].retain.distance == 256 and "seen at most 256 away" in plan.after[0].retain.label()
+    with pytest.raises(surgery.PlanError, match="positions: capped turns keys and values, and the layer caches a"):
+        surgery.plan(anatomy("llama"), {"steps": [mla, capped]})
+    with pytest.raises(surgery.PlanError, match="layer 0: .* scores know no distance that could be capped"):
+        surgery.plan(anatomy("gpt2"), {"steps": [capped]})
     for option in ({"merge": "d2o"}, {"positions": "cache"}):
         with pytest.raises(surgery.PlanError, match="layer 0: .* keys and values, and the layer caches a latent"):
             surgery.plan(anatomy("llama"), {"steps": [mla, STEP | option]})

@@ -24,7 +24,7 @@ from .tokens.retrieval import retained
 from .tokens.separators import separators_of
 
 _OBSERVE, _POOL, _RECENT = 32, 5, 64
-_OF_RANKS = ("budget", "slots", "merge", "positions", "whole", "part", "recent")
+_OF_RANKS = ("budget", "slots", "merge", "positions", "distance", "whole", "part", "recent")
 """Options that are read wherever a score orders slots."""
 
 
@@ -52,9 +52,12 @@ class EvictStep(WindowStep):
     merge: str | None = None
     """What becomes of slots that leave where a score orders them, by a name in `surgery.runtime.merging`; dropped where
     absent."""
-    positions: Literal["text", "cache"] | None = None
+    positions: Literal["text", "cache", "capped"] | None = None
     """Where a score orders slots: `cache` turns those that stay to where they lie in the cache when others leave
-    (StreamingLLM), `text` or absent leaves them at the positions of their tokens."""
+    (StreamingLLM), `capped` sees those that are more than `distance` tokens back at that distance (LM-Infinite,
+    arXiv:2308.16137), `text` or absent leaves them at the positions of their tokens."""
+    distance: int | None = None
+    """With `positions: capped`, how many tokens back a slot seems at most; the model's context where absent."""
     whole: dict[int, tuple[int, ...]] | None = None
     """Layer -> its KV heads that keep all of their tokens, where a score orders slots; `surgery.retrieval_heads` finds
     them. The budget is that of the others."""
@@ -123,6 +126,7 @@ class EvictStep(WindowStep):
             raise RecipeError(f"{where}.merge: no merging {self.merge!r}.{near} Known: {', '.join(MERGES)}.")
         self._validate_pairs(where)
         self._validate_heads(where)
+        self._validate_distance(where)
         for name, least in (("recent", 1), ("observe", 1), ("pool", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -145,6 +149,25 @@ class EvictStep(WindowStep):
             raise RecipeError(
                 f"{where}.observe: {self.observe or _OBSERVE} queries, but only the newest {self.recent or _RECENT} "
                 "tokens are sure to stay (`recent`), and those that are observed must be among them."
+            )
+
+    def _validate_distance(self, where: str) -> None:
+        """Refuse a distance that nobody reads, and scores that would read what is further away.
+
+        Raises:
+            RecipeError: says what to give.
+        """
+        if self.positions != "capped":
+            if self.distance is not None:
+                raise RecipeError(f"{where}.distance: only positions: capped reads it. Add that, or leave it out.")
+            return
+        if self.distance is not None and self.distance < 1:
+            raise RecipeError(f"{where}.distance: {self.distance} must be at least 1.")
+        blind = [name for name, r in RANKERS.items() if not r.attends]
+        if self.scorer not in blind:
+            raise RecipeError(
+                f"{where}.positions: {self.scorer} goes by attention, which it would read at distances that are not "
+                f"capped. Use {', '.join(blind)}, or positions: cache."
             )
 
     def _validate_heads(self, where: str) -> None:
@@ -243,10 +266,14 @@ class Evicting(GatedMethod):
         if not step.ranks:
             value = Evict(ratio=step.ratio, window=step.window, scorer=step.scorer, sinks=step.sinks, page=step.page)
             return plan_retained(step, value, anatomy, layers, where)
+        distance = (step.distance or anatomy.max_positions) if step.positions == "capped" else 0
+        if distance is None:
+            raise PlanError(f"{where}.distance: the config of the model names no context. Give a number of tokens.")
         ranked = Ranked(
             ratio=step.ratio, window=step.recent or _RECENT, scorer=step.scorer, budget=step.budget or "uniform",
             slots=step.slots, observe=step.observe or _OBSERVE, pool=step.pool or _POOL, sinks=step.sinks,
-            page=step.page, merge=step.merge, positions=step.positions or "text", separators=step.separators or (),
+            page=step.page, merge=step.merge, positions=step.positions or "text", distance=distance,
+            separators=step.separators or (),
         )  # fmt: skip
         budget = BUDGETS[ranked.budget]
         if budget.finds == "whole":
@@ -316,6 +343,8 @@ class Evicting(GatedMethod):
             lines.append("evict: separators are those that the tokenizer has, found when the model is converted")
         if step.positions == "cache":
             lines.append("evict: slots close up when others leave, and distances are those in the cache")
+        if step.positions == "capped":
+            lines.append("evict: far slots are seen at a distance that is capped, in plain torch, which takes longer")
         if ranker.rehearses:
             lines.append("evict: prompts are read twice, which takes more than twice as long, and dynamic caches alone")
         if ranker.while_decoding:

@@ -91,8 +91,12 @@ def grouped_attention_forward(
 def _probabilities(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """[B, N, T, S] in the dtype of `query`; what a sink [1, N, T or 1, 1] takes is missing from the sum."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    """`weights_of` the scores of `query` and `key`, [B, N, T, S] in the dtype of `query`."""
+    return weights_of(torch.matmul(query, key.transpose(2, 3)) * scaling, mask, softcap, sinks)
+
+
+def weights_of(scores: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """[B, N, T, S] in the dtype of `scores`; what a sink [1, N, T or 1, 1] takes is missing from the sum."""
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None and mask.dtype == torch.bool:
@@ -101,7 +105,7 @@ def _probabilities(
         scores = scores + mask
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:3], 1)), dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
     return weights if sinks is None else weights[..., :-1]
 
 

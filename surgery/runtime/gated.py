@@ -17,9 +17,9 @@ from .decisions import at_end, from_end, hard_decisions, log_keep, pooled, soft_
 from .functions import LIKE_SDPA, angles_of
 from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
-from .layout import AttentionSite, Heads, LayerPlan
+from .layout import AttentionSite, Heads, LayerPlan, Ranked
 from .masks import read_chunk, read_whole, settle
-from .paged_attention import attend
+from .paged_attention import Cap, attend
 from .paged_cache import PagedLayer
 from .queries import Queries
 from .slots import Chunk, New
@@ -310,7 +310,7 @@ class SurgeryGatedHeadsAttention(SurgeryGatedAttention, SurgeryHeadsAttention):
 
     def _needs_frequencies(self) -> bool:
         retain = self.plan.retain
-        turns = retain is not None and (retain.reads_plain_queries or retain.moves_slots)
+        turns = retain is not None and (retain.reads_plain_queries or retain.turns_keys)
         return super()._needs_frequencies() or turns
 
     def _query(self, asked: AskedHeads) -> Tensor:
@@ -329,7 +329,10 @@ class SurgeryGatedHeadsAttention(SurgeryGatedAttention, SurgeryHeadsAttention):
 
     def _attend_seen(self, asked: AskedHeads, seen: PagedLayer | Chunk) -> Tensor:
         kv_of_query = None if self.heads.is_uniform else self.kv_of_query
-        return attend(self, self._query(asked), seen, self.scaling, self._plain, kv_of_query=kv_of_query)
+        retain, cap = self.retain, None
+        if isinstance(retain, Ranked) and retain.caps_distance:
+            cap = Cap(retain.distance, self._shifted)
+        return attend(self, self._query(asked), seen, self.scaling, self._plain, kv_of_query=kv_of_query, cap=cap)
 
     def _angles(self, turn: Any) -> tuple[Tensor, Tensor, bool, int] | None:
         """What `turn` does, for operators that rotate keys themselves; None where it is nothing or more than that."""

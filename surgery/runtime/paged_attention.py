@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import SurgeryAttention
-from .functions import eager_attention_forward
+from .functions import eager_attention_forward, weights_of
 from .ops import AVAILABLE, ragged_attention_forward
 from .paged_cache import PagedLayer
-from .slots import Chunk
+from .slots import Chunk, Shift, Slots
 
 _BLOCK = 256
 """Queries at once: slots that they have outlived are left out for the next ones."""
@@ -29,6 +29,14 @@ class _Reading(NamedTuple):
     kv_of_query: Tensor | None
     view: Read | None
     expand: Read | None
+    cap: Cap | None
+
+
+class Cap(NamedTuple):
+    """Slots further away than that are seen at that distance: their keys, or queries, are turned for it."""
+
+    distance: int
+    shift: Shift
 
 
 def attend(
@@ -41,6 +49,7 @@ def attend(
     kv_of_query: Tensor | None = None,
     view: Read | None = None,
     expand: Read | None = None,
+    cap: Cap | None = None,
 ) -> Tensor:
     """Head outputs [B, T, N, V].
 
@@ -52,9 +61,14 @@ def attend(
         kv_of_query: the KV head that each query head reads, where groups are of another form.
         view: from what slots hold as keys and as values, [..., .] each, the channels that are K and V.
         expand: from what slots hold, [B, 1, S, .] each, K and V of several KV heads.
+        cap: of slots that know the order of their tokens.
     """
-    reading = _Reading(attention, scale, plain, kv_of_query, view, expand)
+    reading = _Reading(attention, scale, plain, kv_of_query, view, expand, cap)
     if isinstance(seen, PagedLayer):
+        if cap is not None:
+            slots = seen.slots()
+            visible = _visible(slots, (slots.expires_BKS > 0)[:, :, None], query_BNTH.dtype)
+            return _capped(reading, query_BNTH, slots, visible, seen.tokens[:, None] - 1)
         if plain and AVAILABLE and expand is None:
             return _through_pages(reading, query_BNTH, seen)
         key, value, there = seen.side_by_side()
@@ -68,7 +82,8 @@ def attend(
 
 @torch.compiler.disable(reason="what is left of a chunk decides about shapes")
 def _attend_chunk(reading: _Reading, query_BNTH: Tensor, seen: Chunk) -> Tensor:
-    if reading.plain and _is_causal(seen):
+    near = reading.cap is None or query_BNTH.shape[2] <= reading.cap.distance
+    if reading.plain and near and _is_causal(seen):
         return _blend(reading, query_BNTH, seen.new.key_BKSH, seen.new.value_BKSV, None)
     T = query_BNTH.shape[2]
     block = _BLOCK if seen.in_step else T
@@ -84,9 +99,11 @@ def _attend_chunk(reading: _Reading, query_BNTH: Tensor, seen: Chunk) -> Tensor:
         if seen.real_BT is not None:
             # Padding before all tokens sees none of them, but it has to see something.
             visible[..., 0] |= ~visible.any(-1)
-        if slots.more_BKS is not None:
-            visible = _counted(visible, slots.more_BKS, query_BNTH.dtype)
-        parts.append(_blend(reading, query_BNTH[:, :, begin:end], slots.key_BKSH, slots.value_BKSV, visible))
+        visible, query = _visible(slots, visible, query_BNTH.dtype), query_BNTH[:, :, begin:end]
+        if reading.cap is not None:
+            parts.append(_capped(reading, query, slots, visible, seen.order_BT[:, begin:end]))
+        else:
+            parts.append(_blend(reading, query, slots.key_BKSH, slots.value_BKSV, visible))
         if end < T:
             slots = slots.live(seen.order_BT[:, end - 1])
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -127,6 +144,35 @@ def _counted(visible_BKTS: Tensor, more_BKS: Tensor, dtype: torch.dtype) -> Tens
     """What is added to scores where slots stand for more tokens than one."""
     weight = more_BKS.log1p().to(dtype)[:, :, None]
     return torch.where(visible_BKTS, weight, torch.finfo(dtype).min)
+
+
+def _visible(slots: Slots, visible_BKTS: Tensor, dtype: torch.dtype) -> Tensor:
+    return visible_BKTS if slots.more_BKS is None else _counted(visible_BKTS, slots.more_BKS, dtype)
+
+
+def _capped(reading: _Reading, query: Tensor, slots: Slots, visible_BKTS: Tensor, order_BT: Tensor) -> Tensor:
+    """[B, T, N, V], where no slot is seen further away than `reading.cap` says.
+
+    Of far slots, queries are turned back to the first one's position, and keys to the distance before that: scores
+    depend on differences of positions alone.
+
+    Source: LM-Infinite, arXiv:2308.16137.
+    """
+    assert reading.cap is not None
+    distance, shift = reading.cap
+    N, first_B1 = query.shape[1], order_BT[:, :1]
+    heads = torch.arange(N, device=query.device) * slots.key_BKSH.shape[1] // N
+    heads = heads if reading.kv_of_query is None else reading.kv_of_query
+    far_key = shift(slots.key_BKSH, first_B1[..., None] - distance - slots.born_BKS)
+    far_query = shift(query, (first_B1 - order_BT)[:, None].expand(-1, N, -1))
+    far = order_BT[:, None, :, None] - slots.born_BKS[:, :, None] > distance
+    far, key, far_key, value, visible = (
+        x.index_select(1, heads) for x in (far, slots.key_BKSH, far_key, slots.value_BKSV, visible_BKTS)
+    )
+    scores = torch.where(far, far_query @ far_key.mT, query @ key.mT) * reading.scale
+    softcap, sinks_N = (None, None) if reading.plain else (reading.attention.site.softcap, reading.attention.sinks)
+    sinks = None if sinks_N is None else sinks_N.view(1, -1, 1, 1)
+    return (weights_of(scores, visible, softcap, sinks) @ value).transpose(1, 2)
 
 
 def _blend(reading: _Reading, query: Tensor, key: Tensor, value: Tensor, visible_BKTS: Tensor | None) -> Tensor:

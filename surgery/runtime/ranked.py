@@ -44,8 +44,10 @@ class Ranked(Retain):
     """Neighbours that share their scores, where the score pools; odd."""
     merge: str | None = None
     """Name in `merging.MERGES`: slots that leave are folded into others; None: they are dropped."""
-    positions: Literal["text", "cache"] = "text"
-    """`cache`: slots close up when others leave, so that distances are those in the cache, not in the text."""
+    positions: Literal["text", "cache", "capped"] = "text"
+    """`cache`: slots close up when others leave, so that distances are those in the cache, not in the text. `capped`:
+    slots that lie more than `distance` tokens back are seen at that distance."""
+    distance: int = 0
     separators: tuple[int, ...] = ()
     """Ids of the tokens that separate parts of the text, for scores that ask for them."""
     kind: str = "ranked"
@@ -70,6 +72,15 @@ class Ranked(Retain):
     @property
     def moves_slots(self) -> bool:
         return self.positions == "cache"
+
+    @property
+    def turns_keys(self) -> bool:
+        return self.positions != "text"
+
+    @property
+    def caps_distance(self) -> bool:
+        """Whether slots know the order of their tokens, and none is seen further away than `distance`."""
+        return self.positions == "capped"
 
     @property
     def waits_for_prompts(self) -> bool:
@@ -112,17 +123,22 @@ class Ranked(Retain):
         whole = f", all of heads {', '.join(map(str, self.whole))}" if self.whole else ""
         whole = f", all of {self.part:.0%} of the heads" if self.part else whole
         merge = "" if self.merge is None else f", {self.merge} merges"
-        return f"{budget}{self.scorer} {size}{merge}{', positions in the cache' if self.moves_slots else ''}{whole}"
+        positions = {"text": "", "cache": ", positions in the cache", "capped": f", seen at most {self.distance} away"}[
+            self.positions
+        ]
+        return f"{budget}{self.scorer} {size}{merge}{positions}{whole}"
 
     def supports(self, site: AttentionSite) -> str | None:
         if self.reads_plain_queries and site.q_norm is not None and site.q_norm.after_rotary:
             return f"its queries are normed behind their rotation, and {self.scorer} turns means of them. Use snapkv."
         if RANKERS[self.scorer].rehearses and site.rotary is None:
             return f"{self.scorer} reads prompts again, at positions behind them, which it may not have. Use snapkv."
-        if self.moves_slots and site.k_norm is not None and site.k_norm.after_rotary:
+        if self.turns_keys and site.k_norm is not None and site.k_norm.after_rotary:
             return "its keys are normed behind their rotation, and cannot be turned further. Use positions: text."
-        if self.moves_slots and site.rotary is not None and site.rotary.axes is not None:
-            return "a token has several positions, which do not close up as one. Use positions: text."
+        if self.turns_keys and site.rotary is not None and site.rotary.axes is not None:
+            return f"a token has several positions, and positions: {self.positions} turns by one. Use positions: text."
+        if self.caps_distance and site.rotary is None:
+            return "its scores know no distance that could be capped. Use positions: text."
         return super().supports(site)
 
     def supports_project(self, project: Project) -> str | None:
@@ -130,8 +146,8 @@ class Ranked(Retain):
             return f"{self.budget} tells KV heads apart, and the layer caches a latent for all of them. Use uniform."
         if self.reads_plain_queries and isinstance(project, Latent):
             return f"{self.scorer} turns queries of heads ahead, and the layer caches a latent. Use snapkv or h2o."
-        if isinstance(project, Latent) and (self.merge is not None or self.moves_slots):
-            option = f"merge: {self.merge} folds" if self.merge is not None else "positions: cache turns"
+        if isinstance(project, Latent) and (self.merge is not None or self.turns_keys):
+            option = f"merge: {self.merge} folds" if self.merge is not None else f"positions: {self.positions} turns"
             return f"{option} keys and values, and the layer caches a latent. Leave the option out."
         return super().supports_project(project)
 
@@ -173,7 +189,7 @@ class Ranked(Retain):
         return 1 / (whole + (1 - whole) * share / self.ratio)
 
     def bytes_of_pages(self, pages: float, table: int, heads: int, width: int, itemsize: int) -> int:
-        gathered = 4 * heads * table * self.page if RANKERS[self.scorer].gathers else 0
+        gathered = 4 * heads * table * self.page * (RANKERS[self.scorer].gathers + self.caps_distance)
         more = 4 * heads if self._counts else 0
         return super().bytes_of_pages(pages, table, heads, width, itemsize) + gathered + more
 

@@ -25,7 +25,8 @@ class RankedLayer(PagedLayer):
 
     Several tokens see all slots, and each other; then slots leave. One token is appended, and slots leave when heads
     hold a page more than their budget on average, where the score follows decoding. `gathered` [B, K, M * page] float32
-    is what the score has summed up for each slot, where it does. A static cache only appends while decoding.
+    is what the score has summed up for each slot, where it does; `born`, int32, the order of its token, where
+    attention asks how far it is away. A static cache only appends while decoding.
     """
 
     retain: Ranked
@@ -57,6 +58,8 @@ class RankedLayer(PagedLayer):
             self.state["more"] = key_states.new_zeros(key_states.shape[:2], dtype=torch.float32)
         if self.ranker.gathers:
             self.state["gathered"] = key_states.new_zeros(*key_states.shape[:2], 0, dtype=torch.float32)
+        if self.retain.caps_distance:
+            self.state["born"] = key_states.new_zeros(*key_states.shape[:2], 0, dtype=torch.int32)
 
     def _new_slots(self, new: New, dec_BKT: Tensor, order_BT: Tensor) -> tuple[Tensor, Tensor]:
         return new.turn(new.key_BKTH), new.value_BKTV
@@ -79,8 +82,13 @@ class RankedLayer(PagedLayer):
         if not self.ranker.while_decoding:
             return
         assert new.queries is not None
+        if self.retain.caps_distance:
+            slots = self.slots()
+            newest = torch.arange(len(slots), device=self.device) == (self.lengths - 1)[..., None]
+            newest = newest if new.real_BT is None else newest & new.real_BT[:, :, None]
+            self._write_beside("born", torch.where(newest, (self.tokens - 1)[:, None, None], slots.born_BKS))
         if self.ranker.gathers:
-            self._write_gathered(self.ranker.gather(self._ranking(self.slots(), new.queries)))
+            self._write_beside("gathered", self.ranker.gather(self._ranking(self.slots(), new.queries)))
         self._unasked -= 1
         if self._unasked > 0:
             return
@@ -210,27 +218,30 @@ class RankedLayer(PagedLayer):
         if "more" in self.state:
             at = torch.arange(len(slots), device=self.device) == self.retain.sinks
             slots = replace(slots, more_BKS=self.state["more"][..., None] * at)
-        if not self.ranker.gathers:
-            return slots
-        gathered = self.state["gathered"][..., : len(slots)]
-        missing = len(slots) - gathered.shape[2]  # of a token that was just written
-        return replace(slots, gathered_BKS=torch.nn.functional.pad(gathered, (0, missing)))
+        for name in ("gathered", "born"):
+            if name in self.state:
+                beside = self.state[name][..., : len(slots)]
+                missing = len(slots) - beside.shape[2]  # of a token that was just written
+                slots = replace(slots, **{f"{name}_BKS": torch.nn.functional.pad(beside, (0, missing))})
+        return slots
 
     def _store(self, slots: Slots) -> Slots:
         slots = super()._store(slots)
         if slots.more_BKS is not None and len(slots) > self.retain.sinks:
             self._set("more", slots.more_BKS[..., self.retain.sinks])
+        gone = slots.expires_BKS < 0  # behind the slots of short rows, where new ones will be
         if slots.gathered_BKS is not None:
-            gone = slots.expires_BKS < 0  # behind the slots of short rows, where new ones will be
-            self._write_gathered(slots.gathered_BKS.masked_fill(gone, 0.0))
+            self._write_beside("gathered", slots.gathered_BKS.masked_fill(gone, 0.0))
+        if "born" in self.state:
+            self._write_beside("born", slots.born_BKS.masked_fill(gone, 0))
         return slots
 
     def heavy(self) -> tuple[int, Tensor] | None:
         return (self.retain.sinks, self.state["more"]) if "more" in self.state else None
 
-    def _write_gathered(self, gathered_BKS: Tensor) -> None:
+    def _write_beside(self, name: str, x_BKS: Tensor) -> None:
         width = self.tables.shape[2] * self.retain.page
-        self._set("gathered", torch.nn.functional.pad(gathered_BKS, (0, width - gathered_BKS.shape[2])))
+        self._set(name, torch.nn.functional.pad(x_BKS, (0, width - x_BKS.shape[2])))
 
 
 def join(layers: Iterable[Any]) -> None:

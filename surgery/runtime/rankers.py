@@ -38,6 +38,8 @@ class Ranker(Protocol):
     """Whether it is a part of the attention of some queries, so that layers can be compared, and slots added up."""
     output_norms: bool = False
     """Whether it needs what W_o makes of values."""
+    attends: bool = True
+    """Whether it reads what queries attend to."""
     separators: bool = False
     """Whether it needs to know which tokens separate parts of the text."""
 
@@ -54,6 +56,7 @@ class Streaming(Ranker):
     """The newest stay."""
 
     describes = "the newest tokens stay (StreamingLLM, arXiv:2309.17453)"
+    attends = False
 
     def score(self, ranking: Ranking) -> Tensor:
         return -ranking.age_BKS.float()
@@ -68,6 +71,7 @@ class Separators(Ranker):
 
     describes = "separators stay, and the newest tokens (SepLLM, arXiv:2412.12094)"
     gathers = True
+    attends = False
     separators = True
     reads = ("separators",)
 
@@ -88,6 +92,7 @@ class KeyNorm(Ranker):
     """Short keys stay; of a latent, by the norm of the keys of all heads side by side."""
 
     describes = "short keys stay (arXiv:2406.11430)"
+    attends = False
 
     def score(self, ranking: Ranking) -> Tensor:
         return -_over_heads(ranking.keys_values()[0].float().square().sum(-1), ranking).sqrt()

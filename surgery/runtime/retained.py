@@ -52,6 +52,11 @@ class Retain:
         return False
 
     @property
+    def turns_keys(self) -> bool:
+        """Whether keys that are rotated are turned further, to other positions than those of their tokens."""
+        return False
+
+    @property
     def waits_for_prompts(self) -> bool:
         """Whether tokens leave only after several came at once."""
         return False
