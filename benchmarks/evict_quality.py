@@ -34,6 +34,7 @@ from surgery.calibration.text import load_tokenizer
 from surgery.measure.memory import tensor_bytes
 from surgery.recipe import Recipe
 from surgery.runtime.calling import cache_argument
+from surgery.runtime.reading import READERS
 
 SEED = 0
 SIZES = Sizes(calibration=(0, 0), windows=2, prompt=448, decoded=64, questions=2)
@@ -87,6 +88,12 @@ ROWS = {
     for name, kind in KINDS.items()
     if not (ratio > 1 / 0.15 and kind.get("budget") == "razor")  # whose whole heads alone are more than that
 }
+ROWS |= {
+    f"{read} {ratio}x": {"rewriter": "evict", "scorer": "streaming", "ratio": 1, "recent": 32, "read": read,
+                         "read_ratio": ratio}
+    for ratio in RATIOS
+    for read in READERS
+}  # fmt: skip
 HEADS = {f"retrieval heads {ratio}x": (1 - WHOLE) / (1 / ratio - WHOLE) for ratio in (4, 2)}
 """Row -> tokens per slot of the heads that stream."""
 

@@ -150,6 +150,7 @@ def rows(kv_dims: int, layers: int, kv_heads: int) -> list[Row]:
         Row("ada-snapkv-4x", "evicted", "ada-snapkv-4x", calibrated=False, evicts=True),
         Row("kvzip-2x", "evicted", "kvzip-2x", calibrated=False, evicts=True),
         Row("duo-2x", "evicted", "duo-2x", evicts=True),
+        Row("quest-4x", "evicted", "quest-4x", calibrated=False, evicts=True),
         Row("h2o-4x", "evicted", "h2o-4x", calibrated=False, evicts=True),
         Row("streaming-1k", "evicted", "streaming-1k", calibrated=False, evicts=True),
         Row("identity", "", "identity", calibrated=False),

@@ -8,7 +8,8 @@
 prompt once, `prefill_seconds`, in which slots leave; then all rows decode in turn, some steps in each round, so that a
 slow moment of the machine strikes all of them. Time is processor time of one thread. Caches are dynamic, steps eager,
 and the numbers float32, of the parent as of the others. Speeds are medians over all steps; `decode_speed_ratio` is to
-the parent's, at least 2 the goal, and so is `prefill_time_ratio`, at most 1.3 the goal. `cache_bytes` is every tensor
+the parent's, at least 2 the goal, and so is `prefill_time_ratio`, at most 1.3 the goal. `quest` and `sparq` hold all
+slots, and read a quarter of them. `cache_bytes` is every tensor
 that the cache keeps after the prompt.
 """
 
@@ -51,6 +52,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "h2o": {"scorer": "h2o"},
     "razor": {"scorer": "streaming", "budget": "razor", "merge": "mean"},
     "kvzip": {"scorer": "kvzip"},
+    "quest": {"scorer": "streaming", "ratio": 1, "read": "quest", "read_ratio": RATIO},
+    "sparq": {"scorer": "streaming", "ratio": 1, "read": "sparq", "read_ratio": RATIO},
 }
 """Row -> options of the step `evict`, beside the ratio."""
 

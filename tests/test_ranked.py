@@ -35,6 +35,7 @@ from surgery.runtime.paged_attention import attend
 from surgery.runtime.queries import Queries
 from surgery.runtime.ranked_cache import RankedLayer
 from surgery.runtime.rankers import RANKERS
+from surgery.runtime.reading import READERS
 from surgery.runtime.slots import New, Slots
 
 SMALL: dict[str, Any] = {"ratio": 4.0, "window": 4, "sinks": 2, "observe": 4, "pool": 3}
@@ -562,6 +563,7 @@ def test_bytes_are_planned_and_a_prompt_sees_everything(form: str, scorer: str) 
         ("latent", "snapkv", {"budget": "cake"}),
         *(("heads", "h2o", {"merge": merge}) for merge in MERGES),
         ("normed keys", "streaming", {"positions": "cache"}),
+        *(("heads", "streaming", {"read": read, "ratio": 1.0, "read_ratio": 2.0}) for read in READERS),
         ("heads", "snapkv", {"budget": "cake", "merge": "d2o", "positions": "cache"}),
     ],
 )
@@ -940,7 +942,7 @@ def test_what_has_no_form_is_refused() -> None:
         run(model_of("heads", "tova"), tokens(), [20], cache)
     data = model.plans[0].to_dict()
     assert LayerPlan.from_dict(data) == model.plans[0]
-    for name, value in (("scorer", "snap"), ("budget", "adda"), ("merge", "d20")):
+    for name, value in (("scorer", "snap"), ("budget", "adda"), ("merge", "d20"), ("read", "qest")):
         with pytest.raises(ValueError, match=f"layer 0: tokens leave by the .* '{value}', which is not known here"):
             LayerPlan.from_dict(data | {"retain": data["retain"] | {name: value}})
 

@@ -17,6 +17,7 @@ from ..runtime.budgets import BUDGETS, OverLayers
 from ..runtime.layout import Evict, LayerPlan, Ranked
 from ..runtime.merging import MERGES
 from ..runtime.rankers import RANKERS
+from ..runtime.reading import READERS
 from ..runtime.scorers import SCORERS
 from .tokens.gates import GatedMethod
 from .tokens.options import WindowStep, plan_retained
@@ -24,7 +25,7 @@ from .tokens.retrieval import retained
 from .tokens.separators import separators_of
 
 _OBSERVE, _POOL, _RECENT = 32, 5, 64
-_OF_RANKS = ("budget", "slots", "merge", "positions", "distance", "whole", "part", "recent")
+_OF_RANKS = ("budget", "slots", "merge", "positions", "distance", "read", "read_ratio", "whole", "part", "recent")
 """Options that are read wherever a score orders slots."""
 
 
@@ -68,6 +69,11 @@ class EvictStep(WindowStep):
     separators: tuple[int, ...] | None = None
     """Ids of the tokens that separate parts of the text, for the score `sepllm`; where absent all that are punctuation
     (. , ? ! ; :) or white space to the tokenizer of the model."""
+    read: str | None = None
+    """What a step of one token reads of the slots that are there, where a score orders slots, by a name in
+    `surgery.runtime.reading`; all where absent. It saves time, not memory: with `ratio: 1` everything stays."""
+    read_ratio: float | None = None
+    """With `read`: slots that are there per slot that such a step reads; 4 where absent."""
     recent: int | None = None
     """Newest tokens that stay where a score orders slots; 64 where absent."""
     observe: int | None = None
@@ -127,6 +133,7 @@ class EvictStep(WindowStep):
         self._validate_pairs(where)
         self._validate_heads(where)
         self._validate_distance(where)
+        self._validate_reading(where)
         for name, least in (("recent", 1), ("observe", 1), ("pool", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -168,6 +175,32 @@ class EvictStep(WindowStep):
             raise RecipeError(
                 f"{where}.positions: {self.scorer} goes by attention, which it would read at distances that are not "
                 f"capped. Use {', '.join(blind)}, or positions: cache."
+            )
+
+    def _validate_reading(self, where: str) -> None:
+        """Refuse a reading that is not known, or that something else would undo.
+
+        Raises:
+            RecipeError: says what to give.
+        """
+        if self.read is None:
+            if self.read_ratio is not None:
+                raise RecipeError(f"{where}.read_ratio: nothing reads less. Add read: {' or '.join(READERS)}.")
+            return
+        if self.read not in READERS:
+            near = nearest(self.read, READERS)
+            raise RecipeError(f"{where}.read: no reading {self.read!r}.{near} Known: {', '.join(READERS)}.")
+        if self.read_ratio is not None and not 1 <= self.read_ratio < float("inf"):
+            raise RecipeError(f"{where}.read_ratio: {self.read_ratio:g} must be at least 1: slots there per slot read.")
+        if self.positions == "capped" or (self.merge is not None and MERGES[self.merge].counts):
+            what = "positions: capped" if self.positions == "capped" else f"merge: {self.merge}"
+            raise RecipeError(f"{where}.read: {what} is computed over all slots. Leave one of them out.")
+        ranker = RANKERS.get(self.scorer)
+        if ranker is not None and ranker.while_decoding and ranker.attends:
+            fits = [name for name, r in RANKERS.items() if not (r.while_decoding and r.attends)]
+            raise RecipeError(
+                f"{where}.read: {self.scorer} reads all slots at every step itself. Use {', '.join(fits)}, with "
+                "ratio: 1 where nothing is to leave."
             )
 
     def _validate_heads(self, where: str) -> None:
@@ -273,7 +306,7 @@ class Evicting(GatedMethod):
             ratio=step.ratio, window=step.recent or _RECENT, scorer=step.scorer, budget=step.budget or "uniform",
             slots=step.slots, observe=step.observe or _OBSERVE, pool=step.pool or _POOL, sinks=step.sinks,
             page=step.page, merge=step.merge, positions=step.positions or "text", distance=distance,
-            separators=step.separators or (),
+            separators=step.separators or (), read=step.read, read_ratio=step.read_ratio or 4.0,
         )  # fmt: skip
         budget = BUDGETS[ranked.budget]
         if budget.finds == "whole":
@@ -343,6 +376,8 @@ class Evicting(GatedMethod):
             lines.append("evict: separators are those that the tokenizer has, found when the model is converted")
         if step.positions == "cache":
             lines.append("evict: slots close up when others leave, and distances are those in the cache")
+        if step.read is not None:
+            lines.append(f"evict: {READERS[step.read].describes}; that saves time, and no bytes")
         if step.positions == "capped":
             lines.append("evict: far slots are seen at a distance that is capped, in plain torch, which takes longer")
         if ranker.rehearses:

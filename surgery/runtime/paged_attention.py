@@ -13,6 +13,7 @@ from .attention import SurgeryAttention
 from .functions import eager_attention_forward, weights_of
 from .ops import AVAILABLE, ragged_attention_forward
 from .paged_cache import PagedLayer
+from .reading import Few
 from .slots import Chunk, Shift, Slots
 
 _BLOCK = 256
@@ -69,6 +70,14 @@ def attend(
             slots = seen.slots()
             visible = _visible(slots, (slots.expires_BKS > 0)[:, :, None], query_BNTH.dtype)
             return _capped(reading, query_BNTH, slots, visible, seen.tokens[:, None] - 1)
+        few = seen.chosen(query_BNTH, kv_of_query, scale)
+        if isinstance(few, Few):
+            out = _blend(reading, query_BNTH, few.key_BKSH, few.value_BKSV, few.there_BKS[:, :, None])
+            index = torch.arange(query_BNTH.shape[1], device=out.device) * few.rest_BKV.shape[1] // query_BNTH.shape[1]
+            rest = few.rest_BKV.index_select(1, index if kv_of_query is None else kv_of_query)
+            part = few.part_BN[..., None]
+            return (out[:, 0] * part + rest * (1 - part)).to(out.dtype)[:, None]
+        seen = few
         if plain and AVAILABLE and expand is None:
             return _through_pages(reading, query_BNTH, seen)
         key, value, there = seen.side_by_side()

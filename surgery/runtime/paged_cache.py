@@ -15,6 +15,7 @@ from torch import Tensor
 from .decisions import at_end, hard_decisions
 from .layout import AHEAD, Retain
 from .page_pool import PagePool
+from .reading import Few
 from .retained import table_width
 from .slots import NEVER, Chunk, New, Slots
 from .whole_layer import WholeLayer
@@ -194,6 +195,10 @@ class PagedLayer(WholeLayer):
         """Place in each row of the slot that counts as several tokens, and how many beside its own, float32 [B, K];
         None where there is none."""
         return None
+
+    def chosen(self, query_BN1H: Tensor, kv_of_query: Tensor | None, scale: float) -> PagedLayer | Few:
+        """What a step of one token reads of the slots that are there."""
+        return self
 
     def slots(self) -> Slots:
         """All slots as new tokens may see them; copies."""

@@ -10,6 +10,7 @@ from .budgets import BUDGETS
 from .merging import MERGES
 from .project import Latent, Project
 from .rankers import RANKERS
+from .reading import READERS
 from .retained import AHEAD, Retain, table_width, unknown_name
 from .site import AttentionSite
 
@@ -50,6 +51,10 @@ class Ranked(Retain):
     distance: int = 0
     separators: tuple[int, ...] = ()
     """Ids of the tokens that separate parts of the text, for scores that ask for them."""
+    read: str | None = None
+    """Name in `reading.READERS`: what a step of one token reads of the slots that are there; None: all."""
+    read_ratio: float = 4.0
+    """Slots that are there per slot that such a step reads."""
     kind: str = "ranked"
 
     @property
@@ -97,7 +102,7 @@ class Ranked(Retain):
 
     @property
     def has_static(self) -> bool:
-        return self.waits_for_prompts and not RANKERS[self.scorer].gathers
+        return self.waits_for_prompts and not RANKERS[self.scorer].gathers and self.read is None
 
     @property
     def fills_evenly(self) -> bool:
@@ -123,10 +128,11 @@ class Ranked(Retain):
         whole = f", all of heads {', '.join(map(str, self.whole))}" if self.whole else ""
         whole = f", all of {self.part:.0%} of the heads" if self.part else whole
         merge = "" if self.merge is None else f", {self.merge} merges"
+        read = "" if self.read is None else f", {self.read} reads 1 of {self.read_ratio:.3g}"
         positions = {"text": "", "cache": ", positions in the cache", "capped": f", seen at most {self.distance} away"}[
             self.positions
         ]
-        return f"{budget}{self.scorer} {size}{merge}{positions}{whole}"
+        return f"{budget}{self.scorer} {size}{merge}{positions}{read}{whole}"
 
     def supports(self, site: AttentionSite) -> str | None:
         if self.reads_plain_queries and site.q_norm is not None and site.q_norm.after_rotary:
@@ -137,6 +143,9 @@ class Ranked(Retain):
             return "its keys are normed behind their rotation, and cannot be turned further. Use positions: text."
         if self.turns_keys and site.rotary is not None and site.rotary.axes is not None:
             return f"a token has several positions, and positions: {self.positions} turns by one. Use positions: text."
+        capped = site.softcap is not None or site.sinks is not None
+        if self.read is not None and READERS[self.read].plain and capped:
+            return f"its scores are capped or have sinks, of which {self.read} knows nothing. Use read: quest."
         if self.caps_distance and site.rotary is None:
             return "its scores know no distance that could be capped. Use positions: text."
         return super().supports(site)
@@ -146,6 +155,9 @@ class Ranked(Retain):
             return f"{self.budget} tells KV heads apart, and the layer caches a latent for all of them. Use uniform."
         if self.reads_plain_queries and isinstance(project, Latent):
             return f"{self.scorer} turns queries of heads ahead, and the layer caches a latent. Use snapkv or h2o."
+        widths = {width for width in project.entry(2)[1:] if width}
+        if self.read is not None and (isinstance(project, Latent) or len(widths) > 1):
+            return f"read: {self.read} asks for keys and values of heads, of one width. Leave the option out."
         if isinstance(project, Latent) and (self.merge is not None or self.turns_keys):
             option = f"merge: {self.merge} folds" if self.merge is not None else f"positions: {self.positions} turns"
             return f"{option} keys and values, and the layer caches a latent. Leave the option out."
@@ -166,6 +178,8 @@ class Ranked(Retain):
                 if self.waits_for_prompts
                 else "slots leave while tokens are decoded, which no step of a static cache does"
             )
+            if self.waits_for_prompts and self.read is not None:
+                why = "a step of a static cache does not ask which slots to read"
             raise ValueError(f"{self.label()}: {why}. Use a dynamic cache (cache_implementation='dynamic').")
         if self.slots is not None:
             return replace(self, slots=None).static_pages(tokens, heads, ratio)
@@ -191,8 +205,11 @@ class Ranked(Retain):
     def bytes_of_pages(self, pages: float, table: int, heads: int, width: int, itemsize: int) -> int:
         gathered = 4 * heads * table * self.page * (RANKERS[self.scorer].gathers + self.caps_distance)
         more = 4 * heads if self._counts else 0
+        if self.read is not None:
+            more += READERS[self.read].bytes_beside(table, heads, width // 2, itemsize)
         return super().bytes_of_pages(pages, table, heads, width, itemsize) + gathered + more
 
     def unknown(self) -> str | None:
         merge = None if self.merge is None else unknown_name("merging", self.merge, MERGES)
+        merge = merge or (None if self.read is None else unknown_name("reading", self.read, READERS))
         return unknown_name("score", self.scorer, RANKERS) or unknown_name("budget", self.budget, BUDGETS) or merge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from .queries import Queries
 from .ranked import Ranked
 from .rankers import RANKERS
 from .ranking import Ranking
+from .reading import READERS, Few, Query
 from .slots import NEVER, Chunk, New, Shift, Slots
 
 
@@ -35,6 +37,7 @@ class RankedLayer(PagedLayer):
         super().__init__(retain, layer, pool, max_length)
         self.ranker, self.budget = RANKERS[retain.scorer], BUDGETS[retain.budget]
         self.merge = None if retain.merge is None else MERGES[retain.merge]
+        self.reader = None if retain.read is None else READERS[retain.read]
         self.peers: Sequence[RankedLayer] = [self]
         """Layers of the cache that share a budget over layers, this one among them, in order: see `join`."""
         self.claim: Claim | None = None
@@ -56,6 +59,8 @@ class RankedLayer(PagedLayer):
         self._sharing = [k for k in range(key_states.shape[1]) if k not in self.retain.whole]
         if self.merge is not None and self.merge.counts:
             self.state["more"] = key_states.new_zeros(key_states.shape[:2], dtype=torch.float32)
+        if self.reader is not None:
+            self.state |= self.reader.state(key_states, value_states)
         if self.ranker.gathers:
             self.state["gathered"] = key_states.new_zeros(*key_states.shape[:2], 0, dtype=torch.float32)
         if self.retain.caps_distance:
@@ -79,6 +84,9 @@ class RankedLayer(PagedLayer):
 
     def _add_step(self, new: New) -> None:
         super()._add_step(new)
+        if self.reader is not None:
+            came = torch.ones_like(self.tokens, dtype=torch.bool) if new.real_BT is None else new.real_BT[:, 0]
+            self.reader.note(self, came)
         if not self.ranker.while_decoding:
             return
         assert new.queries is not None
@@ -227,6 +235,8 @@ class RankedLayer(PagedLayer):
 
     def _store(self, slots: Slots) -> Slots:
         slots = super()._store(slots)
+        if self.reader is not None:
+            self.reader.note(self)
         if slots.more_BKS is not None and len(slots) > self.retain.sinks:
             self._set("more", slots.more_BKS[..., self.retain.sinks])
         gone = slots.expires_BKS < 0  # behind the slots of short rows, where new ones will be
@@ -235,6 +245,20 @@ class RankedLayer(PagedLayer):
         if "born" in self.state:
             self._write_beside("born", slots.born_BKS.masked_fill(gone, 0))
         return slots
+
+    def chosen(self, query_BN1H: Tensor, kv_of_query: Tensor | None, scale: float) -> PagedLayer | Few:
+        if self.reader is None:
+            return self
+        N, K = query_BN1H.shape[1], self.lengths.shape[1]
+        heads = torch.arange(N, device=self.device) * K // N if kv_of_query is None else kv_of_query
+        always = self.retain.sinks + (self.retain.window or 0)
+        slots_BK = torch.ceil(self.lengths / self.retain.read_ratio).int().clamp_min(always)
+        found = self.reader.choose(self, Query(query_BN1H[:, :, 0].detach().float(), heads, slots_BK, scale))
+        if isinstance(found, Few):
+            return found
+        few = copy.copy(self)
+        few.state = {**self.state, "tables": found[0], "lengths": found[1]}
+        return few
 
     def heavy(self) -> tuple[int, Tensor] | None:
         return (self.retain.sinks, self.state["more"]) if "more" in self.state else None
