@@ -144,11 +144,12 @@ class EvictStep(WindowStep):
             raise RecipeError(
                 f"{where}.separators: {list(self.separators)}; give at least one id, none of them negative."
             )
-        always = self.sinks + (self.recent or _RECENT)
+        counts = self.merge is not None and MERGES[self.merge].counts
+        always = self.sinks + counts + (self.recent or _RECENT)
         if self.slots is not None and self.slots < always:
             raise RecipeError(
-                f"{where}.slots: {self.slots} are fewer than the {always} that always stay: sinks {self.sinks} and "
-                f"recent {self.recent or _RECENT}."
+                f"{where}.slots: {self.slots} are fewer than the {always} that always stay: sinks {self.sinks}, "
+                f"recent {self.recent or _RECENT}{' and the mean' if counts else ''}."
             )
         if self.pool is not None and self.pool % 2 == 0:
             raise RecipeError(f"{where}.pool: {self.pool} must be odd: as many neighbours before a token as behind it.")

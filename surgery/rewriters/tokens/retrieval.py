@@ -60,7 +60,9 @@ def retained(
         assert windows is not None
         costs = streaming_costs(copy, plans, windows, first.sinks, first.window or 0)
     if isinstance(budget, ByHead):
-        shares = divided(torch.cat(list(costs.values())), budget.safe, first.ratio)
+        all_costs = torch.cat(list(costs.values()))
+        # Of so many slots whatever the length, nobody knows when they are all.
+        shares = divided(all_costs, budget.safe, first.ratio if first.slots is None else len(all_costs))
         parts = shares.split([len(cost) for cost in costs.values()])
         by_layer = {layer: tuple(map(float, part)) for layer, part in zip(costs, parts, strict=True)}
         return {layer: replace(value, shares=by_layer[layer]) for layer, value in ranked.items()}
