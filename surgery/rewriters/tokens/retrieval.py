@@ -41,6 +41,15 @@ class _Head(NamedTuple):
         sinks = self.sinks_n.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
 
+    def weights_at(self, query_P: Tensor, place_P: Tensor) -> Tensor:
+        """[B, n, P] of single places before single queries, which see all that came before them."""
+        hidden_TT = torch.ones(self.scores_BnTT.shape[-2:], dtype=torch.bool).triu(1)
+        scores = self.scores_BnTT.masked_fill(hidden_TT, -torch.inf)
+        total = scores.logsumexp(-1)
+        if self.sinks_n is not None:
+            total = torch.logaddexp(total, self.sinks_n.to(total)[:, None])
+        return (scores[..., query_P, place_P] - total[..., query_P]).exp()
+
 
 def retained(
     copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows | None, seed: int
@@ -145,6 +154,7 @@ def looking_up(copy: WorkingCopy, plans: Sequence[LayerPlan], part: float, seed:
     random = torch.Generator().manual_seed(seed)
     # As many tokens as a layer has channels: the way through the layers warns of fewer.
     rows = 1 + -(-max(site.hidden_size for site in copy.sites.values()) // (TIMES * period))
+    rows += 10 * (processes.count() - 1)  # a batch, at least, for each process
     ids = torch.randint(config.get_text_config(decoder=True).vocab_size, (rows, period), generator=random)
     ids = ids.repeat(1, TIMES)
     windows = Windows(ids, torch.ones_like(ids, dtype=torch.bool), f"random-{seed}")
@@ -152,16 +162,16 @@ def looking_up(copy: WorkingCopy, plans: Sequence[LayerPlan], part: float, seed:
     behind_TT = order[:, None] - order
     # Echo: the earlier places of a query's token. Induction: what came behind those.
     places = [((behind_TT + n) % period == 0) & (behind_TT + n > 0) & (behind_TT >= 0) for n in (0, 1)]
-    counts_XTT = torch.stack(places) & (order[:, None] >= period)
+    pairs = [(counts_TT & (order[:, None] >= period)).nonzero(as_tuple=True) for counts_TT in places]
+    kind_P = torch.repeat_interleave(torch.tensor([len(queries) for queries, _ in pairs]))
+    query_P, place_P = (torch.cat(some) for some in zip(*pairs, strict=True))
 
     def of(visit: Visit) -> Tensor:
         groups = visit.copy.read(visit.layer).groups
-        sums = [torch.zeros(len(counts_XTT), len(group), dtype=torch.float64) for group in groups]
+        sums = [torch.zeros(len(pairs), len(group), dtype=torch.float64) for group in groups]
         for a in visit.activations():
             for total, head in zip(sums, _heads(visit, a), strict=True):
-                weights = head.weights(torch.ones_like(behind_TT, dtype=torch.bool))
-                for x, counts_TT in enumerate(counts_XTT):
-                    total[x] += (weights * counts_TT).sum((0, 2, 3))
+                total.index_add_(0, kind_P, head.weights_at(query_P, place_P).sum(0).T.double())
         return torch.stack([processes.total(total).amax(-1) for total in sums], -1) / visit.tokens
 
     found = _measured(copy, plans, windows, of, torch.maximum)
