@@ -71,7 +71,7 @@ class EvictStep(WindowStep):
     (. , ? ! ; :) or white space to the tokenizer of the model."""
     read: str | None = None
     """What a step of one token reads of the slots that are there, where a score orders slots, by a name in
-    `surgery.runtime.reading`; all where absent. It saves time, not memory: with `ratio: 1` everything stays."""
+    `surgery.runtime.reading`; all where absent. It saves reads, not memory: with `ratio: 1` everything stays."""
     read_ratio: float | None = None
     """With `read`: slots that are there per slot that such a step reads; 4 where absent."""
     recent: int | None = None
@@ -378,7 +378,7 @@ class Evicting(GatedMethod):
         if step.positions == "cache":
             lines.append("evict: slots close up when others leave, and distances are those in the cache")
         if step.read is not None:
-            lines.append(f"evict: {READERS[step.read].describes}; that saves time, and no bytes")
+            lines.append(f"evict: {READERS[step.read].describes}; that saves reads, and no bytes of memory")
         if step.positions == "capped":
             lines.append("evict: far slots are seen at a distance that is capped, in plain torch, which takes longer")
         if ranker.rehearses:
