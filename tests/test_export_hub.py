@@ -7,16 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from families import tiny_model
-from huggingface_hub import HfApi
 from markdown_it import MarkdownIt
 from methods import METHODS, converted, merged, parent, sites
 from packaging.requirements import Requirement
@@ -31,7 +27,6 @@ from surgery.errors import CheckpointError, PlanError
 from surgery.export import hub, parity, remote_code
 from surgery.export.card import BEGIN, CardOptions, write_card
 from surgery.export.parity import Parity
-from surgery.export.push import push
 from surgery.export.remote_code import RUNTIME, verify
 from surgery.export.target import Source, Written
 
@@ -494,55 +489,3 @@ def test_a_dry_run_shows_files_sizes_sum_and_card_and_asks_nobody(export, call, 
         assert name in out
     assert (export / "README.md").read_text().split("\n\n")[0] in out
     assert "by [surgery](https://pypi.org" in " ".join(out.split())  # as it is, not as markup of the terminal
-
-
-@pytest.fixture
-def hub_that_refuses(monkeypatch):
-    class Refuse(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.dumps({"error": 'You don\'t have the rights to create a model under the namespace "them"'})
-            self.send_response(403)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Refuse)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_repository_without_permission_is_one_line(hub_that_refuses, export, call) -> None:
-    code, _, err = call("push", export, "them/model")
-    assert code == 2
-    assert err.startswith("CheckpointError: them/model: the Hub says: 403") and "don't have the rights" in err
-    assert err.count("\n") == 1
-
-
-def test_a_hub_that_cannot_be_reached_is_one_line(export, call, monkeypatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    code, _, err = call("push", export, "me/model")
-    assert code == 2 and err.startswith("CheckpointError: me/model: the Hub says:") and err.count("\n") == 1
-    code, _, err = call("push", export, "not an id")
-    assert code == 2 and "is no repository id" in err and err.count("\n") == 1
-
-
-def test_an_upload_takes_all_files_but_hidden_ones(copy, monkeypatch) -> None:
-    calls = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **k: calls.append((repo, k["private"])))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **k: calls.append(k) or SimpleNamespace(commit_url="u"))
-    (copy / ".git").mkdir()
-    (copy / ".git" / "config").write_text("secret")
-    done = push(copy, "me/model", private=True)
-    assert calls[0] == ("me/model", True) and done.url == "u"
-    assert set(calls[1]["allow_patterns"]) == {
-        file.relative_to(copy).as_posix() for file in copy.rglob("*") if file.is_file() and ".git" not in file.parts
-    }
