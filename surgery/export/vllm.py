@@ -6,27 +6,34 @@ vLLM runs the model, and the proof that it computes the same and caches as much 
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ..anatomy.positions import max_positions
 from ..calibration.outputs import speaks
 from ..checkpoints.writing import copy_weights
 from ..errors import CheckpointError, PlanError
-from ..planning.targets import DEEPSEEK, NATIVE, PLUGIN, Refusal, Subject, Way, refused_as_native
-from ..runtime.layout import Latent, LayerPlan
+from ..planning.targets import DEEPSEEK, NATIVE, PLUGIN, PLUGIN_FP8, Refusal, Subject, Way, refused_as_native
+from ..runtime.layout import Dense, Latent, LayerPlan
+from ..runtime.modeling import rebuild
+from ..runtime.store import itemsize_of
 from ..serve.engine import Engine
-from ..serve.support import PLUGIN_PARENTS, activation_refusal, copies_of
+from ..serve.support import PLUGIN_PARENTS, activation_refusal, cache_dtype, copies_of
 from ..serve.support import refusal as plugin_refusal
 from . import deepseek
 from .parity import TOLERANCE, Ask, Parity, answers_of
 from .target import Source, Written
+
+_ROUNDED = "surgery_rounded_to_fp8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,7 @@ class Vllm:
             return refused_as_native(subject) or _stock_refusal(subject) or Way(by=NATIVE)
         plugin = plugin_refusal(subject)
         if plugin is None:
-            return Way(by=PLUGIN)
+            return Way(by=PLUGIN if cache_dtype(subject.plans) == "auto" else PLUGIN_FP8)
         # The plugin's own reasons come first where they hold for DeepSeek-V3, too.
         known = subject.architecture in PLUGIN_PARENTS and activation_refusal(subject.config) is None
         if not (known and subject.caches_latents):
@@ -77,6 +84,8 @@ class Vllm:
                 f"{engine} has no plugin for {source.architecture}: install kv-surgery beside it (in that "
                 "environment: pip install kv-surgery)."
             )
+        if cache_dtype(source.subject.plans) != "auto":
+            engine.check_fp8()
 
     def write(self, source: Source, folder: Path) -> Written:
         """Write weights, config and companions."""
@@ -92,17 +101,23 @@ class Vllm:
             planned, served = planned_and_served(source.layers)
             facts |= {"planned_bytes_per_token": planned, "served_bytes_per_token": served}
             lines = ["runs by the plugin of kv-surgery, which must be installed beside vLLM"]
-            if served != planned:
+            if served > planned:
                 lines.append(
                     f"cache: {served} bytes per token (the conversion has {planned}): vLLM wants equal KV heads here, "
                     "and some are repeated"
                 )
-        loading = (("vLLM", "vllm serve FOLDER_OR_ID"),)
+        command, dtype = "vllm serve FOLDER_OR_ID", cache_dtype(source.subject.plans)
+        if dtype != "auto":
+            command += f" --kv-cache-dtype {dtype}"
+            lines.append(f"cache: vLLM's own {dtype}, of all tokens and with a scale of 1; compared with that")
+        loading = (("vLLM", command),)
         return Written(architecture=source.architecture, facts=facts, lines=tuple(lines), loading=loading)
 
     def parity(self, source: Source, folder: Path) -> Parity:
         """Ask vLLM the same prompts, and how much it caches for one token."""
         engine, model = Engine.find(self.python), source.model
+        if cache_dtype(source.subject.plans) != "auto":
+            model = with_rounded_caches(model)
         config = source.config.get_text_config()
         context = max_positions(config)
         ask = Ask.of_vocabulary(config.vocab_size, context and context - 1)
@@ -142,16 +157,38 @@ def compare_scores(want: dict[str, Tensor], got: dict[str, Any], ask: Ask, engin
     )
 
 
+def with_rounded_caches(model: PreTrainedModel) -> PreTrainedModel:
+    """What vLLM computes with caches of 8-bit floats, in transformers: keys and values rounded before they are read.
+
+    Args:
+        model: a `Surgery<Parent>`; the result shares its tensors.
+    """
+    config = copy.deepcopy(model.config)
+    for layer in config.surgery["layers"]:
+        plan = LayerPlan.from_dict(layer["plan"])
+        layer["plan"] = replace(plan, store=Dense(dtype=plan.dtype)).to_dict()
+    made = rebuild(model, type(model), config, dict(model.state_dict()))
+    AttentionInterface.register(_ROUNDED, _rounded_attention)
+    AttentionMaskInterface.register(_ROUNDED, sdpa_mask)
+    made.set_attn_implementation(_ROUNDED)
+    return made
+
+
+def _rounded_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    top = torch.finfo(torch.float8_e4m3fn).max
+    key, value = (x.clamp(-top, top).to(torch.float8_e4m3fn).to(x.dtype) for x in (key, value))
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
 def planned_and_served(layers: list[dict[str, Any]]) -> tuple[int, int]:
     """Bytes per token of the plan, and of the cache that vLLM allocates for it."""
     plans = [LayerPlan.from_dict(layer["plan"]) for layer in layers]
     copies = copies_of(plans)
-    planned = sum(plan.bytes_per_token for plan in plans)
-    served = sum(
-        plan.bytes_per_token * len(copies[plan.layer]) // plan.project.kv_heads
-        for plan in plans
-        if plan.bytes_per_token
-    )
+    planned, itemsize = sum(plan.bytes_per_token for plan in plans), 1 if cache_dtype(plans) != "auto" else None
+    served = 0
+    for plan in plans:
+        _, key, value = plan.entry()
+        served += (key + value) * len(copies[plan.layer]) * (itemsize or itemsize_of(plan.dtype))
     return planned, served
 
 

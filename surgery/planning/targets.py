@@ -25,8 +25,9 @@ TARGETS: dict[str, str | type[Any]] = {
     "gguf": "surgery.export.gguf:Gguf",
 }
 """Name of the target -> its class, or "module:Class"."""
-NATIVE, REMOTE, PLUGIN, REPEATED, DEEPSEEK, NONE = (
-    "native", "remote code", "plugin", "native, heads repeated", "native, as DeepSeek-V3", "refused",
+NATIVE, REMOTE, PLUGIN, PLUGIN_FP8, REPEATED, DEEPSEEK, NONE = (
+    "native", "remote code", "plugin", "plugin, its own fp8", "native, heads repeated", "native, as DeepSeek-V3",
+    "refused",
 )  # fmt: skip
 """By what an engine runs a result; the documentation's table and plans use these words."""
 DENSE = ("float32", "bfloat16", "float16")

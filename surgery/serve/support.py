@@ -8,10 +8,14 @@ from typing import Any
 from ..errors import PlanError
 from ..planning.repeated_heads import repeated_heads
 from ..planning.targets import Refusal, Subject, stored_otherwise
-from ..runtime.layout import AttentionSite, HeadNorm, Heads, Latent, LayerPlan
+from ..runtime.layout import AttentionSite, Codec, HeadNorm, Heads, Latent, LayerPlan
 
 PLUGIN_PARENTS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Decoders that differ in nothing but their attention: what the plugin builds."""
+FP8 = ("fp8", "fp8_e4m3")
+"""vLLM's names of caches of 8-bit floats: one scale per layer, here 1, and no token kept in full."""
+WRONG_ON_CPU = ("int4_per_token_head", "int8_per_token_head", "turboquant", "ultraquant", "nvfp4")
+"""Formats (or how their names begin) that vLLM 0.32 takes on a CPU, and answers wrongly with: a KL of 1.2 to 2."""
 
 
 def served_layers(surgery: Mapping[str, Any]) -> list[tuple[AttentionSite, LayerPlan, dict[str, tuple[int, ...]]]]:
@@ -52,6 +56,7 @@ def refusal(subject: Subject) -> Refusal | None:
     if refused is None and len(subject.plans) != config.num_hidden_layers:
         refused = Refusal(reason=f"{len(subject.plans)} of {config.num_hidden_layers} layers have attention")
     plans = {plan.layer: plan for plan in subject.plans}
+    refused = refused or _mixed_refusal(subject.plans)
     for site, plan in zip(subject.sites, subject.plans, strict=True):
         refused = refused or _plan_refusal(plan, plans) or _site_refusal(site, plan.layer)
     return refused
@@ -77,6 +82,24 @@ def copies_of(plans: Sequence[LayerPlan]) -> dict[int, tuple[int, ...]]:
     return dict(zip((plan.layer for plan in plans), copies, strict=True))
 
 
+def cache_dtype(plans: Sequence[LayerPlan]) -> str:
+    """vLLM's `kv_cache_dtype` for these caches; `refusal` has said that it is one for all of them."""
+    return FP8[0] if any(map(_is_fp8, plans)) else "auto"
+
+
+def check_cache_dtype(plans: Sequence[LayerPlan], asked: str, on_cpu: bool) -> None:
+    """Refuse a `kv_cache_dtype` that is not the plan's, or with which vLLM gives wrong answers.
+
+    Raises:
+        PlanError: names both.
+    """
+    wanted = cache_dtype(plans)
+    if wanted != "auto" and asked not in FP8:
+        raise PlanError(f"vLLM: this model's caches are planned as {wanted}, not {asked}: leave out --kv-cache-dtype.")
+    if on_cpu and asked.startswith(WRONG_ON_CPU):
+        raise PlanError(f"vLLM: caches of {asked} give wrong answers on a CPU. Use auto or fp8.")
+
+
 def check_parallel(plans: Sequence[LayerPlan], heads: int, ranks: int) -> None:
     """Refuse a tensor-parallel size that does not go with the head counts.
 
@@ -94,15 +117,37 @@ def check_parallel(plans: Sequence[LayerPlan], heads: int, ranks: int) -> None:
             )
 
 
+def _is_fp8(plan: LayerPlan) -> bool:
+    return isinstance(plan.store, Codec) and plan.store.codec == "fp8"
+
+
+def _mixed_refusal(plans: Sequence[LayerPlan]) -> Refusal | None:
+    """Why caches of several formats are not served: the option of vLLM is one for all layers."""
+    owners = [plan for plan in plans if plan.owns_cache]
+    coded = next(filter(_is_fp8, owners), None)
+    other = next((plan for plan in owners if not _is_fp8(plan)), None)
+    if coded is None or other is None:
+        return None
+    return Refusal(
+        reason=f"layer {other.layer} is stored as {other.store.label() or other.dtype}, layer {coded.layer} as "
+        f"{coded.store.label()}: it has one format for all caches",
+        way_out="Use codec: fp8 in all layers, or --to hub.",
+    )
+
+
 def _plan_refusal(plan: LayerPlan, plans: Mapping[int, LayerPlan]) -> Refusal | None:
     where, other = f"layer {plan.layer}", stored_otherwise(plan)
-    if other is not None:
-        return Refusal(reason=f"{where} {other}; its caches hold what the model computes in, or their own fp8")
+    if other is not None and not _is_fp8(plan):
+        return Refusal(
+            reason=f"{where} {other}; of quantised caches it runs fp8 (its int4, int8, turboquant and nvfp4 answer "
+            "wrongly on a CPU)",
+            way_out="Use codec: fp8, or --to hub.",
+        )
     if isinstance(plan.project, Latent):
         if any(plan.layer in (other.layer, *other.lenders) and other.lenders for other in plans.values()):
             return Refusal(reason=f"{where} shares its latents: none of its MLA backends does")
         return Refusal(
-            reason=f"{where} caches a latent: it runs latents as DeepSeek-V3 only",
+            reason=f"{where} caches a latent{' in fp8' if _is_fp8(plan) else ''}: it runs latents as DeepSeek-V3 only",
             way_out="For mla, use --to native --norm calibrated --pad, and export that; for lowrank, use --to hub.",
         )
     if plan.retain is not None:

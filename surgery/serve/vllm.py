@@ -21,9 +21,10 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index
+from vllm.platforms import current_platform
 
 from ..runtime.layout import HeadNorm
-from .support import check_parallel, check_served, copies_of, served_layers
+from .support import check_cache_dtype, check_parallel, check_served, copies_of, served_layers
 
 
 class SurgeryServedAttention(nn.Module):
@@ -156,6 +157,7 @@ class SurgeryForCausalLM(LlamaForCausalLM):
         config = vllm_config.model_config.hf_config
         check_served(config)
         plans = [plan for _, plan, _ in served_layers(config.surgery)]
+        check_cache_dtype(plans, vllm_config.cache_config.cache_dtype, current_platform.is_cpu())
         parallel = vllm_config.parallel_config
         check_parallel(plans, config.num_attention_heads, parallel.tensor_parallel_size)
         if parallel.pipeline_parallel_size > 1 and any(plan.lenders for plan in plans):
