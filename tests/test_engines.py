@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from families import tiny_model
-from vllm_models import CLA2, GQA, MLA, decoder
+from vllm_models import CLA2, FP8, GQA, MLA, decoder
 
 import surgery
 from surgery.errors import PlanError
@@ -26,6 +26,7 @@ from surgery.planning.targets import (
     DEEPSEEK,
     NATIVE,
     PLUGIN,
+    PLUGIN_FP8,
     REMOTE,
     REPEATED,
     Refusal,
@@ -76,16 +77,24 @@ def test_the_documentation_has_the_table_that_plans_give(benchmark) -> None:
         (decoder, [BY_LAYER], (REMOTE, PLUGIN, REPEATED)),
         (decoder, [CLA2], (REMOTE, PLUGIN, None)),
         (decoder, [{**CLA2, "layout": "svformer"}], (REMOTE, None, None)),
-        (decoder, [MLA], (REMOTE, DEEPSEEK, DEEPSEEK)),
-        (decoder, [{"rewriter": "lowrank", "keep": 0.5}], (REMOTE, None, None)),
+        (decoder, [MLA], (REMOTE, PLUGIN, DEEPSEEK)),
+        (decoder, [{**CLA2, "init": "latent"}], (REMOTE, PLUGIN, None)),
+        (decoder, [{"rewriter": "lowrank", "keep": 0.5}], (REMOTE, PLUGIN, None)),
+        (lambda: decoder("Mistral", sliding_window=8), [{**CLA2, "init": "latent"}], (REMOTE, None, None)),
+        (decoder, [{**MLA, "layers": "0-2"}], (REMOTE, None, None)),
+        (decoder, [FP8], (REMOTE, PLUGIN_FP8, None)),
+        (decoder, [CLA2, FP8], (REMOTE, PLUGIN_FP8, None)),
+        (decoder, [{**FP8, "codec": "int8"}], (REMOTE, None, None)),
+        (decoder, [{**FP8, "layers": "0-2"}], (REMOTE, None, None)),
         (decoder, [{"rewriter": "dmc"}], (REMOTE, None, None)),
         (lambda: tiny_model("phi3"), [CLA2], (REMOTE, None, None)),
-        (lambda: decoder("Qwen2"), [MLA], (REMOTE, None, None)),
-        (lambda: decoder(attention_bias=True), [MLA], (REMOTE, None, None)),
-        (lambda: tiny_model("llama_yarn"), [{**MLA, "rank": 30, "rope_dims": 12}], (REMOTE, None, None)),
+        (lambda: decoder("Qwen2"), [MLA], (REMOTE, PLUGIN, None)),
+        (lambda: decoder(attention_bias=True), [MLA], (REMOTE, PLUGIN, None)),
+        (lambda: tiny_model("llama_yarn"), [{**MLA, "rank": 30, "rope_dims": 12}], (REMOTE, PLUGIN, None)),
     ],
-    ids=["gqa", "by layer", "shared", "V shared", "mla", "lowrank", "dmc", "another family", "bias on q", "biases",
-         "rope"],
+    ids=["gqa", "by layer", "shared", "V shared", "mla", "latents shared", "lowrank", "latents of a window",
+         "latents and heads", "fp8", "fp8 shared", "int8", "fp8 by layer", "dmc", "another family",
+         "bias on q", "biases", "rope"],
 )  # fmt: skip
 def test_a_plan_names_the_engines_that_run_its_result(parent, steps, expected) -> None:
     plan = surgery.plan(parent(), {"steps": steps})

@@ -264,3 +264,47 @@ def test_cache_bytes_are_read_from_llama_cpps_log() -> None:
     log = "llama_kv_cache: size =   36.00 MiB (  4096 cells,   4 layers,  1/1 seqs), K (f32):   32.00 MiB"
     assert bytes_per_token(log) == 9216
     assert bytes_per_token("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "types"),
+    [
+        ([GQA, {"rewriter": "quantise", "codec": "int4"}], ("q4_0", "q4_0")),
+        ([{"rewriter": "quantise", "codec": "int8"}], ("q8_0", "q8_0")),
+        ([{"rewriter": "quantise", "codec": "kivi", "k_bits": 8, "v_bits": 4}], ("q8_0", "q4_0")),
+        ([MLA, {"rewriter": "quantise", "codec": "int4"}], ("q4_0", "q4_0")),
+    ],
+    ids=["int4", "int8", "K and V", "latents"],
+)
+@pytest.mark.usefixtures("without_llama")
+def test_plans_of_codes_name_the_types_of_cache_to_run_llama_cpp_with(steps, types, tmp_path) -> None:
+    options = "--cache-type-k {} --cache-type-v {}".format(*types)
+    plan = surgery.plan(decoder(), {"steps": steps})
+    assert "llama.cpp (native, its own codes)" in plan.engines
+    model = converted(decoder(), *steps)
+    with pytest.raises(PlanError, match=options):
+        export(model, tmp_path / "no", to="gguf")
+    more = {"norm": "calibrated", "text": text(), "pad": True} if MLA in steps else {}
+    native = export(model, tmp_path / "native", to="native", **more)
+    assert "there, but in full" in native.notes[-1]
+    rest = [step for step in steps if step["rewriter"] != "quantise"]
+    if MLA not in steps:
+        exact = converted(decoder(), *rest) if rest else decoder()
+        assert torch.equal(surgery.load(tmp_path / "native")(text()).logits, exact(text()).logits)
+    report = export(tmp_path / "native", tmp_path / "out", to="gguf")
+    assert tuple(report.facts["cache_types"]) == types
+    assert options in report.notes[1]
+    assert f"model.gguf {options}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"codec": "kivi"}, "layer 0 is stored as kivi 2 bits; its own caches have codes of 8, 5 and 4 bits"),
+        ({"layers": "1-3"}, "layer 1 is stored as int4 4 bits, layer 0 is stored as float32; it has one type for all"),
+    ],
+    ids=["bits", "mixed"],
+)
+def test_codes_that_llama_cpp_has_not_are_refused_in_the_plan(step, message) -> None:
+    plan = surgery.plan(decoder(), {"steps": [{"rewriter": "quantise", **step}]})
+    assert f"Not llama.cpp: {message}" in plan.engines

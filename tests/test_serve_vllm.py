@@ -19,19 +19,38 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
-from vllm_models import CLA2, GQA, MLA, converted, decoder, text, vllm_engine
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from vllm_models import (
+    ANY_MLA,
+    CLA2,
+    FP8,
+    GQA,
+    LATENT_CLA2,
+    LOWRANK,
+    MLA,
+    converted,
+    decoder,
+    text,
+    vllm_engine,
+)
 
 import surgery
 from surgery.bundled import SMALL
 from surgery.errors import CheckpointError, PlanError
 from surgery.export import export
 from surgery.export.parity import Ask, answers_of
-from surgery.export.vllm import case_of, compare_scores, planned_and_served
+from surgery.export.vllm import (
+    _rounded_attention,
+    case_of,
+    compare_scores,
+    planned_and_served,
+    with_rounded_caches,
+)
 from surgery.planning.repeated_heads import repeated_heads
 from surgery.runtime.layout import Heads, LayerPlan
 from surgery.serve import engine as serve_engine
 from surgery.serve.engine import Engine
-from surgery.serve.support import check_parallel, copies_of
+from surgery.serve.support import check_cache_dtype, check_parallel, copies_of
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +77,9 @@ def asked(engine, tmp_path_factory) -> dict[str, SimpleNamespace]:
         "qwen2, heads by layer, shared": converted(decoder("Qwen2"), {**GQA, "layers": "0-1"}, CLA2),
         "qwen3, shared": converted(decoder("Qwen3"), CLA2),
         "mistral, a window, shared": converted(decoder("Mistral", sliding_window=8), CLA2),
+        "latents": converted(llama, ANY_MLA),
+        "latents shared": converted(llama, LATENT_CLA2),
+        "lowrank, biases": converted(decoder("Qwen2"), LOWRANK),
     }
     cases, models, ask = [], {}, Ask.of_vocabulary(128, 255)
     for name, model in made.items():
@@ -67,6 +89,9 @@ def asked(engine, tmp_path_factory) -> dict[str, SimpleNamespace]:
     export(converted(llama, MLA), folder / "mla", to="native", norm="calibrated", text=text(), pad=True)
     models["mla"] = surgery.load(folder / "mla")
     cases.append(case_of(folder / "mla", ask, models["mla"]))
+    models["latents shared, prompts in pieces"] = made["latents shared"]
+    small = {"max_num_batched_tokens": 24, "max_num_seqs": 2, "enable_chunked_prefill": True}
+    cases.append(case_of(folder / "latents shared", ask, made["latents shared"], options=small))
     models["cla2, two ranks"] = made["cla2"]
     cases.append(case_of(folder / "cla2", ask, made["cla2"], tensor_parallel=2))
     return {
@@ -82,7 +107,8 @@ def asked(engine, tmp_path_factory) -> dict[str, SimpleNamespace]:
 
 NATIVE, PLUGIN = ["parent", "gqa", "mla"], [
     "cla2", "by layer", "unequal groups", "qwen2, heads by layer, shared", "qwen3, shared",
-    "mistral, a window, shared", "cla2, two ranks",
+    "mistral, a window, shared", "latents", "latents shared", "lowrank, biases", "latents shared, prompts in pieces",
+    "cla2, two ranks",
 ]  # fmt: skip
 
 
@@ -95,7 +121,9 @@ def test_vllm_gives_the_tokens_and_scores_of_transformers(name, asked) -> None:
     assert ("layers" in (getattr(asked[name].model.config, "surgery", None) or {})) == (name in PLUGIN)
 
 
-@pytest.mark.parametrize(("name", "factor"), [("gqa", 2), ("cla2", 2), ("by layer", 8 / 6)])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("gqa", 2), ("cla2", 2), ("by layer", 8 / 6), ("latents", 128 / 48), ("latents shared", 4)]
+)
 def test_as_many_more_tokens_fit_into_the_cache_as_planned(name, factor, asked) -> None:
     assert asked[name].cache["tokens"] / asked["parent"].cache["tokens"] == pytest.approx(factor, rel=0.02)
 
@@ -104,7 +132,25 @@ def test_as_many_more_tokens_fit_into_the_cache_as_planned(name, factor, asked) 
 def test_vllm_caches_the_bytes_that_the_export_says(name, asked) -> None:
     planned, served = planned_and_served(asked[name].model.config.surgery["layers"])
     assert asked[name].cache["bytes_per_token"] == served
+    positions = name in ("latents shared", "lowrank, biases", "latents shared, prompts in pieces")
+    assert (served < planned) == positions  # vLLM knows the places of tokens
     assert (served > planned) == (name in ("unequal groups", "qwen2, heads by layer, shared"))
+
+
+def test_fp8_caches_are_scored_as_rounded_keys_and_values_or_the_processor_is_named(engine, tmp_path) -> None:
+    """On processors with AVX-512 the export itself compares the scores."""
+    model = converted(decoder(), CLA2, FP8)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        report = export(model, tmp_path / "out", to="vllm", python=engine.python)
+        assert report.parity.relative_difference < 1e-3
+        assert report.facts["served_bytes_per_token"] == 256
+        return
+    with pytest.raises(PlanError, match="holds fp8 caches on CPUs with AVX-512 or AMX alone, and this one has"):
+        export(model, tmp_path / "out", to="vllm", python=engine.python)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "model")
+    [got] = engine.ask([case_of(tmp_path / "model", Ask.of_vocabulary(128, 255), model)])
+    assert "FP8 KV cache on CPU" in got["error"]  # the plugin has asked for it, without an option
 
 
 def test_two_ranks_share_the_cache_of_one(asked) -> None:
@@ -193,16 +239,14 @@ def _latent() -> Any:
             lambda: converted(tiny_model("gpt_neox"), {**GQA, "layers": "0"}),
             "no plugin for GPTNeoXForCausalLM; it runs",
         ),
-        (_latent, "caches a latent: it runs latents as DeepSeek-V3 only"),
-        (
-            lambda: surgery.convert(decoder(), {"steps": [{**CLA2, "init": "latent"}]}, calibration=text()),
-            "layer 0 shares its latents: none of its MLA backends does",
-        ),
+        (lambda: converted(decoder(), {**ANY_MLA, "layers": "0-2"}), "layer 0 caches a latent, layer 3 heads"),
+        (lambda: converted(decoder(), ANY_MLA, FP8), "layer 0 caches a latent in fp8"),
+        (lambda: converted(decoder(), {**FP8, "codec": "int4"}), "layer 0 is stored as int4 4 bits; of quantised"),
         (lambda: converted(decoder(), {**CLA2, "layout": "svformer"}), "reads V alone of layer 0"),
         (lambda: converted(decoder(), {"rewriter": "dms", "window": 8}), "averages or evicts tokens"),
         (lambda: converted(tiny_model("mixtral"), {**GQA, "layers": "0"}), "no plugin for MixtralForCausalLM"),
     ],
-    ids=["another family", "latents", "shared latents", "shared values", "evicted tokens", "experts"],
+    ids=["another family", "latents and heads", "latents in fp8", "int4", "shared values", "evicted tokens", "experts"],
 )
 def test_what_vllm_cannot_run_is_refused_with_the_reason(make, message, tmp_path) -> None:
     with pytest.raises(PlanError, match=message):
@@ -231,7 +275,7 @@ def test_a_missing_engine_is_said_with_the_tested_versions(monkeypatch, tmp_path
 
 
 def test_another_version_is_named_beside_the_tested_ones(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(serve_engine, "_PROBE", 'print(\'{"version": "0.41.0", "plugin": false}\')')
+    monkeypatch.setattr(serve_engine, "_PROBE", 'print(\'{"version": "0.41.0", "plugin": false, "on_cpu": true}\')')
     found = Engine.find(sys.executable)
     assert str(found) == "vLLM 0.41.0 (tested: 0.32.0)"
     with pytest.raises(PlanError, match=r"vLLM 0\.41\.0 \(tested: 0\.32\.0\) has no plugin for SurgeryLlama"):
@@ -244,6 +288,45 @@ def test_an_engine_that_dies_is_an_error_of_one_line(tmp_path) -> None:
     stub.chmod(0o755)
     with pytest.raises(CheckpointError, match="stopped: Illegal instruction"):
         Engine(python=str(stub), version="0.32.0", has_plugin=True).ask([{}])
+
+
+def test_keys_and_values_are_rounded_as_caches_of_8_bit_floats_round_them() -> None:
+    model = converted(decoder(), CLA2, FP8)
+    rounded = with_rounded_caches(model)
+    ids = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def see(module, args, output):
+        seen.append(output)
+
+    exact = converted(decoder(), CLA2)
+    with torch.no_grad():
+        first, last = exact.model.layers[0].self_attn, exact.model.layers[3].self_attn
+        logits = exact(ids).logits
+        first.k_proj.register_forward_hook(see)
+        exact(ids)
+        assert (seen[0] - seen[0].to(torch.float8_e4m3fn).float()).abs().max() > 0.01  # there is something to round
+        assert last.plan.owner == 2
+        assert 0 < (rounded(ids).logits - logits).abs().mean() < logits.abs().mean()
+        query, key, value = (torch.randint(-8, 9, (1, 4, 6, 32)).float() for _ in range(3))
+        whole = _rounded_attention(first, query, key, value, None)[0]
+        assert torch.equal(whole, sdpa_attention_forward(first, query, key, value, None)[0])  # codes have these
+        assert not torch.equal(whole, _rounded_attention(first, query, key + 0.3, value, None)[0])
+
+
+def test_formats_that_answer_wrongly_or_are_not_the_plans_are_refused() -> None:
+    plans = surgery.plan(decoder(), {"steps": [FP8]}).after
+    check_cache_dtype(plans, "fp8", True)
+    with pytest.raises(PlanError, match="planned as fp8, not bfloat16: leave out --kv-cache-dtype"):
+        check_cache_dtype(plans, "bfloat16", True)
+    dense = surgery.plan(decoder(), {"steps": [GQA]}).after
+    check_cache_dtype(dense, "auto", True)
+    check_cache_dtype(dense, "int8_per_token_head", False)
+    for name in ("int8_per_token_head", "turboquant_4bit_nc", "nvfp4"):
+        with pytest.raises(PlanError, match=f"caches of {name} give wrong answers on a CPU. Use auto or fp8"):
+            check_cache_dtype(dense, name, True)
+    mixed = surgery.plan(decoder(), {"steps": [{**FP8, "layers": "0-1"}]})
+    assert "layer 2 is stored as float32, layer 0 as fp8 8 bits: it has one format for all caches" in mixed.engines
 
 
 def test_ranks_that_do_not_go_with_the_heads_are_refused() -> None:

@@ -51,10 +51,15 @@ def text() -> torch.Tensor:
 
 
 def converted(parent: PreTrainedModel, *steps: dict[str, Any]) -> PreTrainedModel:
-    return surgery.convert(parent, {"steps": list(steps)}, calibration=text() if MLA in steps else None)
+    asks = any(step["rewriter"] in ("mla", "lowrank") or step.get("init") == "latent" for step in steps)
+    return surgery.convert(parent, {"steps": list(steps)}, calibration=text() if asks else None)
 
 
 _BARE = {"refit_queries": False, "refit_output": False}
 CLA2 = {"rewriter": "share", "layout": "cla2", "init": "replace", "gain_fit": False, **_BARE}
 GQA = {"rewriter": "gqa", "kv_heads": 1, "init": "mean"}
 MLA = {"rewriter": "mla", "rank": 48, "rope_dims": 32, "selector": "top", **_BARE}
+ANY_MLA = {"rewriter": "mla", "rank": 40, "rope_dims": 8, **_BARE}
+LOWRANK = {"rewriter": "lowrank", "keep": 0.5, **_BARE}
+LATENT_CLA2 = {**CLA2, "init": "latent"}
+FP8 = {"rewriter": "quantise", "codec": "fp8"}

@@ -120,6 +120,7 @@ def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Wri
     if pad:
         rank = max(rank, ENGINE_RANK)
     config = _config(model, layers, rank, frequencies, norm)
+    config.surgery = source.provenance
     tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
     for i, layer in enumerate(layers):
         if norm == "calibrated":

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,9 @@ from ..checkpoints.files import Checkpoint
 from ..checkpoints.gguf import package as _gguf
 from ..checkpoints.storage import check_whole
 from ..errors import CheckpointError, PlanError
-from ..planning.targets import NATIVE, Refusal, Subject, Way, refused_as_native, stored_otherwise
+from ..planning.targets import NATIVE, OWN_CODES, Refusal, Subject, Way, in_full, refused_as_native, stored_otherwise
+from ..runtime.codecs import CODECS
+from ..runtime.layout import Codec, LayerPlan
 from . import deepseek, parent_class
 from .gguf_tokens import tokens_of
 from .llama_cpp import LlamaCpp
@@ -35,6 +37,8 @@ ARCHITECTURES = {
     "DeepseekV3ForCausalLM": "deepseek2",
 }
 FILE = "model.gguf"
+CACHE_TYPES: dict[float | None, str] = {8: "q8_0", 5: "q5_0", 4: "q4_0"}
+"""Bits of a number -> what llama.cpp calls codes of so many, in groups of 32, which it turns first (Hadamard)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +67,10 @@ class Gguf:
             way_out="Where all layers keep heads of their own, or all keep latents of mla, --to native writes a stock "
             "class; export that. Others stay with --to hub.",
         )
-        other = next(((plan.layer, said) for plan in subject.plans if (said := stored_otherwise(plan))), None)
-        if other is not None:
-            return Refusal(
-                reason=f"layer {other[0]} {other[1]}; the caches that llama.cpp keeps are chosen when it runs"
-            )
+        types = _cache_types(subject.plans)
+        if isinstance(types, Refusal):
+            return types
+        subject = in_full(subject)
         if subject.caches_heads:
             native = parent_class.judge(subject)
         elif subject.caches_latents:
@@ -76,7 +79,10 @@ class Gguf:
             return none
         if isinstance(native, Refusal):
             return native
-        return _stock_refusal(subject) or Way(by=native.by, before=none)
+        if types is not None:
+            options = _options(types)
+            none = replace(none, way_out=f"--to native writes a stock class; export that, and run it with {options}.")
+        return _stock_refusal(subject) or Way(by=native.by if types is None else OWN_CODES, before=none)
 
     def check(self, source: Source) -> None:
         """Refuse a missing gguf package, and a tokenizer that llama.cpp has not."""
@@ -106,8 +112,13 @@ class Gguf:
         writer.close()
         size = (folder / FILE).stat().st_size
         facts = {"architecture": name, "tensors": len(tensors), "bytes": size, "tokenizer": tokens.kind}
-        return Written(architecture=name, facts=facts, lines=(f"{len(tensors)} tensors; tokenizer: {tokens.says}",),
-                       loading=(("llama.cpp", f"llama-cli -m FOLDER_OR_ID/{FILE}"),))  # fmt: skip
+        lines, command = [f"{len(tensors)} tensors; tokenizer: {tokens.says}"], f"llama-cli -m FOLDER_OR_ID/{FILE}"
+        types = recommended_types(source.provenance)
+        if types is not None:
+            facts["cache_types"] = list(types)
+            command += f" {_options(types)}"
+            lines.append(f"cache: in full unless llama.cpp is run with {_options(types)}, its own codes of those bits")
+        return Written(architecture=name, facts=facts, lines=tuple(lines), loading=(("llama.cpp", command),))
 
     def parity(self, source: Source, folder: Path) -> Parity:
         """Read every tensor back; then ask llama.cpp, where it is."""
@@ -124,6 +135,45 @@ class Gguf:
         parity = engine.compare(answers_of(model, ask), folder / FILE, ask, model)
         # llama.cpp rounds what enters each product to the type of the weights: bfloat16 errs once more.
         return parity.require(2 * TOLERANCE[model.dtype], same_tokens=model.dtype == torch.float32)
+
+
+def recommended_types(provenance: Mapping[str, Any]) -> tuple[str, str] | None:
+    """llama.cpp's types of caches of keys and values with the bits that the recipe asks for; None where it has none.
+
+    Args:
+        provenance: of a stock class, which `--to native` wrote: its plan is not there any more.
+    """
+    steps = [s for s in (provenance.get("recipe") or {}).get("steps", ()) if s.get("rewriter") == "quantise"]
+    if len(steps) != 1 or steps[0].get("layers") is not None or steps[0].get("bits", "equal") != "equal":
+        return None
+    kind = CODECS.get(steps[0].get("codec", "int4"))
+    k_bits = steps[0].get("k_bits") or (kind.default if kind else None)
+    found = CACHE_TYPES.get(k_bits), CACHE_TYPES.get(steps[0].get("v_bits") or k_bits)
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _cache_types(plans: Sequence[LayerPlan]) -> tuple[str, str] | Refusal | None:
+    """Types of caches of keys and of values for what is stored as codes; None where nothing is."""
+    owners = [plan for plan in plans if plan.owns_cache]
+    for plan in owners:
+        other = stored_otherwise(plan)
+        if other is None:
+            continue
+        bits = {plan.store.k_bits, plan.store.v_bits} - {None} if isinstance(plan.store, Codec) else {None}
+        if not bits <= CACHE_TYPES.keys():
+            return Refusal(reason=f"layer {plan.layer} {other}; its own caches have codes of 8, 5 and 4 bits")
+        unlike = next((p for p in owners if p.store != plan.store), None)
+        if unlike is not None:
+            said = stored_otherwise(unlike) or f"is stored as {unlike.dtype}"
+            return Refusal(reason=f"layer {plan.layer} {other}, layer {unlike.layer} {said}; it has one type for all")
+    store = owners[0].store
+    if not isinstance(store, Codec):
+        return None
+    return CACHE_TYPES[store.k_bits], CACHE_TYPES[store.k_bits if store.v_bits is None else store.v_bits]
+
+
+def _options(types: tuple[str, str]) -> str:
+    return f"--cache-type-k {types[0]} --cache-type-v {types[1]}"
 
 
 _TYPES: dict[torch.dtype, Callable[[], Any]] = {

@@ -5,12 +5,13 @@ The forms have a file each: `parent_class.py` and `deepseek.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..anatomy.positions import max_positions
-from ..planning.targets import Refusal, Subject, Way
+from ..planning.targets import Refusal, Subject, Way, in_full
+from ..runtime.layout import Codec
 from . import deepseek, parent_class
 from .parity import TOLERANCE, Ask, Parity, answers_alone, answers_of, compare
 from .target import Source, Written
@@ -50,6 +51,7 @@ class Native:
                 reason=f"{subject.architecture} is a stock class: every library that knows it loads it as it is",
                 way_out="The native export is for models with caches of their own form.",
             )
+        subject = in_full(subject)
         if subject.caches_heads:
             return parent_class.judge(subject)
         return deepseek.judge(subject, self.norm, self.pad)
@@ -62,8 +64,14 @@ class Native:
     def write(self, source: Source, folder: Path) -> Written:
         """Write the stock class."""
         if source.subject.caches_heads:
-            return parent_class.write(source, folder)
-        return deepseek.write(source, folder, self.norm, self.text, self.pad)
+            written = parent_class.write(source, folder)
+        else:
+            written = deepseek.write(source, folder, self.norm, self.text, self.pad)
+        coded = next((plan for plan in source.subject.plans if isinstance(plan.store, Codec)), None)
+        if coded is None:
+            return written
+        line = f"caches are not {coded.store.label()} there, but in full: quantise them where it is served"
+        return replace(written, lines=(*written.lines, line))
 
     def parity(self, source: Source, folder: Path) -> Parity:
         """Reload the folder in a process that does not know this library.

@@ -22,14 +22,13 @@ from ..anatomy.positions import max_positions
 from ..calibration.outputs import speaks
 from ..checkpoints.writing import copy_weights
 from ..errors import CheckpointError, PlanError
-from ..planning.targets import DEEPSEEK, NATIVE, PLUGIN, PLUGIN_FP8, Refusal, Subject, Way, refused_as_native
+from ..planning.targets import NATIVE, PLUGIN, PLUGIN_FP8, Refusal, Subject, Way, refused_as_native
 from ..runtime.layout import Dense, Latent, LayerPlan
 from ..runtime.modeling import rebuild
 from ..runtime.store import itemsize_of
 from ..serve.engine import Engine
 from ..serve.support import PLUGIN_PARENTS, activation_refusal, cache_dtype, copies_of
 from ..serve.support import refusal as plugin_refusal
-from . import deepseek
 from .parity import TOLERANCE, Ask, Parity, answers_of
 from .target import Source, Written
 
@@ -63,18 +62,8 @@ class Vllm:
             )
         if subject.native:
             return refused_as_native(subject) or _stock_refusal(subject) or Way(by=NATIVE)
-        plugin = plugin_refusal(subject)
-        if plugin is None:
-            return Way(by=PLUGIN if cache_dtype(subject.plans) == "auto" else PLUGIN_FP8)
-        # The plugin's own reasons come first where they hold for DeepSeek-V3, too.
-        known = subject.architecture in PLUGIN_PARENTS and activation_refusal(subject.config) is None
-        if not (known and subject.caches_latents):
-            mixed = any(isinstance(plan.project, Latent) for plan in subject.plans) and not subject.caches_latents
-            return replace(plugin, way_out="Use --to hub.") if mixed else plugin
-        latent = deepseek.judge(subject, norm="calibrated", pad=True)
-        if isinstance(latent, Way):
-            return Way(by=DEEPSEEK, before=plugin)
-        return Refusal(reason=f"{plugin.reason}, and {latent.reason}")
+        refused = plugin_refusal(subject)
+        return refused or Way(by=PLUGIN if cache_dtype(subject.plans) == "auto" else PLUGIN_FP8)
 
     def check(self, source: Source) -> None:
         """Refuse an environment without vLLM, or without the plugin where the model needs it."""
@@ -188,7 +177,10 @@ def planned_and_served(layers: list[dict[str, Any]]) -> tuple[int, int]:
     served = 0
     for plan in plans:
         _, key, value = plan.entry()
-        served += (key + value) * len(copies[plan.layer]) * (itemsize or itemsize_of(plan.dtype))
+        if isinstance(plan.project, Latent):  # positions are not beside them: they are places in the sequence
+            served += key * itemsize_of(plan.dtype)
+        else:
+            served += (key + value) * len(copies[plan.layer]) * (itemsize or itemsize_of(plan.dtype))
     return planned, served
 
 

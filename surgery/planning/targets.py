@@ -16,7 +16,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..errors import PlanError
-from ..runtime.layout import AttentionSite, Dense, Heads, Latent, LayerPlan
+from ..runtime.codecs import CODECS
+from ..runtime.layout import AttentionSite, Codec, Dense, Heads, Latent, LayerPlan
 
 TARGETS: dict[str, str | type[Any]] = {
     "hub": "surgery.export.hub:Hub",
@@ -25,9 +26,9 @@ TARGETS: dict[str, str | type[Any]] = {
     "gguf": "surgery.export.gguf:Gguf",
 }
 """Name of the target -> its class, or "module:Class"."""
-NATIVE, REMOTE, PLUGIN, PLUGIN_FP8, REPEATED, DEEPSEEK, NONE = (
+NATIVE, REMOTE, PLUGIN, PLUGIN_FP8, REPEATED, DEEPSEEK, OWN_CODES, NONE = (
     "native", "remote code", "plugin", "plugin, its own fp8", "native, heads repeated", "native, as DeepSeek-V3",
-    "refused",
+    "native, its own codes", "refused",
 )  # fmt: skip
 """By what an engine runs a result; the documentation's table and plans use these words."""
 DENSE = ("float32", "bfloat16", "float16")
@@ -151,6 +152,20 @@ def stored_otherwise(plan: LayerPlan) -> str | None:
     if type(plan.project) not in (Heads, Latent):
         return f"caches {plan.project.label()}"
     return None if isinstance(plan.store, Dense) else f"is stored as {plan.store.label()}"
+
+
+def in_full(subject: Subject) -> Subject:
+    """The result with caches that are not packed, where packing has changed no weights: what stock classes say of it.
+
+    Codecs that read tables of calibration text stay: without those the model is another one.
+    """
+    plans = tuple(
+        dataclasses.replace(plan, store=Dense(dtype=plan.dtype))
+        if isinstance(plan.store, Codec) and not CODECS[plan.store.codec].calibrated
+        else plan
+        for plan in subject.plans
+    )
+    return dataclasses.replace(subject, plans=plans)
 
 
 def unknown_to_parent(plan: LayerPlan) -> Refusal | None:

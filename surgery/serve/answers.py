@@ -4,7 +4,10 @@ That environment needs this library only where a model runs by its plugin; the s
 
 `python answers.py request.json result.json`, where the request is a list of cases:
 
-    {"folder": ..., "prompts": [[token, ...], ...], "start": 8, "new_tokens": 24, "ends": [2], "tensor_parallel": 1}
+    {"folder": ..., "prompts": [[token, ...], ...], "start": 8, "new_tokens": 24, "ends": [2], "tensor_parallel": 1,
+     "options": {}}
+
+`options` are further arguments of `vllm.LLM`.
 
 The result has one entry per case: either `error`, or `tokens` (greedy, after the first `start` tokens of each prompt),
 `logprobs` (of each prompt's own tokens but the first), `cache` and `version`. All cases run in this one process.
@@ -50,6 +53,7 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
         max_model_len=max(longest, start + case["new_tokens"]) + 1,
         tensor_parallel_size=ranks,
         **options,
+        **case.get("options", {}),
     )
     try:
         greedy = SamplingParams(

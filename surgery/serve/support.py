@@ -72,14 +72,14 @@ def activation_refusal(config: Any) -> Refusal | None:
 def copies_of(plans: Sequence[LayerPlan]) -> dict[int, tuple[int, ...]]:
     """Per layer: which of the checkpoint's KV heads each of the engine's KV heads copies.
 
-    Groups of unequal size are repeated to equal ones. Layers keep counts of their own, but not where caches are shared
-    as well: vLLM 0.32 has no place for readers beside caches of several sizes (a KeyError at start), so that all get
-    the same count there.
+    Layers with latents have none. Groups of unequal size are repeated to equal ones. Layers keep counts of their own,
+    but not where caches are shared as well: vLLM 0.32 has no place for readers beside caches of several sizes (a
+    KeyError at start), so that all get the same count there.
     """
-    heads = [plan.project for plan in plans if isinstance(plan.project, Heads)]
-    together = any(plan.lenders for plan in plans)
-    copies = repeated_heads(heads)[1] if together else [repeated_heads([one])[1][0] for one in heads]
-    return dict(zip((plan.layer for plan in plans), copies, strict=True))
+    heads = {plan.layer: plan.project for plan in plans if isinstance(plan.project, Heads)}
+    if heads and any(plan.lenders for plan in plans):
+        return dict(zip(heads, repeated_heads(list(heads.values()))[1], strict=True))
+    return {layer: repeated_heads([one])[1][0] for layer, one in heads.items()}
 
 
 def cache_dtype(plans: Sequence[LayerPlan]) -> str:
@@ -144,12 +144,9 @@ def _plan_refusal(plan: LayerPlan, plans: Mapping[int, LayerPlan]) -> Refusal | 
             way_out="Use codec: fp8, or --to hub.",
         )
     if isinstance(plan.project, Latent):
-        if any(plan.layer in (other.layer, *other.lenders) and other.lenders for other in plans.values()):
-            return Refusal(reason=f"{where} shares its latents: none of its MLA backends does")
-        return Refusal(
-            reason=f"{where} caches a latent{' in fp8' if _is_fp8(plan) else ''}: it runs latents as DeepSeek-V3 only",
-            way_out="For mla, use --to native --norm calibrated --pad, and export that; for lowrank, use --to hub.",
-        )
+        refused = _latent_refusal(plan, plans)
+        if refused is not None:
+            return refused
     if plan.retain is not None:
         return Refusal(
             reason=f"{where} averages or evicts tokens: the lengths of its paged caches are those of the text"
@@ -167,6 +164,20 @@ def _plan_refusal(plan: LayerPlan, plans: Mapping[int, LayerPlan]) -> Refusal | 
             reason=f"{where} sees {plan.window or 'all'} tokens, layer {plan.owner}, whose cache it reads, keeps "
             f"{owner.window or 'all'}: it shares caches of one kind"
         )
+    return None
+
+
+def _latent_refusal(plan: LayerPlan, plans: Mapping[int, LayerPlan]) -> Refusal | None:
+    """Why the plugin's attention over latents does not run the layer."""
+    where = f"layer {plan.layer}"
+    heads = next((other for other in plans.values() if isinstance(other.project, Heads)), None)
+    for found, what in (
+        (_is_fp8(plan), "caches a latent in fp8"),
+        (plan.window is not None, f"caches latents of a window of {plan.window} tokens"),
+        (heads is not None, f"caches a latent, layer {heads.layer if heads else 0} heads"),
+    ):
+        if found:
+            return Refusal(reason=f"{where} {what}: it runs latents of all tokens, in all layers, in full")
     return None
 
 

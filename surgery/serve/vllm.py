@@ -23,7 +23,8 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, extract_layer_index
 from vllm.platforms import current_platform
 
-from ..runtime.layout import HeadNorm
+from ..runtime.layout import HeadNorm, Heads, Latent
+from .latent import SurgeryServedLatent
 from .support import check_cache_dtype, check_parallel, check_served, copies_of, served_layers
 
 
@@ -143,9 +144,29 @@ def _part(shape: tuple[int, ...], part: Iterable[int]) -> nn.Parameter:
     return parameter
 
 
+def served_attention(config: Any, prefix: str = "", **options: Any) -> nn.Module:
+    """The attention of one layer: of heads, or of latents."""
+    layers = {plan.layer: (site, plan, shapes) for site, plan, shapes in served_layers(config.surgery)}
+    site, plan, shapes = layers[extract_layer_index(prefix)]
+    if isinstance(plan.project, Latent):
+        return SurgeryServedLatent(config, site, plan, shapes, prefix)
+    return SurgeryServedAttention(config=config, prefix=prefix, **options)
+
+
 class SurgeryDecoderLayer(LlamaDecoderLayer):
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None) -> None:
-        super().__init__(vllm_config, prefix=prefix, config=config, attn_layer_type=SurgeryServedAttention)
+        super().__init__(vllm_config, prefix=prefix, config=config, attn_layer_type=served_attention)
+
+
+def _check_latents(vllm_config: VllmConfig) -> None:
+    """Refuse what the plain torch of `SurgeryServedLatent` does not do."""
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+        raise ValueError("latents are served by one rank: leave out tensor and pipeline parallelism")
+    if vllm_config.quant_config is not None:
+        raise ValueError("latents are served with weights that are not quantised")
+    if not current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
+        raise ValueError("latents are read in plain torch, which no CUDA graph records: add --enforce-eager")
 
 
 class SurgeryForCausalLM(LlamaForCausalLM):
@@ -159,6 +180,8 @@ class SurgeryForCausalLM(LlamaForCausalLM):
         plans = [plan for _, plan, _ in served_layers(config.surgery)]
         check_cache_dtype(plans, vllm_config.cache_config.cache_dtype, current_platform.is_cpu())
         parallel = vllm_config.parallel_config
+        if any(isinstance(plan.project, Latent) for plan in plans):
+            _check_latents(vllm_config)
         check_parallel(plans, config.num_attention_heads, parallel.tensor_parallel_size)
         if parallel.pipeline_parallel_size > 1 and any(plan.lenders for plan in plans):
             raise ValueError("layers share caches, and pipeline stages do not: use tensor parallelism instead")
@@ -166,7 +189,7 @@ class SurgeryForCausalLM(LlamaForCausalLM):
         self.surgery_plans = plans
         stacked: dict[str, Any] = {".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
         for plan in plans:
-            if plan.owner == plan.layer:
+            if plan.owner == plan.layer and isinstance(plan.project, Heads):
                 at = f"layers.{plan.layer}.self_attn"
                 stacked |= {f"{at}.{x}_proj.": (f"{at}.qkv_proj.", x) for x in "qkv"}
         self.model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_stacked=stacked)
@@ -177,7 +200,7 @@ class SurgeryForCausalLM(LlamaForCausalLM):
     def _with_copies(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """K and V heads as often as the engine has them."""
         copies = copies_of(self.surgery_plans)
-        kept = {plan.layer: plan.project.kv_heads for plan in self.surgery_plans}
+        kept = {plan.layer: plan.project.kv_heads for plan in self.surgery_plans if isinstance(plan.project, Heads)}
         for name, tensor in weights:
             if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
                 layer = extract_layer_index(name)
