@@ -5,7 +5,8 @@
 EXPORT is what `surgery export --to gguf` wrote, NATIVE the stock class that it was made from. The environment has
 xllamacpp (`pip install numpy xllamacpp`), whose server answers in process. After each of some prefixes of a text it
 is asked for the most likely next tokens; KL is over those and the rest as one, of transformers in float32 to llama.cpp,
-so that the row f32 says what is not the cache's. llama.cpp turns keys and values (Hadamard) before it quantises them.
+so that the row f16 says what is not the cache's (f32 is the same row: flash attention reads it as f16). llama.cpp turns
+keys and values (Hadamard) before it quantises them.
 """
 
 from __future__ import annotations
