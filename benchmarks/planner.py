@@ -40,7 +40,8 @@ from surgery.composing.costs import measure_costs
 from surgery.composing.donors import Donors
 from surgery.composing.sensitivity import Bench
 from surgery.composing.settings import Setting, settings_for
-from surgery.report.plots import composition_front, save_figure
+from surgery.report.figures import save_figure
+from surgery.report.plots import composition_front
 from surgery.rewriters import AXES
 
 SEED = 0

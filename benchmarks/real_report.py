@@ -17,7 +17,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from surgery.report.plots import COLOURS, DPI
+from surgery.report.figures import DPI
+from surgery.report.plots import COLOURS
 
 Rows = dict[str, dict[str, Any]]
 NARROW = ("95 %", "nats")

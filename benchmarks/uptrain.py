@@ -400,7 +400,8 @@ def plot(only: str | None) -> dict[str, Any]:
     """results/uptrain.png."""
     from matplotlib.figure import Figure
 
-    from surgery.report.plots import COLOURS, DPI
+    from surgery.report.figures import DPI
+    from surgery.report.plots import COLOURS
 
     cases = section("recover")
     figure = Figure(figsize=(10, 3.6 * -(-len(cases) // 2)), dpi=DPI, layout="constrained")

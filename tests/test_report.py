@@ -15,6 +15,7 @@ from rich.console import Console
 
 from surgery.console import render
 from surgery.errors import CheckpointError
+from surgery.measure.decode_bench import DecodeBench, Row
 from surgery.measure.memory import CacheSize
 from surgery.measure.recall import RecallCell
 from surgery.measure.speed import Rate, Speed
@@ -23,6 +24,7 @@ from surgery.report import plots
 from surgery.report.data import GateRatios, Measured, Report, quality_table, recall_table, serving_table
 from surgery.report.page import write_report
 from surgery.report.samples import differing, side_by_side
+from surgery.report.speed_plot import speed_over_context
 
 
 def rate(median):
@@ -362,3 +364,29 @@ def test_a_browser_shows_the_page_on_any_width_in_both_schemes_without_a_complai
             ("2", True),
         }
         assert tab.problems == []
+
+
+def test_speed_over_context_has_a_line_for_each_layout_and_batch(call, tmp_path):
+    def row(variant, batch, context, speed):
+        parent = variant == "identity"
+        return Row(
+            variant=variant, batch=batch, context=context, kv_bytes_per_token=8, weight_bytes=8, largest_batch=1,
+            tokens_per_s=speed, transformers_tokens_per_s=speed and 7.0, is_parent=parent,
+        )  # fmt: skip
+
+    cells = [("identity", 1, 512, 20.0), ("identity", 1, 4096, 9.0), ("mqa", 1, 4096, 15.0), ("mqa", 1, 512, None)]
+    cells += [(name, 8, context, speed and 8 * speed) for name, _, context, speed in cells]
+    found = DecodeBench(
+        shape="small", device="cpu", dtype="float32", compiled=True, bandwidth_gb_per_s=9.0,
+        rows=tuple(row(*cell) for cell in cells),
+    )  # fmt: skip
+    (axes,) = speed_over_context(found).axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert lines["identity, batch 1"] == ([512, 4096], [20.0, 9.0])
+    assert lines["mqa, batch 8"] == ([4096], [120.0])
+    assert lines["transformers, batch 1"] == ([512, 4096], [7.0, 7.0])
+    assert len(lines) == 6 and len({line.get_linestyle() for line in axes.lines}) == 2
+    code, _, error = call("bench", "decode", "--shape", "small", "--plot", tmp_path / "speed.gif")
+    assert code == 2 and "no format of images is known by that name. Use .png, .svg, .pdf" in " ".join(error.split())
+    code, _, error = call("bench", "decode", "--shape", "small", "--plot", tmp_path / "away" / "speed.png")
+    assert code == 2 and "there is no folder" in error

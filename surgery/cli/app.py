@@ -186,8 +186,10 @@ def _inspect_gates(folder: str, text: Path, samples: int, length: int | None, pl
     from ..calibration.text import read_windows, tokenizer_of
     from ..checkpoints.storage import load
     from ..measure.gates import read_gates
-    from ..report.plots import gate_map, save_figure
+    from ..report.figures import check_figure_file, save_figure
+    from ..report.plots import gate_map
 
+    check_figure_file(plot)
     model = load(folder)
     tokenizer = tokenizer_of(model.config)
     windows = read_windows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,7 @@ app = typer.Typer(
         "surgery bench decode ./smaller",
         "surgery bench decode --shape llama-3-8b -r identity -r mla-4x",
         "surgery bench decode --shape small --device cpu --dtype float32 --context 2048 --batch 1",
+        "surgery bench decode ./smaller -r identity -r mqa --context 512 --context 8192 --plot speed.png",
     ),
 )
 def bench_decode(
@@ -51,13 +53,19 @@ def bench_decode(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: a GPU where there is one.")] = None,
     eager: Annotated[bool, typer.Option("--eager", help="Without torch.compile.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Do not time transformers beside it.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Tokens per second over context, as an image (.png, .svg, .pdf)."),
+    ] = None,
 ) -> None:
     """Time compiled decode steps of cache layouts, beside transformers and the memory's speed.
 
     Weights are random. Without -r: identity (the shape's own layout), mqa, mla-4x and cla2; identity for a MODEL.
     """
     from ..measure.decode_bench import decode
+    from ..report.figures import check_figure_file
 
+    check_figure_file(plot)
     if variant:
         raise RecipeError(
             f"--variant {variant[0]}: layouts are given as recipes now. Use --recipe with a shipped name (identity, "
@@ -77,6 +85,11 @@ def bench_decode(
         transformers=not alone,
     )
     show(*result.tables())
+    if plot is not None:
+        from ..report.figures import save_figure
+        from ..report.speed_plot import speed_over_context
+
+        save_figure(speed_over_context(result), plot)
     write_json(result.to_dict())
 
 

@@ -76,6 +76,9 @@ def compose_command(
             "plan: give a recipe (-r gqa-2x), or a budget with --calibration text: what a form of the cache costs is "
             "measured on text."
         )
+    from ..report.figures import check_figure_file
+
+    check_figure_file(plot)
     open_libraries()
     from ..composing.compose import compose
     from ..recipe import parse_layers
@@ -93,7 +96,8 @@ def compose_command(
     )
     show(*found.tables())
     if plot is not None:
-        from ..report.plots import composition_front, save_figure
+        from ..report.figures import save_figure
+        from ..report.plots import composition_front
 
         save_figure(composition_front(found.to_dict()), plot)
     write_json(found.to_dict())

@@ -9,12 +9,11 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
 from ..measure.scoring import BUCKETS
 from ..measure.speed import Speed
+from .figures import DPI, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +28,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 BASELINE = "#333333"
 _GREY = "#999999"
-DPI = 150
 _WIDTH = 8.0  # inches
 
 
@@ -39,7 +37,7 @@ def pareto(reports: Sequence[Report]) -> Figure:
     Where there is a baseline, error bars are the 95 % interval of the difference to it, on the same text: the losses
     of two models rise and fall together from text to text, so intervals of each alone would say nothing about order.
     """
-    figure, axes = _figure(_WIDTH, 5.0)
+    figure, axes = new_figure(_WIDTH, 5.0)
     names: list[str] = []
     colours: list[str] = []
     xs: list[float] = []
@@ -103,7 +101,7 @@ def unbeaten(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
 
 def loss_by_position(reports: Sequence[Report]) -> Figure:
     """Change of the loss in each third of the window; reports without a baseline are left out."""
-    figure, axes = _figure(_WIDTH, 3.6)
+    figure, axes = new_figure(_WIDTH, 3.6)
     rows = [(i, r) for i, r in enumerate(reports) if r.difference is not None]
     for place, (i, report) in enumerate(rows):
         width = 0.8 / len(rows)
@@ -143,7 +141,7 @@ def recall_maps(models: Sequence[Measured]) -> Figure:
         panels = row.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
         for task, axes in zip(tasks, panels, strict=True):
             cells = {(c.length, c.depth): c for c in m.recall if c.task == task}
-            _style(axes)
+            style(axes)
             axes.grid(False)
             axes.set_xlim(-0.5, len(lengths) - 0.5)
             axes.set_ylim(len(depths) - 0.5, -0.5)
@@ -169,7 +167,7 @@ def sensitivities(changes: Mapping[str, Mapping[int, float]]) -> Figure:
     """Loss of a model of which one layer is converted, by layer: bars, or a line for each of several conversions."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(_WIDTH, 3.0 if len(changes) == 1 else 5.0)
+    figure, axes = new_figure(_WIDTH, 3.0 if len(changes) == 1 else 5.0)
     for i, (name, by) in enumerate(changes.items()):
         layers = sorted(by)
         values = [by[layer] for layer in layers]
@@ -196,7 +194,7 @@ def gate_map(gates: GateReport | GateRatios) -> Figure:
     """Tokens per slot of each layer and KV head; darker heads keep more tokens."""
     ratio = gates.ratio
     heads = max(len(row) for row in ratio.values())
-    figure, axes = _figure(max(4.0, 0.9 + 0.6 * heads), 1.2 + 0.32 * len(ratio))
+    figure, axes = new_figure(max(4.0, 0.9 + 0.6 * heads), 1.2 + 0.32 * len(ratio))
     axes.grid(False)
     axes.set_xlim(-0.5, heads - 0.5)
     axes.set_ylim(len(ratio) - 0.5, -0.5)
@@ -218,7 +216,7 @@ def composition_front(found: Mapping[str, Any]) -> Figure:
     Args:
         found: `Composition.to_dict()`.
     """
-    figure, axes = _figure(_WIDTH, 5.0)
+    figure, axes = new_figure(_WIDTH, 5.0)
     fronts = {"composition": found["front"]} | {f"{axis} alone": f for axis, f in found["single_fronts"].items()}
     xs: list[float] = []
     for i, (name, front) in enumerate(fronts.items()):
@@ -245,18 +243,6 @@ def composition_front(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure in the format that its name says.
-
-    Raises:
-        CheckpointError: no such format, or the file cannot be written.
-    """
-    try:
-        figure.savefig(file)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be written ({error}).") from None
-
-
 def decode_speed(reports: Sequence[Report]) -> Figure:
     """Decoded tokens per second with slowest and fastest repeat: each model beside the baseline of the same run."""
     bars: list[tuple[str, str, Speed, str]] = []
@@ -268,7 +254,7 @@ def decode_speed(reports: Sequence[Report]) -> Figure:
         bars.append((report.model.name, colour_of(i), mine, ratio))
         if base is not None and report.baseline is not None:
             bars.append((report.baseline.name, _GREY, base, ""))
-    figure, axes = _figure(_WIDTH, 1.0 + 0.42 * max(1, len(bars)))
+    figure, axes = new_figure(_WIDTH, 1.0 + 0.42 * max(1, len(bars)))
     # The baseline stands right below its model, with a gap to the next pair.
     places, place = [], 0.0
     for _, colour, _, _ in bars:
@@ -298,22 +284,6 @@ def decode_speed(reports: Sequence[Report]) -> Figure:
             ha="left",
         )
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes)
-    return figure, axes
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)
 
 
 def colour_of(index: int) -> str:
