@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModel
 from ..runtime.layout import AttentionSite
 from .outputs import answers
-from .tables import narrow_tables
+from .tables import TABLES, narrow_tables
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer beside the hidden states."""
@@ -209,7 +209,7 @@ def shell_of(parent: PreTrainedModel, names: Iterable[str], *, shares: bool = Fa
     left = set(names)
     memo: dict[int, Any] = {}
     for name, module in parent.named_modules() if shares else ():
-        if type(module) in (nn.Embedding, nn.Linear) and f"{name}.weight" not in left:
+        if type(module) in TABLES and f"{name}.weight" not in left:
             memo[id(module)] = module
     for name, parameter in parent.named_parameters(remove_duplicate=False):
         if id(parameter) in memo:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+TABLES = (nn.Embedding, nn.Linear)
+"""Of no other class, for those may read their weights in ways of their own."""
 TABLE_NUMBERS = 2**24
 """Numbers of a matrix for which it is worth it."""
 WIDENED = 2**21
@@ -21,8 +23,7 @@ WIDENED = 2**21
 def narrow_tables(model: nn.Module, but: Collection[nn.Module]) -> Callable[[], None]:
     """Keep large tables of embeddings, and large heads, in half precision where that holds their values exactly.
 
-    They give what they gave, in float32. Modules of other classes than torch's own are left alone, since those may
-    read their weights in other ways.
+    They give what they gave, in float32.
 
     Args:
         model: in float32; changed in place.
@@ -34,7 +35,7 @@ def narrow_tables(model: nn.Module, but: Collection[nn.Module]) -> Callable[[], 
     left, kept = {id(m) for m in but}, dict[int, nn.Parameter | None]()
     before: list[tuple[nn.Embedding | nn.Linear, Tensor]] = []
     for module in model.modules():
-        if type(module) not in (nn.Embedding, nn.Linear) or id(module) in left or "forward" in module.__dict__:
+        if type(module) not in TABLES or id(module) in left or "forward" in module.__dict__:
             continue
         assert isinstance(module, nn.Embedding | nn.Linear)
         weight = module.weight

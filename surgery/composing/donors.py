@@ -70,25 +70,23 @@ class Donors:
 
     def __init__(self, parent: PreTrainedModel, anatomy: Anatomy, windows: Windows, seed: int) -> None:
         self.parent, self.anatomy, self.windows, self.seed = parent, anatomy, windows, seed
-        self._base: tuple[Steps, AloneCopy | None, dict[int, nn.Module]] = (), None, {}
+        self._base: tuple[Steps, AloneCopy, dict[int, nn.Module]] | None = None
         """What was fitted last by all of its steps: one more step on top of it needs no second fit of those."""
 
     def of(self, setting: Setting) -> dict[int, nn.Module]:
         """By layer."""
-        steps, working, fitted = self._base
-        more = bool(steps) and setting.steps[:-1] == steps
-        if more and setting.last_needs_no_text:
-            return self._stored(fitted, setting)
+        base = self._base if self._base is not None and setting.steps[:-1] == self._base[0] else None
+        if base is not None and setting.last_needs_no_text:
+            return self._stored(base[2], setting)
         plan = make_plan(self.anatomy, setting.recipe())
-        if not more or working is None:
-            working = AloneCopy(self.parent, self.anatomy)
-        carry_out_steps(working, plan, self.windows, self.seed, done=len(steps) if more else 0)
+        working = AloneCopy(self.parent, self.anatomy) if base is None else base[1]
+        carry_out_steps(working, plan, self.windows, self.seed, done=0 if base is None else len(base[0]))
         settled = plan.settled(map(working.settle, plan.after))
         for site in self.anatomy.sites:  # also layers of which only the plan changes
             working.take_form(site.layer, working.form(site.layer))
         child = in_own_class(self.parent, settled, working, {}).eval()
         made = {site.layer: child.get_submodule(site.module) for site in self.anatomy.sites}
-        if not more:
+        if base is None and setting.steps:
             self._base = setting.steps, working, made
         return made
 

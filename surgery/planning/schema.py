@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from ..errors import RecipeError
@@ -99,3 +99,13 @@ def plain(value: Any) -> Any:
             if f.name in ("rewriter", "name") or getattr(value, f.name) != f.default
         }
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def check_name(where: str, what: str, name: str, known: Collection[str]) -> None:
+    """Refuse a name that no registry has.
+
+    Raises:
+        RecipeError: with the nearest name, and all that are known.
+    """
+    if name not in known:
+        raise RecipeError(f"{where}: no {what} {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")

@@ -11,7 +11,7 @@ from ..calibration.text import Windows
 from ..calibration.working_copy import WorkingCopy
 from ..console import spans
 from ..errors import PlanError, RecipeError
-from ..planning.schema import nearest
+from ..planning.schema import check_name
 from ..recipe import Text
 from ..runtime.budgets import BUDGETS, OverLayers
 from ..runtime.layout import Evict, LayerPlan, Ranked
@@ -110,9 +110,7 @@ class EvictStep(WindowStep):
     def validate(self, where: str) -> None:
         super().validate(where)
         known = [*SCORERS, *RANKERS]
-        if self.scorer not in known:
-            near = nearest(self.scorer, known)
-            raise RecipeError(f"{where}.scorer: no scorer {self.scorer!r}.{near} Known: {', '.join(known)}.")
+        check_name(f"{where}.scorer", "scorer", self.scorer, known)
         reads: tuple[str, ...] = ("window", "windows")
         if self.ranks:
             reads = (*_OF_RANKS, *RANKERS[self.scorer].reads)
@@ -124,12 +122,10 @@ class EvictStep(WindowStep):
                     f"{where}.{name}: the score {self.scorer} does not read it. It reads ratio, sinks, page, "
                     f"{', '.join(reads)}."
                 )
-        if self.budget is not None and self.budget not in BUDGETS:
-            near = nearest(self.budget, BUDGETS)
-            raise RecipeError(f"{where}.budget: no budget {self.budget!r}.{near} Known: {', '.join(BUDGETS)}.")
-        if self.merge is not None and self.merge not in MERGES:
-            near = nearest(self.merge, MERGES)
-            raise RecipeError(f"{where}.merge: no merging {self.merge!r}.{near} Known: {', '.join(MERGES)}.")
+        if self.budget is not None:
+            check_name(f"{where}.budget", "budget", self.budget, BUDGETS)
+        if self.merge is not None:
+            check_name(f"{where}.merge", "merging", self.merge, MERGES)
         self._validate_pairs(where)
         self._validate_heads(where)
         self._validate_distance(where)
@@ -188,9 +184,7 @@ class EvictStep(WindowStep):
             if self.read_ratio is not None:
                 raise RecipeError(f"{where}.read_ratio: nothing reads less. Add read: {' or '.join(READERS)}.")
             return
-        if self.read not in READERS:
-            near = nearest(self.read, READERS)
-            raise RecipeError(f"{where}.read: no reading {self.read!r}.{near} Known: {', '.join(READERS)}.")
+        check_name(f"{where}.read", "reading", self.read, READERS)
         if self.read_ratio is not None and not 1 <= self.read_ratio < float("inf"):
             raise RecipeError(f"{where}.read_ratio: {self.read_ratio:g} must be at least 1: slots there per slot read.")
         if self.positions == "capped" or (self.merge is not None and MERGES[self.merge].counts):

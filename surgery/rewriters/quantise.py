@@ -11,7 +11,7 @@ from ..calibration.text import Windows
 from ..calibration.working_copy import WorkingCopy
 from ..console import spans
 from ..errors import PlanError, RecipeError
-from ..planning.schema import nearest
+from ..planning.schema import check_name
 from ..recipe import Step, Text
 from ..runtime.codecs import CODECS
 from ..runtime.layout import Codec, Latent, LayerPlan
@@ -61,9 +61,7 @@ class QuantiseStep(Step):
 
     def validate(self, where: str) -> None:
         super().validate(where)
-        if self.codec not in CODECS:
-            near = nearest(self.codec, CODECS)
-            raise RecipeError(f"{where}.codec: no codec {self.codec!r}.{near} Known: {', '.join(CODECS)}.")
+        check_name(f"{where}.codec", "codec", self.codec, CODECS)
         kind = CODECS[self.codec]
         known = f"{kind.bits[0]:g} to {kind.bits[-1]:g}" if kind.any_bits else ", ".join(f"{b:g}" for b in kind.bits)
         for name in ("k_bits", "v_bits"):

@@ -171,14 +171,15 @@ def _latent_refusal(plan: LayerPlan, plans: Mapping[int, LayerPlan]) -> Refusal 
     """Why the plugin's attention over latents does not run the layer."""
     where = f"layer {plan.layer}"
     heads = next((other for other in plans.values() if isinstance(other.project, Heads)), None)
-    for found, what in (
-        (_is_fp8(plan), "caches a latent in fp8"),
-        (plan.window is not None, f"caches latents of a window of {plan.window} tokens"),
-        (heads is not None, f"caches a latent, layer {heads.layer if heads else 0} heads"),
-    ):
-        if found:
-            return Refusal(reason=f"{where} {what}: it runs latents of all tokens, in all layers, in full")
-    return None
+    if _is_fp8(plan):
+        what = "caches a latent in fp8"
+    elif plan.window is not None:
+        what = f"caches latents of a window of {plan.window} tokens"
+    elif heads is not None:
+        what = f"caches a latent, layer {heads.layer} heads"
+    else:
+        return None
+    return Refusal(reason=f"{where} {what}: it runs latents of all tokens, in all layers, in full")
 
 
 def _site_refusal(site: AttentionSite, layer: int) -> Refusal | None:
