@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -38,6 +39,12 @@ def sites_of(name: str) -> tuple[AttentionSite, ...]:
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest) -> tuple[str, hf.PreTrainedModel, Anatomy]:
     return request.param, *examined(request.param)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    """Every test reads for itself."""
+    monkeypatch.setattr("surgery.anatomy.known._KNOWN", OrderedDict())
 
 
 def record(model: hf.PreTrainedModel, site: AttentionSite) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,9 +193,9 @@ ALTERNATING = [
 
 @pytest.mark.parametrize("name", [*ALTERNATING, "llama", "phi3_longrope", "stablelm_qk_norm", "olmo2", "mixtral"])
 def test_leaving_out_equal_layers_changes_nothing(monkeypatch, name):
-    _, full = examined(name)
-    monkeypatch.setattr("surgery.anatomy.equal_layers.LEAST", 2)
-    short = examine(FAMILIES[name]())
+    _, short = examined(name)
+    monkeypatch.setattr("surgery.anatomy.capture._find_alike", lambda *_: {})
+    full = examine(FAMILIES[name]())
     assert (short.sites, short.other_layers, short.num_layers) == (full.sites, full.other_layers, full.num_layers)
 
 
@@ -216,6 +223,41 @@ def test_deep_model_is_captured_once_per_kind_of_layer_and_read_layer_by_layer()
     assert [s.kv_heads for s in sites] == [1 if i == 5 else 2 for i in range(12)]
     assert [s.scale for s in sites] == [0.5 if i == 7 else 0.25 for i in range(12)]
     assert [s.q.weight for s in sites] == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(12)]
+
+
+def test_a_model_is_read_once_while_class_config_buffers_and_code_are_the_same(monkeypatch):
+    llama = hf.models.llama.modeling_llama
+    read = []
+    monkeypatch.setattr("surgery.anatomy.reader.capture", lambda source: read.append(source) or capture(source))
+
+    def reads(source) -> int:
+        read.clear()
+        examine(source)
+        return len(read)
+
+    model = tiny_model("llama")
+    first = examine(model)
+    first.irreplaceable[0] = "a caller's own"
+    copied = copy.deepcopy(model)
+    assert reads(copied) == 0
+    second = examine(copied)
+    assert second.irreplaceable == {}
+    assert second.sites == first.sites
+    assert second.config is copied.config
+    copied.model.rotary_emb.inv_freq *= 2
+    assert reads(copied) == 1
+    assert examine(copied).sites != first.sites
+    config = FAMILIES["llama"]()
+    assert reads(config) == 1
+    assert reads(config) == 0
+    rotate = llama.apply_rotary_pos_emb
+    monkeypatch.setattr(llama, "apply_rotary_pos_emb", lambda *args, **kwargs: rotate(*args, **kwargs))
+    assert reads(config) == 1
+    config.rms_norm_eps = 3e-4
+    assert reads(config) == 1
+    model.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 32, bias=False)
+    with pytest.raises(UnsupportedModel, match="q_proj"):
+        examine(model)
 
 
 def test_norm_eps_is_read_to_the_digit():

@@ -18,9 +18,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LEAST = 8
-"""Fewer layers than this are all captured: the extra run would cost more than it saves."""
-
 
 @dataclasses.dataclass
 class _Record:
@@ -84,11 +81,11 @@ def find_alike(
 
     Returns:
         By name of a repeating layer: the name of the first of its kind, and what makes the layer's answer out of its
-        hidden states. Empty where layers are few, or are not called once each in the ordinary way.
+        hidden states. Empty where there is one layer, or they are not called once each in the ordinary way.
     """
     layers: dict[str, nn.Module] = {}
     for name, module in twin.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= LEAST and not name.startswith(tuple(layers)):
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not name.startswith(tuple(layers)):
             layers |= {f"{name}.{i}": layer for i, layer in enumerate(module)}
     if not layers:
         return {}
@@ -164,10 +161,11 @@ def _form(layer: nn.Module) -> str:
 def _known(layer: str, table: Mapping[str, Any]) -> str:
     """The part of `table` that lies inside a layer."""
     inside = layer + "."
-    return str([(n.removeprefix(inside), _digest(x)) for n, x in table.items() if n.startswith(inside)])
+    return str([(n.removeprefix(inside), digest(x)) for n, x in table.items() if n.startswith(inside)])
 
 
-def _digest(x: Any) -> Any:
+def digest(x: Any) -> Any:
+    """What is equal for tensors of equal shape, dtype and bytes; anything else as it is."""
     if not isinstance(x, Tensor):
         return x
     data = x.detach().cpu().contiguous()

@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.adapters import base_folder
@@ -22,7 +22,9 @@ from ..runtime.layout import AttentionSite, Projection
 from ..torch_state import plain_torch
 from .cache_step import prove_cache_step
 from .capture import capture
+from .equal_layers import digest
 from .graph import Graph, shape, subpaths
+from .known import key_of, recall, remember
 from .model import Anatomy, OtherLayer
 from .output_gate import read_gate
 from .positions import max_positions
@@ -68,6 +70,19 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     config = target.config if isinstance(target, PreTrainedModel) else target
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type}: it is an encoder-decoder; only decoders can be read.")
+    key = key_of(target)
+    anatomy = recall(key)
+    if anatomy is None:
+        anatomy = _read(target, config)
+        remember(key, anatomy)
+    dtype = target.dtype if isinstance(target, PreTrainedModel) else getattr(config, "dtype", None) or torch.float32
+    return dataclasses.replace(
+        anatomy, dtype=str(dtype).removeprefix("torch."), config=config, irreplaceable=dict(anatomy.irreplaceable)
+    )
+
+
+def _read(target: PreTrainedModel | PretrainedConfig, config: PretrainedConfig) -> Anatomy:
+    """Read and prove the description of a model, whose weights may have any dtype."""
     graph = capture(target)
     if isinstance(target, PreTrainedModel):
         _check_twin(graph.twin, target)
@@ -80,8 +95,6 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     sites = _read_sites(graph, found)
     prove_cache_step(target, sites)
     num_layers, others = _other_layers(graph, sites)
-    text = config.get_text_config()
-    dtype = target.dtype if isinstance(target, PreTrainedModel) else getattr(config, "dtype", None) or torch.float32
     return Anatomy(
         architecture=type(graph.twin).__name__,
         model_type=config.model_type,
@@ -89,9 +102,9 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
         sites=sites,
         other_layers=others,
         parameters=sum(p.numel() for p in graph.twin.parameters()),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="",
         max_positions=max_positions(config),
-        vocab_size=int(text.vocab_size),
+        vocab_size=int(config.get_text_config().vocab_size),
         config=config,
         kind=type(graph.twin),
         irreplaceable=irreplaceable(graph, sites, target),
@@ -185,7 +198,7 @@ def _fingerprint(graph: Graph, found: Found, paths: Paths) -> tuple[Any, list[fx
             lines.append(("parameter", shape(node), subpaths(source.name).rest))
         elif source is not None:
             value = graph.values.get(node)
-            lines.append((source.kind, source.name if value is None else _digest(value)))
+            lines.append((source.kind, source.name if value is None else digest(value)))
         else:
             arguments: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: ("node", number[n]))
             if node is found.out and found.call is not None:
@@ -194,11 +207,6 @@ def _fingerprint(graph: Graph, found: Found, paths: Paths) -> tuple[Any, list[fx
     call = found.call and dataclasses.astuple(dataclasses.replace(found.call, module=None))  # type: ignore[arg-type]
     roles = tuple(number[n] for n in (*ends, *extra))
     return (str(lines), str(call), roles), parameters
-
-
-def _digest(value: Tensor) -> Any:
-    data = value.detach().cpu().contiguous()
-    return tuple(data.shape), hash(data.view(torch.uint8).numpy().tobytes()) if data.ndim else data.item()
 
 
 def _rename(site: AttentionSite, names: Mapping[str, str]) -> AttentionSite:
