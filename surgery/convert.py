@@ -91,6 +91,14 @@ def convert(
 
     Raises:
         RecipeError, PlanError, UnsupportedModel, CheckpointError: before any work is done.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> parent = surgery.load(SMALL)
+        >>> child = surgery.convert(parent, "gqa-2x")
+        >>> type(child).__name__, parent.config.num_key_value_heads, child.config.num_key_value_heads
+        ('LlamaForCausalLM', 8, 4)
     """
     recipe, stream_dtype = Recipe.load(recipe), _stream_dtype(streams)
     parent, told = _parent(model_or_path, merge_adapter)
@@ -197,6 +205,14 @@ def convert_checkpoint(
 
     Raises:
         RecipeError, PlanError, UnsupportedModel, CheckpointError: `out` then does not exist, or is as it was.
+
+    Examples:
+        >>> import surgery, tempfile
+        >>> from surgery.bundled import SMALL
+        >>> out = tempfile.mkdtemp() + "/child"
+        >>> plan = surgery.convert_checkpoint(SMALL, "gqa-2x", out)
+        >>> surgery.load(out).config.num_key_value_heads
+        4
     """
     recipe, stream_dtype = Recipe.load(recipe), _stream_dtype(streams)
     check_output(out, overwrite)

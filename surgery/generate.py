@@ -27,6 +27,12 @@ def generate(
         CheckpointError: the model or its tokenizer cannot be loaded, or the prompt is empty or has tokens that the
         model does not know.
         UnsupportedModel: the model predicts no tokens.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> surgery.generate(SMALL, "Once upon a time", tokens=5).startswith("Once upon a time")
+        True
     """
     model = model if isinstance(model, nn.Module) else load(model)
     check_speaks(model, "generate")

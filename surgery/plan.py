@@ -30,6 +30,15 @@ class Plan:
     """The cache of every attention layer before and after, and what the result is.
 
     `print(plan)` is the table that a user decides from.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> plan = surgery.plan(SMALL, "gqa-2x")
+        >>> plan.parent_bytes_per_token, plan.bytes_per_token, plan.native
+        (6144, 3072, True)
+        >>> plan.cache_bytes(tokens=1000)
+        3072000
     """
 
     recipe: Recipe
@@ -128,6 +137,17 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
 
     Raises:
         RecipeError, UnsupportedModel, PlanError: before any work is done.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> print(surgery.plan(SMALL, "kv-int8"))
+        kv-int8 on LlamaForCausalLM, 3.74M parameters, bfloat16
+        <BLANKLINE>
+         layers   attention                  KV heads   window   bytes/token   saved
+         ───────────────────────────────────────────────────────────────────────────
+         0-5      8 q heads x 32   8 → 8, int8 8 bits      all   1,024 → 544     47%
+        ...
     """
     recipe = Recipe.load(recipe)
     anatomy = model_or_path if isinstance(model_or_path, Anatomy) else examine(model_or_path)

@@ -57,6 +57,16 @@ def cache(
 
     Raises:
         RecipeError, PlanError, UnsupportedModel: before anything is made.
+
+    Examples:
+        >>> import surgery, torch
+        >>> from surgery.bundled import SMALL
+        >>> model = surgery.load(SMALL)
+        >>> prompt_BT = torch.arange(100)[None] + 3
+        >>> tokens_BT = model.generate(prompt_BT, past_key_values=surgery.cache(model, "int4"), max_new_tokens=4,
+        ...                            min_new_tokens=4, do_sample=False)
+        >>> tuple(tokens_BT.shape)
+        (1, 104)
     """
     if isinstance(model, SurgeryMixin):
         raise PlanError(
@@ -116,6 +126,13 @@ def quantise_cache(model: PreTrainedModel, codec: str = "int4", **options: Any) 
     """A model that holds its cache as packed codes, without calibration; the given one stays as it is.
 
     It is what `convert` makes of the step `quantise`, to be saved and exported. Arguments and errors as of `cache`.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> packed = surgery.quantise_cache(surgery.load(SMALL), "int4")
+        >>> type(packed).__name__
+        'SurgeryLlamaForCausalLM'
     """
     return convert(model, _recipe(codec, options))
 
@@ -132,6 +149,13 @@ def retrieval_heads(model: PreTrainedModel, part: float = 0.15, *, seed: int = 0
 
     Raises:
         RecipeError: `part` is not above 0 and at most 1. PlanError, UnsupportedModel: as `cache`.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> heads = surgery.retrieval_heads(surgery.load(SMALL), part=0.25)
+        >>> sum(map(len, heads.values()))  # of 6 layers of 8 heads
+        12
     """
     step = {"rewriter": "evict", "scorer": "streaming", "budget": "razor", "ratio": 1, "part": part}
     planned = plan(model, {"steps": [step]})

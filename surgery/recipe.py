@@ -76,7 +76,16 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Steps in order, and the training that follows. Build one with `Recipe.load`."""
+    """Steps in order, and the training that follows. Build one with `Recipe.load`.
+
+    Examples:
+        >>> import surgery
+        >>> recipe = surgery.Recipe.load("mla-4x")
+        >>> [step.rewriter for step in recipe.steps]
+        ['mla']
+        >>> surgery.Recipe.load({"steps": [{"rewriter": "gqa", "kv_heads": "1/2"}]}).to_dict()
+        {'name': 'recipe', 'steps': [{'rewriter': 'gqa', 'kv_heads': '1/2'}]}
+    """
 
     steps: tuple[Step, ...]
     name: str = "recipe"

@@ -24,7 +24,18 @@ class OtherLayer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """What `examine` found in a decoder."""
+    """What `examine` found in a decoder.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> anatomy = surgery.examine(SMALL)
+        >>> site = anatomy.sites[0]
+        >>> anatomy.num_layers, site.heads, site.kv_heads, site.head_dim
+        (6, 8, 8, 32)
+        >>> site.k.weight
+        'model.layers.0.self_attn.k_proj.weight'
+    """
 
     architecture: str
     model_type: str

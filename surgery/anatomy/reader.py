@@ -54,6 +54,13 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     Raises:
         UnsupportedModel: the decoder has no softmax attention, or one that cannot be described, or was changed
             (quantised, adapted); the message names the module and what was found there.
+
+    Examples:
+        >>> import surgery
+        >>> from transformers import Qwen3Config
+        >>> anatomy = surgery.examine(Qwen3Config(num_hidden_layers=2))
+        >>> anatomy.architecture, anatomy.sites[0].rotary is not None, anatomy.sites[0].q_norm is not None
+        ('Qwen3ForCausalLM', True, True)
     """
     target: PreTrainedModel | PretrainedConfig
     if isinstance(source, str | FilePath):

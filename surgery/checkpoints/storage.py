@@ -37,6 +37,12 @@ def load(model: str | Path, *, merge_adapter: bool = False, **kwargs: Any) -> Pr
     Raises:
         CheckpointError: a shard or a tensor is missing or damaged, a weight is NaN or of an unknown dtype or shape; an
             adapter lies there and was not asked for. UnsupportedModel: the adapter cannot be merged.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> surgery.load(SMALL).dtype
+        torch.bfloat16
     """
     return load_parent(model, merge_adapter, **kwargs)[0]
 
@@ -101,6 +107,14 @@ def save(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None, o
 
     Raises:
         CheckpointError: the folder cannot be written, or is not empty.
+
+    Examples:
+        >>> import surgery, tempfile
+        >>> from surgery.bundled import SMALL
+        >>> folder = tempfile.mkdtemp() + "/child"
+        >>> surgery.save(surgery.convert(SMALL, "kv-int8"), folder)
+        >>> type(surgery.load(folder)).__name__
+        'SurgeryLlamaForCausalLM'
     """
     _write(model, folder, tokenizer, overwrite, lambda target: model.save_pretrained(target, state_dict=_plain(model)))
 

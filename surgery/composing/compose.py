@@ -79,6 +79,14 @@ def compose(
     Raises:
         PlanError: the budget is below what any composition reaches or above the parent's, or nothing satisfies the
             constraints; before anything is measured.
+
+    Examples:
+        >>> import surgery, torch
+        >>> from surgery.bundled import SMALL
+        >>> text_BT = torch.randint(3, 2000, (24, 64), generator=torch.Generator().manual_seed(0))
+        >>> found = surgery.compose(SMALL, ratio=3, calibration=text_BT, axes=["store"], with_race=False)
+        >>> found.plan.bytes_per_token <= found.plan.parent_bytes_per_token / 2
+        True
     """
     if calibration is None:
         raise PlanError("compose: needs calibration text: what a setting costs is measured on it.")

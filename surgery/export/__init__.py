@@ -52,6 +52,15 @@ def export(
     Raises:
         PlanError: no such target or option, or the target cannot say the model; names the part.
         CheckpointError: `out` cannot be written, or the result answers otherwise than the source.
+
+    Examples:
+        >>> import surgery, tempfile
+        >>> from surgery.bundled import SMALL
+        >>> from transformers import AutoModelForCausalLM
+        >>> child, out = surgery.convert(SMALL, "kv-int8"), tempfile.mkdtemp() + "/child"
+        >>> report = surgery.export(child, out, to="hub")
+        >>> type(AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)).__name__
+        'SurgeryLlamaForCausalLM'
     """
     target = target_for(to, **options)
     card = CardOptions.of(results, base_model, license)

@@ -71,6 +71,16 @@ def evaluate(
     Raises:
         CheckpointError: text or tokenizer unusable, or the baseline reads other tokens. RecipeError: unknown path,
         task or size. UnsupportedModel: no cache to decode through, or a model that predicts no tokens.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> parent = surgery.load(SMALL)
+        >>> child = surgery.convert(parent, "gqa-2x")
+        >>> text = ["Once upon a time there was a girl, and her name was Lily. She had a dog. " * 20]
+        >>> report = surgery.evaluate(child, baseline=parent, text=text, length=64, samples=2)
+        >>> report.baseline.cache.bytes / report.model.cache.bytes
+        2.0
     """
     if path not in PATHS:
         raise RecipeError(f"path: {path!r} is not known. Use one of {', '.join(PATHS)}.")

@@ -83,7 +83,15 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A model, and its baseline on the same text. `print(report)` is the table."""
+    """A model, and its baseline on the same text. `print(report)` is the table.
+
+    Examples:
+        >>> import surgery
+        >>> from surgery.bundled import SMALL
+        >>> report = surgery.evaluate(surgery.load(SMALL), text=["Once upon a time there was a girl. " * 40], length=64)
+        >>> round(report.model.quality["decode"].nats_per_token.value, 1) < 7
+        True
+    """
 
     model: Measured
     baseline: Measured | None
