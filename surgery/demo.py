@@ -17,12 +17,11 @@ from .checkpoints.storage import load
 from .composing.compose import compose
 from .console import progress, stdout
 from .convert import convert
-from .generate import generate
 from .measure.evaluate import evaluate
 from .plan import plan
 from .recipe import Recipe
 from .report.data import Report, quality_table, recall_table, serving_table
-from .report.page import check_report_folder, write_report
+from .report.page import check_report_folder, continued, write_report
 
 OURS = {"gain_fit": False}  # half the time, and of little use after the refits
 PLAIN = {"grouping": "neighbour", "refit_queries": False, "refit_output": False, "gain_fit": False}
@@ -87,7 +86,6 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
 
     console.rule("[bold]conversions[/bold], without any training", align="left")
     reports: list[Report] = []
-    samples = [("parent", p, _continued(parent, tokenizer, p)) for p in PROMPTS]
     for row in effort.rows:
         started = time.monotonic()
         recipe = Recipe.load(row.recipe, [f"{key}={str(value).lower()}" for key, value in row.options.items()])
@@ -103,12 +101,12 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
                 recall_lengths=(128, 384),
                 questions=effort.questions,
                 speed=not fast,
+                prompts=PROMPTS,
                 names=(row.name, "parent"),
             )
         )
         seconds = time.monotonic() - converted
         console.print(f"{row.name}: converted in {converted - started:.0f} s, evaluated in {seconds:.0f} s")
-        samples += [(row.name, p, _continued(child, tokenizer, p)) for p in PROMPTS]
     halved = "half the KV heads in one layer alone, pooled without refits"
     sensitivities = None if fast else {halved: layer_sensitivity(parent, calibration, held_out.take(8))}
 
@@ -120,7 +118,7 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
         )
         found = compose(parent, ratio=4, calibration=calibration, context=LENGTH, axes=("project", "store"))
         console.print(*found.tables(), sep="\n")
-    for name, prompt, text in samples:
+    for name, prompt, text in continued(reports):
         if prompt is PROMPTS[0]:
             console.print(f"[bold]{name}[/bold]  {prompt}[italic]{text}[/italic]", soft_wrap=False)
     page = write_report(
@@ -128,7 +126,6 @@ def run(out: Path, *, fast: bool = False, overwrite: bool = False) -> list[Repor
         out,
         title="surgery demo",
         sensitivities=sensitivities,
-        samples=samples,
         overwrite=overwrite,
     )
     console.print(
@@ -167,7 +164,3 @@ def topic_windows(tokenizer: Any, vocab_size: int, calibration: int, held_out: i
         for part, samples in zip(parts, (calibration, held_out), strict=True)
     )
     return first, second
-
-
-def _continued(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str:
-    return generate(model, prompt, tokens=24, tokenizer=tokenizer).removeprefix(prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .calibration.outputs import check_speaks
 from .calibration.text import check_known_ids, encode, special_tokens, tokenizer_of
@@ -42,17 +42,26 @@ def generate(
             f"{model.config.name_or_path}: no tokenizer beside the model. Put its files there "
             "(tokenizer.json, tokenizer_config.json), or pass tokenizer=... in Python."
         )
-    start, _ = special_tokens(tokenizer, [prompt])
-    plain = encode(tokenizer, prompt, special=False)
-    # What a tokenizer puts after a text would end it here.
-    tokens_of_prompt = [*start, *plain] if plain else encode(tokenizer, prompt)
-    ids = torch.tensor([tokens_of_prompt], dtype=torch.long, device=model.device)
-    if ids.shape[1] == 0:
-        raise CheckpointError("prompt: holds no token. Give some text to continue.")
-    check_known_ids(ids, model.config.get_text_config(decoder=True).vocab_size, "prompt", tokenizer)
+    ids = prompt_ids_1T(model.config, prompt, tokenizer).to(model.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     mask = torch.ones_like(ids)
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def prompt_ids_1T(config: Any, prompt: str, tokenizer: Any) -> Tensor:
+    """The tokens of a text to continue, [1, T].
+
+    Raises:
+        CheckpointError: it has none, or some that the model does not know.
+    """
+    start, _ = special_tokens(tokenizer, [prompt])
+    plain = encode(tokenizer, prompt, special=False)
+    # What a tokenizer puts after a text would end it here.
+    ids_1T = torch.tensor([[*start, *plain] if plain else encode(tokenizer, prompt)], dtype=torch.long)
+    if ids_1T.shape[1] == 0:
+        raise CheckpointError("prompt: holds no token. Give some text to continue.")
+    check_known_ids(ids_1T, config.get_text_config(decoder=True).vocab_size, "prompt", tokenizer)
+    return ids_1T

@@ -144,8 +144,11 @@ def test_a_broken_cache_is_seen_by_the_decode_path_and_by_recall_but_not_by_pref
 def test_two_runs_with_one_seed_give_the_same_json(small, prose):
     def once():
         recall = {"recall_tasks": ("passkey",), "recall_lengths": (128,), "questions": 2}
-        report = evaluate(small, baseline=small, text=prose, samples=4, seed=3, **recall)
+        report = evaluate(small, baseline=small, text=prose, samples=4, seed=3, prompts=["Once upon"], **recall)
         assert report.model.recall
+        (said,) = report.model.continued.values()
+        assert said and surgery.generate(small, "Once upon", tokens=40) == "Once upon" + said
+        assert report.baseline.continued == report.model.continued and said.split()[0] in str(report)
         return json.dumps(report.to_dict())
 
     assert once() == once()
@@ -228,6 +231,8 @@ def test_a_baseline_that_reads_other_tokens_is_refused(small, tmp_path):
         ({"path": "prefil"}, RecipeError, "Use one of prefill, decode, both"),
         ({"recall_tasks": ("pass",)}, RecipeError, "Known: associative"),
         ({"recall_tasks": ("passkey",)}, CheckpointError, "need a tokenizer"),
+        ({"prompts": ["a"]}, CheckpointError, "need a tokenizer"),
+        ({"prompts": [""], "tokenizer": load_tokenizer(SMALL)}, CheckpointError, "prompt: holds no token"),
         ({"memory": "much"}, RecipeError, "Write it as 80GiB"),
         ({"text": ["a b c"], "tokenizer": load_tokenizer(SMALL)}, CheckpointError, "shorter than one sequence"),
     ],

@@ -47,10 +47,10 @@ LEVELS = [
     ),
     METHODS,
     ("plan", "checkpoints.provenance", "checkpoints.storage", "checkpoints.unfinished"),
-    ("convert", "assembly", "checkpoints.streaming", "checkpoints.child_files"),
+    ("convert", "assembly", "generate", "checkpoints.streaming", "checkpoints.child_files"),
     ("measure", "report"),
     ("quick_evict",),
-    ("generate", "quick_cache", "composing"),
+    ("quick_cache", "composing"),
     ("__main__", "cli", "calibrate", "demo", "real_demo", "export", "serve", "train", "benchmarks"),
 ]
 """A lower line never imports a higher one. The longest name that fits counts; `rewriters` is the registry alone."""

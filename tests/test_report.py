@@ -190,6 +190,17 @@ def test_models_of_one_name_are_told_apart(tmp_path):
     assert "| gqa-2x (2) | parent (2) |\n" in cards  # the header of lm-eval's table
 
 
+def test_what_models_continue_prompts_with_goes_from_results_to_the_page(tmp_path):
+    def saying(report, text):
+        heard = {m: dataclasses.replace(getattr(report, m), continued={"The box": t}) for m, t in text.items()}
+        return Report.from_dict(json.loads(json.dumps(dataclasses.replace(report, **heard).to_dict())))
+
+    two = saying(made_up(), {"model": " is green.", "baseline": " is red."})
+    four = saying(made_up("gqa-4x"), {"model": " was blue.", "baseline": " is red."})
+    page = write_report([two, four], tmp_path / "out").with_name("report.md").read_text()
+    assert [page.count(text) for text in ("red.", "green.", "blue.")] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -72,6 +72,10 @@ def evaluate(
             metavar="NAMES", help="Tasks of lm-eval or surgery_cloze, with commas between; needs kv-surgery[eval]."
         ),
     ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="Let the models continue it; may be given several times."),
+    ] = None,
     seed: Seed = 0,
     merge_adapter: MergeAdapter = False,
     markdown: Annotated[
@@ -100,6 +104,7 @@ def evaluate(
         memory=memory,
         context=context,
         lm_eval_tasks=tasks.split(",") if tasks else (),
+        prompts=prompts or (),
         seed=seed,
         names=(_name_of(model), "" if baseline is None else _name_of(baseline)),
     )

@@ -13,6 +13,7 @@ from ..calibration.outputs import check_speaks
 from ..calibration.text import Windows, read_texts, read_windows, tokenizer_of
 from ..checkpoints.provenance import versions
 from ..errors import CheckpointError, RecipeError
+from ..generate import generate, prompt_ids_1T
 from ..report.data import GateRatios, Measured, Report
 from .gates import gated, read_gates
 from .lm_eval import CLOZE, check_known, check_prompts, run_tasks
@@ -23,6 +24,8 @@ from .speed import measure_speed
 from .statistics import difference, quality
 
 PATHS: dict[str, tuple[Path, ...]] = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
+CONTINUED = 40
+"""Tokens by which prompts are continued."""
 
 
 def evaluate(
@@ -41,6 +44,7 @@ def evaluate(
     lm_eval_tasks: Sequence[str] = (),
     memory: int | str = "80GiB",
     context: int | None = None,
+    prompts: Sequence[str] = (),
     seed: int = 0,
     names: tuple[str, str] | None = None,
 ) -> Report:
@@ -61,6 +65,7 @@ def evaluate(
         lm_eval_tasks: names that lm-eval knows, run on the models in memory; needs the extra `eval`. `surgery_cloze`
             asks about `text`.
         memory, context: for the largest batch of sequences of `context` tokens (default: the model's) in `memory`.
+        prompts: texts that each model continues by `CONTINUED` tokens, for `Measured.continued`.
         seed: of questions and bootstrap.
         names: of model and baseline, for the tables.
 
@@ -93,13 +98,15 @@ def evaluate(
         if m is not None:
             check_speaks(m, "evaluate")
     config = model.config
-    if tokenizer is None and (tasks or lm_eval_tasks or not isinstance(text, (Tensor, Windows))):
+    if tokenizer is None and (tasks or lm_eval_tasks or prompts or not isinstance(text, (Tensor, Windows))):
         tokenizer = tokenizer_of(config)
-    if (tasks or lm_eval_tasks) and tokenizer is None:
+    if (tasks or lm_eval_tasks or prompts) and tokenizer is None:
         raise CheckpointError(
-            "tasks: need a tokenizer. None lies beside the model: put its files there (tokenizer.json, "
+            "tasks and prompts: need a tokenizer. None lies beside the model: put its files there (tokenizer.json, "
             "tokenizer_config.json), or pass tokenizer=... in Python."
         )
+    for prompt in prompts:
+        prompt_ids_1T(config, prompt, tokenizer)  # refused before the work
     if lm_eval_tasks:
         check_prompts(tokenizer)
     if baseline is not None:
@@ -135,6 +142,9 @@ def evaluate(
             recall=() if asked is None else answer_questions(m, asked),
             speed=rates[i],
             gates=_gates(m, windows),
+            continued={
+                p: generate(m, p, tokens=CONTINUED, tokenizer=tokenizer).removeprefix(p) for p in dict.fromkeys(prompts)
+            },
         )
 
     report = Report(

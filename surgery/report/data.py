@@ -54,6 +54,8 @@ class Measured:
     recall: tuple[RecallCell, ...] = ()
     speed: Speed | None = None
     gates: GateRatios | None = None
+    continued: dict[str, str] = field(default_factory=dict)
+    """By prompt: what the model goes on with, the likeliest token each time."""
 
     @property
     def path(self) -> str:
@@ -176,6 +178,9 @@ class Report:
         parts.append(serving_table([self]))
         if self.tasks:
             parts.append(tasks_table(self.tasks))
+        for prompt in self.model.continued:
+            parts.append(Text(prompt, "bold"))
+            parts += [Text.assemble((m.name, "italic"), " ", m.continued[prompt]) for m in self.measured]
         return [*parts, *(Text(line) for line in self.notes())]
 
     def notes(self) -> list[str]:

@@ -45,7 +45,7 @@ def write_report(
 
     Args:
         sensitivities: by conversion in words, layer -> nats per token that converting that layer alone costs.
-        samples: (model, prompt, what the model continued it with).
+        samples: (model, prompt, what the model continued it with), beside those that the reports hold.
         overwrite: replace an older report in `out`; a folder that holds other things is never replaced.
 
     Returns:
@@ -57,7 +57,8 @@ def write_report(
     out = Path(out)
     check_comparable(reports)
     check_report_folder(out, overwrite)
-    blocks = _page(told_apart(reports), sensitivities or {}, sampled.side_by_side(samples))
+    named = told_apart(reports)
+    blocks = _page(named, sensitivities or {}, sampled.side_by_side([*samples, *continued(named)]))
     with new_folder(out, overwrite) as folder:
         (folder / "plots").mkdir()
         for block in blocks:
@@ -123,6 +124,12 @@ def _same(a: Measured, b: Measured) -> bool:
 
 def _fingerprint(m: Measured) -> str:
     return f"{m.name}: {count(m.parameters)} parameters, {m.nats_per_token:.4f} nats/token"
+
+
+def continued(reports: Sequence[Report]) -> list[tuple[str, str, str]]:
+    """(model, prompt, continuation) of all models, the baseline first and once."""
+    found = {(m.name, prompt): text for r in reports for m in r.measured for prompt, text in m.continued.items()}
+    return [(name, prompt, text) for (name, prompt), text in found.items()]
 
 
 def told_apart(reports: Sequence[Report]) -> list[Report]:
