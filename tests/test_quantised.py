@@ -519,6 +519,19 @@ def test_attention_by_blocks_is_that_over_the_decoded_cache(case, codec, monkeyp
     assert relative_error(found[0], found[1]) < 2e-3  # a code may fall on the other side of its edge by rounding
 
 
+@pytest.mark.parametrize("stream", [0, 1])
+def test_a_table_of_bytes_decodes_as_products_of_bits_do(stream, monkeypatch):
+    model = converted("metric", k_bits=5)
+    _, cache = decoded(model, IDS, 20)
+    for layer in cache.layers:  # one table is kept, and another layer's must not be taken for it
+        held = layer.streams[stream]
+        found = []
+        for least in (1, 10**9):
+            monkeypatch.setattr("surgery.runtime.calibrated_forms.FROM_TABLE", least)
+            found.append(held.form.decode(held.parts, held.width))
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_what_was_made_in_inference_mode_serves_calls_with_gradients():
     model = converted("int4")
     for cached in (hadamard, gaussian_codebook):
