@@ -350,6 +350,17 @@ def test_windows_by_layer_are_longer_where_old_tokens_matter_and_cost_as_much_to
     torch.testing.assert_close(child(ids).logits, parent(ids).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("window", "said"), [(32, True), (40, True), (24, False)])
+def test_windows_by_layer_never_shrink_for_want_of_long_text(home: Path, caplog, window, said) -> None:
+    """Text of 32 tokens tells nothing of older ones; what layers do not ask for on it is shared out all the same."""
+    step = {**DMS, "window": window, "windows": "sensitivity"}
+    child = surgery.convert(surgery.load(home / "parent"), recipe(step), calibration=tokens(8, 32), seed=0)
+    windows = [module.retain.window for module in gated(child).values()]
+    assert sum(windows) in (2 * window, 2 * window - 1)
+    assert ("Give a `length` of" in caplog.text) is said
+    assert windows == [window] * 2 or not said
+
+
 def test_windows_by_layer_need_text_and_layers_with_caches_of_their_own(home: Path) -> None:
     parent = surgery.load(home / "parent")
     with pytest.raises(PlanError, match="calibration text"):

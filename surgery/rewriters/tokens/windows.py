@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from ...runtime.layout import Evict, LayerPlan, Retain
 from ...runtime.modeling import from_parent
 from ..common.allocation import PARTS, share_out
 
+_log = logging.getLogger(__name__)
 MEASURED = 16
 """Windows of text on which the cost of a layer's window is measured."""
 
@@ -22,18 +24,30 @@ MEASURED = 16
 def windows_by_layer(copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows) -> dict[int, int]:
     """The window of each layer: together as many tokens as the plans', more of them in layers that miss them most.
 
-    Layers trade with those whose tokens are as large as their own.
+    Layers trade with those whose tokens are as large as their own. Where windows of text have no more tokens than the
+    plans' windows, nothing can be told of older ones: windows stay as they are, and the log says so.
     """
     text = windows.take(MEASURED)
     alike: dict[int, dict[int, int]] = defaultdict(dict)
     for plan in plans:
         assert plan.retain is not None and plan.retain.window is not None
         alike[plan.project.dims][plan.layer] = plan.retain.window
-    given: dict[int, int] = {}
+    given = {layer: window for uniform in alike.values() for layer, window in uniform.items()}
+    tokens, shortest = text.ids_BT.shape[1], min(given.values())
+    if tokens <= shortest:
+        _log.warning(
+            "windows: sensitivity: each layer keeps a window of its own share, %d tokens, for the calibration text is "
+            "read in windows of %d, in which no token is older. Give a `length` of %d or more, and long documents.",
+            shortest, tokens, 2 * shortest,
+        )  # fmt: skip
+        return given
     with progress("measuring windows", len(plans) * len(PARTS)) as advance:
         cost = window_costs(copy, plans, text, advance)
         for uniform in alike.values():
-            given |= share_out(cost, uniform, dict.fromkeys(uniform, text.ids_BT.shape[1]))
+            shared = share_out(cost, uniform, dict.fromkeys(uniform, tokens))
+            # What no layer asks for on this text goes to all: longer contexts have tokens that were never missed here.
+            more = (sum(uniform.values()) - sum(shared.values())) // len(shared)
+            given |= {layer: window + more for layer, window in shared.items()}
     return given
 
 
