@@ -95,6 +95,26 @@ def real_models(*families: str) -> str:
     return table(heads, (_real_cells(name, row) for name, row in order))
 
 
+def shipped_recipes() -> str:
+    """Every shipped recipe on SmolLM2-135M, or why it has no row."""
+    found = {row["recipe"]: row for row in at("real_models", "rows").values() if isinstance(row["recipe"], str)}
+    heads = ["recipe", "cache", "KL", "95 % interval", "1 - TVD", "nats/token", "questions answered"]
+
+    def cells(name: str) -> list[str]:
+        row = found.get(name, {})
+        if "text" in row:
+            return _real_cells(f"`{name}`", row)
+        if name in at("real_models", "needs_training"):
+            why = "answers as the parent until its gates are trained"
+        elif "refused" in row:
+            why = f"not for this model: {row['refused']['reason']}"
+        else:
+            why = "not measured yet"
+        return [f"`{name}`", why, *[""] * (len(heads) - 2)]
+
+    return table(heads, (cells(path.stem) for path in sorted((ROOT / "recipes").glob("*.yaml"))))
+
+
 def evict_ranks(name: str = "evict_quality") -> str:
     """SmolLM2-135M with the eviction by rank; `name` is the file of results."""
 
@@ -363,8 +383,9 @@ def formula(source: str, language: str, css: str, options: Any, md: Any, **_: An
 
 
 TABLES: tuple[Callable[..., str], ...] = (
-    real_models, evict_ranks, codecs, codec_speed, pooled_heads, latents, shared_layers, retained, recalled,
-    decoding_with_less, uptrained, recovered, composed, cpu_decode, conversion_cost, releases, kvpress_overlap,
+    real_models, shipped_recipes, evict_ranks, codecs, codec_speed, pooled_heads, latents, shared_layers, retained,
+    recalled, decoding_with_less, uptrained, recovered, composed, cpu_decode, conversion_cost, releases,
+    kvpress_overlap,
 )  # fmt: skip
 
 
