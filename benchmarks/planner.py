@@ -36,9 +36,9 @@ from surgery.calibration.text import Windows, read_windows
 from surgery.checkpoints.storage import load_parent
 from surgery.composing.choosing import Chooser
 from surgery.composing.compose import parts_of
-from surgery.composing.costs import measure_costs
+from surgery.composing.costs import measure_costs, to_measure
 from surgery.composing.donors import Donors
-from surgery.composing.sensitivity import Bench
+from surgery.composing.sensitivity import Bench, measure_by
 from surgery.composing.settings import Setting, settings_for
 from surgery.report.figures import save_figure
 from surgery.report.plots import composition_front
@@ -122,13 +122,9 @@ class Subject:
         wide, anatomy, fit, bench = self.opened()
         settings = self.chosen(settings_for(anatomy, self.context))
         donors = Donors(wide, anatomy, fit, SEED)
-        made = {s.label: donors.of(s) for s in settings[1:]}
         layers = sorted(bench.names)[:4]
-
-        def measure(setting: Setting) -> dict[int, float]:
-            return {layer: bench.kl({layer: made[setting.label][layer]}) for layer in layers}
-
-        costs = measure_costs(settings, measure, len(layers), None, "exhaustive")
+        made = {s.label: {layer: donors.of(s)[layer] for layer in layers} for s in settings[1:]}
+        costs = measure_costs(settings, measure_by(bench, lambda s: made[s.label]), len(layers), None, "exhaustive")
         found: dict[tuple[int, ...], tuple[int, float]] = {}
         for places in itertools.product(range(1, len(settings)), repeat=len(layers)):
             chosen = {layer: made[settings[p].label][layer] for layer, p in zip(layers, places, strict=True)}
@@ -147,22 +143,23 @@ class Subject:
         return {"compositions": len(found), "budgets": rows, "over_best": max(r["over_best"] for r in rows)}
 
     def prediction(self) -> dict[str, Any]:
-        """Random compositions of all single settings that were measured."""
+        """Random compositions of all that is measured for a plan: by KL, or by errors and the KL of another setting."""
         wide, anatomy, fit, bench = self.opened()
-        settings = self.chosen(settings_for(anatomy, self.context))
+        settings = settings_for(anatomy, self.context)
         donors = Donors(wide, anatomy, fit, SEED)
-        made = {s.label: donors.of(s) for s in settings[1:]}
+        made = {s.label: donors.of(s) for s in to_measure(settings)}
         layers = sorted(bench.names)
-        alone = {s.label: {layer: bench.kl({layer: made[s.label][layer]}) for layer in layers} for s in settings[1:]}
+        costs = measure_costs(settings, measure_by(bench, lambda s: made[s.label]), len(layers), None, "prediction")
+        known = to_measure(settings)
         draw = random.Random(SEED)
         pairs = []
         for number in range(DRAWN):
             # Between hardly anything and everything is changed, so that costs differ by orders of magnitude.
             part = (number + 1) / DRAWN
-            chosen = {layer: draw.choice(settings[1:]).label for layer in layers if draw.random() < part}
+            chosen = {layer: draw.choice(known) for layer in layers if draw.random() < part}
             if chosen:
-                predicted = sum(alone[label][layer] for layer, label in chosen.items())
-                pairs.append((predicted, bench.kl({layer: made[label][layer] for layer, label in chosen.items()})))
+                predicted = sum(costs.of(setting, layer) for layer, setting in chosen.items())
+                pairs.append((predicted, bench.kl({layer: made[s.label][layer] for layer, s in chosen.items()})))
         return {"compositions": len(pairs), "rank_correlation": _spearman(pairs), "pairs": pairs}
 
     def chosen(self, settings: list[Setting]) -> list[Setting]:

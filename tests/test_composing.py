@@ -14,9 +14,9 @@ from surgery import PlanError, RecipeError
 from surgery.calibration.text import Windows
 from surgery.composing.allocation import allocate
 from surgery.composing.budget import budget_of
-from surgery.composing.costs import Costs, key_of, to_measure
+from surgery.composing.costs import Costs, key_of, measure_costs, to_measure
 from surgery.composing.donors import Donors
-from surgery.composing.sensitivity import Bench
+from surgery.composing.sensitivity import Bench, measure_by
 from surgery.composing.settings import settings_for
 from surgery.measure.scoring import cache_argument, cache_of
 
@@ -129,7 +129,7 @@ def test_a_format_of_latents_costs_what_it_adds_to_a_latent_of_that_method(by_la
     costs = Costs({key_of(by_label[name].steps): {0: cost} for name, cost in measured.items()})
     assert costs.of(by_label["mla keep 0.25 + int8"], 0) == pytest.approx(0.25)
     wanted = [s.label for s in to_measure(list(by_label.values()))]
-    assert wanted.index("mla keep 0.5") < wanted.index("mla keep 0.5 + int8")
+    assert wanted.index("mla keep 0.125") < wanted.index("mla keep 0.5") < wanted.index("mla keep 0.5 + int8")
     assert "mla keep 0.25 + int8" not in wanted
 
 
@@ -146,6 +146,50 @@ def test_a_layer_alone_is_fitted_and_measured_as_a_conversion_of_that_layer(pare
         assert bench.kl({layer: alone[layer]}) == pytest.approx(wanted, rel=1e-3, abs=1e-7)
     bench.skips = False
     assert bench.kl({1: alone[1]}) == pytest.approx(wanted, rel=1e-3, abs=1e-7)
+
+
+def test_an_error_is_that_of_the_layer_after_a_conversion_of_it(parent, anatomy, by_label):
+    setting = by_label["lowrank keep 0.5"]
+    fit, judged = as_windows(text(8)), as_windows(text(2, seed=1))
+    bench = Bench(parent, anatomy, judged)
+    alone = Donors(parent, anatomy, fit, seed=0).of(setting)
+    for layer in (0, 1):
+        child = surgery.convert(parent, setting.recipe(str(layer)), calibration=fit, seed=0).eval()
+        was, now = (_given_by(model, layer, judged.ids_BT) for model in (parent, child))
+        wanted = (now - was)[:, bench.prefill :].square().mean()
+        assert bench.error(layer, alone[layer]) == pytest.approx(float(wanted), rel=1e-3)
+    assert bench.error(1, bench.own[1]) == 0
+    bench.skips = False
+    assert bench.error(1, alone[1]) is None
+
+
+@torch.inference_mode()
+def _given_by(model, layer, ids):
+    given = []
+    handle = model.model.layers[layer].register_forward_hook(lambda _, args, out: given.append(out))
+    model(ids)
+    handle.remove()
+    return given[0][0] if isinstance(given[0], tuple) else given[0]
+
+
+def test_one_setting_of_a_method_is_measured_by_kl_and_the_others_by_their_errors(parent, anatomy, by_label):
+    fit, judged = as_windows(text(8)), as_windows(text(2, seed=1))
+    bench, asked = Bench(parent, anatomy, judged), []
+    real = bench.kl
+    bench.kl = lambda attentions: asked.append(1) or real(attentions)
+    donors = Donors(parent, anatomy, fit, 0)
+    settings = [by_label[name] for name in ("as it is", "mla keep 0.5", "mla keep 0.25", "mla keep 0.5 + int8")]
+    costs = measure_costs(settings, measure_by(bench, donors.of), 3, None, "here")
+    assert len(asked) == 3  # layers
+    for setting in settings[1:]:
+        for layer, module in donors.of(setting).items():
+            assert 0.3 < costs.of(setting, layer) / real({layer: module}) < 3
+    smallest = by_label["mla keep 0.25"]
+    assert costs.of(smallest, 1) == real({1: donors.of(smallest)[1]})
+    broken = donors.of(settings[1])
+    with torch.no_grad():
+        broken[1].o_proj.weight.fill_(float("nan"))
+    assert measure_by(bench, lambda _: broken)(settings[1], {0: 1.0, 1: 1.0, 2: 1.0})[1][0] == float("inf")
 
 
 @pytest.mark.parametrize("label", ["lowrank keep 0.5 + int8", "lowrank keep 0.5 + metric 2 bits"])

@@ -11,7 +11,7 @@ from typing import Any
 from ..anatomy import examine
 from ..calibration.text import Windows, read_windows, tokenizer_of
 from ..checkpoints.storage import load_parent
-from ..console import progress, spans
+from ..console import spans
 from ..errors import PlanError
 from ..plan import plan as make_plan
 from ..rewriters import AXES
@@ -22,8 +22,8 @@ from .composition import Composition, recipe_of
 from .costs import measure_costs
 from .donors import Donors
 from .race import race
-from .sensitivity import Bench
-from .settings import Setting, constraint, settings_for
+from .sensitivity import Bench, measure_by
+from .settings import constraint, settings_for
 
 LENGTH = 4096
 """Tokens per window of text at most, where nobody says: that of the budget's context, if it is shorter."""
@@ -116,16 +116,9 @@ def compose(
     bench = Bench(wide, anatomy, judged)
     donors = Donors(wide, anatomy, fit.take(max(4, ALONE // windows.ids_BT.shape[1])), seed)
 
-    def measure(setting: Setting) -> dict[int, float]:
-        modules, found = donors.of(setting), {}
-        with progress(f"{setting.label}, layers measured", len(modules), shown=False) as advance:  # in the log alone
-            for layer, module in modules.items():
-                found[layer] = bench.kl({layer: module})
-                advance(1)
-        return found
-
     told = [anatomy.to_dict(), windows.digest, list(windows.ids_BT.shape), limit.context, seed]
-    costs = measure_costs(settings, measure, len(layers), None if kept is None else Path(kept), told)
+    file = None if kept is None else Path(kept)
+    costs = measure_costs(settings, measure_by(bench, donors.of), len(layers), file, told)
     chooser = Chooser([s for s in settings if costs.knows(s)], costs, layers, frozenset(keep_layers))
     choice = chooser.best_uniform(limit.bytes) if native_only or engine else chooser.best(limit.bytes)
     if choice is None:

@@ -8,7 +8,7 @@ Layers before the first one that is changed give what they give in the parent, w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
 from typing import Any
@@ -20,10 +20,13 @@ from transformers.cache_utils import DynamicLayer
 
 from ..anatomy import Anatomy
 from ..calibration.text import Windows
+from ..console import progress
 from ..errors import UnsupportedModel
 from ..measure.scoring import divergence, last_logits
 from ..runtime.attention import SurgeryAttention
 from ..runtime.calling import cache_argument, cache_of
+from .costs import Felt, Measure
+from .settings import Setting
 
 SCORED = 4
 """The last of so many parts of a window are the tokens that are compared."""
@@ -76,8 +79,30 @@ class Bench:
         kl = float(divergence(self.wanted, log_q)[0][self.windows.mask_BT[:, self.prefill :]].mean())
         return max(kl, 0.0) if isfinite(kl) else inf  # rounding may fall below 0
 
-    def _logits(self) -> Tensor:
-        """[B, T - prefill, vocabulary]"""
+    @torch.inference_mode()
+    def error(self, layer: int, attention: nn.Module) -> float | None:
+        """Mean squared error of what the decoder layer gives with this attention, on the tokens that are compared.
+
+        No other layer runs but the first one. None where layers cannot be left out.
+        """
+        if not self.skips:
+            return None
+        place, given = self.place[layer], {}
+        forward = self.stack[place].forward
+
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            given[self.call] = found = forward(*args, **kwargs)
+            return found
+
+        others = {p: self._as_in_parent(p) for p in range(1, len(self.stack)) if p != place}
+        with self._exchanged({layer: attention}), self._replaced({**others, place: kept}):
+            self._logits(few=True)
+        a, b = (_hidden(x) for x in (given[1], self.given[1][place]))
+        there = self.windows.mask_BT[:, self.prefill :].to(a.device)
+        return float((a - b).float().square().mean(-1)[there].mean())
+
+    def _logits(self, few: bool = False) -> Tensor:
+        """[B, T - prefill, vocabulary]; of `few` the last ones alone."""
         ids = self.windows.ids_BT.to(self.model.device)
         self.call, self.is_same = 0, False
         out = self.model(input_ids=ids[:, : self.prefill], use_cache=True, **last_logits(self.model))
@@ -90,7 +115,10 @@ class Bench:
             # Whoever goes on with such a layer puts new tensors in it: those of the parent stay.
             cache.layers[place] = copy.copy(self.cached[place])
         self.call = 1
-        out = self.model(input_ids=ids[:, self.prefill :], use_cache=True, **{cache_argument(self.model): cache})
+        last = last_logits(self.model) if few else {}
+        out = self.model(
+            input_ids=ids[:, self.prefill :], use_cache=True, **{cache_argument(self.model): cache}, **last
+        )
         logits: Tensor = out.logits
         return logits.cpu()
 
@@ -135,9 +163,6 @@ class Bench:
         given, layers = self.given, self.stack
         forwards = {place: layers[place].forward for place in range(len(layers))}
 
-        def before(place: int) -> Any:
-            return lambda *args, **kwargs: given[self.call][place]
-
         def alone(*args: Any, **kwargs: Any) -> Any:
             found = forwards[first](*args, **kwargs)
             self.is_same = self.call == 0 and _close(found, given[0][first])
@@ -151,19 +176,31 @@ class Bench:
 
             return forward
 
-        replaced: dict[int, Any] = {place: before(place) for place in range(1, first)}
+        replaced: dict[int, Any] = {place: self._as_in_parent(place) for place in range(1, first)}
         if len(changed) == 1:
             replaced[first] = alone
             replaced |= {place: after(place) for place in range(max(1, first + 1), len(layers))}
-        for place, forward in replaced.items():
-            layers[place].forward = forward
         self.spared = ()
+        try:
+            with self._replaced(replaced):
+                yield
+        finally:
+            self.spared = ()
+
+    def _as_in_parent(self, place: int) -> Callable[..., Any]:
+        """A forward that gives what the decoder layer gave in the parent."""
+        return lambda *args, **kwargs: self.given[self.call][place]
+
+    @contextmanager
+    def _replaced(self, forwards: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+        """Inside, decoder layers have these forwards, by place."""
+        for place, forward in forwards.items():
+            self.stack[place].forward = forward
         try:
             yield
         finally:
-            for place in replaced:
-                del layers[place].forward
-            self.spared = ()
+            for place in forwards:
+                del self.stack[place].forward
 
     @contextmanager
     def _exchanged(self, attentions: Mapping[int, nn.Module]) -> Iterator[None]:
@@ -183,6 +220,34 @@ class Bench:
         setattr(self.model.get_submodule(owner), name, attention)
 
 
+def measure_by(bench: Bench, make: Callable[[Setting], Mapping[int, nn.Module]]) -> Measure:
+    """What `measure_costs` asks of a model: attentions are made once for each setting, and exchanged one by one.
+
+    Args:
+        make: the attentions of a setting, by layer.
+    """
+
+    def measure(setting: Setting, gains: Mapping[int, float]) -> dict[int, Felt]:
+        modules, found = make(setting), dict[int, Felt]()
+        with progress(f"{setting.label}, layers measured", len(modules), shown=False) as advance:  # in the log alone
+            for layer, module in modules.items():
+                error = bench.error(layer, module)
+                if error is not None and isfinite(error) and layer in gains:
+                    found[layer] = gains[layer] * error, error
+                else:
+                    found[layer] = bench.kl({layer: module}), error
+                advance(1)
+        return found
+
+    return measure
+
+
+def _hidden(given: Any) -> Tensor:
+    """The hidden states of what a decoder layer gives."""
+    found: Tensor = given[0] if isinstance(given, tuple) else given
+    return found
+
+
 def _close(found: Any, wanted: Any) -> bool:
-    a, b = (x[0] if isinstance(x, tuple) else x for x in (found, wanted))
+    a, b = _hidden(found), _hidden(wanted)
     return bool((a - b).abs().amax() <= SAME * b.abs().amax())
