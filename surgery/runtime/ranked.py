@@ -173,13 +173,12 @@ class Ranked(Retain):
             ValueError: slots leave while tokens are decoded.
         """
         if not self.has_static:
-            why = (
-                "prompts are read twice, and no static cache has room for that"
-                if self.waits_for_prompts
-                else "slots leave while tokens are decoded, which no step of a static cache does"
-            )
-            if self.waits_for_prompts and self.read is not None:
+            if not self.waits_for_prompts:
+                why = "slots leave while tokens are decoded, which no step of a static cache does"
+            elif self.read is not None:
                 why = "a step of a static cache does not ask which slots to read"
+            else:
+                why = "prompts are read twice, and no static cache has room for that"
             raise ValueError(f"{self.label()}: {why}. Use a dynamic cache (cache_implementation='dynamic').")
         if self.slots is not None:
             return replace(self, slots=None).static_pages(tokens, heads, ratio)
