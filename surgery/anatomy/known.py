@@ -34,22 +34,22 @@ def key_of(source: PreTrainedModel | PretrainedConfig) -> Hashable | None:
     try:
         twin = make_twin(source, "eager")
         values = buffer_values(twin, model)
-        fields = config.to_dict()
+        fields = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+        written = json.dumps(fields, sort_keys=True, default=repr)
     except Exception:  # whatever a stranger's modelling code may raise
         return None
-    fields.pop("_name_or_path", None)
     modules = [*twin.modules(), *(() if model is None else model.modules())]
     kinds = dict.fromkeys(type(module) for module in modules)
     names = tuple(
         (file, name, value)
         for file in dict.fromkeys(kind.__module__ for kind in kinds)
-        for name, value in vars(sys.modules[file]).items()
+        for name, value in getattr(sys.modules.get(file), "__dict__", {}).items()
         if callable(value) and type(value).__hash__ is not None
     )
     return (
         type(twin),
         type(config),
-        json.dumps(fields, sort_keys=True, default=repr),
+        written,
         tuple((name, digest(values[name]) if name in values else None) for name, _ in twin.named_buffers()),
         tuple((kind, kind.forward) for kind in kinds),
         names,
