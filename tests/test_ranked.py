@@ -819,6 +819,14 @@ def test_heads_that_keep_everything_do_and_the_plan_counts_them(scorer: str, bud
         surgery.plan(anatomy("llama", **FOUR), {"steps": [step | {"whole": {3: [0]}, "layers": "0-1"}]})
 
 
+def test_each_step_gives_its_layers_its_own_options() -> None:
+    steps = [STEP | {"layers": "0-1"}, STEP | {"layers": "2-3", "ratio": 2, "pool": 3, "merge": "d2o"}]
+    first, _, second, _ = (layer.retain for layer in surgery.plan(anatomy("llama", **FOUR), {"steps": steps}).after)
+    assert isinstance(first, Ranked) and isinstance(second, Ranked)
+    assert (first.ratio, first.pool, first.merge) == (4, 5, None)
+    assert (second.ratio, second.pool, second.merge) == (2, 3, "d2o")
+
+
 @torch.no_grad()
 def test_separators_stay_and_are_found_in_the_tokenizer(tmp_path: Path) -> None:
     """Ids come from the recipe, or from the tokenizer, and stand in the config; stock models do alike."""

@@ -316,8 +316,9 @@ class Evicting(GatedMethod):
                     f"{context} that always stay. Use a smaller part, ratio or recent."
                 )
         planned = plan_retained(step, ranked, anatomy, layers, where, leave_windows=step.layers is None)
-        ranked = next(layer.retain for layer in planned if isinstance(layer.retain, Ranked))
         changed = {new.owner for old, new in zip(layers, planned, strict=True) if new.retain != old.retain}
+        mine = [layer.retain for layer in planned if layer.layer in changed and isinstance(layer.retain, Ranked)]
+        ranked = mine[0] if mine else ranked
         heads = {layer.layer: layer.decisions for layer in planned if layer.layer in changed}
         whole = self._whole(heads, where)
         # Layers whose heads keep everything stay as they are.
