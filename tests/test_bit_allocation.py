@@ -97,3 +97,14 @@ def test_what_cannot_be_shared_out_is_refused_before_work():
     ]:
         with pytest.raises(surgery.SurgeryError, match=message):
             surgery.plan(parent, {"steps": [before, step | {"bits_per_number": 8}]})
+
+
+@pytest.mark.parametrize("codec", ["int4", "metric"])
+@pytest.mark.parametrize(("tokens", "said"), [(20, True), (30, False)])
+def test_bits_stay_equal_where_text_is_too_short_for_codes_to_be_read(codec, tokens, said, caplog):
+    """The first 2 and the newest 10 tokens are not packed, and the first 8 between them only when 20 have come."""
+    options = SHARED | {"codec": codec, "bits_per_number": 7.0, "recent": 10}
+    model = surgery.convert(tiny_model("llama"), {"steps": [options]}, calibration=TEXT[:, :tokens])
+    bits = {b for plan in model.plans for b in (plan.store.k_bits, plan.store.v_bits)}
+    assert (len(bits) == 1) == ("get equal bits" in caplog.text) == said
+    assert mean_bits(model) > 4.5

@@ -8,6 +8,7 @@ measured, all other streams in full. From there the error of the codes says what
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,7 @@ from ...runtime.layout import Codec, LayerPlan
 from ..common.allocation import choose
 from .samples import Fitted, tables_of, uniform_error
 
+_log = logging.getLogger(__name__)
 TOKENS = 1024
 """Tokens of text on which the cost of a stream is measured."""
 Stream = tuple[int, str]
@@ -98,12 +100,16 @@ def bits_by_layer(
 ) -> dict[int, tuple[float, float]]:
     """Bits of the keys and of the values of each layer: together at most `budget` per number, all that is packed.
 
+    Where no token of the text sees a packed one, nothing can be told of codes: bits stay equal, and the log says so.
+
     Args:
         plans: of layers with heads, whose stores have the bits of an equal division.
         directions: of each layer, where the codec is calibrated.
     """
     text = windows.split()[1]
     text = text.take(max(1, TOKENS // text.ids_BT.shape[1]))
+    if (unseen := _equal_where_unseen(plans, text)) is not None:
+        return unseen
     lines: dict[Stream, list[tuple[int, float]]] = {}
     bits_at: dict[tuple[Stream, int], float] = {}
     allowed = 0.0
@@ -128,6 +134,22 @@ def bits_by_layer(
     copy.forget_model()
     got = {stream: bits_at[stream, size] for stream, size in choose(lines, int(allowed)).items()}
     return {plan.layer: (got[plan.layer, "k"], got[plan.layer, "v"]) for plan in plans}
+
+
+def _equal_where_unseen(plans: Sequence[LayerPlan], text: Windows) -> dict[int, tuple[float, float]] | None:
+    """The plans' own bits where all tokens of the text come before the first group is packed; else None."""
+    stores = [plan.store for plan in plans if isinstance(plan.store, Codec)]
+    # Those of a group are packed when the next group begins.
+    before, tokens = max(s.sinks + s.recent + s.group for s in stores), int(text.mask_BT.sum(1).max())
+    if tokens > before:
+        return None
+    _log.warning(
+        "bits: sensitivity: keys and values of all layers get equal bits, for the text that costs are measured on is "
+        "read in windows of %d tokens at most, and the first codes are read behind %d. Give a `length` of %d or more, "
+        "and long documents.",
+        tokens, before, 2 * before,
+    )  # fmt: skip
+    return {p.layer: (s.k_bits, s.k_bits if s.v_bits is None else s.v_bits) for p, s in zip(plans, stores, strict=True)}
 
 
 def choices(codec: str, width: int) -> list[float]:
