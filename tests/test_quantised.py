@@ -462,6 +462,14 @@ def test_codecs_that_read_text_say_so_and_refuse_what_they_cannot_hold():
         surgery.convert(parent, {"steps": [step]}, calibration=TEXT[:1, :16])
 
 
+def test_bits_of_values_are_refused_where_all_layers_cache_latents():
+    mla, codes = {"rewriter": "mla", "rank": 24, "rope_dims": 8}, SMALL | {"codec": "int4", "v_bits": 2}
+    with pytest.raises(surgery.PlanError, match=r"steps\[1\].v_bits: the selected layers cache latents"):
+        surgery.plan(tiny_model("llama"), {"steps": [mla, codes]})
+    mixed = surgery.plan(tiny_model("llama"), {"steps": [mla | {"layers": "1"}, codes]})
+    assert [layer.store.v_bits for layer in mixed.after] == [2, None]
+
+
 def test_tables_travel_with_the_checkpoint_and_through_halves(tmp_path):
     model = converted("metric")
     surgery.save(model, tmp_path / "child")

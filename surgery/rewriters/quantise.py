@@ -117,6 +117,11 @@ class Quantise(Method):
                 f"layer {latent[0]}: {where}: {step.codec} reads keys and values of heads, and the layer caches a "
                 "latent. Use the codec metric, kivi or int4."
             )
+        if step.v_bits is not None and all(layer in latent for layer in able if step.selects(layer)):
+            raise PlanError(
+                f"{where}.v_bits: the selected layers cache latents, from which keys and values are made, and their "
+                "bits are k_bits. Leave v_bits out."
+            )
         if step.bits == "sensitivity":
             self._check_measurable(layers, able, where)
         return tuple(
