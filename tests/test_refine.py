@@ -111,3 +111,12 @@ def test_what_does_not_help_on_held_out_windows_is_not_kept(monkeypatch: pytest.
 def test_a_number_of_steps_below_zero_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"refine: -1 must be a number of steps"):
         surgery.plan(tiny_model("llama"), {"steps": [{"rewriter": "gqa", "kv_heads": 1, "refine": -1}]})
+
+
+@pytest.mark.parametrize("option", [{"refine": 5}, {"gain_fit": "global"}])
+@pytest.mark.parametrize(
+    "step", [{"rewriter": "gqa", "kv_heads": 1, "init": "mean"}, {"rewriter": "share", "init": "replace"}]
+)
+def test_what_is_asked_for_and_fitted_on_text_is_not_left_out_without_it(step, option):
+    with pytest.raises(surgery.PlanError, match=f"{step['rewriter']} asks for calibration text"):
+        surgery.convert(tiny_model("llama"), {"steps": [step | option]})

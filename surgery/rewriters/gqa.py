@@ -67,6 +67,8 @@ class GqaStep(RefinedStep):
 
     @property
     def text(self) -> Text:
+        if self.fits_on_text:
+            return "needed"
         return "none" if self.init in ("mean", "sqrt_g", "first", "random") else "better"
 
     @property

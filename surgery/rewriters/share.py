@@ -62,7 +62,8 @@ class ShareStep(RefinedStep):
 
     @property
     def text(self) -> Text:
-        return "needed" if self.init not in ("replace", "mean") or self.is_searched else "better"
+        has_none = self.init not in ("replace", "mean") or self.is_searched or self.fits_on_text
+        return "needed" if has_none else "better"
 
     @property
     def is_searched(self) -> bool:

@@ -16,6 +16,11 @@ class RefinedStep(Step):
     """Steps of training per layer, on its own new parameters, to the parent's output of the layer; a few hundred give
     what closed forms leave. Needs calibration text."""
 
+    @property
+    def fits_on_text(self) -> bool:
+        """Whether an option asks for what only calibration text can give, so that there is no form without."""
+        return self.refine > 0 or getattr(self, "gain_fit", False) == "global"
+
     def validate(self, where: str) -> None:
         super().validate(where)
         if self.refine < 0:
