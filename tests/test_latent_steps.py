@@ -161,6 +161,8 @@ def test_units_go_where_they_save_most_and_costs_need_not_be_convex() -> None:
     flat = {0: dict.fromkeys(curves[0], 0.5), 1: curves[1]}
     found = share_out(lambda layer, n: flat[layer][n], {0: 8, 1: 8}, {0: 16, 1: 16})
     assert found == {0: 4, 1: 12}
+    found = share_out(lambda layer, n: 0.5, {0: 8, 1: 8, 2: 8}, {0: 6, 1: 16, 2: 16}, unit=2)
+    assert found == {0: 6, 1: 10, 2: 8}  # nobody gains by more, and the budget is theirs all the same
     assert convex([(0, 4.0), (1, 3.9), (2, 1.0), (4, 0.0)]) == [(0, 4.0), (2, 1.0), (4, 0.0)]
 
 

@@ -69,7 +69,8 @@ class GqaStep(RefinedStep):
     def text(self) -> Text:
         if self.fits_on_text:
             return "needed"
-        return "none" if self.init in ("mean", "sqrt_g", "first", "random") else "better"
+        fits = self.refit_queries or self.refit_output or self.gain_fit
+        return "better" if fits or self.init not in ("mean", "sqrt_g", "first", "random") else "none"
 
     @property
     def is_uneven(self) -> bool:

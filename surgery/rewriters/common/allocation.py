@@ -15,7 +15,7 @@ PARTS = (0.5, 0.7, 1.0, 1.4, 2.0)
 def share_out(
     cost: Callable[[int, int], float], uniform: Mapping[int, int], most: Mapping[int, int], unit: int = 1
 ) -> dict[int, int]:
-    """Sizes of the layers' parts that minimise the sum of costs; never more in all than the uniform shares.
+    """Sizes of the layers' parts that minimise the sum of costs; in all as much as the uniform shares, where it fits.
 
     Args:
         cost: what a layer costs alone at a size (cached numbers, tokens of a window).
@@ -41,6 +41,11 @@ def share_out(
         free -= unit
         if given[layer] + unit <= lines[layer][-1][0]:
             heapq.heappush(queue, (-_gain(lines[layer], given[layer]), layer))
+    # What nobody gains by goes to all in turn: the budget was for them, and other text may ask for it.
+    while free >= unit and (room := [layer for layer in given if given[layer] + unit <= most[layer]]):
+        for layer in room[: free // unit]:
+            given[layer] += unit
+            free -= unit
     return given
 
 
