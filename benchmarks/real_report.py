@@ -180,15 +180,18 @@ def _refined(rows: Rows) -> Iterator[str]:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """KL to the parent against bytes per token; published forms hollow; lower and further left is better."""
-    figure = Figure(figsize=(7.6, 4.6), dpi=DPI, layout="constrained")
+    """KL to the parent against bytes per token; published forms hollow; lower and further left is better.
+
+    Rows that save no bytes are left out.
+    """
+    figure = Figure(figsize=(7.6, 5.2), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colours = dict(zip(FAMILIES, COLOURS, strict=False))
     rows = measured(data)
     points, named = [], _named(rows)
     for name, row in rows.items():
-        if row["family"] not in colours or row["text"]["kl"] < NOTHING:
+        if row["family"] not in colours or row["text"]["kl"] < NOTHING or row["text"]["part_of_parent"] > 1:
             continue
         x, kl = 100 * row["text"]["part_of_parent"], row["text"]["all"]["kl"]
         low, high = (kl[end] if math.isfinite(kl[end]) else kl["value"] for end in ("low", "high"))
@@ -219,7 +222,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     )
     if any(row["refines"] for row in rows.values()):
         handles.append(Line2D([], [], color="#333333", marker="*", linestyle="", label="layers refined"))
-    axes.legend(handles=handles, fontsize=9, frameon=False, loc="upper left")
+    figure.legend(handles=handles, fontsize=9, frameon=False, loc="outside lower center", ncols=4)
     folder = data["parent"]["name"]
     axes.set_title(f"{'SmolLM2-135M' if folder == 'smollm2' else folder}, no training", fontsize=12, loc="left")
     figure.savefig(path)
@@ -243,7 +246,7 @@ def _label(axes: Any, points: list[tuple[float, float, str, bool]]) -> None:
     placed: list[tuple[float, float]] = []
     for x, y, name, published in sorted(points, key=lambda p: -p[1]):
         place = (math.log10(y) - low) / span
-        close = any(0.5 < other_x - x < width and abs(other - place) < height for other_x, other in at)
+        close = x > width and any(0.5 < other_x - x < width and abs(other - place) < height for other_x, other in at)
         start = x - 1.2 - width if close else x + 1.2
         for other_x, other in placed:  # from the top down
             if abs(other_x - start) < width and abs(other - place) < height:
