@@ -123,7 +123,8 @@ class Subject:
         settings = self.chosen(settings_for(anatomy, self.context))
         donors = Donors(wide, anatomy, fit, SEED)
         layers = sorted(bench.names)[:4]
-        made = {s.label: {layer: donors.of(s)[layer] for layer in layers} for s in settings[1:]}
+        of_all = {s.label: donors.of(s) for s in settings[1:]}
+        made = {label: {layer: found[layer] for layer in layers} for label, found in of_all.items()}
         costs = measure_costs(settings, measure_by(bench, lambda s: made[s.label]), len(layers), None, "exhaustive")
         found: dict[tuple[int, ...], tuple[int, float]] = {}
         for places in itertools.product(range(1, len(settings)), repeat=len(layers)):
@@ -147,10 +148,10 @@ class Subject:
         wide, anatomy, fit, bench = self.opened()
         settings = settings_for(anatomy, self.context)
         donors = Donors(wide, anatomy, fit, SEED)
-        made = {s.label: donors.of(s) for s in to_measure(settings)}
+        known = to_measure(settings)
+        made = {s.label: donors.of(s) for s in known}
         layers = sorted(bench.names)
         costs = measure_costs(settings, measure_by(bench, lambda s: made[s.label]), len(layers), None, "prediction")
-        known = to_measure(settings)
         draw = random.Random(SEED)
         pairs = []
         for number in range(DRAWN):

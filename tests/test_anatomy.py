@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import json
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, hf.PreTrainedModel, Anato
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     """Every test reads for itself."""
-    monkeypatch.setattr("surgery.anatomy.known._KNOWN", OrderedDict())
+    monkeypatch.setattr("surgery.anatomy.known._KNOWN", {})
 
 
 def record(model: hf.PreTrainedModel, site: AttentionSite) -> tuple[torch.Tensor, torch.Tensor]:

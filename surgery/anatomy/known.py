@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,10 +15,23 @@ from .twin import buffer_values, make_twin
 
 MOST = 64
 """So many are kept, those that were asked for last."""
-_KNOWN: OrderedDict[Hashable, Anatomy] = OrderedDict()
+_KNOWN: dict[Hashable, Anatomy] = {}
 
 
-def key_of(source: PreTrainedModel | PretrainedConfig) -> Hashable | None:
+def read_once(source: PreTrainedModel | PretrainedConfig, read: Callable[[], Anatomy]) -> Anatomy:
+    """What `read` gives; what it gave before, while all that it depends on is the same."""
+    key = _key_of(source)
+    found = None if key is None else _KNOWN.pop(key, None)
+    if found is None:
+        found = read()
+    if key is not None:
+        _KNOWN[key] = found
+        while len(_KNOWN) > MOST:
+            del _KNOWN[next(iter(_KNOWN))]
+    return found
+
+
+def _key_of(source: PreTrainedModel | PretrainedConfig) -> Hashable | None:
     """All that a description depends on: the class, the config, the values of the buffers, and the code.
 
     The code is every class of a module, its forward, and whatever functions and classes the files of those classes
@@ -62,20 +74,3 @@ def _form(model: PreTrainedModel | None) -> Hashable:
         return None
     parameters = tuple((name, tuple(x.shape)) for name, x in model.named_parameters(remove_duplicate=False))
     return parameters, tuple((name, type(module)) for name, module in model.named_modules())
-
-
-def recall(key: Hashable | None) -> Anatomy | None:
-    """What was read under this key."""
-    found = None if key is None else _KNOWN.get(key)
-    if found is not None:
-        _KNOWN.move_to_end(key)
-    return found
-
-
-def remember(key: Hashable | None, anatomy: Anatomy) -> None:
-    """Keep it, and forget what was not asked for the longest."""
-    if key is None:
-        return
-    _KNOWN[key] = anatomy
-    while len(_KNOWN) > MOST:
-        _KNOWN.popitem(last=False)

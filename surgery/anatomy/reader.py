@@ -24,7 +24,7 @@ from .cache_step import prove_cache_step
 from .capture import capture
 from .equal_layers import digest
 from .graph import Graph, shape, subpaths
-from .known import key_of, recall, remember
+from .known import read_once
 from .model import Anatomy, OtherLayer
 from .output_gate import read_gate
 from .positions import max_positions
@@ -77,11 +77,7 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     config = target.config if isinstance(target, PreTrainedModel) else target
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type}: it is an encoder-decoder; only decoders can be read.")
-    key = key_of(target)
-    anatomy = recall(key)
-    if anatomy is None:
-        anatomy = _read(target, config)
-        remember(key, anatomy)
+    anatomy = read_once(target, lambda: _read(target, config))
     dtype = target.dtype if isinstance(target, PreTrainedModel) else getattr(config, "dtype", None) or torch.float32
     return dataclasses.replace(
         anatomy, dtype=str(dtype).removeprefix("torch."), config=config, irreplaceable=dict(anatomy.irreplaceable)
