@@ -20,22 +20,29 @@ FROM_TABLE = 1024
 take."""
 _GAIN_STEPS = 8
 """Gains are powers of two in steps of an eighth, from 2^-16 on."""
+_TRIED = range(-8, 24, 2)
+"""Gains that are tried, in these steps from where a vector starts: half of that to seven times."""
+_BLOCK, _BLOCK_CPU = 1 << 22, 1 << 16
+"""Numbers whose gains are looked for at a time."""
 
 
 class Directions(Decoded):
-    """Directions of calibration text, each with bits of its own and a fixed step; what is larger is clamped.
+    """Directions of calibration text, each with bits of its own and a fixed step, and a gain of each vector.
 
     Vectors less their mean are turned to the principal directions under the metric in which their errors are felt.
-    Codes of a vector lie bit behind bit. Decoded numbers are linear in them: one product with [bits, W] decodes.
+    The gain, a byte, is the one with the least squared error there: with it the steps reach as far as a vector goes
+    that the text had none of, and of many gains one falls well. Codes of a vector lie bit behind bit. Decoded numbers
+    are linear in them: one product with [bits, W] decodes.
 
     Args:
         bits: of one number, the gain included; those of a vector fill whole bytes.
-        scaled: each vector is divided by a gain of its own, a byte: its norm under the metric.
+        normed: whether steps are those of vectors divided by their norms under the metric; gains are looked for
+            around the norm of each, otherwise around 1.
         tables: None where bytes are asked for and nothing else.
     """
 
-    def __init__(self, bits: float, scaled: bool, tables: Tables | None) -> None:
-        self.bits, self.scaled = bits, scaled
+    def __init__(self, bits: float, normed: bool, tables: Tables | None) -> None:
+        self.bits, self.normed = bits, normed
         if tables is None:
             return
         self.turn, self.back, self.step, self.middle = (tables[name].view(torch.float32) for name in TABLES[:4])
@@ -44,7 +51,8 @@ class Directions(Decoded):
         if bool((widths.sum(-1) != count).any()) or count != self.code_bits(widths.shape[-1]):
             raise ValueError(
                 f"the bits of the directions of a head add up to {widths.sum(-1).tolist()}; "
-                f"{self.code_bits(widths.shape[-1])} were planned. The checkpoint is damaged."
+                f"{self.code_bits(widths.shape[-1])} were planned. The checkpoint is damaged, or an earlier version of "
+                "surgery made it: convert the parent again."
             )
         self.half = 2.0 ** (widths - 1)[:, None]
         pairs = [[(d, j) for d, w in enumerate(row) for j in range(w)] for row in widths.tolist()]
@@ -54,47 +62,67 @@ class Directions(Decoded):
         # Code c stands for c + 1/2 - half; directions without bits stand for nothing.
         middle = torch.where(widths > 0, 0.5 - self.half[:, 0], 0.0)
         self.base = torch.einsum("kd,kdw->kw", middle, scaled_back)[:, None]
-        self.constant = self.base if scaled else self.base + self.middle[:, None]
         rows = self.direction[..., None].expand(-1, -1, scaled_back.shape[-1])
         self.weights = 2.0 ** self.shift[..., None] * scaled_back.gather(1, rows)
         self.there = widths[:, None] > 0
+        self.felt = torch.where(self.there, self.step[:, None].square(), 0.0)
 
     def code_bits(self, width: int) -> int:
         """Bits of the codes of one vector."""
-        return 8 * (self._bytes(width) - self.scaled)
+        return 8 * (self._bytes(width) - 1)
 
     def _bytes(self, width: int) -> int:
-        return max(int(self.bits * width) // 8, 1 + self.scaled)
+        return max(int(self.bits * width) // 8, 2)
 
     def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
         z = (x_BKTW.float() - self.middle[:, None]) @ self.turn
-        gain: Parts = ()
-        if self.scaled:
-            level = (z.norm(dim=-1, keepdim=True).clamp_min(2.0**-16).log2() + 16) * _GAIN_STEPS
-            level = level.round_().clamp_(0, 255)
-            z, gain = z / _gain(level), (level.squeeze(-1).to(torch.uint8),)
-        codes = torch.minimum(torch.maximum((z / self.step[:, None]).floor_(), -self.half), self.half - 1) + self.half
+        start = _level(z.norm(dim=-1)) if self.normed else torch.full_like(z[..., 0], 16.0 * _GAIN_STEPS)
+        z = z / self.step[:, None]
+        level = self._best(z, start)
+        codes = self._nearest(z / _gain(level)[..., None]) + self.half
         codes = torch.where(self.there, codes, 0.0).to(torch.uint8)
         index = self.direction[None, :, None].expand(*codes.shape[:3], -1)
         bits = (codes.gather(-1, index) >> self.shift[:, None].to(torch.uint8)) & 1
         places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        return (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8), *gain
+        return (bits.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8), level.to(torch.uint8)
+
+    def _nearest(self, z_BKTW: Tensor) -> Tensor:
+        """Codes, in steps, from -half on."""
+        return torch.minimum(torch.maximum(z_BKTW.floor(), -self.half), self.half - 1)
+
+    def _best(self, z_BKTW: Tensor, start_BKT: Tensor) -> Tensor:
+        """[B, K, T]: of the gains around `start`, in levels, the one with the least squared error.
+
+        Args:
+            z_BKTW: in steps.
+        """
+        B, K, T, W = z_BKTW.shape
+        block = _BLOCK_CPU if z_BKTW.is_cpu else _BLOCK
+        tokens = T if torch.compiler.is_compiling() else max(block // (len(_TRIED) * B * K * W), 1)
+        moved = torch.tensor(_TRIED, device=z_BKTW.device)[:, None, None, None]
+        best = []
+        for z, start in zip(z_BKTW.split(tokens, 2), start_BKT.split(tokens, 2), strict=True):
+            levels = (start + moved).clamp_(0, 255)
+            gains = _gain(levels)[..., None]
+            lost = (self._nearest(z / gains).add_(0.5).mul_(gains) - z).square_().mul_(self.felt).sum(-1)
+            best.append(levels.gather(0, lost.argmin(0, keepdim=True))[0])
+        return torch.cat(best, 2)
 
     def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        packed = parts[0]
+        packed, level = parts
         by_table = packed.is_cpu and packed[:, 0, :, 0].numel() >= FROM_TABLE and not torch.compiler.is_compiling()
-        x = self._looked_up(packed) if by_table else _bits(packed) @ self.weights + self.constant
-        return x * _gain(parts[1].float())[..., None] + self.middle[:, None] if self.scaled else x
+        x = self._looked_up(packed) if by_table else _bits(packed) @ self.weights + self.base
+        return x * _gain(level.float())[..., None] + self.middle[:, None]
 
     def _looked_up(self, packed_BKTb: Tensor) -> Tensor:
-        """[B, K, T, W]: `constant` and what each byte stands for in its place, from a table of all 256 values."""
+        """[B, K, T, W]: `base` and what each byte stands for in its place, from a table of all 256 values."""
         B, K, T, places = packed_BKTb.shape
         starts = torch.arange(0, 256 * K * places, 256, dtype=torch.int32).view(K, 1, places)
-        table = _table_of_bytes(self.weights, self.constant)
+        table = _table_of_bytes(self.weights, self.base)
         return F.embedding_bag((packed_BKTb.int() + starts).view(-1, places), table, mode="sum").view(B, K, T, -1)
 
     def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
-        weight = weight_BKGT * _gain(parts[1].float())[:, :, None] if self.scaled else weight_BKGT
+        weight = weight_BKGT * _gain(parts[1].float())[:, :, None]
         x = (weight @ _bits(parts[0])) @ self.weights + weight.sum(-1, keepdim=True) * self.base
         return x + weight_BKGT.sum(-1, keepdim=True) * self.middle[:, None]
 
@@ -108,14 +136,14 @@ class Directions(Decoded):
 @functools.lru_cache(maxsize=1)
 @torch.inference_mode(False)
 @torch.no_grad()
-def _table_of_bytes(weights_KbW: Tensor, constant_K1W: Tensor) -> Tensor:
-    """[K * bytes * 256, W]: what each value of each byte of a vector stands for, and in the first one the constant.
+def _table_of_bytes(weights_KbW: Tensor, base_K1W: Tensor) -> Tensor:
+    """[K * bytes * 256, W]: what each value of each byte of a vector stands for, and in the first one `base`.
 
     One is kept, for the blocks of a step: it takes as much memory as the packed keys of some ten thousand tokens.
     """
     parts = weights_KbW.unflatten(1, (-1, 2, 4))
     low, high = (bits_of_bytes(weights_KbW.device)[:16, :4] @ parts).unbind(2)  # [K, bytes, 16, W]: of four bits each
-    low[:, 0] += constant_K1W
+    low[:, 0] += base_K1W
     return (high[:, :, :, None] + low[:, :, None]).flatten(0, 3)
 
 
@@ -127,6 +155,10 @@ def _bits(packed: Tensor) -> Tensor:
 
 def _gain(level: Tensor) -> Tensor:
     return torch.exp2(level / _GAIN_STEPS - 16)
+
+
+def _level(gain: Tensor) -> Tensor:
+    return ((gain.clamp_min(2.0**-16).log2() + 16) * _GAIN_STEPS).round_().clamp_(0, 255)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ A vector x is turned to z = U'M^(1/2)(x - mean). M is the metric in which an err
 queries that read them, turned to the places of the keys; of values W_o'W_o. U are the principal directions there, so
 that z is uncorrelated. Bits go one by one to the direction whose error falls most (reverse water-filling), and the step
 of each direction is the one with the least squared error on the text. Keys are taken before their rotation, which would
-mix the channels of a pair; values are divided by their norms, for attention may look at short ones alone.
+mix the channels of a pair; values are divided by their norms before steps are chosen, for attention may look at short
+ones alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class StreamDirections:
 
     letter: str
     """`k` or `v`."""
-    scaled: bool
+    normed: bool
     """Whether vectors are held less their norms under the metric."""
     turn_KWW: Tensor
     back_KWW: Tensor
@@ -45,7 +46,7 @@ class StreamDirections:
 
     def widths(self, bits: float) -> Tensor:
         """[K, W]: bits of each direction."""
-        return shared_out(self.errors_bKW, Directions(bits, self.scaled, None).code_bits(self.turn_KWW.shape[-1]))
+        return shared_out(self.errors_bKW, Directions(bits, self.normed, None).code_bits(self.turn_KWW.shape[-1]))
 
     def error(self, bits: float) -> float:
         """Squared error under the metric."""
@@ -67,32 +68,32 @@ def directions_of_layer(visit: Visit, store: Codec) -> list[StreamDirections]:
     """
     latent = visit.copy.form(visit.layer).latent_of_cache
     if latent is not None:
-        return [directions_of(*sampled_entries(visit, store, latent), scaled=False, mean=True, letter="k")]
+        return [directions_of(*sampled_entries(visit, store, latent), normed=False, mean=True, letter="k")]
     seen = sampled(visit, store)
-    made = [directions_of(seen.k_KPH, seen.key_metric_KHH, scaled=False, mean=True, letter="k")]
+    made = [directions_of(seen.k_KPH, seen.key_metric_KHH, normed=False, mean=True, letter="k")]
     if store.v_bits is not None:
-        made.append(directions_of(seen.v_KPV, seen.value_metric_KVV, scaled=True, mean=False, letter="v"))
+        made.append(directions_of(seen.v_KPV, seen.value_metric_KVV, normed=True, mean=False, letter="v"))
     return made
 
 
-def directions_of(x_KPW: Tensor, metric_KWW: Tensor, *, scaled: bool, mean: bool, letter: str) -> StreamDirections:
+def directions_of(x_KPW: Tensor, metric_KWW: Tensor, *, normed: bool, mean: bool, letter: str) -> StreamDirections:
     """Directions of one stream.
 
     Args:
         x_KPW: vectors of the text.
-        scaled: vectors are held less their norms under the metric.
+        normed: vectors are held less their norms under the metric.
         mean: their mean is subtracted.
     """
     x = x_KPW.double()
     middle = x.mean(1) if mean else torch.zeros_like(x[:, 0])
     root, inverse = _roots(metric_KWW)
     y = (x - middle[:, None]) @ root
-    if scaled:
+    if normed:
         y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     u = torch.linalg.eigh(hermitian(y.mT @ y)).eigenvectors.flip(-1)
     steps, errors = _steps(y @ u)
     return StreamDirections(
-        letter=letter, scaled=scaled, turn_KWW=root @ u, back_KWW=u.mT @ inverse, middle_KW=middle,
+        letter=letter, normed=normed, turn_KWW=root @ u, back_KWW=u.mT @ inverse, middle_KW=middle,
         steps_bKW=steps, errors_bKW=errors,
     )  # fmt: skip
 
