@@ -18,6 +18,7 @@ from surgery.composing.costs import Costs, key_of, measure_costs, to_measure
 from surgery.composing.donors import Donors
 from surgery.composing.sensitivity import Bench, measure_by
 from surgery.composing.settings import settings_for
+from surgery.measure.memory import cache_bytes
 from surgery.measure.scoring import cache_argument, cache_of
 
 LENGTH = 128
@@ -121,6 +122,17 @@ def test_costs_between_measured_bits_lie_on_a_line_in_the_logarithm(by_label):
     assert costs.of(mid, 0) == pytest.approx(1e-3)
     assert costs.of(by_label["as it is"], 0) == 0
     assert not costs.knows(by_label["int8"])
+
+
+def test_keys_may_have_more_bits_than_values(parent, by_label):
+    low, mid, high = (by_label[f"metric {bits} bits"] for bits in ("2.5/1.5", "3.5/2.5", "4.5/3.5"))
+    costs = Costs({key_of(low.steps): {0: 1e-2}, key_of(high.steps): {0: 1e-4}})
+    assert costs.of(mid, 0) == pytest.approx(1e-3)
+    assert not costs.knows(by_label["metric 3 bits"])  # as many for values as for keys: another line
+    measured = [s.label for s in to_measure(list(by_label.values())) if "/" in s.label]
+    assert measured == ["metric 2.5/1.5 bits", "metric 4.5/3.5 bits", "metric 8/7 bits"]
+    child = surgery.convert(parent, mid.recipe(), calibration=as_windows(text(2)))
+    assert cache_bytes(child, text(1)) == sum(mid.bytes_of)
 
 
 def test_a_format_of_latents_costs_what_it_adds_to_a_latent_of_that_method(by_label):

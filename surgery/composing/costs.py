@@ -79,7 +79,7 @@ class Costs:
         """(bits, what it adds) of the steps that differ from `step` in their bits at most."""
         for key, by in self.measured.items():
             *first, last = json.loads(key)
-            if _alike(step, last) and (first[0]["rewriter"] if first else "") == before:
+            if _but_bits(step) == _but_bits(last) and (first[0]["rewriter"] if first else "") == before:
                 alone = self.measured[key_of(first)][layer] if first else 0.0
                 yield last.get("k_bits"), max(by[layer] - alone, 0.0)
 
@@ -125,7 +125,7 @@ def _spread(settings: Sequence[Setting]) -> list[Setting]:
     groups: dict[str, list[Setting]] = {}
     for setting in settings:
         *first, last = setting.steps
-        groups.setdefault(key_of([*first, {k: v for k, v in last.items() if k != "k_bits"}]), []).append(setting)
+        groups.setdefault(key_of([*first, _but_bits(last)]), []).append(setting)
     found = []
     for members in groups.values():
         members.sort(key=lambda s: s.steps[-1].get("k_bits", 0))
@@ -166,8 +166,10 @@ def measure_costs(settings: Sequence[Setting], measure: Measure, layers: int, ke
     return Costs(measured={key: {layer: kl for layer, (kl, _) in by.items()} for key, by in known.items()})
 
 
-def _alike(step: dict[str, Any], other: dict[str, Any]) -> bool:
-    return {k: v for k, v in step.items() if k != "k_bits"} == {k: v for k, v in other.items() if k != "k_bits"}
+def _but_bits(step: dict[str, Any]) -> dict[str, Any]:
+    """What steps have in common that differ in their bits: also by how many keys have more than values."""
+    rest = {name: value for name, value in step.items() if name not in ("k_bits", "v_bits")}
+    return rest | ({"apart": step["k_bits"] - step["v_bits"]} if "v_bits" in step else {})
 
 
 def _between(points: Sequence[Any], at: float) -> float:

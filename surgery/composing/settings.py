@@ -53,13 +53,15 @@ class Setting:
 
 
 def step_label(step: dict[str, Any]) -> str:
-    """`mla keep 0.5`, `metric 3 bits`, `window 256`."""
+    """`mla keep 0.5`, `metric 3 bits`, `metric 3/2 bits` of keys and values, `window 256`."""
     rest = {name: value for name, value in step.items() if name not in ("rewriter", "layers", "codec", "scorer")}
+    v_bits = rest.pop("v_bits", None)
     words = [str(step.get("codec") or step.get("scorer") or step["rewriter"])]
     if words == list(rest)[:1]:  # the scorer `window` and its window
         words = []
     for name, value in rest.items():
         text = f"{value:g}" if isinstance(value, float) else str(value)
+        text += "" if name != "k_bits" or v_bits is None else f"/{v_bits:g}"
         words.append(f"{text} bits" if name == "k_bits" else f"{name.replace('_', ' ')} {text}")
     return " ".join(words)
 

@@ -24,6 +24,8 @@ from .stored.sensitivity import bits_by_layer, equal_bits
 
 OFFERED_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0, 8.0)
 """Of one number, codes and scales: what the planner chooses from."""
+APART = 1.0
+"""Bits that keys may be given more than values: they cost most models more, and errors fall by four with each bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +133,13 @@ class Quantise(Method):
 
     @classmethod
     def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
-        """`int8`, and `metric` at many numbers of bits."""
-        return [[{"codec": "int8"}], *([{"codec": "metric", "k_bits": bits}] for bits in OFFERED_BITS)]
+        """`int8`, and `metric` at many numbers of bits: as many for values as for keys, or `APART` fewer."""
+        apart = [bits for bits in OFFERED_BITS if bits - APART in OFFERED_BITS]
+        return [
+            [{"codec": "int8"}],
+            *([{"codec": "metric", "k_bits": bits}] for bits in OFFERED_BITS),
+            *([{"codec": "metric", "k_bits": bits, "v_bits": bits - APART}] for bits in apart),
+        ]
 
     def conflict(self, other: Any) -> str | None:
         """Bits are measured layer by layer, on caches that nobody else reads."""
