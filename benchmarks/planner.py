@@ -114,7 +114,7 @@ class Subject:
         wide = copy.deepcopy(self.parent).float().eval()
         anatomy = surgery.examine(wide)
         windows = read_windows(wide.config, self.text, length=self.context, samples=192, every_window=True)
-        fit, judged, _ = parts_of(windows, 16, True)
+        fit, judged, _ = parts_of(windows, 16)
         return wide, anatomy, fit.take(max(4, 4096 // self.context)), Bench(wide, anatomy, judged)
 
     def exhaustive(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +13,19 @@ from tokenizing import word_tokenizer
 
 import surgery
 from surgery import PlanError, RecipeError
-from surgery.calibration.text import Windows
+from surgery.bundled import SMALL
+from surgery.calibration.text import Windows, load_tokenizer
 from surgery.composing.allocation import allocate
 from surgery.composing.budget import budget_of
+from surgery.composing.compose import parts_of
 from surgery.composing.costs import Costs, key_of, measure_costs, to_measure
 from surgery.composing.donors import Donors
+from surgery.composing.race import race
+from surgery.composing.recalling import DEPTHS, QUESTIONS, Exam, exam_for
 from surgery.composing.sensitivity import Bench, measure_by
 from surgery.composing.settings import settings_for
 from surgery.measure.memory import cache_bytes
+from surgery.measure.recall import Asked
 from surgery.measure.scoring import cache_argument, cache_of
 
 LENGTH = 128
@@ -246,6 +253,7 @@ def test_a_composition_fits_converts_and_says_how_it_raced(parent, found):
     assert made.choice.bytes == made.plan.cache_bytes(LENGTH) <= made.budget.bytes == whole // 4
     own, *others = made.race.runners
     assert own.bytes == made.choice.bytes
+    assert "Recall is not compared: there is no tokenizer" in str(made) and own.recall is None
     assert others and all(other.bytes <= made.budget.bytes for other in others)
     # What layers cost alone adds up, nearly.
     assert own.judged == pytest.approx(made.choice.cost, rel=1.0)
@@ -274,6 +282,79 @@ def test_what_was_measured_is_not_measured_again(parent, found, monkeypatch):
     assert again.race is None and not again.is_recommended
     with pytest.raises(AssertionError, match="measured again"):  # other text
         surgery.compose(parent, ratio=4, calibration=text(seed=3), context=LENGTH, samples=8, kept=kept)
+
+
+def test_no_text_is_used_twice():
+    windows = as_windows(torch.arange(30 * 8).view(30, 8))
+    fit, judged, raced = parts_of(windows, 8)
+    used = torch.cat([fit.ids_BT, judged.ids_BT, raced.ids_BT])[:, 0].tolist()
+    assert (len(fit), len(judged), len(raced)) == (8, 2, 6)
+    assert len(set(used)) == len(used) == 16
+
+
+# ------------------------------------------------------------------------------------------------ recall in the race
+
+
+@pytest.fixture(scope="module")
+def exam(parent):
+    """Questions whose right answer is what the parent says."""
+    contexts = text(6, seed=5)
+    with torch.inference_mode():
+        answers = parent(contexts).logits[:, -1].argmax(-1)
+    asked = [Asked([*ids, int(answer)], 4, 1) for ids, answer in zip(contexts.tolist(), answers, strict=True)]
+    return Exam(tasks=("passkey",), length=LENGTH, asked=asked, parent=1.0)
+
+
+def raced(parent, anatomy, exam, own, other, monkeypatch):
+    monkeypatch.setattr("surgery.composing.race.exam_for", lambda *_: exam)
+    bench = Bench(parent, anatomy, as_windows(text(2, seed=1)))
+    recipes = {name: surgery.Recipe.load({"steps": [step]}) for name, step in (("own", own), ("other", other))}
+    return race(
+        parent, recipes, as_windows(text(4)), as_windows(text(3, seed=2)), bench=bench, dtype=torch.float32,
+        tokenizer=None, seed=0,
+    )  # fmt: skip
+
+
+LOSSLESS, FORGETFUL = {"rewriter": "identity"}, {"rewriter": "evict", "scorer": "window", "window": 16}
+
+
+def test_answers_are_counted_through_the_cache_of_each_runner(parent, anatomy, exam, monkeypatch):
+    done = raced(parent, anatomy, exam, FORGETFUL, LOSSLESS, monkeypatch)
+    own, other = done.runners
+    assert other.recall == 1 and own.recall < 1
+    child = surgery.convert(parent, {"steps": [FORGETFUL]}).eval()
+    asked = torch.tensor([a.ids for a in exam.asked])
+    with torch.inference_mode():
+        said = child(input_ids=asked[:, :-1], use_cache=True).logits[:, -1].argmax(-1)
+    assert own.recall == pytest.approx(float((said == asked[:, -1]).double().mean()))
+    assert done.recall.lead.value == pytest.approx(own.recall - other.recall)
+
+
+def test_a_composition_that_recalls_less_is_not_recommended(parent, anatomy, exam, found, monkeypatch):
+    done = raced(parent, anatomy, exam, FORGETFUL, LOSSLESS, monkeypatch)
+    better = replace(done, lead=replace(done.lead, value=1.0, low=0.5, high=2.0))
+    lost = replace(better, recall=replace(done.recall, lead=replace(done.recall.lead, value=-0.5, low=-0.8, high=-0.1)))
+    made = replace(found[0], race=lost)
+    assert not made.is_recommended and "but it recalls less" in made.verdict
+    even = replace(lost, recall=replace(lost.recall, lead=replace(lost.recall.lead, high=0.0)))
+    made = replace(found[0], race=even)
+    assert made.is_recommended and made.verdict.startswith("Recommended") and "against 100%" in made.verdict
+    assert "parent answers 100%" in str(made) and made.to_dict()["race"]["recall"]["questions"] == 6
+
+
+def test_what_the_parent_may_guess_is_not_asked(monkeypatch):
+    parent, tokenizer = surgery.load(SMALL), load_tokenizer(SMALL)
+    reason = exam_for(parent, tokenizer, 136, 0)
+    assert re.search("[01] of 8 associative and 0 of 8 passkey questions of 128 tokens, which may be chance", reason)
+    for right, tasks in ((2, ("passkey",)), (4, ("associative", "passkey"))):
+        answers = torch.arange(2 * 4) < right
+        monkeypatch.setattr("surgery.composing.recalling.answer_each", lambda *_, a=answers: (a.double(), None))
+        made = exam_for(parent, tokenizer, 136, 0)
+        assert made.tasks == tasks and made.parent == right / 8
+        assert len(made.asked) == len(tasks) * len(DEPTHS) * QUESTIONS
+    assert "does not cover plain English" in exam_for(parent, word_tokenizer(), 136, 0)
+    assert exam_for(parent, None, 136, 0) == "there is no tokenizer to ask in"
+    assert "no question fits" in exam_for(parent, tokenizer, 16, 0)
 
 
 @pytest.mark.parametrize(

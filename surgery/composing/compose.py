@@ -60,7 +60,7 @@ def compose(
 
     Each step that methods offer is fitted and measured in each layer alone, through the cache; costs add up; the choice
     of least cost that fits is found exactly. It is then converted and raced against the best recipe of a single axis
-    that takes no more bytes, on text that neither was made with.
+    that takes no more bytes, on text that neither was made with, and on recall questions where the parent answers some.
 
     Args:
         model_or_path: model, folder, GGUF or Hub id; the parent stays as it is.
@@ -101,15 +101,16 @@ def compose(
     if unknown:
         raise PlanError(f"keep_layers: the model has no layer {unknown[0]}; its layers are {spans(list(layers))}.")
     check_reach(settings, limit, layers, keep_layers)
+    tokenizer = tokenizer_of(parent.config) if tokenizer is None else tokenizer
     windows = read_windows(
         parent.config,
         calibration,
-        tokenizer_of(parent.config) if tokenizer is None else tokenizer,
+        tokenizer,
         length=length or min(LENGTH, limit.context),
         samples=READ * (samples + JUDGED + RACED),
         every_window=True,
     )
-    fit, judged, raced = parts_of(windows, samples, with_race)
+    fit, judged, raced = parts_of(windows, samples)
 
     # Differences of 1e-5 nats are to be told apart.
     wide = copy.deepcopy(parent).float().eval().requires_grad_(False)
@@ -138,34 +139,33 @@ def compose(
         costs=costs,
         layers=layers,
     )
-    if raced is None:
+    if not with_race:
         return found
     recipes = {found.recipe.name: found.recipe}
     for single in found.singles.values():
         recipes[single.settings[-1].label] = recipe_of(layers, single.settings, single.settings[-1].label, "")
-    done = race(wide, recipes, fit, raced, bench=bench, dtype=parent.dtype, seed=seed)
+    done = race(wide, recipes, fit, raced, bench=bench, dtype=parent.dtype, tokenizer=tokenizer, seed=seed)
     return replace(found, race=done)
 
 
-def parts_of(windows: Windows, samples: int, with_race: bool) -> tuple[Windows, Windows, Windows | None]:
+def parts_of(windows: Windows, samples: int) -> tuple[Windows, Windows, Windows]:
     """Text to fit on, to measure settings on, and for the race; none of it twice.
 
     Raises:
         PlanError: too few windows that text fills: a cache is judged once it is long.
     """
     whole = windows.mask_BT.all(1).nonzero()[:, 0].tolist()
-    raced, width = RACED if with_race else 0, windows.ids_BT.shape[1]
-    apart = JUDGED + raced
+    apart, width = JUDGED + RACED, windows.ids_BT.shape[1]
     if len(whole) < apart or len(windows) == apart:
         raise PlanError(
             f"calibration: {len(whole)} windows of {width} tokens are filled by text, of {len(windows)}. Settings are "
-            f"measured on {JUDGED} such windows, the race takes {raced}, and others are fitted on. Give more text or "
+            f"measured on {JUDGED} such windows, a race takes {RACED}, and others are fitted on. Give more text or "
             "longer documents, or a smaller length."
         )
-    spread = [whole[round(i * (len(whole) - 1) / max(1, apart - 1))] for i in range(apart)]
-    judged, rest = spread[:: -(-apart // JUDGED)][:JUDGED], set(range(len(windows))) - set(spread)
+    spread = [whole[round(i * (len(whole) - 1) / (apart - 1))] for i in range(apart)]
+    judged, rest = spread[:: apart // JUDGED], set(range(len(windows))) - set(spread)
     return (
         windows.pick(sorted(rest)[:samples]),
         windows.pick(judged),
-        windows.pick([place for place in spread if place not in judged]) if with_race else None,
+        windows.pick([place for place in spread if place not in judged]),
     )

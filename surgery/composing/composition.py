@@ -58,19 +58,22 @@ class Composition:
         race = self.race
         if race is None:
             return "Not raced against recipes of a single axis: nothing is recommended."
-        own = race.runners[0]
-        if race.lead is None:
+        own, other = race.runners[0], race.best_other
+        if other is None or race.lead is None:
             return (
                 f"No recipe of a single axis fits the budget; the composition costs {own.kl.value:.3g} nats per token."
             )
-        other = min(race.runners[1:], key=lambda r: r.kl.value)
         against = (
             f"{own.kl.value:.3g} nats per token against {other.kl.value:.3g} of `{other.name}`, "
             f"the best recipe of a single axis"
         )
-        if race.is_won:
-            return f"Recommended: {against} (lead {_interval(race.lead)})."
-        return f"Not recommended: {against}; the interval of the lead {_interval(race.lead)} does not exclude 0."
+        if not race.is_better:
+            return f"Not recommended: {against}; the interval of the lead {_interval(race.lead)} does not exclude 0."
+        recalled = "" if own.recall is None or other.recall is None else f"{own.recall:.0%} against {other.recall:.0%}"
+        if race.recalls_less:
+            return f"Not recommended: {against}, but it recalls less, {recalled} of the questions."
+        beside = recalled and f"; of the questions it recalls {recalled}"
+        return f"Recommended: {against} (lead {_interval(race.lead)}){beside}."
 
     def to_yaml(self) -> str:
         """The recipe, and as comments why each layer got what."""
@@ -111,14 +114,17 @@ class Composition:
                 ("bytes/token", "right"),
                 ("KL, nats/token", "right"),
                 ("same", "right"),
+                ("recall", "right"),
             ):
                 table.add_column(name, justify=side)  # type: ignore[arg-type]
             for runner in self.race.runners:
                 size = human_bytes(runner.bytes / self.race.tokens)
-                table.add_row(runner.name, size, _interval(runner.kl), f"{runner.same.value:.1%}")
+                recall = "not asked" if runner.recall is None else f"{runner.recall:.0%}"
+                table.add_row(runner.name, size, _interval(runner.kl), f"{runner.same.value:.1%}", recall)
             parts += [
                 f"On {self.race.windows} windows of {self.race.tokens} tokens that nothing was made with:",
                 table,
+                self._recall,
             ]
         return [*parts, f"[bold]{self.verdict}[/bold]"]
 
@@ -149,6 +155,18 @@ class Composition:
     @property
     def _judged(self) -> str:
         return "" if self.race is None else f", {self.race.runners[0].judged:.3g} once all are converted"
+
+    @property
+    def _recall(self) -> str:
+        """What was asked, or why nothing was."""
+        assert self.race is not None
+        recall = self.race.recall
+        if isinstance(recall, str):
+            return f"Recall is not compared: {recall}."
+        return (
+            f"Recall: {recall.questions} questions ({', '.join(recall.tasks)}) of {recall.length} tokens, of which the "
+            f"parent answers {recall.parent:.0%}."
+        )
 
     @property
     def _parent_bytes(self) -> int:

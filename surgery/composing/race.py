@@ -1,10 +1,12 @@
-"""The winner against the best recipe of a single axis, on text that neither has seen, decoded through the cache."""
+"""The winner against the best recipe of a single axis, through the cache: on text that neither has seen, decoded token
+by token, and on questions about what was said once."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from ..measure.memory import cache_bytes
 from ..measure.scoring import decode, divergence
 from ..measure.statistics import Estimate, bootstrap
 from ..recipe import Recipe
+from .recalling import Exam, Recall, exam_for
 from .sensitivity import Bench
 
 _log = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ class Runner:
     """Share of tokens at which both find the same next token likeliest."""
     judged: float
     """KL on the text that settings were measured on, to be compared with what these measurements predict."""
+    recall: float | None = None
+    """Share of the questions answered right; None where none are asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +55,28 @@ class Race:
     windows: int
     lead: Estimate | None
     """KL of the best other recipe less that of the composition, on the same tokens; None without another."""
+    recall: Recall | str
+    """Or why it is not compared."""
+
+    @property
+    def best_other(self) -> Runner | None:
+        """The runner of least KL beside the composition."""
+        return min(self.runners[1:], key=lambda runner: runner.kl.value, default=None)
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the KL of the composition is below every other, and the interval of the difference says so."""
+        return self.lead is None or self.lead.low > 0
+
+    @property
+    def recalls_less(self) -> bool:
+        """Whether the composition answers fewer questions than the best other, and the interval says so."""
+        return isinstance(self.recall, Recall) and self.recall.lead is not None and self.recall.lead.high < 0
 
     @property
     def is_won(self) -> bool:
-        """Whether the composition is better than every other, and the interval of the difference says so."""
-        return self.lead is None or self.lead.low > 0
+        """Whether the composition is better, and does not recall less."""
+        return self.is_better and not self.recalls_less
 
 
 def race(
@@ -65,6 +87,7 @@ def race(
     *,
     bench: Bench,
     dtype: torch.dtype,
+    tokenizer: Any,
     seed: int,
 ) -> Race:
     """Convert and measure.
@@ -76,30 +99,38 @@ def race(
         held_out: text to compare on.
         bench: where settings were measured.
         dtype: of the real parent, in which bytes are counted.
+        tokenizer: to ask questions in; None asks none.
     """
     wanted = _log_probabilities(parent, held_out)
-    found, sums = [], []
+    W, T = held_out.ids_BT.shape
+    exam = exam_for(parent, tokenizer, T, seed)
+    found, sums, answers = [], [], []
     for name, recipe in recipes.items():
         child = convert(parent, recipe, calibration=fit, seed=seed).eval()
         kl, same, counted = _compared(wanted, _log_probabilities(child, held_out), held_out)
         judged = bench.kl({layer: child.get_submodule(module) for layer, module in bench.names.items()})
+        if isinstance(exam, Exam):
+            answers.append(exam.right(child))
         runner = Runner(
             name=name,
             kl=bootstrap(kl, counted, seed),
             same=bootstrap(same, counted, seed),
             judged=judged,
+            recall=float(answers[-1].mean()) if answers else None,
             bytes=cache_bytes(child.to(dtype), held_out.ids_BT[:1]),
         )
         found.append(runner)
         sums.append((kl, counted))
         _log.info("race: %s, %.3g nats per token at %d bytes", name, runner.kl.value, runner.bytes)
         del child
-    lead = None
-    if len(found) > 1:
-        other = min(range(1, len(found)), key=lambda i: found[i].kl.value)
-        lead = bootstrap(sums[other][0] - sums[0][0], sums[0][1], seed)
-    W, T = held_out.ids_BT.shape
-    return Race(runners=tuple(found), tokens=T, windows=W, lead=lead)
+    other = min(range(1, len(found)), key=lambda i: found[i].kl.value, default=None)
+    lead = None if other is None else bootstrap(sums[other][0] - sums[0][0], sums[0][1], seed)
+    recall: Recall | str
+    if isinstance(exam, Exam):
+        recall = exam.compared(answers[0], None if other is None else answers[other], seed)
+    else:
+        recall = exam
+    return Race(runners=tuple(found), tokens=T, windows=W, lead=lead, recall=recall)
 
 
 @torch.inference_mode()

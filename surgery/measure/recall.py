@@ -108,6 +108,8 @@ TASKS: dict[str, Callable[[random.Random], Question]] = {
     "multi_key": multi_key,
     "tracking": tracking,
 }
+CHANCE = {"associative": 1 / 6, "passkey": 1 / len(THINGS.split()), "multi_key": 1 / 4, "tracking": 1 / 6}
+"""Share answered right by who knows what kind of word is asked for, and names any that the context has of it."""
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -220,7 +222,7 @@ def answer_questions(model: PreTrainedModel, questions: Questions) -> tuple[Reca
     cells: list[RecallCell] = []
     with progress("recall", len(questions)) as advance:
         for length, group in questions.items():
-            right, nats = _answer(model, [a for some in group.values() for a in some])
+            right, nats = answer_each(model, [a for some in group.values() for a in some])
             begin = 0
             for (task, depth), some in group.items():
                 here = slice(begin, begin := begin + len(some))
@@ -287,9 +289,13 @@ class Reader:
         return Asked([*self.start, *padding, *whole], max(1, min(ask, same - 1)), len(whole) - same)
 
 
-def _answer(model: PreTrainedModel, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
-    """Whether each answer is right (1 or 0, NaN where the model says NaN), and its nats; float64 [questions]."""
-    length = len(asked[0].ids) - asked[0].answer  # the same for all
+def answer_each(model: PreTrainedModel, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
+    """Whether each answer is right (1 or 0, NaN where the model says NaN), and its nats; float64 [questions].
+
+    Args:
+        asked: of one length.
+    """
+    length = len(asked[0].ids) - asked[0].answer
     prefill = length - max(a.ask for a in asked)
     longest = max(a.answer for a in asked)
     ids_BT = torch.tensor([a.ids + [0] * (longest - a.answer) for a in asked])
