@@ -661,6 +661,26 @@ def test_layers_share_what_all_of_them_may_keep(budget: str) -> None:
     assert kept.layers[0].peers[0] is kept.layers[0] is not first
 
 
+@pytest.mark.parametrize("budget", OVER_LAYERS)
+@torch.no_grad()
+def test_layers_share_beside_heads_that_keep_everything(budget: str) -> None:
+    whole = {0: [1], 2: [0, 3]}
+    step = {"rewriter": "evict", "scorer": "snapkv", "budget": budget, "recent": 4, "sinks": 2, "observe": 4}
+    model = surgery.convert(tiny_model("llama", **FOUR), {"steps": [step | {"whole": whole}]}).eval()
+    ids, cache = tokens(length=120), None
+    for seen, new in ((100, 100), (120, 20)):
+        _, cache = run(model, ids[:, seen - new : seen], [new], cache)
+        mean = cache.layers[0].retain.slots_at(seen)
+        shared = 0
+        for i, layer in enumerate(cache.layers):
+            some = whole.get(i, [])
+            assert (layer.lengths[:, some] == seen).all()
+            lengths = layer.lengths[:, [k for k in range(4) if k not in some]]
+            assert (lengths == lengths[:, :1]).all() and (lengths >= 6).all()
+            shared += lengths.sum(-1)
+        assert (13 * mean - 16 < shared).all() and (shared <= 13 * mean).all()
+
+
 @pytest.mark.parametrize("merge", MERGES)
 @torch.no_grad()
 def test_merging_changes_no_numbers_of_slots_and_nothing_where_none_leave(

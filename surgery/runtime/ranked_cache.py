@@ -216,7 +216,8 @@ class RankedLayer(PagedLayer):
         assert self.claim is not None
         slots = self.slots()
         keep = slots.expires_BKS > 0
-        mine = keep[:, self._sharing] = self.budget.keep(self.claim.score_BKS, slots_B)
+        mine = self.budget.keep(self.claim.score_BKS, slots_B)
+        keep[:, self._sharing, : mine.shape[2]] = mine  # heads that keep everything may reach further than these
         if bool((self.claim.open_BKS & ~mine).any()):
             self._store(self._without(slots, keep, self.shift))
             self.claim = self.claim.of(mine)
