@@ -11,7 +11,8 @@ import pytest
 import torch
 from closeness import relative_error
 from families import FAMILIES, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import surgery
 from surgery.anatomy import examine
@@ -166,6 +167,36 @@ def test_layers_of_different_heads_cannot_share() -> None:
     steps = [{"rewriter": "gqa", "kv_heads": 1, "layers": "1"}, {"rewriter": "share", "layout": {1: 0}}]
     with pytest.raises(PlanError, match=r"layer 1 cannot read .* layer 0: 1 KV heads of 16 \+ 16 against 2"):
         plan(deep(), {"steps": steps})
+
+
+class UnevenConfig(LlamaConfig):
+    model_type = "uneven_llama"
+
+
+class Uneven(LlamaForCausalLM):
+    """Layers differ in how many KV heads they have, as in some models whose shape was searched."""
+
+    config_class = UnevenConfig
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for layer, heads in enumerate((4, 4, 2, 2)):
+            own = UnevenConfig(**config.to_dict() | {"num_key_value_heads": heads})
+            self.model.layers[layer].self_attn = LlamaAttention(own, layer)
+
+
+@pytest.mark.parametrize("layout", [{1: 0, 3: 2}, "search"])
+def test_each_owner_gets_a_latent_as_large_as_its_own_heads_ask_for(layout: Any) -> None:
+    torch.manual_seed(0)
+    data = FAMILIES["llama"](num_hidden_layers=4).to_dict()
+    model = Uneven(UnevenConfig(**{name: value for name, value in data.items() if name != "model_type"})).eval()
+    budget = {"kv_layers": 2} if layout == "search" else {}
+    step = recipe(layout=layout, init="latent", keep=0.25, refit_queries=False, refit_output=False, **budget)
+    child = surgery.convert(model, step, calibration=text(8))
+    assert [layer.owner for layer in child.plans] == [0, 0, 2, 2]
+    assert [layer.project.dims for layer in child.plans] == [32, 32, 16, 16]
+    if layout != "search":
+        assert [layer.project for layer in plan(model, step).after] == [layer.project for layer in child.plans]
 
 
 def test_steps_in_an_order_that_cannot_work_are_refused() -> None:

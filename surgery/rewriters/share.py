@@ -201,8 +201,8 @@ class Share(Method):
         if windows is None:
             self._without_text(copy, owners, values)
         elif self.step.init == "latent":
-            ranks = {plan.project.rank for plan in plans if isinstance(plan.project, Latent)}
-            share_latents(copy, owners, min(ranks), windows, self._refit)
+            ranks = {owner: _shared_latent(self.step, copy.sites[owner]).rank for owner in owners.values()}
+            share_latents(copy, owners, ranks, windows, self._refit)
         else:
             lenders = {*owners.values(), *values.values()}
             means = lenders if self.step.init == "mean" else set()

@@ -53,11 +53,14 @@ class ReaderMoments:
     """Queries turned to the keys that they look at: the metric of K."""
 
 
-def share_latents(copy: WorkingCopy, owners: Mapping[int, int], rank: int, windows: Windows, refit: Refit) -> None:
-    """Give each owner a latent of `rank` numbers that its readers read too, layer after layer. In place.
+def share_latents(
+    copy: WorkingCopy, owners: Mapping[int, int], ranks: Mapping[int, int], windows: Windows, refit: Refit
+) -> None:
+    """Give each owner a latent that its readers read too, layer after layer. In place.
 
     Args:
         owners: reader -> owner.
+        ranks: owner -> numbers of its latent.
         refit: fits q and o of a layer to what it reads now.
     """
     readers = {owner: [reader for reader, o in owners.items() if o == owner] for owner in set(owners.values())}
@@ -72,7 +75,7 @@ def share_latents(copy: WorkingCopy, owners: Mapping[int, int], rank: int, windo
             for reader, x in visit.ahead(readers[layer]):
                 pairs = ((x[i], a.x_student_BTD, a.mask_BT) for i, a in enumerate(visit.activations()))
                 moments[reader] = _moments(copy.parent(reader), pairs)
-            downs[layer] = _down(before, {member: moments[member] for member in [layer, *readers[layer]]}, rank)
+            downs[layer] = _down(before, {member: moments[member] for member in [layer, *readers[layer]]}, ranks[layer])
         copy.read_from(layer, owner, latent=_read_from(before[layer], moments.pop(layer), downs[owner]))
         copy.write(layer, before[layer])
         refit(visit, before[layer])
