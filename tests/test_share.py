@@ -120,6 +120,8 @@ def test_impossible_recipes_are_refused(step: dict[str, Any], message: str) -> N
         ("olmo", {}, "clamps keys and values"),
         ("qwen3", {"init": "latent"}, "normed per head"),
         ("gemma2", {"layout": "search", "kv_layers": 1}, "Use kv_layers: "),
+        ("llama", {"layers": "3"}, "layout cla2 lets none of the layers read .* Select more layers.$"),
+        ("llama", {"layout": "search", "kv_layers": 4, "init": "latent"}, "or use a smaller kv_layers"),
     ],
 )
 def test_maps_that_cannot_run_are_refused_while_planning(family: str, step: dict[str, Any], message: str) -> None:

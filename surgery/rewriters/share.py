@@ -126,6 +126,11 @@ class Share(Method):
                     "latent of its own. Select other layers, or take share with init: latent and `keep`, which makes "
                     "one latent for all its readers."
                 )
+        if not owners:
+            raise PlanError(
+                f"{where}: layout {step.layout} lets none of the layers read the cache of another here, so that nothing "
+                f"would change. Select more layers{'' if step.kv_layers is None else ', or use a smaller kv_layers'}."
+            )
         check_map(owners, sites, plans)
         for layer in together:
             reason = self._refusal(sites[layer], where)
