@@ -60,6 +60,14 @@ class Step:
         """
         return self
 
+    def unread(self) -> dict[str, str]:
+        """Options that nothing reads where the others are as they are -> why, and what to do, in sentences.
+
+        A recipe that names one of them is refused: what is ignored in silence is a wrong result. Called before
+        `validate`.
+        """
+        return {}
+
     def validate(self, where: str) -> None:
         """Raise RecipeError for values that no model could satisfy."""
         if self.layers is not None:
@@ -113,6 +121,11 @@ class Recipe:
         for override in overrides:
             _override(data, override)
         return _recipe(data, where)
+
+    @classmethod
+    def recorded(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe by which a checkpoint says it was made; options that nothing read are left out, not refused."""
+        return _recipe(dict(data), "recipe", strict=False)
 
     def told(self, tokenizer: Callable[[], Any]) -> Recipe:
         """The recipe with what its steps ask of the tokenizer, which is made where one asks; see `Step.told`."""
@@ -180,19 +193,19 @@ def _read(source: str | Path) -> tuple[dict[str, Any], str]:
     return data, where
 
 
-def _recipe(data: dict[str, Any], where: str) -> Recipe:
+def _recipe(data: dict[str, Any], where: str, *, strict: bool = True) -> Recipe:
     data = dict(data)
     check_keys(data, [f.name for f in dataclasses.fields(Recipe)], where)
     steps = data.pop("steps", None)
     uptrain = data.pop("uptrain", None)
     if not isinstance(steps, (list, tuple)) or not steps:
         raise RecipeError(f"{where}: needs `steps`, a list with at least one rewriter.")
-    built = tuple(_step(step, f"{where}: steps[{i}]") for i, step in enumerate(steps))
-    training = None if uptrain is None else build(Uptrain, uptrain, f"{where}: uptrain")
+    built = tuple(_step(step, f"{where}: steps[{i}]", strict) for i, step in enumerate(steps))
+    training = None if uptrain is None else build(Uptrain, uptrain, f"{where}: uptrain", strict=strict)
     return build(Recipe, {**data, "steps": built, "uptrain": training}, where)
 
 
-def _step(data: Any, where: str) -> Step:
+def _step(data: Any, where: str, strict: bool) -> Step:
     """One step from plain data, in today's spelling or a former one."""
     if not isinstance(data, Mapping) or "rewriter" not in data:
         raise RecipeError(f"{where}: needs `rewriter`, one of {', '.join(REWRITERS)}.")
@@ -200,7 +213,7 @@ def _step(data: Any, where: str) -> Step:
     newer, notice = kind.upgraded(dict(data))
     if notice:
         _log.warning("%s: %s", where, notice)
-    made: Step = build(_known(newer["rewriter"], where), newer, where)
+    made: Step = build(_known(newer["rewriter"], where), newer, where, strict=strict)
     return made
 
 

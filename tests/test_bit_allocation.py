@@ -81,7 +81,7 @@ def test_what_cannot_be_shared_out_is_refused_before_work():
     for options, message in [
         ({"codec": "int8", "bits_per_number": 8}, "int8 has one number of bits"),
         ({"codec": "kivi"}, "bits: sensitivity asks for bits_per_number"),
-        ({"codec": "kivi", "bits_per_number": 4, "k_bits": 3}, "chooses k_bits and v_bits"),
+        ({"codec": "kivi", "bits_per_number": 4, "k_bits": 3}, "k_bits: bits: sensitivity chooses it"),
         ({"codec": "kivi", "bits": "equal", "bits_per_number": 4}, "is for bits: sensitivity"),
     ]:
         with pytest.raises(surgery.RecipeError, match=message):

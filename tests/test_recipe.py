@@ -45,6 +45,10 @@ def test_scores_as_gates_of_dms_load_as_what_they_are_called_today(caplog):
     assert Recipe.load(old) == Recipe.load(new)
     assert "is spelled `rewriter: evict` with `scorer: key_norm` now" in caplog.text
     caplog.clear()
+    windows = [{"steps": [{"rewriter": "dms", "gate": "score:window", "window": 16} | r]} for r in ({}, {"ratio": 8})]
+    assert Recipe.load(windows[0]) == Recipe.load(windows[1])
+    assert "Its ratio is left out: the score window does not read it" in caplog.text
+    caplog.clear()
     trained = Recipe.load({"steps": [{"rewriter": "dms", "gate": "borrowed"}]})
     assert trained.steps[0].rewriter == "dms" and not caplog.text
 
@@ -56,6 +60,13 @@ def test_layers_are_spans():
 def test_fraction_of_heads_must_be_whole():
     assert Recipe.load("gqa-4x").steps[0].kv_heads_of(8) == 2
     assert Recipe.load("gqa-4x").steps[0].kv_heads_of(6) is None
+
+
+def test_what_a_checkpoint_was_made_by_may_name_options_that_nothing_read():
+    written = {"steps": [{"rewriter": "lowrank", "keep": 0.5, "group": 2}], "uptrain": {"tokens": 9, "decay": 0.1}}
+    with pytest.raises(RecipeError, match="group: only layout: grouped reads it. Set that, or leave it out."):
+        Recipe.load(written)
+    assert Recipe.recorded(written).to_dict()["steps"] == [{"rewriter": "lowrank", "keep": 0.5}]
 
 
 def gqa(**options):
@@ -72,6 +83,10 @@ def gqa(**options):
         (gqa(kvheads=3), [], ["steps[0]", "unknown key 'kvheads'", "Did you mean 'kv_heads'"]),
         (gqa(init="ranq1"), [], ["init", "Did you mean 'rank1'", "aligned"]),
         (gqa(kv_heads=True), [], ["kv_heads", "bool"]),
+        (gqa(renorm=False), [], ["renorm: only init: aligned reads it"]),
+        (gqa(equal_groups=False), [], ["equal_groups: asym, qcqa, key_norm alone", "not rank1"]),
+        (gqa(init="asym", equal_groups=False, grouping="search"), [], ["grouping", "asym makes the groups itself"]),
+        ({"steps": [{"rewriter": "gqa", "groups": [[0], [1]], "grouping": "neighbour"}]}, [], ["groups says which"]),
         (gqa(kv_heads=2.5), [], ["kv_heads", "float"]),
         (gqa(kv_heads=0), [], ["kv_heads", ">= 1"]),
         (gqa(kv_heads="3/2"), [], ["kv_heads", "between 0 and 1"]),

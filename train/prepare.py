@@ -51,7 +51,7 @@ def prepare(run: Run) -> Setup:
         raise RecipeError("--keep-logits: serves the KL alone. Set kl above 0 and hidden=0, or leave it out.")
     parent_name, parent = _load_parent(run, origin, folder)
     check_parent(model, parent, parent_name)
-    made = plan(parent, origin["recipe"])
+    made = plan(parent, Recipe.recorded(origin["recipe"]))
     check_sites(model, made.anatomy.sites, parent_name)
     converted = changed_attention(model, parent, made)
     if not converted:
@@ -150,7 +150,7 @@ def resolve_uptrain(run: Run, origin: Mapping[str, Any]) -> Uptrain:
     Raises:
         RecipeError: there is none, or a key or value is wrong.
     """
-    recipe = Recipe.load(run.recipe or origin["recipe"])
+    recipe = Recipe.load(run.recipe or Recipe.recorded(origin["recipe"]))
     data = recipe.to_dict()
     if run.uptrain is not None:
         data["uptrain"] = dict(run.uptrain)

@@ -97,7 +97,7 @@ def parent_folder(data: dict[str, Any]) -> Path | None:
 
 def write_provenance(folder: Path, data: dict[str, Any]) -> None:
     """Write `recipe.yaml` and `surgery.json`."""
-    (folder / RECIPE_FILE).write_text(Recipe.load(data["recipe"]).to_yaml())
+    (folder / RECIPE_FILE).write_text(Recipe.recorded(data["recipe"]).to_yaml())
     (folder / FILE).write_text(json.dumps(data, indent=2) + "\n")
 
 

@@ -12,8 +12,12 @@ from typing import Any, Literal
 from ..errors import RecipeError
 
 
-def build(kind: type, data: Any, where: str) -> Any:
-    """An instance of dataclass `kind` from a mapping, every key and value checked against its fields."""
+def build(kind: type, data: Any, where: str, *, strict: bool = True) -> Any:
+    """An instance of dataclass `kind` from a mapping, every key and value checked against its fields.
+
+    What `kind.unread` names may not stand in `data`, whatever its value; null counts as absent. Where not `strict`, it
+    is left out instead.
+    """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: holds {data!r}, needs a mapping.")
     hints = typing.get_type_hints(kind)
@@ -23,6 +27,11 @@ def build(kind: type, data: Any, where: str) -> Any:
     if missing:
         raise RecipeError(f"{where}: needs {', '.join(f'`{name}`' for name in missing)}.")
     built = kind(**{key: _coerce(value, fields[key], f"{where}.{key}") for key, value in data.items()})
+    unread = {k: v for k, v in built.unread().items() if data.get(k) is not None} if hasattr(built, "unread") else {}
+    if unread and not strict:
+        return build(kind, {key: value for key, value in data.items() if key not in unread}, where)
+    for key, reason in unread.items():
+        raise RecipeError(f"{where}.{key}: {reason}")
     if hasattr(built, "validate"):
         built.validate(where)
     return built

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..anatomy import Anatomy
 from ..runtime.layout import Gate, LayerPlan
+from . import options_of
 from .tokens.gates import GatedMethod, training_note
 from .tokens.options import WindowStep, plan_retained
 
@@ -33,7 +34,10 @@ class DmsStep(WindowStep):
         scorer = gate.removeprefix("score:")
         rest = {name: value for name, value in data.items() if name not in ("rewriter", "gate")}
         notice = f"`rewriter: dms` with `gate: {gate}` is spelled `rewriter: evict` with `scorer: {scorer}` now."
-        return {"rewriter": "evict", "scorer": scorer, **rest}, notice
+        made = {"rewriter": "evict", "scorer": scorer, **rest}
+        if "ratio" in (never := options_of("evict")(scorer=scorer).unread()) and made.pop("ratio", None) is not None:
+            notice += f" Its ratio is left out: {never['ratio']}"
+        return made, notice
 
 
 class Dms(GatedMethod):

@@ -38,7 +38,7 @@ class EvictStep(WindowStep):
     one, on average over layers and heads, or `slots` whatever the length, and always the first `sinks` and the newest
     `recent`.
 
-    `ratio` is not read where the score is `window`: every token goes at its end (StreamingLLM).
+    Where the score is `window` there is no `ratio`: every token goes at its end (StreamingLLM).
     """
 
     rewriter: Literal["evict"] = "evict"
@@ -107,21 +107,31 @@ class EvictStep(WindowStep):
             return "needed" if budget.finds != "nothing" and budget.by == "text" else "none"
         return "needed" if SCORERS[self.scorer].has_threshold else super().text
 
+    def unread(self) -> dict[str, str]:
+        """What the score does not read, and what the budget, the positions and the reading of slots do not."""
+        if self.scorer in RANKERS:
+            reads = ("ratio", "sinks", "page", *_OF_RANKS, *RANKERS[self.scorer].reads)
+        elif self.scorer in SCORERS:
+            reads = ("ratio",) * SCORERS[self.scorer].has_threshold + ("sinks", "page", "window", "windows")
+        else:
+            return {}  # `validate` says so
+        others = ("window", "windows", *_OF_RANKS, "observe", "pool", "separators", "ratio")
+        reason = f"the score {self.scorer} does not read it. It reads {', '.join(reads)}."
+        found = {name: reason for name in others if name not in reads}
+        if not self.ranks:
+            return found
+        finding = [name for name, budget in BUDGETS.items() if budget.finds == "whole"]
+        if self.budget not in finding:
+            found["part"] = f"only budgets that find heads read it: {', '.join(finding)}."
+        if self.positions != "capped":
+            found["distance"] = "only positions: capped reads it. Add that, or leave it out."
+        if self.read is None:
+            found["read_ratio"] = f"nothing reads less. Add read: {' or '.join(READERS)}."
+        return found
+
     def validate(self, where: str) -> None:
         super().validate(where)
-        known = [*SCORERS, *RANKERS]
-        check_name(f"{where}.scorer", "scorer", self.scorer, known)
-        reads: tuple[str, ...] = ("window", "windows")
-        if self.ranks:
-            reads = (*_OF_RANKS, *RANKERS[self.scorer].reads)
-        others = (*_OF_RANKS, "observe", "pool", "separators")
-        defaults = {"window": 256, "windows": "uniform"} | dict.fromkeys(others)
-        for name, default in defaults.items():
-            if name not in reads and getattr(self, name) != default:
-                raise RecipeError(
-                    f"{where}.{name}: the score {self.scorer} does not read it. It reads ratio, sinks, page, "
-                    f"{', '.join(reads)}."
-                )
+        check_name(f"{where}.scorer", "scorer", self.scorer, [*SCORERS, *RANKERS])
         if self.budget is not None:
             check_name(f"{where}.budget", "budget", self.budget, BUDGETS)
         if self.merge is not None:
@@ -149,21 +159,23 @@ class EvictStep(WindowStep):
             )
         if self.pool is not None and self.pool % 2 == 0:
             raise RecipeError(f"{where}.pool: {self.pool} must be odd: as many neighbours before a token as behind it.")
-        if "observe" in reads and (self.observe or _OBSERVE) > (self.recent or _RECENT):
+        if (
+            self.ranks
+            and "observe" in RANKERS[self.scorer].reads
+            and (self.observe or _OBSERVE) > (self.recent or _RECENT)
+        ):
             raise RecipeError(
                 f"{where}.observe: {self.observe or _OBSERVE} queries, but only the newest {self.recent or _RECENT} "
                 "tokens are sure to stay (`recent`), and those that are observed must be among them."
             )
 
     def _validate_distance(self, where: str) -> None:
-        """Refuse a distance that nobody reads, and scores that would read what is further away.
+        """Refuse scores that would read what is further away.
 
         Raises:
             RecipeError: says what to give.
         """
         if self.positions != "capped":
-            if self.distance is not None:
-                raise RecipeError(f"{where}.distance: only positions: capped reads it. Add that, or leave it out.")
             return
         if self.distance is not None and self.distance < 1:
             raise RecipeError(f"{where}.distance: {self.distance} must be at least 1.")
@@ -181,8 +193,6 @@ class EvictStep(WindowStep):
             RecipeError: says what to give.
         """
         if self.read is None:
-            if self.read_ratio is not None:
-                raise RecipeError(f"{where}.read_ratio: nothing reads less. Add read: {' or '.join(READERS)}.")
             return
         check_name(f"{where}.read", "reading", self.read, READERS)
         if self.read_ratio is not None and not 1 <= self.read_ratio < float("inf"):
@@ -199,15 +209,12 @@ class EvictStep(WindowStep):
             )
 
     def _validate_heads(self, where: str) -> None:
-        """Refuse options about heads that the budget does not read, or that leave the other heads nothing.
+        """Refuse options about heads that the budget decides itself, or that leave the other heads nothing.
 
         Raises:
             RecipeError: says what to give.
         """
         budget = BUDGETS[self.budget or "uniform"]
-        if budget.finds != "whole" and self.part is not None:
-            finding = [name for name, b in BUDGETS.items() if b.finds == "whole"]
-            raise RecipeError(f"{where}.part: only budgets that find heads read it: {', '.join(finding)}.")
         if budget.finds != "nothing" and self.whole is not None:
             raise RecipeError(
                 f"{where}.whole: {self.budget} finds the heads when the model is converted. Leave whole out, or the "

@@ -39,6 +39,9 @@ from .heads.grouping import (
 )
 from .heads.pooling import pool_heads, source_queries
 
+UNEVEN: tuple[Init, ...] = ("asym", "qcqa", "key_norm")
+"""Inits that can make groups of unequal size."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GqaStep(RefinedStep):
@@ -56,7 +59,8 @@ class GqaStep(RefinedStep):
     renorm: bool = True
     """`aligned` only: restore the norm that averaging takes from the keys."""
     equal_groups: bool = True
-    """False lets `asym`, `qcqa` and `key_norm` make groups of unequal size, which only our own runtime can run."""
+    """False lets `asym`, `qcqa` and `key_norm` make groups of unequal size, which only our own runtime can run; no
+    other init does."""
     refit_queries: bool = True
     """Refit `q_proj` by least squares to the parent's attention scores. Needs calibration text."""
     refit_output: bool = True
@@ -75,7 +79,23 @@ class GqaStep(RefinedStep):
     @property
     def is_uneven(self) -> bool:
         """Whether groups of unequal size are decided by the text, or by the weights."""
-        return not self.equal_groups and self.init in ("asym", "qcqa", "key_norm")
+        return not self.equal_groups and self.init in UNEVEN
+
+    def unread(self) -> dict[str, str]:
+        found = {} if self.init == "aligned" else {"renorm": "only init: aligned reads it. Set that, or leave it out."}
+        if self.groups is not None:
+            reason = "groups says which heads are pooled. Leave one of the two out."
+            return found | {"grouping": reason, "equal_groups": reason}
+        if self.is_uneven and self.init != "key_norm":
+            found["grouping"] = f"with equal_groups: false, {self.init} makes the groups itself. Leave one of them out."
+        elif self.init == "key_norm":
+            found["grouping"] = "key_norm pools neighbours. Leave it out, or use another init."
+        if not self.equal_groups and not self.is_uneven:
+            found["equal_groups"] = (
+                f"{', '.join(UNEVEN)} alone make groups of unequal size, not {self.init}. Use one of these, or write "
+                "the groups out: groups: [[0, 1], [2], ...]."
+            )
+        return found
 
     def validate(self, where: str) -> None:
         super().validate(where)

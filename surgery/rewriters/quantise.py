@@ -61,6 +61,12 @@ class QuantiseStep(Step):
     def text(self) -> Text:
         return "needed" if CODECS[self.codec].calibrated or self.bits == "sensitivity" else "none"
 
+    def unread(self) -> dict[str, str]:
+        if self.bits == "sensitivity":
+            reason = "bits: sensitivity chooses it, and asks for bits_per_number. Leave one of the two out."
+            return dict.fromkeys(("k_bits", "v_bits"), reason)
+        return {"bits_per_number": "is for bits: sensitivity. Otherwise give k_bits and v_bits."}
+
     def validate(self, where: str) -> None:
         super().validate(where)
         check_name(f"{where}.codec", "codec", self.codec, CODECS)
@@ -72,8 +78,6 @@ class QuantiseStep(Step):
                 raise RecipeError(f"{where}.{name}: {self.codec} knows {known} bits, not {bits:g}.")
         if self.bits == "sensitivity":
             self._check_shared(where, len(kind.bits) == 1)
-        elif self.bits_per_number is not None:
-            raise RecipeError(f"{where}.bits_per_number: is for bits: sensitivity. Otherwise give k_bits and v_bits.")
         for name, least in (("sinks", 0), ("recent", 0), ("group", 1)):
             if getattr(self, name) < least:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} must be at least {least}.")
@@ -81,8 +85,8 @@ class QuantiseStep(Step):
     def _check_shared(self, where: str, has_one: bool) -> None:
         if has_one:
             raise RecipeError(f"{where}.bits: {self.codec} has one number of bits. Use int4, kivi, turbo or metric.")
-        if self.bits_per_number is None or self.k_bits is not None or self.v_bits is not None:
-            raise RecipeError(f"{where}.bits: sensitivity asks for bits_per_number, and chooses k_bits and v_bits.")
+        if self.bits_per_number is None:
+            raise RecipeError(f"{where}.bits: sensitivity asks for bits_per_number.")
 
 
 class Quantise(Method):

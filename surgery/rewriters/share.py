@@ -70,6 +70,10 @@ class ShareStep(RefinedStep):
         """Whether calibration text decides which layers read which."""
         return self.layout in SEARCHED
 
+    def unread(self) -> dict[str, str]:
+        keep = f"{self.init} shares whole heads. Set init: latent, or leave it out."
+        return {} if self.init == "latent" else {"keep": keep}
+
     def validate(self, where: str) -> None:
         super().validate(where)
         if isinstance(self.layout, str):
@@ -90,8 +94,6 @@ class ShareStep(RefinedStep):
             raise RecipeError(
                 f"{where}.init: {self.init!r} has no svformer layout. Use best, least_squares or replace."
             )
-        if self.keep < 1 and self.init != "latent":
-            raise RecipeError(f"{where}.keep: {self.init} shares whole heads. Set init: latent, or leave out keep.")
 
 
 class Share(Method):
@@ -128,8 +130,8 @@ class Share(Method):
                 )
         if not owners:
             raise PlanError(
-                f"{where}: layout {step.layout} lets none of the layers read the cache of another here, so that nothing "
-                f"would change. Select more layers{'' if step.kv_layers is None else ', or use a smaller kv_layers'}."
+                f"{where}: layout {step.layout} lets none of the layers read the cache of another here: nothing would "
+                f"change. Select more layers{'' if step.kv_layers is None else ', or use a smaller kv_layers'}."
             )
         check_map(owners, sites, plans)
         for layer in together:
