@@ -108,6 +108,14 @@ def test_files_that_the_repository_ignores_are_uploaded_all_the_same(hub, folder
     assert contents(folder).keys() <= hub.repos["me/model"].files.keys()
 
 
+def test_what_is_to_be_private_does_not_go_into_a_public_repository(hub, folder, call) -> None:
+    hub.repos |= {"me/public": Repo(private=False), "me/private": Repo(private=True)}
+    code, _, err = call("push", folder, "me/public", "--private")
+    assert code == 2 and "me/public is there already, and public" in err and err.count("Nothing was published") == 1
+    assert len(hub.repos["me/public"].commits) == 1 and not hub.objects
+    assert push(folder, "me/private").private  # whatever was asked for, the report says what is so
+
+
 @pytest.mark.parametrize("repo_id", ["them/model", "me/read-only"])
 def test_without_permission_there_is_one_line_and_nothing_changes(repo_id, hub, folder, call) -> None:
     hub.repos["me/read-only"] = Repo(private=False, writable=False)

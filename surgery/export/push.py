@@ -64,6 +64,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     Args:
         folder: what `export` wrote.
         repo_id: `owner/name`.
+        private: a new repository is to be private; one that is there must be so already.
         dry_run: only say what would be uploaded; asks nobody, works offline.
 
     Raises:
@@ -83,12 +84,12 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     removed: tuple[str, ...] = ()
     url = None
     if not dry_run:
-        removed, url = _commit(folder, [name for name, _ in files], repo_id, private)
+        removed, private, url = _commit(folder, [name for name, _ in files], repo_id, private)
     return Upload(folder=folder, repo_id=repo_id, private=private, files=files, removed=removed, url=url)
 
 
-def _commit(folder: Path, names: list[str], repo_id: str, private: bool) -> tuple[tuple[str, ...], str]:
-    """Upload files and commit them at once; the files removed, and the commit's URL.
+def _commit(folder: Path, names: list[str], repo_id: str, private: bool) -> tuple[tuple[str, ...], bool, str]:
+    """Upload files and commit them at once; the files removed, whether nobody else sees them, and the commit's URL.
 
     Not `upload_folder`, which may stream a large folder in several commits: a connection that breaks leaves some.
     """
@@ -97,6 +98,11 @@ def _commit(folder: Path, names: list[str], repo_id: str, private: bool) -> tupl
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         found = api.model_info(repo_id)
+        if private and not found.private:
+            raise CheckpointError(
+                f"{repo_id} is there already, and public: --private is for new repositories. Nothing was published. "
+                "Make it private in its settings, or leave --private out."
+            )
         there = [file.rfilename for file in found.siblings or ()]
         loaded = "config.json" in names  # GGUF files may lie beside anything
         removed = tuple(sorted(n for n in there if loaded and "/" not in n and n.endswith(LOADED) and n not in names))
@@ -106,9 +112,11 @@ def _commit(folder: Path, names: list[str], repo_id: str, private: bool) -> tupl
             repo_id, [*additions, *map(CommitOperationDelete, removed)], parent_commit=found.sha,
             commit_message="Upload an export of surgery",
         )  # fmt: skip
+    except CheckpointError:
+        raise
     except Exception as error:  # the client's own, and those of the HTTP library that its release uses
         raise CheckpointError(f"{repo_id}: {_said(error)} {_published(api, repo_id, found)}") from error
-    return removed, str(done.commit_url)
+    return removed, bool(found.private), str(done.commit_url)
 
 
 def _published(api: HfApi, repo_id: str, before: ModelInfo | None) -> str:
