@@ -209,6 +209,14 @@ def test_recipes_that_no_model_could_satisfy_are_refused(step, message) -> None:
         ("gpt_neox", one("lowrank", keep=0.5, layout="freq"), "do not turn"),
         ("qwen3", one("mla", keep=0.5), "keys are normed"),
         ("olmo", one("mla", keep=0.5), "clamped"),
+        ("gpt2", one("mla", keep=0.5, rotation="real"), "layer 0: rotation: real is about channels that turn"),
+        ("gpt2", one("mla", keep=0.5, fold="auto"), "fold: auto is about channels that turn"),
+        ("llama", one("mla", keep=0.5, ranks="sensitivity", layers="1"), "ranks: sensitivity .* one is selected"),
+        (
+            "bloom",
+            one("gqa", kv_heads=2, init="asym", equal_groups=False),
+            "ALiBi or a gate of the output fixes their places",
+        ),
         ("llama_dynamic", one("lowrank", keep=0.5), "vary with the length"),
     ],
 )

@@ -215,8 +215,11 @@ def test_steps_in_an_order_that_cannot_work_are_refused() -> None:
         plan(deep(), {"steps": [share, share]})
 
 
+KVSHARER = {"init": "replace", "layout": "kvsharer", "kv_layers": 2}
+
+
 def test_inits_that_need_text_ask_for_it() -> None:
-    for step in ({}, {"init": "latent"}, {"init": "replace", "layout": "kvsharer", "kv_layers": 2}):
+    for step in ({}, {"init": "latent"}, {"init": "replace", "gain_fit": True}, KVSHARER):
         with pytest.raises(PlanError, match="share asks for calibration text"):
             surgery.convert(deep(), recipe(**step))
     assert not plan(deep(), recipe(init="mean")).needs_calibration

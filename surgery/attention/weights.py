@@ -183,8 +183,13 @@ def read_attention(site: AttentionSite, get_tensor: Callable[[str], Tensor]) -> 
         window=site.window,
         clip_qkv=site.clip_qkv,
         gated_output=site.gated_output,
-        permutable=not site.gated_output and site.alibi_slopes is None,
+        permutable=is_permutable(site),
     )
+
+
+def is_permutable(site: AttentionSite) -> bool:
+    """Whether query heads may change places: not where the model computes slopes itself, or gates the outputs."""
+    return not site.gated_output and site.alibi_slopes is None
 
 
 def read_rows(part: Projection, dim: int, get_tensor: Callable[[str], Tensor]) -> tuple[Tensor, Tensor | None]:

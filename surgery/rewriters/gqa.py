@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from ..anatomy import Anatomy
-from ..attention.weights import AttentionWeights
+from ..attention.weights import AttentionWeights, is_permutable
 from ..calibration.text import Windows
 from ..calibration.visit import Visit
 from ..calibration.working_copy import WorkingCopy
@@ -248,6 +248,12 @@ def planned_heads(step: GqaStep, where: str, site: AttentionSite) -> Heads:
         PlanError: names the layer and the numbers that would do.
     """
     old = site.kv_heads
+    if site.gated_output and (step.refine or step.gain_fit == "global"):
+        name = "refine" if step.refine else "gain_fit"
+        raise PlanError(
+            f"layer {site.layer}: {where}.{name}: this attention gates its head outputs, and nothing is fitted beside "
+            "a gate. Leave it out, or select other layers."
+        )
     divisors = ", ".join(str(d) for d in range(1, old + 1) if old % d == 0)
     kv_heads = step.kv_heads_of(old)
     if kv_heads is None:
@@ -266,6 +272,11 @@ def planned_heads(step: GqaStep, where: str, site: AttentionSite) -> Heads:
         sizes = [len(group) * site.heads // old for group in step.groups]
         return Heads.of(site, kv_heads, tuple(sizes))
     if step.is_uneven:
+        if step.init != "key_norm" and not is_permutable(site):
+            raise PlanError(
+                f"layer {site.layer}: {where}: {step.init} moves query heads between groups, and ALiBi or a gate of "
+                "the output fixes their places. Set equal_groups: true."
+            )
         if step.init == "key_norm" and site.heads != old:
             raise PlanError(
                 f"layer {site.layer}: {where}: `key_norm` shares queries out one by one, and the KV heads here have "

@@ -15,6 +15,9 @@ class IdentityStep(Step):
 
     rewriter: Literal["identity"] = "identity"
 
+    def unread(self) -> dict[str, str]:
+        return {"layers": "every attention is replaced. Leave it out."}
+
 
 class Identity(Method):
     """The method of `IdentityStep`: no layer changes its plan, so no layer is handed to it."""

@@ -74,6 +74,9 @@ class Mla(LatentMethod):
     def _planned(self, at: str, site: AttentionSite) -> Latent:
         step = self.step
         pairs = 0 if site.rotary is None else site.rotary.dims // 2
+        for name in ("rotation", "selector", "fold") if not pairs else ():
+            if (value := getattr(step, name)) not in (None, 1):
+                raise PlanError(f"{at}: {name}: {value} is about channels that turn, and no key has any. Leave it out.")
         if step.fold != "auto" and pairs % step.fold:
             raise PlanError(f"{at}: fold {step.fold} does not divide {pairs} rotary frequencies. Use 1, or auto.")
         if step.keep is not None:

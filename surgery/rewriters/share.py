@@ -58,7 +58,8 @@ class ShareStep(RefinedStep):
     """Refit `o_proj` by ridge regression to the parent's attention output."""
     gain_fit: GainFit = False
     """Fit one factor per query head on q and on o, then fold: `true` in closed form, layer by layer, which does not
-    help most readers; `global` by the loss of the whole model, which has to be in memory and does."""
+    help most readers; `global` by the loss of the whole model, which has to be in memory and does. Both need
+    calibration text."""
 
     @property
     def text(self) -> Text:

@@ -19,7 +19,8 @@ class RefinedStep(Step):
     @property
     def fits_on_text(self) -> bool:
         """Whether an option asks for what only calibration text can give, so that there is no form without."""
-        return self.refine > 0 or getattr(self, "gain_fit", False) == "global"
+        gains = getattr(self, "gain_fit", False)
+        return self.refine > 0 or gains == "global" or (gains and gains != getattr(type(self), "gain_fit", False))
 
     def validate(self, where: str) -> None:
         super().validate(where)
