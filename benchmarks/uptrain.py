@@ -109,7 +109,9 @@ def converted(model: str, name: str, options: dict[str, Any] | None = None) -> s
         train, _ = text_of(model)
         made = recipe(name, options or {})
         plain = options and not any(step.needs_text for step in surgery.Recipe.load(made).steps)
-        surgery.convert_checkpoint(parent, made, out, calibration=None if plain else train, samples=32, length=LENGTH)
+        surgery.convert_checkpoint(
+            parent, made, out, **({} if plain else {"calibration": train, "samples": 32, "length": LENGTH})
+        )
     return str(out)
 
 

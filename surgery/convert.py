@@ -41,6 +41,8 @@ from .torch_state import plain_torch
 
 _log = logging.getLogger(__name__)
 
+SAMPLES = 256
+"""Windows of calibration text at most."""
 STREAMS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Formats of the hidden states over the calibration text that are kept between layers."""
 
@@ -63,7 +65,7 @@ def convert(
     *,
     calibration: Any = None,
     tokenizer: Any = None,
-    samples: int = 256,
+    samples: int = SAMPLES,
     length: int | None = None,
     seed: int = 0,
     streams: str = "float32",
@@ -110,7 +112,7 @@ def convert(
     check_model(parent)
     recipe = recipe.told(lambda: tokenizer or tokenizer_of(parent.config, told))
     plan = make_plan(parent, recipe)
-    _check_calibration(plan, calibration)
+    _check_calibration(plan, calibration, samples, length, streams)
     for name, layers in plan.left_out.items():
         _log.warning("%s loads none of the layers that %s counts (%d).", plan.anatomy.architecture, name, layers)
     if calibration is not None and tokenizer is None and told:
@@ -162,10 +164,18 @@ def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, d
     return parent, told | more
 
 
-def _check_calibration(plan: Plan, calibration: Any) -> None:
-    if calibration is None and plan.needs_calibration:
+def _check_calibration(plan: Plan, calibration: Any, samples: int, length: int | None, streams: str) -> None:
+    """Refuse a recipe without its text, and what is about text where there is none; say where text is not read."""
+    if calibration is not None:
+        if not plan.wants_calibration:
+            _log.warning("%s: no step reads calibration text; the result is as without.", plan.recipe.name)
+        return
+    if plan.needs_calibration:
         step = next(step.rewriter for step in plan.recipe.steps if step.text == "needed")
         raise PlanError(f"{plan.recipe.name}: {step} asks for calibration text. Give a few hundred documents of it.")
+    for name, is_given in (("samples", samples != SAMPLES), ("length", length), ("streams", streams != "float32")):
+        if is_given:
+            raise PlanError(f"{name}: is of calibration text, and none is given. Give some, or leave it out.")
 
 
 def _windows(calibration: Any, config: Any, tokenizer: Any, length: int | None, samples: int) -> Windows | None:
@@ -182,7 +192,7 @@ def convert_checkpoint(
     *,
     calibration: Any = None,
     tokenizer: Any = None,
-    samples: int = 256,
+    samples: int = SAMPLES,
     length: int | None = None,
     seed: int = 0,
     streams: str = "float32",
@@ -222,7 +232,7 @@ def convert_checkpoint(
     checkpoint = Checkpoint(base)
     recipe = recipe.told(lambda: tokenizer or load_tokenizer(folder) or load_tokenizer(base))
     plan = make_plan(base, recipe)
-    _check_calibration(plan, calibration)
+    _check_calibration(plan, calibration, samples, length, streams)
     fit = check_whole(checkpoint)
     left_out = fit.left_out
     if left_out:

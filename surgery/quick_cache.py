@@ -75,6 +75,9 @@ def cache(
         )
     if evict is not None and codec is not None:
         raise PlanError("a cache that evicts holds plain numbers: give `codec` or `evict`, not both.")
+    named = sorted({"rewriter", "scorer"} & options.keys())
+    if named:
+        raise PlanError(f"{named[0]}: the arguments `codec` and `evict` say that. Leave it out.")
     if evict is not None and evict not in RANKERS:
         near = nearest(evict, RANKERS)
         raise PlanError(

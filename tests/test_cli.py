@@ -54,6 +54,17 @@ def test_convert_writes_a_checkpoint_and_refuses_to_write_it_twice(call, folder,
         (("eval", "FOLDER", "--text", "missing.txt"), "missing.txt"),
         (("generate", "FOLDER", "--prompt", "x"), "tokenizer"),
         (("frobnicate",), "No such command"),
+        # options that nothing would read
+        (("plan", "FOLDER", "-r", "mqa", "-o", "OUT"), "--out: is for a search within a budget"),
+        (("plan", "FOLDER", "-r", "mqa", "--axes", "store", "--no-race"), "--axes, --no-race: is for a search"),
+        (("plan", "FOLDER", "--ratio", "2", "--set", "kv_heads=1"), "--set: overrides options of a recipe"),
+        (("inspect", "FOLDER", "--text", "OUT"), "--text: is for --gates"),
+        (("inspect", "FOLDER", "--gates", "OUT"), "give one of them"),
+        (("convert", "FOLDER", "-r", "mqa", "-o", "OUT", "--samples", "9"), "samples: is of calibration text"),
+        (("convert", "FOLDER", "-r", "mqa", "-o", "OUT", "--streams", "bfloat16"), "streams: is of calibration text"),
+        (("eval", "FOLDER", "--text", "OUT", "--questions", "9"), "questions: is of recall questions"),
+        (("eval", "FOLDER", "--text", "OUT", "--merge-adapter"), "no adapter lies in the folder"),
+        (("bench", "decode", "FOLDER", "--shape", "small"), "--shape: a model has a shape of its own"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(call, folder, tmp_path, arguments, words):

@@ -172,3 +172,9 @@ def test_options_change_the_result_or_are_refused(method: str, monkeypatch: pyte
     assert not (found := list(ignored(method, reached))), "\n".join(found)
     options = {option.name for option in dataclasses.fields(options_of(method))} - {"rewriter", *SHARED_OUT}
     assert options - reached == NEVER_ALONE.get(method, set())
+
+
+@pytest.mark.parametrize("given", [{"evict": "h2o", "scorer": "snapkv"}, {"codec": "int4", "rewriter": "identity"}])
+def test_a_cache_is_not_told_its_method_twice(given: Step) -> None:
+    with pytest.raises(surgery.PlanError, match="the arguments `codec` and `evict` say that"):
+        surgery.cache(parent()[0], **given)

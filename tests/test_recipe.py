@@ -97,6 +97,8 @@ def gqa(**options):
         ({"steps": [{"rewriter": "gqa", "groups": [[0], [2]]}]}, [], ["groups", "exactly"]),
         ({"steps": [{"rewriter": "identity"}], "uptrain": {"tokens": -1}}, [], ["uptrain.tokens", "positive"]),
         ({"steps": [{"rewriter": "identity"}], "uptrain": {"token": 1}}, [], ["uptrain", "Did you mean 'tokens'"]),
+        ("mla-2x", ["uptrain.schedule=cosine", "uptrain.decay=0.1"], ["decay: only schedule: wsd reads it"]),
+        ("mla-2x", ["uptrain.lora_rank=8"], ["uptrain.lora_rank: only train: lora reads it"]),
         ("gqa-3x", [], ["no recipe of that name", "gqa-4x"]),
         ("missing.yaml", [], ["missing.yaml", "no such recipe file"]),
         ("gqa-2x", ["kv_heads"], ["--set kv_heads", "key=value"]),

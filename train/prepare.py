@@ -45,6 +45,9 @@ def prepare(run: Run) -> Setup:
     section = resolve_uptrain(run, origin)
     if run.control:
         section = dataclasses.replace(section, kl=0.0, ce=1.0, hidden=0.0, layer_local=0.0)
+    for name in ("held_out_windows", "eval_steps") if run.held_out is None else ():
+        if getattr(run, name) != getattr(Run, name):
+            raise RecipeError(f"--{name.replace('_', '-')}: is of held-out text. Give --held-out, or leave it out.")
     if section.train == "lora":
         _peft()
     if run.keep_logits is not None and (section.hidden or not section.kl):

@@ -28,6 +28,7 @@ from .common import (
     WindowLength,
     open_libraries,
     recipe_names,
+    refuse_unread,
     text_option,
 )
 from .verbs import BROKEN, DONE, INTERRUPTED, REFUSED, Group, Interrupted, verb
@@ -163,6 +164,8 @@ def inspect(
     Reads the config and no weights, but for --gates.
     """
     if gates is not None:
+        if model is not None:
+            raise CheckpointError(f"inspect: {model} and --gates {gates}: give one of them.")
         open_libraries()
         if text is None:
             raise CheckpointError("--gates: needs --text, a file of text that the gates are to decide on.")
@@ -170,6 +173,10 @@ def inspect(
         return
     if model is None:
         raise CheckpointError("inspect: name a model, or --gates DIR --text FILE.")
+    refuse_unread(
+        "is for --gates. Add that, or leave it out.",
+        text=text is not None, samples=samples != 64, length=length is not None, plot=plot is not None,
+    )  # fmt: skip
 
     def read() -> Answer:
         from ..anatomy import examine
@@ -251,6 +258,7 @@ def plan(
     method. Minutes for a small model.
     """  # fmt: skip
     if recipe is None:
+        refuse_unread("overrides options of a recipe. Give one (-r), or leave it out.", set=bool(set_))
         composing.compose_command(
             model, budget=budget, ratio=ratio, memory=memory, batch=batch, context=context, calibration=calibration,
             axes=axes, keep_layers=keep_layers, native_only=native_only, engine=engine, samples=samples, length=length,
@@ -259,6 +267,13 @@ def plan(
         return
     if budget is not None or ratio is not None or memory is not None:
         raise RecipeError("plan: give a recipe (-r), or a budget (--budget, --ratio, --memory), not both.")
+    refuse_unread(
+        "is for a search within a budget, and a recipe is given. Give one of a recipe (-r) and a budget (--budget).",
+        batch=batch != 1, context=context is not None, calibration=calibration is not None, axes=axes is not None,
+        keep_layers=keep_layers is not None, native_only=native_only, engine=engine is not None,
+        samples=samples is not None, length=length is not None, no_race=not race, plot=plot is not None,
+        out=out is not None, seed=seed != 0,
+    )  # fmt: skip
 
     def decide() -> Answer:
         from ..plan import plan as make_plan

@@ -9,7 +9,7 @@ import typer
 
 from ..console import show, write_json
 from ..errors import RecipeError
-from .common import Model, Recipes
+from .common import Model, Recipes, refuse_unread
 from .verbs import Group, verb
 
 app = typer.Typer(
@@ -37,7 +37,9 @@ def bench_decode(
             metavar="MODEL", help="Checkpoint whose shape is taken and whose caches come first; default: --shape."
         ),
     ] = None,
-    shape: Annotated[str, typer.Option(help="llama-2-7b, llama-3-8b or small; weights are random.")] = "llama-3-8b",
+    shape: Annotated[
+        str | None, typer.Option(help="llama-2-7b, llama-3-8b or small; weights are random. Default: llama-3-8b.")
+    ] = None,
     recipe: Recipes = None,
     variant: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     batch: Annotated[
@@ -71,8 +73,10 @@ def bench_decode(
             f"--variant {variant[0]}: layouts are given as recipes now. Use --recipe with a shipped name (identity, "
             "mqa, gqa-2x, mla-4x, cla2, ...) or a YAML file."
         )
+    if model is not None:
+        refuse_unread("a model has a shape of its own. Give one of them.", shape=shape is not None)
     result = decode(
-        shape,
+        shape or "llama-3-8b",
         recipe or (("identity", "mqa", "mla-4x", "cla2") if model is None else ("identity",)),
         model=model,
         batches=batch or (1, 16, 64),

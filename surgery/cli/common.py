@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import RecipeError
+
 
 def recipe_names(incomplete: str) -> list[str]:
     """Shipped recipes, for the completion of a shell: by their files, since reading them takes seconds."""
@@ -52,6 +54,22 @@ WindowLength = Annotated[
     int | None,
     typer.Option(min=2, metavar="TOKENS", help="Tokens per window; default: the model's context, at most 512."),
 ]
+
+
+def refuse_unread(why: str, **given: bool) -> None:
+    """Refuse options that are given and that nothing reads.
+
+    Args:
+        why: a sentence, with what to do.
+        given: option -> whether it is.
+
+    Raises:
+        RecipeError: names them.
+    """
+    names = [f"--{name.replace('_', '-')}" for name, is_given in given.items() if is_given]
+    if names:
+        raise RecipeError(f"{', '.join(names)}: {why}")
+
 
 _COMMAND_LINE = ("surgery.cli", "surgery.console", "surgery.errors", "surgery.train", "surgery.versions")
 

@@ -88,6 +88,9 @@ def evaluate(
     from ..checkpoints.storage import load
     from ..measure.evaluate import evaluate as score
 
+    if merge_adapter and not any(adapter_in(local_folder(name)) for name in (model, baseline) if name is not None):
+        raise CheckpointError("--merge-adapter: no adapter lies in the folder. Leave it out.")
+
     def opened(name: str) -> Any:
         return load(name, merge_adapter=merge_adapter and adapter_in(local_folder(name)) is not None)
 

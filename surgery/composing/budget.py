@@ -60,6 +60,10 @@ def budget_of(
             f"give one of a budget per token, a ratio and a memory; {' and '.join(given) or 'none'} came. For example "
             "4KiB/token, 6, or 80GiB."
         )
+    if batch != 1 and memory is None:
+        raise PlanError(
+            f"batch: {batch} sequences are for a memory that is to hold them. Name a memory, or leave it out."
+        )
     tokens = _context(context, parent.anatomy.max_positions)
     whole = parent.cache_bytes(tokens)
     if per_token is not None:

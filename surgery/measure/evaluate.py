@@ -24,6 +24,8 @@ from .speed import measure_speed
 from .statistics import difference, quality
 
 PATHS: dict[str, tuple[Path, ...]] = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
+QUESTIONS = 8
+"""Recall questions per task, length and depth."""
 CONTINUED = 40
 """Tokens by which prompts are continued."""
 
@@ -39,7 +41,7 @@ def evaluate(
     samples: int | None = None,
     recall_tasks: Sequence[str] = (),
     recall_lengths: Sequence[int] | None = None,
-    questions: int = 8,
+    questions: int = QUESTIONS,
     speed: bool = False,
     lm_eval_tasks: Sequence[str] = (),
     memory: int | str = "80GiB",
@@ -91,6 +93,11 @@ def evaluate(
         raise RecipeError(f"path: {path!r} is not known. Use one of {', '.join(PATHS)}.")
     tasks = tuple(TASKS) if "all" in recall_tasks else tuple(recall_tasks)
     check_tasks(tasks)
+    if not tasks and (questions != QUESTIONS or recall_lengths is not None):
+        name = "questions" if questions != QUESTIONS else "recall_lengths"
+        raise RecipeError(
+            f"{name}: is of recall questions, and no task is named. Name one, such as all, or leave it out."
+        )
     limit = parse_bytes(memory)
     if lm_eval_tasks:
         check_known(lm_eval_tasks)

@@ -62,6 +62,23 @@ class Uptrain:
     separate_documents: bool = True
     """Positions start again at each document of a packed sequence, and no attention crosses the border."""
 
+    def unread(self) -> dict[str, str]:
+        """See `recipe.Step.unread`."""
+        found = {}
+        if self.schedule != "wsd":
+            found["decay"] = "only schedule: wsd reads it. Leave it out."
+        if self.train != "lora":
+            found |= dict.fromkeys(
+                ("lora_rank", "lora_alpha", "lora_targets"), "only train: lora reads it. Leave it out."
+            )
+        if self.train == "gates":
+            found["gate_rate"] = "gates that are trained alone have learning_rate. Leave it out."
+        if self.kl == 0:
+            found["temperature"] = "it is that of the KL, whose weight kl is 0. Leave it out."
+        if self.layer_local == 0:
+            found["local_learning_rate"] = "there is no first stage where layer_local is 0. Leave it out."
+        return found
+
     def validate(self, where: str) -> None:
         for name in ("tokens", "learning_rate", "local_learning_rate", "temperature", "batch", "lora_rank",
                      "gate_rate", "gate_temperature"):  # fmt: skip
