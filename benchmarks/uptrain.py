@@ -108,7 +108,7 @@ def converted(model: str, name: str, options: dict[str, Any] | None = None) -> s
         parent = SMALL if model == "small" else adapted()
         train, _ = text_of(model)
         made = recipe(name, options or {})
-        plain = options and not any(step.needs_text for step in surgery.Recipe.load(made).steps)
+        plain = options and all(step.text != "needed" for step in surgery.Recipe.load(made).steps)
         surgery.convert_checkpoint(
             parent, made, out, **({} if plain else {"calibration": train, "samples": 32, "length": LENGTH})
         )

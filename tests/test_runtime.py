@@ -453,6 +453,15 @@ def test_class_names_and_registration_follow_the_parent() -> None:
     assert surgery_class(type(parent("llama"))) is cls
 
 
+def test_classes_of_ones_own_leave_auto_classes_alone() -> None:
+    """As those of transformers: a config makes the class that it is registered for, whoever derives from that."""
+    stock = type(parent("phi"))
+    own = surgery_class(type("Own", (stock,), {}))
+    assert own.__name__ == "SurgeryOwn" and issubclass(own, stock)
+    made = transformers.AutoModelForCausalLM._model_mapping[own.config_class]
+    assert made is surgery_class(stock) is not own
+
+
 def test_tied_embeddings_stay_tied() -> None:
     model = converted("per_layer_heads", "gpt2")
     assert model.lm_head.weight is model.transformer.wte.weight

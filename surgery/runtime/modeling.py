@@ -160,9 +160,14 @@ def surgery_class(parent: type[PreTrainedModel]) -> type[PreTrainedModel]:
         },
     )
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    for auto in auto_classes(parent):
-        auto.register(config, cls, exist_ok=True)
     _MADE[parent] = cls
+    for auto in auto_classes(parent):
+        made = auto._model_mapping.get(parent_config, parent)
+        kinds = made if isinstance(made, (tuple, list)) else (made,)
+        if parent in kinds:
+            auto.register(config, cls, exist_ok=True)
+        else:  # a class of somebody's own, of the config of another: Auto classes go on to make that one
+            surgery_class(kinds[0])
     return cls
 
 
