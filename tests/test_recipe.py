@@ -39,6 +39,13 @@ def test_overrides_reach_steps_and_uptrain():
     assert recipe.uptrain.tokens == 1_000_000
 
 
+def test_null_takes_out_what_another_option_leaves_unread():
+    with pytest.raises(RecipeError, match="window: the score snapkv does not read it"):
+        Recipe.load("streaming-1k", ["scorer=snapkv"])
+    assert Recipe.load("streaming-1k", ["scorer=snapkv", "window=null"]).steps[0].scorer == "snapkv"
+    assert Recipe.load({"steps": [{"rewriter": "dmc", "window": None}]}).steps[0].window is None  # a value there
+
+
 def test_scores_as_gates_of_dms_load_as_what_they_are_called_today(caplog):
     old = {"steps": [{"rewriter": "dms", "gate": "score:key_norm", "window": 16, "ratio": 8, "layers": "1"}]}
     new = {"steps": [{"rewriter": "evict", "scorer": "key_norm", "window": 16, "ratio": 8, "layers": "1"}]}

@@ -15,14 +15,15 @@ from ..errors import RecipeError
 def build(kind: type, data: Any, where: str, *, strict: bool = True) -> Any:
     """An instance of dataclass `kind` from a mapping, every key and value checked against its fields.
 
-    What `kind.unread` names may not stand in `data`, whatever its value; null counts as absent. Where not `strict`, it
-    is left out instead.
+    Null counts as absent, but for fields of which it is a value. What `kind.unread` names may not stand in `data`,
+    whatever its value; where not `strict`, it is left out instead.
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: holds {data!r}, needs a mapping.")
     hints = typing.get_type_hints(kind)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     check_keys(data, fields, where)
+    data = {k: v for k, v in data.items() if v is not None or type(None) in typing.get_args(fields[k])}
     missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in data]
     if missing:
         raise RecipeError(f"{where}: needs {', '.join(f'`{name}`' for name in missing)}.")
