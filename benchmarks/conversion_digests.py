@@ -84,7 +84,11 @@ INITS = (
 )  # fmt: skip
 RECIPES: dict[str, Steps] = {
     **{f"gqa-{init}": [gqa(init=init)] for init in INITS},
-    **{f"gqa-{init}-neighbour": [gqa(init=init, grouping="neighbour", layers=SOME, **PLAIN)] for init in INITS},
+    **{
+        f"gqa-{init}-neighbour": [gqa(init=init, grouping="neighbour", layers=SOME, **PLAIN)]
+        for init in INITS
+        if init != "key_norm"  # which knows no other grouping
+    },
     **{f"gqa-{init}-uneven": [gqa(init=init, equal_groups=False)] for init in ("asym", "qcqa", "key_norm")},
     "gqa-groups": [gqa(groups=PAIRS)],
     "gqa-groups-mean": [gqa(groups=PAIRS, init="mean", **PLAIN)],

@@ -29,16 +29,17 @@ from rich.table import Table
 import surgery
 
 SEED = 0
-PLAIN = {"grouping": "neighbour", "refit_queries": False, "refit_output": False, "gain_fit": False}
+CLOSED = {"refit_queries": False, "refit_output": False, "gain_fit": False}
+PLAIN = {"grouping": "neighbour", **CLOSED}
 ROWS: dict[str, dict[str, Any]] = {
     "mean (published)": {"init": "mean", **PLAIN},
     "sqrt_g": {"init": "sqrt_g", **PLAIN},
     "first": {"init": "first", **PLAIN},
     "random": {"init": "random", **PLAIN},
     "weighted": {"init": "weighted", **PLAIN},
-    "key_norm": {"init": "key_norm", **PLAIN},
-    "asym (unequal groups)": {"init": "asym", **PLAIN, "equal_groups": False},
-    "qcqa (unequal groups)": {"init": "qcqa", **PLAIN, "equal_groups": False},
+    "key_norm": {"init": "key_norm", **CLOSED},
+    "asym (unequal groups)": {"init": "asym", **CLOSED, "equal_groups": False},
+    "qcqa (unequal groups)": {"init": "qcqa", **CLOSED, "equal_groups": False},
     "dha": {"init": "dha", **PLAIN},
     "aligned": {"init": "aligned", **PLAIN, "renorm": False},
     "aligned + renorm": {"init": "aligned", **PLAIN},

@@ -213,10 +213,8 @@ def convert(bench: Bench) -> None:
             continue
         out.parent.mkdir(parents=True, exist_ok=True)
         begun, processor = time.monotonic(), time.process_time()
-        surgery.convert_checkpoint(
-            bench.model, row.recipe, out, calibration=str(bench.calibration) if row.calibrated else None,
-            samples=samples, length=length, seed=SEED, overwrite=True,
-        )  # fmt: skip
+        text = {"calibration": str(bench.calibration), "samples": samples, "length": length} if row.calibrated else {}
+        surgery.convert_checkpoint(bench.model, row.recipe, out, seed=SEED, overwrite=True, **text)
         took = {
             "seconds": round(time.monotonic() - begun, 1),
             "processor_seconds": round(time.process_time() - processor, 1),
