@@ -23,7 +23,7 @@ _GAIN_STEPS = 8
 _TRIED = range(-8, 24, 2)
 """Gains that are tried, in these steps from where a vector starts: half of that to seven times."""
 _BLOCK, _BLOCK_CPU = 1 << 22, 1 << 16
-"""Numbers whose gains are looked for at a time."""
+"""Numbers whose gains are looked for at a time, in eight tokens or more."""
 
 
 class Directions(Decoded):
@@ -66,6 +66,7 @@ class Directions(Decoded):
         self.weights = 2.0 ** self.shift[..., None] * scaled_back.gather(1, rows)
         self.there = widths[:, None] > 0
         self.felt = torch.where(self.there, self.step[:, None].square(), 0.0)
+        self.moved = torch.tensor(_TRIED, device=widths.device)[:, None, None, None]
 
     def code_bits(self, width: int) -> int:
         """Bits of the codes of one vector."""
@@ -98,11 +99,10 @@ class Directions(Decoded):
         """
         B, K, T, W = z_BKTW.shape
         block = _BLOCK_CPU if z_BKTW.is_cpu else _BLOCK
-        tokens = T if torch.compiler.is_compiling() else max(block // (len(_TRIED) * B * K * W), 1)
-        moved = torch.tensor(_TRIED, device=z_BKTW.device)[:, None, None, None]
+        tokens = T if torch.compiler.is_compiling() else max(block // (len(_TRIED) * B * K * W), 8)
         best = []
         for z, start in zip(z_BKTW.split(tokens, 2), start_BKT.split(tokens, 2), strict=True):
-            levels = (start + moved).clamp_(0, 255)
+            levels = (start + self.moved).clamp_(0, 255)
             gains = _gain(levels)[..., None]
             lost = (self._nearest(z / gains).add_(0.5).mul_(gains) - z).square_().mul_(self.felt).sum(-1)
             best.append(levels.gather(0, lost.argmin(0, keepdim=True))[0])
