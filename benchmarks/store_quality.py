@@ -147,7 +147,11 @@ def rows(
         if not wants(name):
             continue
         made = [step if "rewriter" in step else fixed | step for step in steps]
-        model = surgery.convert(parent, {"steps": made}, calibration=same, seed=SEED).eval()
+        try:
+            model = surgery.convert(parent, {"steps": made}, calibration=same, seed=SEED).eval()
+        except surgery.PlanError as error:
+            Console().print(f"{name}: {error}")
+            continue
         found = score(model, windows, wanted, lambda m: DynamicCache(config=m.config))
         yield name, {"bits": round(packed_bits(model), 4), **found}
     for name, (backend, bits) in BACKENDS.items():
