@@ -40,7 +40,7 @@ from surgery.train.gates import Budget, budget_of, check_length, shortfall
 from surgery.train.uptrain import uptrain
 
 DMS = {"rewriter": "dms", "ratio": 2, "window": 4, "sinks": 2}
-EVICT = {"rewriter": "evict", "ratio": 2, "window": 4, "sinks": 2}
+EVICT = {"rewriter": "evict", "window": 4, "sinks": 2}
 DMC = {"rewriter": "dmc", "ratio": 2, "window": 3, "sinks": 0}
 MLA = {"rewriter": "mla", "rank": 12, "rope_dims": 4}
 
@@ -275,7 +275,7 @@ def test_gates_compose_with_merged_heads() -> None:
 
 def test_key_norm_reaches_its_ratio_on_the_text_it_was_calibrated_on() -> None:
     ids = tokens(12, 48)
-    step = EVICT | {"scorer": "key_norm"}
+    step = EVICT | {"scorer": "key_norm", "ratio": 2}
     with pytest.raises(PlanError, match="calibration text"):
         surgery.convert(tiny_model("llama"), recipe(step))
     model = surgery.convert(tiny_model("llama"), recipe(step), calibration=ids)
