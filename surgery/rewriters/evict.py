@@ -159,11 +159,8 @@ class EvictStep(WindowStep):
             )
         if self.pool is not None and self.pool % 2 == 0:
             raise RecipeError(f"{where}.pool: {self.pool} must be odd: as many neighbours before a token as behind it.")
-        if (
-            self.ranks
-            and "observe" in RANKERS[self.scorer].reads
-            and (self.observe or _OBSERVE) > (self.recent or _RECENT)
-        ):
+        reads = RANKERS[self.scorer].reads if self.ranks else ()
+        if "observe" in reads and (self.observe or _OBSERVE) > (self.recent or _RECENT):
             raise RecipeError(
                 f"{where}.observe: {self.observe or _OBSERVE} queries, but only the newest {self.recent or _RECENT} "
                 "tokens are sure to stay (`recent`), and those that are observed must be among them."

@@ -41,9 +41,9 @@ class LowrankStep(LatentStep):
         return self.init == "qw" if self.mean_split is None else self.mean_split
 
     def unread(self) -> dict[str, str]:
-        return (
-            {} if self.layout == "grouped" else {"group": "only layout: grouped reads it. Set that, or leave it out."}
-        )
+        if self.layout == "grouped":
+            return {}
+        return {"group": "only layout: grouped reads it. Set that, or leave it out."}
 
     def validate(self, where: str) -> None:
         super().validate(where)

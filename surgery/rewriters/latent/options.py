@@ -76,12 +76,12 @@ def plan_latents(
     Raises:
         PlanError: an attention that no latent can stand for.
     """
-    done = []
     if step.ranks == "sensitivity" and sum(step.selects(site.layer) for site in anatomy.sites) == 1:
         raise PlanError(
             f"{where}.ranks: sensitivity shares numbers out between layers, and one is selected. Select more, or leave "
             "it out."
         )
+    done = []
     for site, layer in zip(anatomy.sites, layers, strict=True):
         if not step.selects(site.layer):
             done.append(layer)
