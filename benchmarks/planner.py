@@ -103,6 +103,7 @@ class Subject:
             "predicted_kl": data["choice"]["predicted_kl"],
             "judged_kl": own["judged"],
             "verdict": data["verdict"],
+            "left_out": data["left_out"],
             "race": data["race"],
             "recipe": data["recipe"],
             "front": data["front"],
@@ -125,7 +126,7 @@ class Subject:
         layers = sorted(bench.names)[:4]
         of_all = {s.label: donors.of(s) for s in settings[1:]}
         made = {label: {layer: found[layer] for layer in layers} for label, found in of_all.items()}
-        costs = measure_costs(settings, measure_by(bench, lambda s: made[s.label]), len(layers), None, "exhaustive")
+        costs = measure_costs(settings, measure_by(bench, lambda s, _: made[s.label]), layers, None, "exhaustive")
         found: dict[tuple[int, ...], tuple[int, float]] = {}
         for places in itertools.product(range(1, len(settings)), repeat=len(layers)):
             chosen = {layer: made[settings[p].label][layer] for layer, p in zip(layers, places, strict=True)}
@@ -151,7 +152,7 @@ class Subject:
         known = to_measure(settings)
         made = {s.label: donors.of(s) for s in known}
         layers = sorted(bench.names)
-        costs = measure_costs(settings, measure_by(bench, lambda s: made[s.label]), len(layers), None, "prediction")
+        costs = measure_costs(settings, measure_by(bench, lambda s, _: made[s.label]), layers, None, "prediction")
         draw = random.Random(SEED)
         pairs = []
         for number in range(DRAWN):

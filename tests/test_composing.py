@@ -17,13 +17,15 @@ from surgery.bundled import SMALL
 from surgery.calibration.text import Windows, load_tokenizer
 from surgery.composing.allocation import allocate
 from surgery.composing.budget import budget_of
+from surgery.composing.choosing import Chooser
 from surgery.composing.compose import parts_of
 from surgery.composing.costs import Costs, key_of, measure_costs, to_measure
 from surgery.composing.donors import Donors
 from surgery.composing.race import race
 from surgery.composing.recalling import DEPTHS, QUESTIONS, Exam, exam_for
+from surgery.composing.screening import Screen
 from surgery.composing.sensitivity import Bench, measure_by
-from surgery.composing.settings import settings_for
+from surgery.composing.settings import Setting, settings_for
 from surgery.measure.memory import cache_bytes
 from surgery.measure.recall import Asked
 from surgery.measure.scoring import cache_argument, cache_of
@@ -198,7 +200,7 @@ def test_one_setting_of_a_method_is_measured_by_kl_and_the_others_by_their_error
     bench.kl = lambda attentions: asked.append(1) or real(attentions)
     donors = Donors(parent, anatomy, fit, 0)
     settings = [by_label[name] for name in ("as it is", "mla keep 0.5", "mla keep 0.25", "mla keep 0.5 + int8")]
-    costs = measure_costs(settings, measure_by(bench, donors.of), 3, None, "here")
+    costs = measure_costs(settings, measure_by(bench, donors.of), (0, 1, 2), None, "here")
     assert len(asked) == 3  # layers
     for setting in settings[1:]:
         for layer, module in donors.of(setting).items():
@@ -208,7 +210,7 @@ def test_one_setting_of_a_method_is_measured_by_kl_and_the_others_by_their_error
     broken = donors.of(settings[1])
     with torch.no_grad():
         broken[1].o_proj.weight.fill_(float("nan"))
-    assert measure_by(bench, lambda _: broken)(settings[1], {0: 1.0, 1: 1.0, 2: 1.0})[1][0] == float("inf")
+    assert measure_by(bench, lambda *_: broken)(settings[1], {0: 1.0, 1: 1.0, 2: 1.0}, (0, 1, 2))[1][0] == float("inf")
 
 
 @pytest.mark.parametrize("label", ["lowrank keep 0.5 + int8", "lowrank keep 0.5 + metric 2 bits"])
@@ -235,6 +237,64 @@ def chunked_kl(parent, child, ids):
         answers.append(out.logits.log_softmax(-1))
     p, q = answers
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+# ------------------------------------------------------------------------------------------------ screening
+
+
+DEPTH = 12
+
+
+def made_up(bytes_of):
+    """Settings of methods by name, each with the bytes of one layer: `mla 0.25` is what mla keeps."""
+    found = [Setting(steps=(), bytes_of=(1000,) * DEPTH, axes=())]
+    for (name, keep), size in bytes_of.items():
+        step = {"rewriter": name, "keep": keep}
+        found.append(Setting(steps=(step,), bytes_of=(size,) * DEPTH, axes=("project",)))
+    return found
+
+
+def screened(settings, nats, budget, seen):
+    """Costs of made-up settings, measured as `nats` says; `seen` collects what was measured."""
+
+    def measure(setting, _, layers):
+        seen.append((setting.label, tuple(layers)))
+        return {layer: (nats[setting.label] * (1 + layer / 50), None) for layer in layers}
+
+    layers = tuple(range(DEPTH))
+    screen = Screen(settings=settings, layers=layers, budget=budget)
+    return measure_costs(settings, measure, layers, None, "here", screen)
+
+
+def test_a_method_that_cannot_help_is_measured_in_three_layers():
+    settings = made_up({("lowrank", 0.5): 500, ("lowrank", 0.2): 200, ("mla", 0.5): 500, ("mla", 0.25): 250})
+    nats = {"lowrank keep 0.5": 1e-3, "lowrank keep 0.2": 2e-3, "mla keep 0.5": 9e-3, "mla keep 0.25": 2e-2}
+    seen = []
+    costs = screened(settings, nats, 3600, seen)
+    assert costs.left_out == {"mla": (2, 6, 10)}
+    assert [layers for label, layers in seen if label.startswith("mla")] == [(2, 6, 10)] * 2
+    assert not costs.knows(settings[-1]) and costs.knows(settings[1])
+    # Not where it could be of use even if it cost a quarter, nor where the others do not reach the budget.
+    for changed, budget in (({"mla keep 0.5": 3e-3}, 3600), ({}, 2300)):
+        costs = screened(settings, nats | changed, budget, seen := [])
+        assert not costs.left_out and costs.knows(settings[-1])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_left_out_would_not_have_made_the_choice_better(seed):
+    g = torch.Generator().manual_seed(seed)
+    sizes = {(name, keep): int(1000 * keep) for name in ("lowrank", "mla") for keep in (0.6, 0.4, 0.2)}
+    settings = made_up(sizes)
+    level = {"lowrank": 1.0, "mla": 10 ** float(2 * torch.rand(1, generator=g))}
+    nats = {s.label: level[s.steps[0]["rewriter"]] * (1 - s.bytes_of[0] / 1000) ** 2 for s in settings[1:]}
+    layers = tuple(range(DEPTH))
+    every = Costs({key_of(s.steps): {i: nats[s.label] * (1 + i / 50) for i in layers} for s in settings[1:]})
+    for budget in (4000, 6000, 9000):
+        costs = screened(settings, nats, budget, [])
+        known = [s for s in settings if costs.knows(s)]
+        kept, best = (Chooser(some, every, layers).best(budget) for some in (known, settings))
+        assert kept.cost <= best.cost * 1.001
+        assert len(known) < len(settings) or level["mla"] < 20
 
 
 # ------------------------------------------------------------------------------------------------ from end to end

@@ -22,6 +22,7 @@ from .composition import Composition, recipe_of
 from .costs import measure_costs
 from .donors import Donors
 from .race import race
+from .screening import Screen
 from .sensitivity import Bench, measure_by
 from .settings import constraint, settings_for
 
@@ -119,7 +120,8 @@ def compose(
 
     told = [anatomy.to_dict(), windows.digest, list(windows.ids_BT.shape), limit.context, seed]
     file = None if kept is None else Path(kept)
-    costs = measure_costs(settings, measure_by(bench, donors.of), len(layers), file, told)
+    screen = Screen(settings=settings, layers=layers, budget=limit.bytes, kept=frozenset(keep_layers))
+    costs = measure_costs(settings, measure_by(bench, donors.of), layers, file, told, screen)
     chooser = Chooser([s for s in settings if costs.knows(s)], costs, layers, frozenset(keep_layers))
     choice = chooser.best_uniform(limit.bytes) if native_only or engine else chooser.best(limit.bytes)
     if choice is None:

@@ -106,6 +106,10 @@ class Composition:
             chosen,
             f"The composition: {human_bytes(self.choice.bytes / self.budget.context)} per token, predicted "
             f"{self.choice.cost:.3g} nats per token{self._judged}.",
+            *(
+                f"Left out, for in layers {spans(list(layers))} others of as few bytes cost far less: {method}."
+                for method, layers in self.costs.left_out.items()
+            ),
         ]
         if self.race is not None:
             table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -147,6 +151,7 @@ class Composition:
             "front": [of(choice) for choice in self.front],
             "singles": {axis: of(choice) for axis, choice in self.singles.items()},
             "single_fronts": {axis: [of(c) for c in front] for axis, front in self.single_fronts.items()},
+            "left_out": {method: list(layers) for method, layers in self.costs.left_out.items()},
             "sensitivities": {key: dict(by) for key, by in self.costs.measured.items()},
             "race": None if self.race is None else asdict(self.race) | {"won": self.race.is_won},
             "verdict": self.verdict,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..calibration.forms import HeadsForm
 from ..calibration.text import Windows
 from ..calibration.visit import Visit
 from ..calibration.working_copy import WorkingCopy
+from ..console import spans
 from ..convert import carry_out_steps
 from ..plan import plan as make_plan
 from ..runtime.attention import SurgeryAttention
@@ -73,22 +74,35 @@ class Donors:
         self._base: tuple[Steps, AloneCopy, dict[int, nn.Module]] | None = None
         """What was fitted last by all of its steps: one more step on top of it needs no second fit of those."""
 
-    def of(self, setting: Setting) -> dict[int, nn.Module]:
-        """By layer."""
+    def of(self, setting: Setting, layers: Collection[int] | None = None) -> dict[int, nn.Module]:
+        """By layer, in some layers or in all."""
+        chosen = [site.layer for site in self.anatomy.sites if layers is None or site.layer in layers]
+        if len(chosen) < len(self.anatomy.sites):
+            made = self._made(setting, spans(chosen))[1]
+            return {layer: made[layer] for layer in chosen}
         base = self._base if self._base is not None and setting.steps[:-1] == self._base[0] else None
         if base is not None and setting.last_needs_no_text:
             return self._stored(base[2], setting)
-        plan = make_plan(self.anatomy, setting.recipe())
+        working, made = self._made(setting, base=base)
+        if base is None and setting.steps:
+            self._base = setting.steps, working, made
+        return made
+
+    def _made(
+        self,
+        setting: Setting,
+        layers: str | None = None,
+        base: tuple[Steps, AloneCopy, dict[int, nn.Module]] | None = None,
+    ) -> tuple[AloneCopy, dict[int, nn.Module]]:
+        """Fit a setting on all layers or on some, on top of `base`; layers that it is not for are the parent's."""
+        plan = make_plan(self.anatomy, setting.recipe(layers))
         working = AloneCopy(self.parent, self.anatomy) if base is None else base[1]
         carry_out_steps(working, plan, self.windows, self.seed, done=0 if base is None else len(base[0]))
         settled = plan.settled(map(working.settle, plan.after))
         for site in self.anatomy.sites:  # also layers of which only the plan changes
             working.take_form(site.layer, working.form(site.layer))
         child = in_own_class(self.parent, settled, working, {}).eval()
-        made = {site.layer: child.get_submodule(site.module) for site in self.anatomy.sites}
-        if base is None and setting.steps:
-            self._base = setting.steps, working, made
-        return made
+        return working, {site.layer: child.get_submodule(site.module) for site in self.anatomy.sites}
 
     def _stored(self, fitted: Mapping[int, nn.Module], setting: Setting) -> dict[int, nn.Module]:
         """The attentions of a setting's first steps, with caches as the last one stores them: parameters stay."""

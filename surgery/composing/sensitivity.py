@@ -8,7 +8,7 @@ Layers before the first one that is changed give what they give in the parent, w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf, isfinite
 from typing import Any
@@ -220,15 +220,15 @@ class Bench:
         setattr(self.model.get_submodule(owner), name, attention)
 
 
-def measure_by(bench: Bench, make: Callable[[Setting], Mapping[int, nn.Module]]) -> Measure:
+def measure_by(bench: Bench, make: Callable[[Setting, Collection[int]], Mapping[int, nn.Module]]) -> Measure:
     """What `measure_costs` asks of a model: attentions are made once for each setting, and exchanged one by one.
 
     Args:
-        make: the attentions of a setting, by layer.
+        make: the attentions of a setting in some layers, by layer.
     """
 
-    def measure(setting: Setting, gains: Mapping[int, float]) -> dict[int, Felt]:
-        modules, found = make(setting), dict[int, Felt]()
+    def measure(setting: Setting, gains: Mapping[int, float], layers: Collection[int]) -> dict[int, Felt]:
+        modules, found = make(setting, layers), dict[int, Felt]()
         with progress(f"{setting.label}, layers measured", len(modules), shown=False) as advance:  # in the log alone
             for layer, module in modules.items():
                 error = bench.error(layer, module)
