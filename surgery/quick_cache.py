@@ -74,7 +74,10 @@ def cache(
             "quantise there, and convert its parent."
         )
     if evict is not None and codec is not None:
-        raise PlanError("a cache that evicts holds plain numbers: give `codec` or `evict`, not both.")
+        raise PlanError(
+            "a cache of a stock model packs or evicts: give `codec` or `evict`, not both. For both, convert the model "
+            "with the steps evict and quantise."
+        )
     named = sorted({"rewriter", "scorer"} & options.keys())
     if named:
         raise PlanError(f"{named[0]}: the arguments `codec` and `evict` say that. Leave it out.")

@@ -114,7 +114,7 @@ def check_values(sites: Sequence[AttentionSite], layers: Sequence[LayerPlan], wh
         reasons = [reason for value in values if (reason := value.supports(site)) is not None]
         if not isinstance(layer.store, Dense):
             if layer.retain is not None:
-                reasons.append(f"its tokens are averaged or leave, and pages hold plain numbers, not {_name(layer)}.")
+                reasons += [r for r in [layer.retain.supports_store(layer.store)] if r is not None]
             if layer.window is not None:
                 reasons.append(
                     f"it keeps its newest {layer.window} tokens in a cache layer of transformers, which holds plain "

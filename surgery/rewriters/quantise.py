@@ -192,6 +192,9 @@ class Quantise(Method):
             f"quantise: {step.codec}, {bits:.2f} bits per number with scales; the first {step.sinks} and the newest "
             f"{step.recent} to {step.recent + step.group - 1} tokens stay as they are"
         )
+        paged = [layer.layer for layer in layers if layer.retain is not None]
+        if paged:
+            lines.append(f"quantise: of layers {spans(paged)}, whose slots leave, exactly {step.recent} newest ones do")
         if step.bits == "sensitivity":
             lines.append(f"quantise: text shares out {step.bits_per_number:g} bits per number; layers may get others")
         smaller = {

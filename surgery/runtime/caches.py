@@ -9,8 +9,9 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .coded_layer import CodedLayer
+from .coded_pages import CodedRankedLayer
 from .evicting_cache import EvictingLayer
-from .layout import LayerPlan
+from .layout import Codec, Dense, LayerPlan
 from .page_pool import PagePool
 from .paged_cache import PagedLayer
 from .pooling_cache import PoolingLayer
@@ -33,6 +34,14 @@ PAGED: dict[str, type[PagedLayer]] = {
     "ranked": RankedLayer,
 }
 """`kind` of a `Retain` -> cache layer, in pages that the layers of a static cache share."""
+
+
+def paged_layer(plan: LayerPlan, pool: PagePool | None = None, max_length: int | None = None) -> PagedLayer:
+    """The cache layer of a `Retain`, of codes where the plan stores them so."""
+    assert plan.retain is not None
+    if isinstance(plan.store, Codec):
+        return CodedRankedLayer(plan.retain, plan.layer, pool, max_length, store=plan.store)
+    return PAGED[plan.retain.kind](plan.retain, plan.layer, pool, max_length)
 
 
 def quantised_layer(plan: LayerPlan, max_length: int | None = None) -> CodedLayer:
@@ -74,7 +83,7 @@ def install_layers(cache: Cache, plans: Sequence[LayerPlan], ratio: float | None
         )
     while len(cache.layers) <= max(plan.layer for plan in own) and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    pools: dict[tuple[int, ...], PagePool] = {}
+    pools: dict[tuple[Any, ...], PagePool] = {}
     for plan in own:
         old = cache.layers[plan.layer]
         check_replaceable(old, plan)
@@ -87,7 +96,7 @@ def install_layers(cache: Cache, plans: Sequence[LayerPlan], ratio: float | None
             shape = pool_shape(plan)
             pages = sum(_static_pages(p, length, ratio) for p in own if p.retain and pool_shape(p) == shape)
             pool = pools.setdefault(shape, PagePool(plan.retain.page, pages, ratio or plan.retain.ratio))
-        cache.layers[plan.layer] = PAGED[plan.retain.kind](plan.retain, plan.layer, pool, length)
+        cache.layers[plan.layer] = paged_layer(plan, pool, length)
     join(cache.layers)
 
 
@@ -98,9 +107,11 @@ def check_replaceable(layer: Any, plan: LayerPlan) -> None:
         ValueError: it has been written to, or has a form that ours cannot replace.
     """
     plain = type(layer) in (DynamicLayer, StaticLayer)
-    if isinstance(layer, CodedLayer) and layer.store != plan.store:
+    held = getattr(layer, "store", Dense(dtype=plan.dtype)) if isinstance(layer, PagedLayer) else plan.store
+    if (isinstance(layer, CodedLayer) and layer.store != plan.store) or held != plan.store:
+        held = layer.store if isinstance(layer, CodedLayer) else held
         raise ValueError(
-            f"layer {plan.layer}: the given cache stores it as {layer.store.label()}, and its plan says "
+            f"layer {plan.layer}: the given cache stores it as {held.label() or held.dtype}, and its plan says "
             f"{plan.store.label() or plan.store.dtype}. Begin with an empty cache."
         )
     if isinstance(layer, PagedLayer) and plan.retain is not None and layer.retain != plan.retain:
@@ -128,10 +139,10 @@ def _is_own(layer: Any) -> bool:
     return isinstance(layer, (PagedLayer, CodedLayer, *made))
 
 
-def pool_shape(plan: LayerPlan) -> tuple[int, ...]:
+def pool_shape(plan: LayerPlan) -> tuple[Any, ...]:
     """Layers whose pages are alike share a pool."""
     assert plan.retain is not None
-    return plan.retain.page, *plan.entry()[1:]
+    return plan.retain.page, *plan.entry()[1:], plan.store
 
 
 def _static_pages(plan: LayerPlan, tokens: int, ratio: float | None) -> int:

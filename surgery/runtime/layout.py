@@ -104,7 +104,8 @@ class LayerPlan:
         Where tokens are averaged or dropped: as many as the plan's ratio leaves.
         """
         if self.retain is not None:
-            return self.retain.bytes_at(tokens, *self._paged()) if self.owns_cache else 0
+            in_pages = self.retain.bytes_at(tokens, *self._paged()) if self.owns_cache else 0
+            return in_pages + self._beside_pages()
         kept = tokens if self.window is None else min(tokens, self.window - 1)
         return self.store.bytes_at(kept, self.entry())
 
@@ -115,18 +116,32 @@ class LayerPlan:
             ratio: tokens per slot that a pool of pages is sized for; None: the plan's.
         """
         if self.retain is not None:
-            return self.retain.static_bytes(tokens, *self._paged(), ratio) if self.owns_cache else 0
+            in_pages = self.retain.static_bytes(tokens, *self._paged(), ratio) if self.owns_cache else 0
+            return in_pages + self._beside_pages()
         return self.store.static_bytes(min(tokens, self.window or tokens), self.entry())
 
     def bytes_of_pages(self, pages: float, table: int) -> int:
         """Bytes of one sequence with so many pages in all, and tables with `table` entries per KV head (`retain`)."""
         assert self.retain is not None
-        return self.retain.bytes_of_pages(pages, table, *self._paged()) if self.owns_cache else 0
+        in_pages = self.retain.bytes_of_pages(pages, table, *self._paged()) if self.owns_cache else 0
+        return in_pages + self._beside_pages()
 
     def _paged(self) -> tuple[int, int, int]:
-        """Heads, numbers of a key and a value, and bytes of a number: what the bytes of pages are made of."""
+        """Heads, numbers of a key and a value, and bytes of a number: what the bytes of pages are made of.
+
+        Of codes: bytes of those of a key and a value, and 1.
+        """
         heads, key, value = self.entry()
+        if isinstance(self.store, Codec):
+            return heads, self.store.bytes_of_slot(key, value), 1
         return heads, key + value, itemsize_of(self.dtype)
+
+    def _beside_pages(self) -> int:
+        """Bytes of the slots that are held in full beside pages of codes."""
+        if not self.owns_cache or not isinstance(self.store, Codec):
+            return 0
+        heads, key, value = self.entry()
+        return heads * (self.store.sinks + self.store.recent) * (key + value) * itemsize_of(self.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the version of its form."""

@@ -78,7 +78,7 @@ def attend(
             part = few.part_BN[..., None]
             return (out[:, 0] * part + rest * (1 - part)).to(out.dtype)[:, None]
         seen = few
-        if plain and AVAILABLE and expand is None:
+        if plain and AVAILABLE and expand is None and seen.has_plain_pages:
             return _through_pages(reading, query_BNTH, seen)
         key, value, there = seen.side_by_side()
         visible, heavy = there[:, :, None], seen.heavy()

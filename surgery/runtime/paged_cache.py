@@ -78,7 +78,7 @@ class PagedLayer(WholeLayer):
         B, K = key_states.shape[:2]
         if self.retain.page != self.pool.page:
             raise ValueError(f"layer {self.layer}: pages of {self.retain.page} slots, its pool has {self.pool.page}")
-        self.pool.allocate(key_states, value_states)
+        self.pool.allocate(*self._as_held(key_states[:, :, :1], value_states[:, :, :1]))
         width = 0 if self.max_length is None else self.retain.static_table(self.max_length)
         self.state = {
             "tables": key_states.new_zeros(B, K, width, dtype=torch.int32),
@@ -177,10 +177,32 @@ class PagedLayer(WholeLayer):
         if real is not None:
             padding = torch.arange(T, device=before.device) < T - count[:, None]
             expires = expires.masked_fill(padding[:, None], -1)
-        added = Slots(key_BKSH=key, value_BKSV=value, expires_BKS=expires, born_BKS=new_order[:, None].expand(B, K, T))
+        born = new_order[:, None].expand(B, K, T)
+        added = self._as_slots(Slots(key_BKSH=key, value_BKSV=value, expires_BKS=expires, born_BKS=born))
         self._set("tokens", before + count)
         self._store(self._left(old.and_(added), new))
         return Chunk(old=old, new=added, order_BT=order, new_order_BT=new_order, real_BT=real, in_step=in_step)
+
+    def _as_held(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What pages hold of keys and values [..., .]."""
+        return key, value
+
+    def _as_read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what pages hold."""
+        return keys, values
+
+    def _as_slots(self, slots: Slots) -> Slots:
+        """Slots of new tokens, with what pages will hold of them where that is something else."""
+        return slots
+
+    def _held(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """What pages hold of slots [B, K, S, .]."""
+        return slots.key_BKSH, slots.value_BKSV
+
+    @property
+    def has_plain_pages(self) -> bool:
+        """Whether pages hold keys and values as numbers, which operators read where they lie."""
+        return True
 
     def side_by_side(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of all slots [B, K, longest, .], copies, and where there is one [B, K, longest]."""
@@ -188,7 +210,8 @@ class PagedLayer(WholeLayer):
         if not torch.compiler.is_compiling():
             longest = int(self.lengths.max()) if self.lengths.numel() else 0
         pages = self.tables[..., : -(-longest // self.retain.page)].long()
-        key, value = (t[pages].flatten(2, 3)[:, :, :longest] for t in (self.pool.keys, self.pool.values))
+        held = (t[pages].flatten(2, 3)[:, :, :longest] for t in (self.pool.keys, self.pool.values))
+        key, value = self._as_read(*held)
         return key, value, torch.arange(longest, device=self.device) < self.lengths[..., None]
 
     def heavy(self) -> tuple[int, Tensor] | None:
@@ -217,15 +240,17 @@ class PagedLayer(WholeLayer):
         self._fit()
         b, k, s = there.nonzero(as_tuple=True)
         page = self.tables[b, k, s // self.retain.page].long()
-        self.pool.keys[page, s % self.retain.page] = slots.key_BKSH.detach()[b, k, s]
-        self.pool.values[page, s % self.retain.page] = slots.value_BKSV.detach()[b, k, s]
+        key, value = self._held(slots)
+        self.pool.keys[page, s % self.retain.page] = key.detach()[b, k, s]
+        self.pool.values[page, s % self.retain.page] = value.detach()[b, k, s]
         return slots
 
     def _write(self, slot_BK: Tensor, key_BKH: Tensor, value_BKV: Tensor) -> None:
         slot, page = slot_BK.long(), self.retain.page
         numbers = self.tables.gather(2, (slot // page)[..., None])[..., 0]
         place = (numbers * page + slot % page).flatten()
-        for slots, new in ((self.pool.keys, key_BKH), (self.pool.values, value_BKV)):
+        held = self._as_held(key_BKH, value_BKV)
+        for slots, new in zip((self.pool.keys, self.pool.values), held, strict=True):
             slots.flatten(0, 1).index_copy_(0, place, new.detach().flatten(0, 1).to(slots.dtype))
 
     def _fit(self, spare: float = 0.0) -> None:

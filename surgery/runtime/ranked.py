@@ -7,12 +7,14 @@ from math import ceil
 from typing import Literal
 
 from .budgets import BUDGETS
+from .coded_rows import has_rows
 from .merging import MERGES
 from .project import Latent, Project
 from .rankers import RANKERS
 from .reading import READERS
 from .retained import AHEAD, Retain, table_width, unknown_name
 from .site import AttentionSite
+from .store import Codec, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,21 @@ class Ranked(Retain):
             option = f"merge: {self.merge} folds" if self.merge is not None else f"positions: {self.positions} turns"
             return f"{option} keys and values, and the layer caches a latent. Leave the option out."
         return super().supports_project(project)
+
+    def supports_store(self, store: Store) -> str | None:
+        if not isinstance(store, Codec):
+            return super().supports_store(store)
+        if not has_rows(store):
+            return (
+                f"its slots leave one by one, and {store.label()} packs several tokens together, or keys before their "
+                "rotation. Use the codec int8, fp8, int4 or turbo."
+            )
+        if self.read is not None:
+            return f"read: {self.read} asks for slots as numbers, and pages hold codes. Leave the option out."
+        if self.moves_slots or self.merge is not None:
+            option = "positions: cache turns keys" if self.moves_slots else f"merge: {self.merge} changes slots"
+            return f"{option} when slots leave, and codes would be rounded each time. Leave the option out."
+        return None
 
     def newest_bytes(self, width: int, itemsize: int) -> int:
         return 0

@@ -8,6 +8,7 @@ from math import ceil
 
 from .project import Project
 from .site import AttentionSite
+from .store import Store
 
 AHEAD = 4
 """Slots for which a paged cache takes pages before they are needed: lengths are read from the device less often."""
@@ -133,6 +134,11 @@ class Retain:
     def supports_project(self, project: Project) -> str | None:
         """Why tokens that are cached in this form cannot be averaged or dropped; None where they can."""
         return None
+
+    def supports_store(self, store: Store) -> str | None:
+        """Why pages cannot hold slots in a format that is not dense; None where they can."""
+        name = store.label() or store.kind
+        return f"its tokens are averaged or leave, and its pages hold plain numbers, not {name}. Evict by a rank."
 
     def newest_bytes(self, width: int, itemsize: int) -> int:
         """Bytes per KV head of what is kept of the newest tokens beside their slots."""

@@ -57,6 +57,9 @@ class Slots:
     """float32: what a score has gathered of each slot so far (`Ranked`)."""
     more_BKS: Tensor | None = None
     """float32: tokens that a slot stands for beside its own, for all of which it counts in attention; None: none."""
+    key_rows_BKSR: Tensor | None = None
+    """uint8: what pages of codes hold of the keys; None where pages hold them as they are."""
+    value_rows_BKSR: Tensor | None = None
 
     def __len__(self) -> int:
         return self.key_BKSH.shape[2]

@@ -157,6 +157,11 @@ class Codec:
             total += form.bytes_of(coded, heads, width) if form is not None and coded else 0
         return total
 
+    def bytes_of_slot(self, key: int, value: int) -> int:
+        """Bytes of the codes of one key and one value of these widths, where pages hold them one by one."""
+        forms = zip(self.forms(), (key, value), strict=True)
+        return sum(width * itemsize_of(self.dtype) if f is None else f.bytes_of(1, 1, width) for f, width in forms)
+
     def rooms(self, tokens: int) -> tuple[int, int, int]:
         """Tokens that a static cache of `tokens` tokens has room for: the first ones, packed ones, and the newest."""
         first = min(self.sinks, tokens - 1)

@@ -1,0 +1,103 @@
+"""Pages of packed codes, for layers whose slots leave by their rank: which tokens stay, and in how many bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coded_rows import rows_of
+from .ranked_cache import RankedLayer
+from .slots import Slots
+from .store import Codec
+
+
+class CodedRankedLayer(RankedLayer):
+    """A `RankedLayer` whose pages hold rows of bytes (`Rows`).
+
+    Codes of all slots lie in the pages, made once: slots that move take their rows along. The first `sinks` slots of
+    each row of the cache and its newest `recent` ones are read from full copies beside them, `first_*` and `ring_*`
+    [B, K, ., W], the ring at the slot's place modulo its size.
+    """
+
+    def __init__(self, *args: Any, store: Codec, **kwargs: Any) -> None:
+        self.store = store
+        super().__init__(*args, **kwargs)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.rows = rows_of(self.store, (key_states.shape[-1], value_states.shape[-1]), key_states.dtype)
+        super().lazy_initialization(key_states, value_states)
+        for letter, x in (("k", key_states), ("v", value_states)):
+            shape = partial(x.new_zeros, *x.shape[:2])
+            self.state[f"first_{letter}"] = shape(self.store.sinks, x.shape[-1])
+            self.state[f"ring_{letter}"] = shape(self.store.recent, x.shape[-1])
+
+    def _as_held(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rows[0].encode(key), self.rows[1].encode(value)
+
+    def _as_read(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rows[0].decode(keys), self.rows[1].decode(values)
+
+    def _as_slots(self, slots: Slots) -> Slots:
+        keys, values = self._as_held(slots.key_BKSH, slots.value_BKSV)
+        return replace(slots, key_rows_BKSR=keys, value_rows_BKSR=values)
+
+    def _held(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        assert slots.key_rows_BKSR is not None and slots.value_rows_BKSR is not None
+        return slots.key_rows_BKSR, slots.value_rows_BKSR
+
+    def slots(self) -> Slots:
+        slots = super().slots()
+        pages = self.tables[..., : -(-len(slots) // self.retain.page)].long()
+        keys, values = (t[pages].flatten(2, 3)[:, :, : len(slots)] for t in (self.pool.keys, self.pool.values))
+        return replace(slots, key_rows_BKSR=keys, value_rows_BKSR=values)
+
+    @property
+    def has_plain_pages(self) -> bool:
+        return False
+
+    def side_by_side(self) -> tuple[Tensor, Tensor, Tensor]:
+        key, value, there = super().side_by_side()
+        place = torch.arange(key.shape[2], device=self.device)
+        first, ring = min(self.store.sinks, key.shape[2]), self.store.recent
+        is_new = (place >= self.lengths[..., None] - ring) & there
+        both = []
+        for letter, x in (("k", key), ("v", value)):
+            if ring:
+                newest = self.state[f"ring_{letter}"][:, :, place % ring]
+                x = torch.where(is_new[..., None], newest, x)
+            both.append(torch.cat((self.state[f"first_{letter}"][:, :, :first], x[:, :, first:]), 2))
+        return both[0], both[1], there
+
+    def _store(self, slots: Slots) -> Slots:
+        slots = super()._store(slots)
+        lengths, ring = self.lengths[..., None], self.store.recent
+        last = lengths - 1
+        newest = last - (last - torch.arange(ring, device=self.device)) % ring if ring else lengths[..., :0]
+        first = torch.arange(self.store.sinks, device=self.device).expand(*lengths.shape[:2], -1)
+        for name, places in (("ring", newest), ("first", first)):
+            index = places.long().clamp(0, max(0, len(slots) - 1))[..., None]
+            for letter, x in (("k", slots.key_BKSH), ("v", slots.value_BKSV)):
+                found = x.detach().gather(2, index.expand(-1, -1, -1, x.shape[-1])) if len(slots) else None
+                if found is not None:
+                    self._set(f"{name}_{letter}", found.to(self.dtype))
+        return slots
+
+    def _write(self, slot_BK: Tensor, key_BKH: Tensor, value_BKV: Tensor) -> None:
+        super()._write(slot_BK, key_BKH, value_BKV)
+        slot = slot_BK.long()
+        for letter, x in (("k", key_BKH), ("v", value_BKV)):
+            self._put(f"ring_{letter}", slot % max(1, self.store.recent), torch.ones_like(slot, dtype=torch.bool), x)
+            self._put(f"first_{letter}", slot, slot < self.store.sinks, x)
+
+    def _put(self, name: str, place_BK: Tensor, there_BK: Tensor, x_BKW: Tensor) -> None:
+        """Write one vector per row of `state[name]`, where `there_BK`."""
+        held = self.state[name]
+        if not held.shape[2]:
+            return
+        index = place_BK.clamp_max(held.shape[2] - 1)[..., None, None].expand(-1, -1, 1, held.shape[3])
+        new = x_BKW.detach().to(held.dtype)[:, :, None]
+        held.scatter_(2, index, torch.where(there_BK[..., None, None], new, held.gather(2, index)))
