@@ -149,6 +149,7 @@ def rows(kv_dims: int, layers: int, kv_heads: int) -> list[Row]:
         Row("snapkv-4x", "evicted", "snapkv-4x", calibrated=False, evicts=True),
         Row("ada-snapkv-4x", "evicted", "ada-snapkv-4x", calibrated=False, evicts=True),
         Row("ada-snapkv-4x-int4", "evicted", "ada-snapkv-4x-int4", calibrated=False, evicts=True),
+        Row("snapkv, 12x", "evicted", step("evict", scorer="snapkv", budget="ada", ratio=12), "", True, False, True),
         Row("kvzip-2x", "evicted", "kvzip-2x", calibrated=False, evicts=True),
         Row("duo-2x", "evicted", "duo-2x", evicts=True),
         Row("quest-4x", "evicted", "quest-4x", calibrated=False, evicts=True),

@@ -137,10 +137,11 @@ class Quantise(Method):
 
     @classmethod
     def offers(cls, anatomy: Anatomy, context: int) -> list[list[dict[str, Any]]]:
-        """`int8`, and `metric` at many numbers of bits: as many for values as for keys, or `APART` fewer."""
+        """`int8`, `int4` (pages hold both), and `metric` at many bits, of values as many or `APART` fewer."""
         apart = [bits for bits in OFFERED_BITS if bits - APART in OFFERED_BITS]
         return [
             [{"codec": "int8"}],
+            [{"codec": "int4"}],
             *([{"codec": "metric", "k_bits": bits}] for bits in OFFERED_BITS),
             *([{"codec": "metric", "k_bits": bits, "v_bits": bits - APART}] for bits in apart),
         ]
@@ -188,13 +189,16 @@ class Quantise(Method):
         ]
         numbers = sum(step.group * heads * width for heads, _, width in packed)
         bits = 8 * sum(form.bytes_of(step.group, heads, width) for heads, form, width in packed) / numbers
+        paged = [layer.layer for layer in layers if layer.retain is not None]
+        newest = f"{step.recent} to {step.recent + step.group - 1} tokens"
+        if len(paged) == len(layers):
+            newest = f"{step.recent} slots of each head"
         lines.append(
             f"quantise: {step.codec}, {bits:.2f} bits per number with scales; the first {step.sinks} and the newest "
-            f"{step.recent} to {step.recent + step.group - 1} tokens stay as they are"
+            f"{newest} stay as they are"
         )
-        paged = [layer.layer for layer in layers if layer.retain is not None]
-        if paged:
-            lines.append(f"quantise: of layers {spans(paged)}, whose slots leave, exactly {step.recent} newest ones do")
+        if paged and len(paged) < len(layers):
+            lines.append(f"quantise: of layers {spans(paged)}, whose slots leave, the newest {step.recent} slots do")
         if step.bits == "sensitivity":
             lines.append(f"quantise: text shares out {step.bits_per_number:g} bits per number; layers may get others")
         smaller = {
