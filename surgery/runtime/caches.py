@@ -34,13 +34,15 @@ PAGED: dict[str, type[PagedLayer]] = {
     "ranked": RankedLayer,
 }
 """`kind` of a `Retain` -> cache layer, in pages that the layers of a static cache share."""
+CODED_PAGES = {"ranked": CodedRankedLayer}
+"""The same of layers that are stored by a `Codec`."""
 
 
 def paged_layer(plan: LayerPlan, pool: PagePool | None = None, max_length: int | None = None) -> PagedLayer:
-    """The cache layer of a `Retain`, of codes where the plan stores them so."""
+    """The cache layer of a `Retain`."""
     assert plan.retain is not None
     if isinstance(plan.store, Codec):
-        return CodedRankedLayer(plan.retain, plan.layer, pool, max_length, store=plan.store)
+        return CODED_PAGES[plan.retain.kind](plan.retain, plan.layer, pool, max_length, store=plan.store)
     return PAGED[plan.retain.kind](plan.retain, plan.layer, pool, max_length)
 
 
@@ -107,9 +109,12 @@ def check_replaceable(layer: Any, plan: LayerPlan) -> None:
         ValueError: it has been written to, or has a form that ours cannot replace.
     """
     plain = type(layer) in (DynamicLayer, StaticLayer)
-    held = getattr(layer, "store", Dense(dtype=plan.dtype)) if isinstance(layer, PagedLayer) else plan.store
-    if (isinstance(layer, CodedLayer) and layer.store != plan.store) or held != plan.store:
-        held = layer.store if isinstance(layer, CodedLayer) else held
+    held = plan.store
+    if isinstance(layer, CodedLayer | CodedRankedLayer):
+        held = layer.store
+    elif isinstance(layer, PagedLayer):
+        held = Dense(dtype=plan.dtype)
+    if held != plan.store:
         raise ValueError(
             f"layer {plan.layer}: the given cache stores it as {held.label() or held.dtype}, and its plan says "
             f"{plan.store.label() or plan.store.dtype}. Begin with an empty cache."

@@ -97,18 +97,20 @@ class CodedLayer(WholeLayer):
                 f"yet ({self.store.label()} keeps at least {self.store.recent} so). Raise `recent` in the recipe."
             )
 
-    def _not_finite(self, name: str) -> str:
-        return (
-            f"layer {self.layer}: its {name} hold numbers that are not finite, which {self.store.label()} cannot keep. "
-            "The model overflows: run it in bfloat16 or float32."
-        )
-
     def _not_in_order(self) -> str:
         return (
             f"layer {self.layer}: {self.store.label()} holds keys before their rotation, and no positions: the tokens "
             "of a sequence must follow each other, and the position_ids that came do not. Leave them out, or use the "
             "codec kivi or int4."
         )
+
+
+def not_finite(layer: int, name: str, store: Codec) -> str:
+    """What to say of keys or values that no codec can keep."""
+    return (
+        f"layer {layer}: its {name} hold numbers that are not finite, which {store.label()} cannot keep. The model "
+        "overflows: run it in bfloat16 or float32."
+    )
 
 
 def prepare(

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .coded_layer import not_finite
 from .coded_rows import rows_of
+from .paged_cache import PagedLayer
 from .ranked_cache import RankedLayer
-from .slots import Slots
+from .slots import Chunk, New, Slots
 from .store import Codec
 
 
@@ -34,6 +36,13 @@ class CodedRankedLayer(RankedLayer):
             shape = partial(x.new_zeros, *x.shape[:2])
             self.state[f"first_{letter}"] = shape(self.store.sinks, x.shape[-1])
             self.state[f"ring_{letter}"] = shape(self.store.recent, x.shape[-1])
+
+    def add(self, new: New) -> PagedLayer | Chunk:
+        if not torch.compiler.is_compiling():
+            for name, x in (("keys", new.key_BKTH), ("values", new.value_BKTV)):
+                if not bool(x.isfinite().all()):
+                    raise ValueError(not_finite(self.layer, name, self.store))
+        return super().add(new)
 
     def _as_held(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return self.rows[0].encode(key), self.rows[1].encode(value)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .codecs import Form, Parts, groups_of
-from .coded_layer import CodedLayer
+from .coded_layer import CodedLayer, not_finite
 from .masks import real_of_new
 from .quantised_attention import Seen
 
@@ -160,7 +160,7 @@ class QuantisedLayer(CodedLayer):
         skip = self._skipped(start, count)
         for name, stream in zip(("keys", "values"), self.streams, strict=True):
             if stream.form is not None and not bool(stream.ring_BKrW[:, :, :count].isfinite().all()):
-                raise ValueError(self._not_finite(name))
+                raise ValueError(not_finite(self.layer, name, self.store))
             stream.pack(count, skip)
 
     def _set_first(self) -> bool:

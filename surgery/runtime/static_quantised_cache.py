@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coded_layer import CodedLayer
+from .coded_layer import CodedLayer, not_finite
 from .layout import Codec, LayerPlan
 from .masks import real_of_new
 from .ops import packed_attention_forward
@@ -283,9 +283,9 @@ class StaticQuantisedLayer(CodedLayer):
 
     def _require_finite(self, name: str, holds: Tensor) -> None:
         if torch.compiler.is_compiling():
-            torch._assert_async(holds, self._not_finite(name))
+            torch._assert_async(holds, not_finite(self.layer, name, self.store))
         elif not bool(holds):
-            raise ValueError(self._not_finite(name))
+            raise ValueError(not_finite(self.layer, name, self.store))
 
     def _in_first(self, columns_n: Tensor) -> Tensor:
         """[B, n]: which columns `first` holds."""
