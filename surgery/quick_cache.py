@@ -4,6 +4,7 @@ makes its own."""
 from __future__ import annotations
 
 import weakref
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,8 @@ from .plan import plan
 from .planning.schema import nearest
 from .quick_evict import StockRankedLayer, put_layers
 from .recipe import Recipe
+from .rewriters.evict import EvictStep
+from .rewriters.quantise import QuantiseStep
 from .rewriters.tokens.retrieval import looking_up
 from .runtime.budgets import BUDGETS
 from .runtime.calling import take_cache
@@ -47,12 +50,13 @@ def cache(
 
     With a codec, K and V are decoded for each layer in turn: it saves memory, and `quantise_cache` is faster. With
     `evict`, hooks let a function in the place of sdpa hand queries to the cache, in passes with such a cache alone, and
-    refuse models whose attention does not call it.
+    refuse models whose attention does not call it. With both, what stays is packed.
 
     Args:
         model: of a class of transformers, whose anatomy is read; its weights are not.
         codec: see `surgery.rewriters.quantise.QuantiseStep`, as for `options`; `int4` where neither is given.
-        evict: a score that orders slots, see `surgery.rewriters.evict.EvictStep`, as for `options`.
+        evict: a score that orders slots, see `surgery.rewriters.evict.EvictStep`, as for `options`. Beside a codec,
+            options that both steps have (`sinks`, `recent`) are those of `evict`.
         max_cache_len: of a codec: tokens that a static cache is for, the prompt included; None: a dynamic one.
 
     Raises:
@@ -73,11 +77,6 @@ def cache(
             f"{type(model).__name__}: was converted, and the form of its cache stands in its recipe. Add the step "
             "quantise there, and convert its parent."
         )
-    if evict is not None and codec is not None:
-        raise PlanError(
-            "a cache of a stock model packs or evicts: give `codec` or `evict`, not both. For both, convert the model "
-            "with the steps evict and quantise."
-        )
     named = sorted({"rewriter", "scorer"} & options.keys())
     if named:
         raise PlanError(f"{named[0]}: the arguments `codec` and `evict` say that. Leave it out.")
@@ -89,7 +88,7 @@ def cache(
         )
     if evict is not None and max_cache_len is not None:
         raise PlanError("evict: stock models let tokens go in dynamic caches alone. Leave max_cache_len out.")
-    recipe = Recipe.load(_recipe(codec or "int4", options) if evict is None else _evicting(evict, options))
+    recipe = Recipe.load(_steps(codec, evict, options))
     recipe = recipe.told(lambda: tokenizer_of(model.config))
     if evict is not None and BUDGETS[options.get("budget") or "uniform"].finds != "nothing":
         raise PlanError(
@@ -172,8 +171,16 @@ def _recipe(codec: str, options: dict[str, Any]) -> dict[str, Any]:
     return {"name": f"kv-{codec}", "steps": [{"rewriter": "quantise", "codec": codec, **options}]}
 
 
-def _evicting(scorer: str, options: dict[str, Any]) -> dict[str, Any]:
-    return {"name": f"evict-{scorer}", "steps": [{"rewriter": "evict", "scorer": scorer, **options}]}
+def _steps(codec: str | None, evict: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a cache; options that only codecs know are the codec's, `layers` those of both."""
+    if evict is None:
+        return _recipe(codec or "int4", options)
+    of_codec = {f.name for f in fields(QuantiseStep)} - {f.name for f in fields(EvictStep)} if codec else set()
+    step = {"rewriter": "evict", "scorer": evict, **{k: v for k, v in options.items() if k not in of_codec}}
+    if codec is None:
+        return {"name": f"evict-{evict}", "steps": [step]}
+    packed = {k: v for k, v in options.items() if k in of_codec | {"layers"}}
+    return {"name": f"evict-{evict}-{codec}", "steps": [step, *_recipe(codec, packed)["steps"]]}
 
 
 def _tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

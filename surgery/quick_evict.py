@@ -15,7 +15,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .errors import PlanError
 from .plan import Plan
 from .runtime.calling import take_cache
-from .runtime.layout import Ranked
+from .runtime.coded_pages import CodedRankedLayer
+from .runtime.layout import Codec, Ranked
 from .runtime.masks import real_of_new
 from .runtime.paged_attention import attend
 from .runtime.queries import Queries
@@ -77,6 +78,10 @@ class StockRankedLayer(RankedLayer):
         return attend(module, query, self.add(new), scale, True)  # type: ignore[arg-type]
 
 
+class CodedStockLayer(StockRankedLayer, CodedRankedLayer):
+    """The same with pages of codes."""
+
+
 def evicting_attention(
     module: nn.Module,
     query: Tensor,
@@ -136,7 +141,11 @@ def put_layers(cache: DynamicCache, model: PreTrainedModel, plan: Plan) -> None:
         )
     for layer in planned:
         assert isinstance(layer.retain, Ranked)
-        cache.layers[layer.layer] = StockRankedLayer(layer.retain, layer.layer)
+        cache.layers[layer.layer] = (
+            CodedStockLayer(layer.retain, layer.layer, store=layer.store)
+            if isinstance(layer.store, Codec)
+            else StockRankedLayer(layer.retain, layer.layer)
+        )
     join(cache.layers)
     if model not in _HOOKED:
         model.register_forward_pre_hook(_begin, with_kwargs=True)

@@ -208,3 +208,26 @@ def test_rows_are_the_bytes_that_codecs_count(codec, bits, width):
     plain = Rows(None, width, torch.bfloat16)
     assert torch.equal(plain.decode(plain.encode(x.bfloat16())), x.bfloat16())
     assert not has_rows(Codec(codec="kivi", k_bits=2, v_bits=2))
+
+
+@torch.no_grad()
+def test_a_stock_model_gets_a_cache_that_evicts_and_packs(parent):
+    ids = tokens()
+    options = {"ratio": 2, "recent": 12, "observe": 8, "budget": "ada"}
+    cache = surgery.cache(parent, codec="int4", evict="snapkv", k_bits=6, **options)
+    got, held = decoded(parent, ids, 40, cache)
+    evict = {"rewriter": "evict", "scorer": "snapkv", **options}
+    child = child_of(parent, evict, {"rewriter": "quantise", "codec": "int4", "k_bits": 6})
+    want, other = decoded(child, ids, 40)
+    assert_close(got, want)
+    assert tensor_bytes(held) == tensor_bytes(other)
+    with pytest.raises(PlanError, match="packs several tokens together"):
+        surgery.cache(parent, codec="kivi", evict="snapkv", ratio=2)
+
+
+@torch.no_grad()
+def test_numbers_that_are_not_finite_are_refused_with_the_layer(parent):
+    model = child_of(parent, STREAMING, packed())
+    model.model.surgery_attentions[1].v_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 1: its values hold numbers that are not finite, which int4"):
+        model(tokens(), use_cache=True)

@@ -1101,8 +1101,8 @@ def test_stock_models_that_hide_their_queries_are_refused(monkeypatch: pytest.Mo
         surgery.cache(tiny_model("llama"), evict="streaming", recent=8, positions="cache")
     with pytest.raises(surgery.PlanError, match="no score 'window' that orders slots"):
         surgery.cache(tiny_model("llama"), evict="window")
-    with pytest.raises(surgery.PlanError, match="give `codec` or `evict`, not both"):
-        surgery.cache(tiny_model("llama"), "int8", evict="snapkv")
+    with pytest.raises(surgery.PlanError, match="evict: stock models let tokens go in dynamic caches alone"):
+        surgery.cache(tiny_model("llama"), "int8", evict="snapkv", max_cache_len=64)
     model, other = tiny_model("llama").eval(), tiny_model("llama").eval()
     cache = surgery.cache(model, evict="knorm", recent=8)
     other(tokens(), **{cache_argument(model): cache})

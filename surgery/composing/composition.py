@@ -107,7 +107,7 @@ class Composition:
             f"The composition: {human_bytes(self.choice.bytes / self.budget.context)} per token, predicted "
             f"{self.choice.cost:.3g} nats per token{self._judged}.",
             *(
-                f"Left out, for in layers {spans(list(layers))} others of as few bytes cost far less: {method}."
+                f"Left out: {method}, of no use at this budget in layers {spans(list(layers))}, where it was measured."
                 for method, layers in self.costs.left_out.items()
             ),
         ]

@@ -57,7 +57,7 @@ class Costs:
     measured: Mapping[str, Mapping[int, float]]
     """By `key_of` the steps, and by layer."""
     left_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Methods that were measured in some layers alone, and lost in all of those."""
+    """Methods that were measured in some layers alone, and were of no use there."""
 
     def of(self, setting: Setting, layer: int) -> float:
         """What a setting costs in a layer.
@@ -186,7 +186,7 @@ def measure_costs(
                     word = next(part for part in reversed(method) if part)
                     left_out[word] = tuple(sampled)
                     _log.info(
-                        "%s is left out: in layers %s other settings of as few bytes cost far less",
+                        "%s is left out: it is of no use at this budget in layers %s, where it was measured",
                         word, ", ".join(map(str, sampled)),
                     )  # fmt: skip
                     advance(len(todo))
