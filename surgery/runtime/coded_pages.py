@@ -70,28 +70,33 @@ class CodedRankedLayer(RankedLayer):
 
     def side_by_side(self) -> tuple[Tensor, Tensor, Tensor]:
         key, value, there = super().side_by_side()
-        place = torch.arange(key.shape[2], device=self.device)
-        first, ring = min(self.store.sinks, key.shape[2]), self.store.recent
-        is_new = (place >= self.lengths[..., None] - ring) & there
-        both = []
+        count, ring, newest = key.shape[2], self.store.recent, self._newest()
+        # Places before the first slot: behind the last one, where nobody looks, each for itself.
+        newest = torch.where(newest < 0, newest + ring, newest)[..., None]
         for letter, x in (("k", key), ("v", value)):
-            if ring:
-                newest = self.state[f"ring_{letter}"][:, :, place % ring]
-                x = torch.where(is_new[..., None], newest, x)
-            both.append(torch.cat((self.state[f"first_{letter}"][:, :, :first], x[:, :, first:]), 2))
-        return both[0], both[1], there
+            held, first = self.state[f"ring_{letter}"], self.state[f"first_{letter}"]
+            if count <= ring:
+                x.copy_(held[:, :, :count])
+            else:
+                x.scatter_(2, newest.expand(-1, -1, -1, x.shape[-1]), held)
+            x[:, :, : self.store.sinks] = first[:, :, :count]
+        return key, value, there
+
+    def _newest(self) -> Tensor:
+        """[B, K, recent] int64: the slot that lies at each place of the ring; below 0 where there is none yet."""
+        last = self.lengths[..., None].long() - 1
+        places = torch.arange(self.store.recent, device=self.device)
+        return last - (last - places) % max(1, self.store.recent)
 
     def _store(self, slots: Slots) -> Slots:
         slots = super()._store(slots)
-        lengths, ring = self.lengths[..., None], self.store.recent
-        last = lengths - 1
-        newest = last - (last - torch.arange(ring, device=self.device)) % ring if ring else lengths[..., :0]
-        first = torch.arange(self.store.sinks, device=self.device).expand(*lengths.shape[:2], -1)
+        newest = self._newest()
+        first = torch.arange(self.store.sinks, device=self.device).expand(*newest.shape[:2], -1)
         for name, places in (("ring", newest), ("first", first)):
-            index = places.long().clamp(0, max(0, len(slots) - 1))[..., None]
+            index = places.clamp(0, max(0, len(slots) - 1))[..., None]
             for letter, x in (("k", slots.key_BKSH), ("v", slots.value_BKSV)):
-                found = x.detach().gather(2, index.expand(-1, -1, -1, x.shape[-1])) if len(slots) else None
-                if found is not None:
+                if len(slots):
+                    found = x.detach().gather(2, index.expand(-1, -1, -1, x.shape[-1]))
                     self._set(f"{name}_{letter}", found.to(self.dtype))
         return slots
 
