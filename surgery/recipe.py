@@ -17,7 +17,7 @@ import yaml
 
 from .errors import RecipeError
 from .planning.schema import build, check_keys, nearest, plain
-from .planning.uptrain import Uptrain
+from .planning.uptrain import OF_GATES, Uptrain
 from .rewriters import REWRITERS, options_of
 
 __all__ = ["Recipe", "Step", "Text", "Uptrain", "parse_layers", "shipped_recipes"]
@@ -45,6 +45,11 @@ class Step:
     @property
     def text(self) -> Text:
         """Whether the step has a form without calibration text, and whether text makes it better."""
+        return "none"
+
+    @property
+    def gates(self) -> Literal["none", "own", "borrowed"]:
+        """Gates that the step leaves to training: none, with parameters of their own, or with channels of q and k."""
         return "none"
 
     @property
@@ -201,8 +206,20 @@ def _recipe(data: dict[str, Any], where: str, *, strict: bool = True) -> Recipe:
     if not isinstance(steps, (list, tuple)) or not steps:
         raise RecipeError(f"{where}: needs `steps`, a list with at least one rewriter.")
     built = tuple(_step(step, f"{where}: steps[{i}]", strict) for i, step in enumerate(steps))
-    training = None if uptrain is None else build(Uptrain, uptrain, f"{where}: uptrain", strict=strict)
+    training = None
+    if uptrain is not None:
+        training = build(Uptrain, uptrain, f"{where}: uptrain", strict=strict, unread=_unread_of_gates(built))
     return build(Recipe, {**data, "steps": built, "uptrain": training}, where)
+
+
+def _unread_of_gates(steps: Sequence[Step]) -> dict[str, str]:
+    """As `Step.unread`, of the options of `uptrain` that are about gates."""
+    gates = {step.gates for step in steps}
+    if "own" in gates:
+        return {}
+    if "borrowed" in gates:
+        return {"gate_rate": "its gates are channels of q and k, which learn at the rate of these. Leave it out."}
+    return dict.fromkeys(OF_GATES, "no step of the recipe has gates that are trained. Leave it out.")
 
 
 def _step(data: Any, where: str, strict: bool) -> Step:

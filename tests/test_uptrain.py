@@ -169,6 +169,20 @@ def test_the_loss_is_the_divergence_from_the_parent_per_predicted_token(home, tm
     torch.testing.assert_close(found, kl, rtol=1e-4, atol=1e-6)
 
 
+def test_the_divergence_that_is_reported_is_that_at_temperature_1(home, tmp_path):
+    held = {"held_out": str(home / "held.jsonl")}
+    made = {t: trainer_of(home, tmp_path / t, "layer_local=0", f"temperature={t}", **held) for t in ("1", "4")}
+    scores = [trainer.score(setup.held_out) for trainer, setup in made.values()]
+    assert scores[0] == scores[1]
+
+
+def test_the_section_of_another_recipe_may_not_ask_for_what_the_models_own_steps_do_not_have(home, tmp_path):
+    other = {"steps": [{"rewriter": "dms", "window": 4, "ratio": 2}], "uptrain": {"tokens": 640, "gate_ramp": 0.5}}
+    (tmp_path / "other.yaml").write_text(json.dumps(other))
+    with pytest.raises(RecipeError, match="gate_ramp: no step of the recipe has gates"):
+        prepare(run(home, tmp_path / "out", recipe=str(tmp_path / "other.yaml")))
+
+
 @pytest.mark.parametrize("model", ["parent", "native", "latent"])
 def test_packed_documents_do_not_see_each_other(home, tmp_path, model):
     loaded = surgery.load(home / model).eval()
@@ -472,6 +486,7 @@ def test_a_parent_with_other_weights_can_be_forced_but_not_shared(home, tmp_path
         (("kl=0", "ce=0"), "the second stage would learn nothing"),
         (("layer_local=2",), "give 0 to 1"),
         (("train=lora", "lora_targets=[q_prj]"), "no linear layer is called q_prj"),
+        (("gate_ramp=0.5",), "gate_ramp: no step of the recipe has gates"),
     ],
 )
 def test_a_wrong_option_is_refused_before_work(home, tmp_path, overrides, message):

@@ -153,8 +153,10 @@ def resolve_uptrain(run: Run, origin: Mapping[str, Any]) -> Uptrain:
     Raises:
         RecipeError: there is none, or a key or value is wrong.
     """
-    recipe = Recipe.load(run.recipe or Recipe.recorded(origin["recipe"]))
-    data = recipe.to_dict()
+    own = Recipe.recorded(origin["recipe"])
+    recipe = Recipe.load(run.recipe) if run.recipe else own
+    # Beside the model's own steps, whosever section it is: they say whether there are gates.
+    data = {**recipe.to_dict(), "steps": own.to_dict()["steps"]}
     if run.uptrain is not None:
         data["uptrain"] = dict(run.uptrain)
     overrides = [o if o.startswith("uptrain.") else f"uptrain.{o}" for o in run.overrides]

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Means over held-out tokens, in nats."""
+    """Means over held-out tokens, in nats; the KL at temperature 1, whatever that of the loss."""
 
     nats_per_token: float
     kl: float
@@ -211,7 +211,7 @@ class Uptrainer(Trainer):
         with head_input(inner) as seen:
             logits = model(**inputs, use_cache=False).logits
         h = seen[-1]
-        weights = Weights(self.uptrain.kl, self.uptrain.ce, self.uptrain.temperature)
+        weights = Weights(self.uptrain.kl, self.uptrain.ce, self.uptrain.temperature if model.training else 1.0)
         if kept is not None:
             parent_h, parent_head = None, None
         sums = distil(h, head_of(inner, *self.head), labels, parent_h, parent_head, weights, kept=kept)

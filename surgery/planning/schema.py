@@ -12,11 +12,13 @@ from typing import Any, Literal
 from ..errors import RecipeError
 
 
-def build(kind: type, data: Any, where: str, *, strict: bool = True) -> Any:
+def build(
+    kind: type, data: Any, where: str, *, strict: bool = True, unread: Mapping[str, str] = types.MappingProxyType({})
+) -> Any:
     """An instance of dataclass `kind` from a mapping, every key and value checked against its fields.
 
-    Null counts as absent, but for fields of which it is a value. What `kind.unread` names may not stand in `data`,
-    whatever its value; where not `strict`, it is left out instead.
+    Null counts as absent, but for fields of which it is a value. What `kind.unread` or the argument of that name has
+    may not stand in `data`, whatever its value; where not `strict`, it is left out instead.
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: holds {data!r}, needs a mapping.")
@@ -28,10 +30,11 @@ def build(kind: type, data: Any, where: str, *, strict: bool = True) -> Any:
     if missing:
         raise RecipeError(f"{where}: needs {', '.join(f'`{name}`' for name in missing)}.")
     built = kind(**{key: _coerce(value, fields[key], f"{where}.{key}") for key, value in data.items()})
-    unread = {k: v for k, v in built.unread().items() if data.get(k) is not None} if hasattr(built, "unread") else {}
-    if unread and not strict:
-        return build(kind, {key: value for key, value in data.items() if key not in unread}, where)
-    for key, reason in unread.items():
+    ignored = {**(built.unread() if hasattr(built, "unread") else {}), **unread}
+    ignored = {key: reason for key, reason in ignored.items() if data.get(key) is not None}
+    if ignored and not strict:
+        return build(kind, {key: value for key, value in data.items() if key not in ignored}, where)
+    for key, reason in ignored.items():
         raise RecipeError(f"{where}.{key}: {reason}")
     if hasattr(built, "validate"):
         built.validate(where)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..errors import RecipeError
@@ -75,8 +75,14 @@ class Uptrain:
             found["gate_rate"] = "gates that are trained alone have learning_rate. Leave it out."
         if self.kl == 0:
             found["temperature"] = "it is that of the KL, whose weight kl is 0. Leave it out."
+        if self.gate_budget == 0:
+            found["gate_budget_per"] = "the budget has no weight where gate_budget is 0. Leave it out."
         if self.layer_local == 0:
             found["local_learning_rate"] = "there is no first stage where layer_local is 0. Leave it out."
+        if self.layer_local == 1:
+            second = ["kl", "ce", "hidden", "temperature", "gate_budget", "gate_budget_per", "gate_ramp"]
+            second += ["learning_rate"] * (self.local_learning_rate is not None)
+            found |= dict.fromkeys(second, "it is of the second stage, and layer_local: 1 leaves none. Leave it out.")
         return found
 
     def validate(self, where: str) -> None:
@@ -100,3 +106,7 @@ class Uptrain:
             )
         if self.length is not None and self.length < 8:
             raise RecipeError(f"{where}.length: {self.length} tokens; give at least 8.")
+
+
+OF_GATES = tuple(field.name for field in fields(Uptrain) if field.name.startswith("gate_"))
+"""Options that are about gates."""

@@ -26,6 +26,10 @@ class DmcStep(RetainStep):
     window: int | None = 12
     """Newest tokens of a run that its slot is the mean of; null: all."""
 
+    @property
+    def gates(self) -> Literal["own", "borrowed"]:
+        return "own" if self.gate == "adapter" else "borrowed"
+
 
 class Dmc(GatedMethod):
     """The method of `DmcStep`."""

@@ -25,6 +25,10 @@ class DmsStep(WindowStep):
     """`adapter`: a linear map of the layer's input, zero at first. `borrowed`: the last channel of q and k, which
     training takes from attention first."""
 
+    @property
+    def gates(self) -> Literal["own", "borrowed"]:
+        return "own" if self.gate == "adapter" else "borrowed"
+
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """Scores that nothing is trained for were gates of `dms` once; today they are the method `evict`."""
