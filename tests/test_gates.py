@@ -365,6 +365,8 @@ def test_windows_by_layer_need_text_and_layers_with_caches_of_their_own(home: Pa
     parent = surgery.load(home / "parent")
     with pytest.raises(PlanError, match="calibration text"):
         surgery.convert(parent, recipe({**DMS, "windows": "sensitivity"}))
+    with pytest.raises(PlanError, match="windows: sensitivity shares windows out .* one layer is selected"):
+        surgery.plan(parent, recipe({**DMS, "windows": "sensitivity", "layers": "1"}))
     share = {"rewriter": "share", "layout": {1: 0}, "init": "replace"}
     with pytest.raises(PlanError, match="one dms step for each window"):
         surgery.plan(parent, recipe(share, {**DMS, "windows": "sensitivity"}))

@@ -1013,6 +1013,8 @@ STEP = {"rewriter": "evict", "scorer": "snapkv", "ratio": 4, "recent": 8, "obser
         ({"positions": "capped"}, "snapkv goes by attention, .* Use streaming, sepllm, knorm, or positions: cache"),
         ({"recent": 0}, "recent: 0 must be at least 1"),
         ({"slots": 99, "ratio": 3}, "slots: 99 slots and ratio 3: give one of them"),
+        ({"slots": 10}, "observe: slots: 10 are those that always stay, so that no slot is chosen by its score"),
+        ({"ratio": 1, "observe": None, "pool": 3}, "pool: with ratio: 1 nothing leaves"),
         ({"slots": 9}, "slots: 9 are fewer than the 10 that always stay"),
     ],
 )

@@ -211,6 +211,8 @@ def test_heads_are_those_that_are_left_of_earlier_steps() -> None:
             "part: 0.7 of the KV heads keep everything, which is more than one of 2 tokens",
         ),
         ({"budget": "razor", "ratio": 8}, "Use a part of at most 0.125, or a ratio of at most 6.67"),
+        ({"budget": "duo", "scorer": "snapkv", "pool": 3}, "pool: duo leaves heads .* what always stays alone"),
+        ({"budget": "razor", "scorer": "snapkv", "part": 0.5, "observe": 3}, "observe: razor leaves heads"),
         ({"budget": "duo", "part": 1.5}, "part: 1.5 of the KV heads; give a number above 0"),
     ],
 )

@@ -25,6 +25,8 @@ from .tokens.retrieval import retained
 from .tokens.separators import separators_of
 
 _OBSERVE, _POOL, _RECENT = 32, 5, 64
+_NONE = 1e-9
+"""A part of all tokens and heads that counts as none: fractions are rounded."""
 _OF_RANKS = ("budget", "slots", "merge", "positions", "distance", "read", "read_ratio", "whole", "part", "recent")
 """Options that are read wherever a score orders slots."""
 
@@ -107,6 +109,30 @@ class EvictStep(WindowStep):
             return "needed" if budget.finds != "nothing" and budget.by == "text" else "none"
         return "needed" if SCORERS[self.scorer].has_threshold else super().text
 
+    @property
+    def always(self) -> int:
+        """Slots that stay whatever a score says of them."""
+        counts = self.merge is not None and self.merge in MERGES and MERGES[self.merge].counts
+        return self.sinks + counts + (self.recent or _RECENT)
+
+    def whole_part(self) -> float | None:
+        """Part of the KV heads that keep all of their tokens where the budget finds out which; else None."""
+        budget = BUDGETS[self.budget or "uniform"]
+        return (self.part or budget.part or 1 / self.ratio) if budget.finds == "whole" else None
+
+    @property
+    def _nothing_chosen(self) -> str | None:
+        """Why no slot stays or leaves by its score, though one orders them; None where some do."""
+        if self.budget not in (None, *BUDGETS) or self.ratio < 1:
+            return None  # `validate` says so
+        if self.slots is not None:
+            return f"slots: {self.slots} are those that always stay" if self.slots == self.always else None
+        if self.ratio == 1:
+            return "with ratio: 1 nothing leaves"
+        if (part := self.whole_part()) is not None and abs(1 / self.ratio - part) <= _NONE:
+            return f"{self.budget} leaves heads that do not keep everything what always stays alone"
+        return None
+
     def unread(self) -> dict[str, str]:
         """What the score does not read, and what the budget, the positions and the reading of slots do not."""
         if self.scorer in RANKERS:
@@ -127,6 +153,9 @@ class EvictStep(WindowStep):
             found["distance"] = "only positions: capped reads it. Add that, or leave it out."
         if self.read is None:
             found["read_ratio"] = f"nothing reads less. Add read: {' or '.join(READERS)}."
+        if (why := self._nothing_chosen) is not None:
+            chooses_nothing = f"{why}, so that no slot is chosen by its score. Leave it out."
+            found = dict.fromkeys(RANKERS[self.scorer].reads, chooses_nothing) | found
         return found
 
     def validate(self, where: str) -> None:
@@ -150,12 +179,11 @@ class EvictStep(WindowStep):
             raise RecipeError(
                 f"{where}.separators: {list(self.separators)}; give at least one id, none of them negative."
             )
-        counts = self.merge is not None and MERGES[self.merge].counts
-        always = self.sinks + counts + (self.recent or _RECENT)
-        if self.slots is not None and self.slots < always:
+        if self.slots is not None and self.slots < self.always:
+            mean = self.always - self.sinks - (self.recent or _RECENT)
             raise RecipeError(
-                f"{where}.slots: {self.slots} are fewer than the {always} that always stay: sinks {self.sinks}, "
-                f"recent {self.recent or _RECENT}{' and the mean' if counts else ''}."
+                f"{where}.slots: {self.slots} are fewer than the {self.always} that always stay: sinks {self.sinks}, "
+                f"recent {self.recent or _RECENT}{' and the mean' * mean}."
             )
         if self.pool is not None and self.pool % 2 == 0:
             raise RecipeError(f"{where}.pool: {self.pool} must be odd: as many neighbours before a token as behind it.")
@@ -226,8 +254,8 @@ class EvictStep(WindowStep):
             )
         if self.part is not None and not 0 < self.part <= 1:
             raise RecipeError(f"{where}.part: {self.part:g} of the KV heads; give a number above 0 and at most 1.")
-        part = self.part or budget.part or 0.0
-        if part * self.ratio > 1:
+        part = self.whole_part() or 0.0
+        if part * self.ratio > 1 + _NONE:
             raise RecipeError(
                 f"{where}.part: {part:g} of the KV heads keep everything, which is more than one of {self.ratio:g} "
                 f"tokens. Use a part of at most {1 / self.ratio:.3g}, or a ratio of at most {1 / part:.3g}."
@@ -307,13 +335,12 @@ class Evicting(GatedMethod):
             page=step.page, merge=step.merge, positions=step.positions or "text", distance=distance,
             separators=step.separators or (), read=step.read, read_ratio=step.read_ratio or 4.0,
         )  # fmt: skip
-        budget = BUDGETS[ranked.budget]
-        if budget.finds == "whole":
-            part = step.part or budget.part or 1 / step.ratio
+        part = step.whole_part()
+        if part is not None:
             left = 1 / step.ratio - part  # of all tokens and heads, for those that do not keep everything
-            others: dict[str, Any] = {"ratio": (1 - part) / left} if left > 1e-9 else {"slots": ranked.always_kept}
+            others: dict[str, Any] = {"ratio": (1 - part) / left} if left > _NONE else {"slots": ranked.always_kept}
             ranked, context = replace(ranked, part=part, **others), anatomy.max_positions
-            if left > 1e-9 and context is not None and ranked.drop_rate(context, ranked.ratio) > 1:
+            if left > _NONE and context is not None and ranked.drop_rate(context, ranked.ratio) > 1:
                 raise PlanError(
                     f"{where}.part: where {part:g} of the KV heads keep everything, the others keep one of "
                     f"{ranked.ratio:.3g} tokens, fewer than the {ranked.always_kept} of the model's context of "

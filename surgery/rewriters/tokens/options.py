@@ -98,6 +98,7 @@ def plan_retained(
     free = [site.layer for site in anatomy.sites if value.supports(site) is None]
     leave_windows = leave_windows and bool(free)
     done: dict[int, LayerPlan] = {}
+    given: list[int] = []
     for site, layer in zip(anatomy.sites, layers, strict=True):
         done[site.layer] = layer
         if not layer.owns_cache:
@@ -126,4 +127,11 @@ def plan_retained(
         if site.layer in {other.value_owner for other in layers}:
             raise PlanError(f"{at} asks for {step.rewriter}, but other layers read its V beside keys of their own.")
         done[site.layer] = replace(layer, retain=value)
+        given.append(layer.project.dims)
+    if isinstance(step, WindowStep) and step.windows == "sensitivity" and len(set(given)) == len(given):
+        raise PlanError(
+            f"{where}.windows: sensitivity shares windows out between layers whose tokens are as large, and "
+            + ("one layer is selected" if len(given) == 1 else "no two of those selected are alike")
+            + ". Select more, or leave it out."
+        )
     return tuple(done[layer.layer] for layer in layers)
