@@ -143,6 +143,8 @@ def _carry_out(
 
 def _rewrite(copy_: WorkingCopy, plan: Plan, work: _Work) -> Plan:
     """Carry out the steps of a plan on a working copy; returns the plan with what the text has decided."""
+    for line in plan.skipped if work.windows is not None else ():
+        _log.warning("%s", line)
     copy_.journal, copy_.stream_dtype = work.journal, work.streams
     carry_out_steps(copy_, plan, work.windows, work.seed)
     return plan if plan.native else plan.settled(map(copy_.settle, plan.after))

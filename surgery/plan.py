@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from .anatomy import Anatomy, examine
-from .console import render
+from .console import render, spans
 from .errors import PlanError
 from .planning.legality import check_layers, check_one_value, check_steps, check_values
 from .planning.parent_class import meta_model, native_config, stated_heads, unbuilt_layers
@@ -101,6 +101,19 @@ class Plan:
     def left_out(self) -> dict[str, int]:
         """Layers that the parent's config counts and its class does not load, by the setting that counts them."""
         return unbuilt_layers(self.anatomy.config, self.anatomy.kind)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Sentences about fits that the recipe has and attentions make impossible: layers and reason."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for step in self.recipe.steps:
+            for site, _ in self.changed(step):
+                by_reason: dict[str, list[str]] = {}
+                for option, reason in step.skipped(site).items():
+                    by_reason.setdefault(reason, []).append(option)
+                for reason, options in by_reason.items():
+                    found.setdefault((f"{step.rewriter}: {', '.join(options)}", reason), []).append(site.layer)
+        return [f"{what} left out in layers {spans(layers)}: {reason}" for (what, reason), layers in found.items()]
 
     def settled(self, layers: Iterable[LayerPlan]) -> Plan:
         """The plan with what the calibration text has decided: all its `layers`."""

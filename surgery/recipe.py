@@ -73,6 +73,10 @@ class Step:
         """
         return {}
 
+    def skipped(self, site: Any) -> dict[str, str]:
+        """Fits of the step that an attention (`AttentionSite`) makes impossible -> why; the plan and the log say so."""
+        return {}
+
     def validate(self, where: str) -> None:
         """Raise RecipeError for values that no model could satisfy."""
         if self.layers is not None:

@@ -11,6 +11,7 @@ import torch
 from layerwise import copy_of, damage, random_windows
 from torch import Tensor
 
+import surgery
 from surgery.attention.latent import expanded_weights
 from surgery.attention.weights import AttentionWeights
 from surgery.calibration.text import Windows
@@ -221,3 +222,39 @@ def random_attention(D: int, H: int, N: int, K: int, *, rotary: bool, bias: bool
         rotary=Rotary(dims=H, inv_freq=inv, start=0) if rotary else None,
         scale=H**-0.5,
     )
+
+
+GQA = {"rewriter": "gqa", "kv_heads": 1}
+LOWRANK = {"rewriter": "lowrank", "keep": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "step", "said"),
+    [
+        ("qwen3", GQA, "gqa: refit_queries, gain_fit of q_proj left out in layers 0-1: queries are normed"),
+        ("qwen3", GQA | {"refit_queries": False, "gain_fit": False}, None),
+        ("qwen3", LOWRANK, "lowrank: refit_queries left out in layers 0-1: queries are normed"),
+        ("qwen3", {"rewriter": "share"}, "share: refit_queries left out in layers 1: queries are normed"),
+        ("gemma2", LOWRANK, "lowrank: refit_queries left out in layers 0-1: scores are capped"),
+        (
+            "olmo",
+            GQA,
+            "refit_queries, refit_output, gain_fit left out in layers 0-1: queries, keys and values are clamp",
+        ),
+        ("llama", GQA | {"init": "key_norm"}, "gqa: refit_queries left out in layers 0-1: init: key_norm"),
+        ("llama", GQA, None),
+    ],
+)
+def test_plan_and_log_name_the_fits_that_an_attention_makes_impossible(family, step, said, caplog):
+    model = families.tiny_model(family)
+    plan = surgery.plan(model, {"steps": [step]})
+    shown = " ".join(str(plan).split())
+    if said is None:
+        assert not plan.skipped and "left out" not in shown
+        return
+    assert len(plan.skipped) == 1 and said in plan.skipped[0] and said in shown
+    if family == "olmo":
+        for text in (None, random_windows(16, 48, cut=False).ids_BT):  # without text nothing is fitted anyway
+            surgery.convert(model, {"steps": [step]}, calibration=text)
+            logged = [record.message for record in caplog.records if record.name == "surgery.convert"]
+            assert logged == (plan.skipped if text is not None else [])

@@ -78,6 +78,7 @@ def notes(plan: Plan) -> list[str]:
         lines.append("asks for: calibration text (a few hundred documents); without it, quality falls")
     for method in plan.methods():
         lines += method.notes(plan)
+    lines += plan.skipped
     for name, layers in plan.left_out.items():
         lines.append(
             f"left out: {layers} layer{'s' * (layers > 1)} that {name} counts; {plan.anatomy.architecture} loads none"

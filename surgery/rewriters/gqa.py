@@ -22,7 +22,7 @@ from . import Method
 from .common.gains import GainFit, fit_gains, tune_gains
 from .common.layerwise import Layerwise
 from .common.moments import Moments, visit_moments
-from .common.options import RefinedStep
+from .common.options import RefinedStep, why_queries_stay
 from .common.query_fit import QueryFit, stride_of
 from .common.refine import refine
 from .common.refit import Fit, fit_output, keep_what_helps
@@ -96,6 +96,15 @@ class GqaStep(RefinedStep):
                 "the groups out: groups: [[0, 1], [2], ...]."
             )
         return found
+
+    def skipped(self, site: AttentionSite) -> dict[str, str]:
+        reason = why_nothing_is_fitted(site)
+        if reason is not None:
+            asked = {"refit_queries": self.refit_queries, "refit_output": self.refit_output}
+            asked["gain_fit"] = self.gain_fit is True
+            return {name: reason for name, is_asked in asked.items() if is_asked}
+        keyed = {"refit_queries": "init: key_norm leaves queries as they are"} if self.init == "key_norm" else {}
+        return super().skipped(site) | (keyed if self.refit_queries else {})
 
     def validate(self, where: str) -> None:
         super().validate(where)
@@ -218,13 +227,12 @@ class Gqa(Layerwise, Method):
     def _fits(self, site: AttentionSite, parent: AttentionWeights, groups: Groups) -> list[Fit]:
         """The refits that the recipe asks for, where `attend` computes what the site does.
 
-        Query rows that a norm or a soft cap follows stay: scores are not linear in them.
+        What is left out `GqaStep.skipped` names.
         """
-        if site.clip_qkv is not None or site.gated_output or site.v_norm is not None:
+        if why_nothing_is_fitted(site) is not None:
             return []
         fits: list[Fit] = []
-        linear = parent.q_norm is None and parent.softcap is None and self.step.init != "key_norm"
-        if self.step.refit_queries and linear:
+        if self.step.refit_queries and why_queries_stay(site) is None and self.step.init != "key_norm":
             order = source_queries(parent, groups)
 
             def fit_queries(visit: Visit, student: AttentionWeights) -> AttentionWeights:
@@ -239,6 +247,18 @@ class Gqa(Layerwise, Method):
         if self.step.refit_output:
             fits.append(fit_output)
         return fits
+
+
+def why_nothing_is_fitted(site: AttentionSite) -> str | None:
+    """Why no closed form is fitted to what the attention gives; None where they are."""
+    for reason, is_there in (
+        (f"queries, keys and values are clamped to {site.clip_qkv}", site.clip_qkv is not None),
+        ("head outputs are gated", site.gated_output),
+        ("values are normed", site.v_norm is not None),
+    ):
+        if is_there:
+            return reason
+    return None
 
 
 def planned_heads(step: GqaStep, where: str, site: AttentionSite) -> Heads:

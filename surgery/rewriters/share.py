@@ -26,7 +26,7 @@ from ..runtime.layout import AttentionSite, Heads, Latent, LayerPlan, Project
 from ..runtime.project import latent_refusal
 from . import Method
 from .common.gains import GainFit, fit_gains, tune_gains
-from .common.options import RefinedStep
+from .common.options import RefinedStep, why_queries_stay
 from .common.query_fit import QueryFit, stride_of
 from .common.refine import refine
 from .common.refit import Fit, fit_output, keep_what_helps
@@ -306,7 +306,7 @@ class Share(Method):
             target: the layer before it was to read others' K and V.
         """
         fits: list[Fit] = []
-        if self.step.refit_queries and target.q_norm is None and target.softcap is None:
+        if self.step.refit_queries and why_queries_stay(visit.site) is None:
             fits.append(partial(self._fit_queries, target=target))
         if self.step.gain_fit is True:
             fits.append(fit_gains)

@@ -15,6 +15,7 @@ from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
 from ..common.gains import fit_gains
+from ..common.options import why_queries_stay
 from ..common.refit import fit_output, keep_what_helps
 from . import LowrankInit, MlaInit
 from .low_rank import Layout, LowrankOptions, lowrank
@@ -61,7 +62,7 @@ def fit_layer(
     parent = _parent(copy, layer)
     latent, choice = _choose(visit, [candidates, *variants], parent, visit_moments(visit, parent))
     copy.write_latent(layer, latent, parent)
-    fits = [fit_queries(parent, latent)] if options.queries and parent.q_norm is None and parent.softcap is None else []
+    fits = [fit_queries(parent, latent)] if options.queries and why_queries_stay(visit.site) is None else []
     if options.gains:
         fits.append(fit_gains)
     keep_what_helps(visit, [*fits, fit_output] if options.output else fits)
