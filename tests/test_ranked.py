@@ -569,11 +569,14 @@ def test_bytes_are_planned_and_a_prompt_sees_everything(form: str, scorer: str) 
 )
 @torch.no_grad()
 def test_rows_of_a_padded_batch_are_what_they_are_alone(form: str, scorer: str, options: dict[str, Any]) -> None:
-    """Each has its own budget; padding before, between and behind the tokens of two prompts."""
-    model, ids = model_of(form, scorer, **options), tokens(length=70)
+    """Each has its own budget; padding before, between and behind the tokens of two prompts, of which two rows get none
+    and one token of the second: less than a prompt, behind which slots leave as behind one token."""
+    model, ids = model_of(form, scorer, **options), tokens(4, length=70)
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
     mask[1, 60:64] = 0
+    mask[2, 40:64] = 0
+    mask[3, 40:63] = 0
     cache, ends = DynamicCache(config=model.config), [40, 64, *range(65, 71)]
     position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
     parts = []
@@ -585,9 +588,9 @@ def test_rows_of_a_padded_batch_are_what_they_are_alone(form: str, scorer: str, 
             ).logits
         )  # fmt: skip
     logits = torch.cat(parts, 1)
-    for row in range(2):
+    for row in range(3 if "read" in options else 4):  # what a prompt sees is not chosen
         real = mask[row].bool()
-        own_ends = [int(mask[row, :end].sum()) for end in ends]
+        own_ends = list(dict.fromkeys(int(mask[row, :end].sum()) for end in ends))
         alone, own = run(model, ids[row : row + 1, real], own_ends)
         assert_close(logits[row : row + 1, real], alone)
         together = [found for i, found in enumerate(zip(*contents(cache), strict=True)) if i // _heads(cache) == row]

@@ -24,7 +24,8 @@ class Ranked(Retain):
     After several tokens came at once, and attended to all that was there, a head keeps `slots_at(tokens seen)` slots on
     average. Keys stay rotated as they were, to the positions of their tokens, unless `positions` says otherwise. While
     tokens come one by one, scores that follow decoding keep to the budget of the tokens seen, evicting when a head
-    holds a page more than that on average; others keep all of them until several come at once again.
+    holds a page more than that on average; others keep all of them until several come at once again. A sequence that
+    gets one token, or none, where others of its batch get several, is treated as it would be alone.
     """
 
     scorer: str

@@ -26,7 +26,8 @@ class RankedLayer(PagedLayer):
     """Slots of each row lie in the order of their tokens, so that sinks are the first and newest tokens the last.
 
     Several tokens see all slots, and each other; then slots leave. One token is appended, and slots leave when heads
-    hold a page more than their budget on average, where the score follows decoding. `gathered` [B, K, M * page] float32
+    hold a page more than their budget on average, where the score follows decoding; the token sees what is left. Of a
+    sequence that gets one token at most beside longer ones, slots leave as behind one token. `gathered` [B, K, M * page] float32
     is what the score has summed up for each slot, where it does; `born`, int32, the order of its token, where
     attention asks how far it is away. A static cache only appends while decoding.
     """
@@ -42,6 +43,8 @@ class RankedLayer(PagedLayer):
         """Layers of the cache that share a budget over layers, this one among them, in order: see `join`."""
         self.claim: Claim | None = None
         """While a pass divides a budget over layers."""
+        self.whole_B: Tensor | None = None
+        """In a pass of several tokens: the sequences of which no slot leaves, for they got one token at most."""
         self.shift: Shift | None = None
         """Of this pass, while the budget is divided: see `New.shift`."""
         self.rehearsing = False
@@ -100,9 +103,8 @@ class RankedLayer(PagedLayer):
         self._unasked -= 1
         if self._unasked > 0:
             return
-        page, heads = self.retain.page, len(self._sharing)
-        over_B = self.lengths[:, self._sharing].sum(-1) - heads * (self._budget() + page)
-        self._unasked = int(-over_B.max()) // max(1, heads)
+        over_B = self._over(self.lengths)
+        self._unasked = int(-over_B.max()) // max(1, len(self._sharing))
         if self._unasked <= 0:
             slots = self.slots()
             keep = self._keep(self._ranking(slots, new.queries)) | (over_B < 0)[:, None, None]
@@ -110,22 +112,36 @@ class RankedLayer(PagedLayer):
 
     def _left(self, slots: Slots, new: New) -> Slots:
         assert new.queries is not None
-        self._unasked = 0
+        self._unasked, self.whole_B = 0, None
         slots = slots.live(self.tokens - 1)
         if self.ranker.rehearses and not self.rehearsing:
             return slots
-        ranking = self._ranking(slots, new.queries)
+        ranking, count_B = self._ranking(slots, new.queries), new.queries.count_B
+        whole_B = count_B <= 1
         if self.ranker.gathers:
-            slots = replace(slots, gathered_BKS=self.ranker.gather(ranking))
-            ranking = replace(ranking, slots=slots)
+            gathered = self.ranker.gather(ranking)
+            if not self.ranker.while_decoding:
+                gathered = torch.where(whole_B[:, None, None], ranking.gathered_BKS, gathered)
+            slots = replace(slots, gathered_BKS=gathered)
+        if self.ranker.while_decoding:
+            whole_B = whole_B & ((count_B == 0) | (self._over(ranking.count_BK) < 0))
         if self.rehearsing:
-            slots = self._without_newest(slots, new.queries.count_B)
-            ranking = self._ranking(slots, new.queries)
+            slots = self._without_newest(slots, count_B)
+        self.whole_B = whole_B if bool(whole_B.any()) else None
         self.shift = new.shift
-        left = self._without(slots, self._keep(ranking), new.shift)
+        left = self._without(slots, self._keep(self._ranking(slots, new.queries)), new.shift)
         if self.claim is None:
-            self.shift = None  # it knows the model, which copies of a cache are not to take along
+            self._end_pass()
         return left
+
+    def _end_pass(self) -> None:
+        self.claim = self.whole_B = None
+        self.shift = None  # it knows the model, which copies of a cache are not to take along
+
+    def _over(self, lengths_BK: Tensor) -> Tensor:
+        """[B]: slots beyond the budget and a page per head, of all heads that share."""
+        heads = len(self._sharing)
+        return lengths_BK[:, self._sharing].sum(-1) - heads * (self._budget() + self.retain.page)
 
     def _without_newest(self, slots: Slots, count_B: Tensor) -> Slots:
         """`slots` without those of the newest tokens, which are not counted any more."""
@@ -168,6 +184,8 @@ class RankedLayer(PagedLayer):
             slots = replace(slots, gathered_BKS=torch.zeros_like(slots.expires_BKS, dtype=torch.float32))
         slots_BK = self._by_head()
         newest = (self.ranker.newest * slots_BK).long().clamp_min(retain.window or 0)
+        if self.whole_B is not None:
+            newest = newest.masked_fill(self.whole_B[:, None], NEVER)
         return Ranking(
             slots=slots, count_BK=count, queries=queries, observe=retain.observe, pool=retain.pool,
             sinks=retain.protected, tokens_B=self.tokens, slots_BK=slots_BK, newest_BK=newest,
@@ -176,24 +194,32 @@ class RankedLayer(PagedLayer):
     def _keep(self, ranking: Ranking) -> Tensor:
         """[B, K, S]: which slots stay."""
         score, keep = ranking.ranked(self.ranker.score(ranking))[:, self._sharing], ranking.there_BKS.clone()
-        if self.retain.shares:
-            return (rank(score) < ranking.slots_BK[..., None]) & keep
         slots_B = ranking.slots_BK[:, 0]
-        if not isinstance(self.budget, OverLayers):
-            keep[:, self._sharing] = self.budget.keep(score, slots_B)
-            return keep
-        opened = (ranking.there_BKS & ~ranking.stays_BKS)[:, self._sharing]
-        self.claim = Claim(
-            score_BKS=score, open_BKS=opened, measure_B=self.budget.measure(ranking),
-            mass_B=score.masked_fill(~opened, 0.0).sum((1, 2)),
-        )  # fmt: skip
-        always_B = (ranking.there_BKS & ranking.stays_BKS)[:, self._sharing].sum(-1).amax(-1)
-        mine = keep[:, self._sharing] = self.budget.keep(score, always_B + self._divided(slots_B - always_B, always_B))
-        self.claim = self.claim.of(mine)
-        if self is self.peers[-1]:
-            for peer in self.peers:
-                peer.claim = peer.shift = None
+        if self.retain.shares:
+            mine = self._or_whole((rank(score) < ranking.slots_BK[..., None]) & keep, score)
+        elif not isinstance(self.budget, OverLayers):
+            mine = self._or_whole(self.budget.keep(score, slots_B), score)
+        else:
+            opened = (ranking.there_BKS & ~ranking.stays_BKS)[:, self._sharing]
+            self.claim = Claim(
+                score_BKS=score, open_BKS=opened, measure_B=self.budget.measure(ranking),
+                mass_B=score.masked_fill(~opened, 0.0).sum((1, 2)),
+            )  # fmt: skip
+            always_B = (ranking.there_BKS & ranking.stays_BKS)[:, self._sharing].sum(-1).amax(-1)
+            given_B = self._divided(slots_B - always_B, always_B)
+            mine = self._or_whole(self.budget.keep(score, always_B + given_B), score)
+            self.claim = self.claim.of(mine)
+            if self is self.peers[-1]:
+                for peer in self.peers:
+                    peer._end_pass()
+        keep[:, self._sharing] = mine
         return keep
+
+    def _or_whole(self, keep_BKS: Tensor, score_BKS: Tensor) -> Tensor:
+        """`keep_BKS`, and all slots of the sequences of which none leaves."""
+        if self.whole_B is None:
+            return keep_BKS
+        return keep_BKS | ((score_BKS > -torch.inf) & self.whole_B[:, None, None])
 
     def _divided(self, open_B: Tensor, always_B: Tensor) -> Tensor:
         """[B]: open slots per head of this layer. Those before it give back what it takes from them.
@@ -216,7 +242,7 @@ class RankedLayer(PagedLayer):
         assert self.claim is not None
         slots = self.slots()
         keep = slots.expires_BKS > 0
-        mine = self.budget.keep(self.claim.score_BKS, slots_B)
+        mine = self._or_whole(self.budget.keep(self.claim.score_BKS, slots_B), self.claim.score_BKS)
         keep[:, self._sharing, : mine.shape[2]] = mine  # heads that keep everything may reach further than these
         if bool((self.claim.open_BKS & ~mine).any()):
             self._store(self._without(slots, keep, self.shift))
