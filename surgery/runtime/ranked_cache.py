@@ -27,9 +27,11 @@ class RankedLayer(PagedLayer):
 
     Several tokens see all slots, and each other; then slots leave. One token is appended, and slots leave when heads
     hold a page more than their budget on average, where the score follows decoding; the token sees what is left. Of a
-    sequence that gets one token at most beside longer ones, slots leave as behind one token. `gathered` [B, K, M * page] float32
-    is what the score has summed up for each slot, where it does; `born`, int32, the order of its token, where
-    attention asks how far it is away. A static cache only appends while decoding.
+    sequence that gets one token at most beside longer ones, slots leave as behind one token. A static cache only
+    appends while decoding.
+
+    `gathered` [B, K, M * page] float32 is what the score has summed up for each slot, where it does; `born`, int32, the
+    order of its token, where attention asks how far it is away.
     """
 
     retain: Ranked
