@@ -319,6 +319,11 @@ def composed() -> str:
     return table(heads, (cells(name, row) for name, row in rows.items()))
 
 
+def left_out() -> str:
+    """Methods that the planner did not measure in all layers of SmolLM2."""
+    return ", ".join(f"`{name}`" for name in at("planner", "rows", "smollm2, race 1/4", "left_out"))
+
+
 def cpu_decode() -> str:
     """Tokens per second of whole models on one core, one sequence, and over the parent's compiled static decoding."""
     rows = [row for row in at("cpu_decode", "rows") if (row["dtype"], row["batch"]) == ("float32", 1)]
@@ -384,7 +389,7 @@ def formula(source: str, language: str, css: str, options: Any, md: Any, **_: An
 
 TABLES: tuple[Callable[..., str], ...] = (
     real_models, shipped_recipes, evict_ranks, codecs, codec_speed, pooled_heads, latents, shared_layers, retained,
-    recalled, decoding_with_less, uptrained, recovered, composed, cpu_decode, conversion_cost, releases,
+    recalled, decoding_with_less, uptrained, recovered, composed, left_out, cpu_decode, conversion_cost, releases,
     kvpress_overlap,
 )  # fmt: skip
 
