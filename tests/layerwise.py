@@ -58,7 +58,9 @@ class LoneVisit:
         site: Any = None,
     ) -> None:
         self.latent, self.weights, self.copy = latent, parent, self
-        self.site = site or SimpleNamespace(clip_qkv=None, gated_output=False, v_norm=None, layer=0)
+        self.site = site or SimpleNamespace(
+            clip_qkv=None, gated_output=False, q_norm=None, softcap=None, v_norm=None, layer=0
+        )
         self.tokens = sum(int(mask.sum()) for _, mask in batches)
         self._batches = [
             Activations(x, x, torch.einsum("btnv,dnv->btd", attend(parent, x).out_BTNV, parent.o_DNV), mask, {0: x})
