@@ -389,7 +389,7 @@ def formula(source: str, language: str, css: str, options: Any, md: Any, **_: An
 
 TABLES: tuple[Callable[..., str], ...] = (
     real_models, shipped_recipes, evict_ranks, codecs, codec_speed, pooled_heads, latents, shared_layers, retained,
-    recalled, decoding_with_less, uptrained, recovered, composed, left_out, cpu_decode, conversion_cost, releases,
+    recalled, decoding_with_less, uptrained, recovered, composed, cpu_decode, conversion_cost, releases,
     kvpress_overlap,
 )  # fmt: skip
 
@@ -408,7 +408,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def define_env(env: Any) -> None:
     """Called by mkdocs-macros: names for pages, and the fence for formulas."""
-    for function in (number, measured_on, example, *TABLES):
+    for function in (number, measured_on, example, left_out, *TABLES):
         env.macro(function)
     fences = env.conf["mdx_configs"].setdefault("pymdownx.superfences", {})
     fences.setdefault("custom_fences", []).append({"name": "math", "class": "math", "format": formula})
