@@ -36,8 +36,9 @@ from surgery.calibration.text import Windows, read_windows
 from surgery.checkpoints.storage import load_parent
 from surgery.composing.choosing import Chooser
 from surgery.composing.compose import parts_of
-from surgery.composing.costs import measure_costs, to_measure
+from surgery.composing.costs import to_measure
 from surgery.composing.donors import Donors
+from surgery.composing.measuring import measure_costs
 from surgery.composing.sensitivity import Bench, measure_by
 from surgery.composing.settings import Setting, settings_for
 from surgery.report.figures import save_figure

@@ -19,8 +19,9 @@ from surgery.composing.allocation import allocate
 from surgery.composing.budget import budget_of
 from surgery.composing.choosing import Chooser
 from surgery.composing.compose import parts_of
-from surgery.composing.costs import Costs, key_of, measure_costs, to_measure
+from surgery.composing.costs import Costs, key_of, to_measure
 from surgery.composing.donors import Donors
+from surgery.composing.measuring import measure_costs
 from surgery.composing.race import race
 from surgery.composing.recalling import DEPTHS, QUESTIONS, Exam, exam_for
 from surgery.composing.screening import Screen

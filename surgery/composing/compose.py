@@ -19,8 +19,8 @@ from ..torch_state import plain_torch
 from .budget import budget_of
 from .choosing import Chooser, check_reach
 from .composition import Composition, recipe_of
-from .costs import measure_costs
 from .donors import Donors
+from .measuring import measure_costs
 from .race import race
 from .screening import Screen
 from .sensitivity import Bench, measure_by

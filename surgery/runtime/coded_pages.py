@@ -60,8 +60,7 @@ class CodedRankedLayer(RankedLayer):
 
     def slots(self) -> Slots:
         slots = super().slots()
-        pages = self.tables[..., : -(-len(slots) // self.retain.page)].long()
-        keys, values = (t[pages].flatten(2, 3)[:, :, : len(slots)] for t in (self.pool.keys, self.pool.values))
+        keys, values = self._in_pages(len(slots))
         return replace(slots, key_rows_BKSR=keys, value_rows_BKSR=values)
 
     @property

@@ -195,6 +195,12 @@ class PagedLayer(WholeLayer):
         """Slots of new tokens, with what pages will hold of them where that is something else."""
         return slots
 
+    def _in_pages(self, count: int) -> tuple[Tensor, Tensor]:
+        """What pages hold of the first `count` slots of each row; copies."""
+        pages = self.tables[..., : -(-count // self.retain.page)].long()
+        keys, values = (t[pages].flatten(2, 3)[:, :, :count] for t in (self.pool.keys, self.pool.values))
+        return keys, values
+
     def _held(self, slots: Slots) -> tuple[Tensor, Tensor]:
         """What pages hold of slots [B, K, S, .]."""
         return slots.key_BKSH, slots.value_BKSV
@@ -209,9 +215,7 @@ class PagedLayer(WholeLayer):
         longest = self.tables.shape[2] * self.retain.page
         if not torch.compiler.is_compiling():
             longest = int(self.lengths.max()) if self.lengths.numel() else 0
-        pages = self.tables[..., : -(-longest // self.retain.page)].long()
-        held = (t[pages].flatten(2, 3)[:, :, :longest] for t in (self.pool.keys, self.pool.values))
-        key, value = self._as_read(*held)
+        key, value = self._as_read(*self._in_pages(longest))
         return key, value, torch.arange(longest, device=self.device) < self.lengths[..., None]
 
     def heavy(self) -> tuple[int, Tensor] | None:
