@@ -105,12 +105,20 @@ class CodedLayer(WholeLayer):
         )
 
 
-def not_finite(layer: int, name: str, store: Codec) -> str:
-    """What to say of keys or values that no codec can keep."""
-    return (
+def require_finite(layer: int, name: str, store: Codec, holds: Tensor) -> None:
+    """Refuse keys or values that no codec can keep, unless `holds`; in compiled steps the device asserts it.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    message = (
         f"layer {layer}: its {name} hold numbers that are not finite, which {store.label()} cannot keep. The model "
         "overflows: run it in bfloat16 or float32."
     )
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif not bool(holds):
+        raise ValueError(message)
 
 
 def prepare(

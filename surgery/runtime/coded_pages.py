@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coded_layer import not_finite
+from .coded_layer import require_finite
 from .coded_rows import rows_of
 from .paged_cache import PagedLayer
 from .ranked_cache import RankedLayer
@@ -38,10 +38,8 @@ class CodedRankedLayer(RankedLayer):
             self.state[f"ring_{letter}"] = shape(self.store.recent, x.shape[-1])
 
     def add(self, new: New) -> PagedLayer | Chunk:
-        if not torch.compiler.is_compiling():
-            for name, x in (("keys", new.key_BKTH), ("values", new.value_BKTV)):
-                if not bool(x.isfinite().all()):
-                    raise ValueError(not_finite(self.layer, name, self.store))
+        for name, x in (("keys", new.key_BKTH), ("values", new.value_BKTV)):
+            require_finite(self.layer, name, self.store, x.isfinite().all())
         return super().add(new)
 
     def _as_held(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .codecs import Form, Parts, groups_of
-from .coded_layer import CodedLayer, not_finite
+from .coded_layer import CodedLayer, require_finite
 from .masks import real_of_new
 from .quantised_attention import Seen
 
@@ -159,8 +159,8 @@ class QuantisedLayer(CodedLayer):
         start = self.seen - self.streams[0].ring_BKrW.shape[2]
         skip = self._skipped(start, count)
         for name, stream in zip(("keys", "values"), self.streams, strict=True):
-            if stream.form is not None and not bool(stream.ring_BKrW[:, :, :count].isfinite().all()):
-                raise ValueError(not_finite(self.layer, name, self.store))
+            if stream.form is not None:
+                require_finite(self.layer, name, self.store, stream.ring_BKrW[:, :, :count].isfinite().all())
             stream.pack(count, skip)
 
     def _set_first(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coded_layer import CodedLayer, not_finite
+from .coded_layer import CodedLayer, require_finite
 from .layout import Codec, LayerPlan
 from .masks import real_of_new
 from .ops import packed_attention_forward
@@ -277,15 +277,9 @@ class StaticQuantisedLayer(CodedLayer):
             if stream.form is None:
                 continue
             finite = stream.ring_BKRW.index_select(2, slots).isfinite().all()
-            self._require_finite(name, finite | ~full)
+            require_finite(self.layer, name, self.store, finite | ~full)
             stream.pack_one(full, slots, at, skip)
         packed.add_(full * group)
-
-    def _require_finite(self, name: str, holds: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            torch._assert_async(holds, not_finite(self.layer, name, self.store))
-        elif not bool(holds):
-            raise ValueError(not_finite(self.layer, name, self.store))
 
     def _in_first(self, columns_n: Tensor) -> Tensor:
         """[B, n]: which columns `first` holds."""
@@ -314,7 +308,7 @@ class StaticQuantisedLayer(CodedLayer):
         skip = hidden[:, columns] | self._in_first(columns)
         for name, stream, new in zip(("keys", "values"), self.streams, given, strict=True):
             if stream.form is not None and count:
-                self._require_finite(name, new[:, :, start : start + count].isfinite().all())
+                require_finite(self.layer, name, self.store, new[:, :, start : start + count].isfinite().all())
             stream.append_many(new, past, packed, count, state["begin"], skip if bool(skip.any()) else None)
         left = torch.arange(min(start + count, total), total, device=self.device)
         state["hidden"][:, (left - self.sinks) % self.ring] = hidden[:, left]
