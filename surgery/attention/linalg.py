@@ -55,9 +55,13 @@ def top_eigenvector(x: Tensor) -> Tensor:
 def damp(x: Tensor, ridge: float) -> Tensor:
     """`x` plus `ridge` times its mean diagonal (an absolute `ridge` where that is zero) on the diagonal."""
     x = hermitian(to_double(x))
+    return x + _level(x, ridge) * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+
+
+def _level(x: Tensor, ridge: float) -> Tensor:
+    """[..., 1, 1]: what `damp` puts on the diagonal."""
     mean = x.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-    level = ridge * torch.where(mean > 0, mean, torch.ones_like(mean))
-    return x + level[..., None, None] * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return (ridge * torch.where(mean > 0, mean, torch.ones_like(mean)))[..., None, None]
 
 
 def damped_cholesky(x: Tensor, ridge: float = 1e-6) -> Tensor:
@@ -80,11 +84,10 @@ def damped_cholesky(x: Tensor, ridge: float = 1e-6) -> Tensor:
 def ridge_regression(cov_YX: Tensor, cov_XX: Tensor, ridge: float, prior_YX: Tensor | None = None) -> Tensor:
     """(E[y xᵀ] + μ prior)(E[x xᵀ] + μ I)⁻¹ with μ = ridge · mean(diag E[x xᵀ]): shrinks to `prior`, or to 0."""
     cov_XX = to_double(cov_XX)
-    damped = damp(cov_XX, ridge)
     rhs = to_double(cov_YX)
     if prior_YX is not None:
-        rhs = rhs + to_double(prior_YX) @ (damped - hermitian(cov_XX))
-    return torch.linalg.solve(damped, rhs.mH).mH
+        rhs = rhs + _level(cov_XX, ridge) * to_double(prior_YX)
+    return torch.linalg.solve(damp(cov_XX, ridge), rhs.mH).mH
 
 
 def procrustes(cross: Tensor) -> Tensor:

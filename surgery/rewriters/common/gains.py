@@ -26,6 +26,8 @@ GainFit = bool | Literal["global"]
 """`true`: layer by layer, in closed form; `global`: by 60 steps on the loss of the whole model; `false`: not at all."""
 GAIN_TOKENS = 4_096
 """Tokens that the closed form looks at: it fits 2N numbers per layer."""
+GAIN_NUMBERS = 2_500_000
+"""Numbers of output that are compared: of wide models the same windows give them with fewer tokens."""
 GAIN_ROWS = 64
 """Tokens whose 2N outputs, [2N, tokens, D], are in memory together."""
 STEP = 0.05
@@ -43,12 +45,14 @@ def fit_gains(visit: Visit, weights: AttentionWeights) -> AttentionWeights:
     copy, layer, N = visit.copy, visit.layer, weights.heads
     larger = replace(weights, q_NHD=weights.q_NHD * (1 + STEP), q_bias_NH=_times(weights.q_bias_NH, 1 + STEP))
     gram, cross = torch.zeros(2 * N, 2 * N, dtype=torch.float64), torch.zeros(2 * N, dtype=torch.float64)
+    every = max(1, round(min(visit.tokens, GAIN_TOKENS) * len(weights.o_DNV) / GAIN_NUMBERS))
     for a in visit.activations(GAIN_TOKENS):
         now, then = (copy.head_outputs(layer, a.inputs, w) for w in (weights, larger))
         heads = torch.cat([(then - now) / STEP, now], 2) if weights.q_norm is None else torch.cat([now * 0, now], 2)
         o_CVD = weights.o_DNV.permute(1, 2, 0).repeat(2, 1, 1)
         mask = a.mask_BT
-        for heads_PCV, wanted_PD in zip(heads[mask].split(GAIN_ROWS), a.wanted_BTD[mask].split(GAIN_ROWS), strict=True):
+        counted = (x[mask][::every].split(GAIN_ROWS) for x in (heads, a.wanted_BTD))
+        for heads_PCV, wanted_PD in zip(*counted, strict=True):
             given_CPD = heads_PCV.transpose(0, 1) @ o_CVD
             missing_PD = wanted_PD - given_CPD[N:].sum(0)
             given = given_CPD.flatten(1)

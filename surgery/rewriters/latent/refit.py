@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,6 +42,11 @@ class LatentKeys:
 
     def seen_from(self, query: int) -> Tensor:
         return self._back(self.entry, self.cos[query], self.sin[query])
+
+    def of_heads(self, heads: slice) -> Self:
+        found = copy(self)
+        found.k_up, found.q_rope = self.k_up[heads], self.q_rope[heads]
+        return found
 
     def _back(self, entry: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rank = self.k_up.shape[-1]
