@@ -395,6 +395,10 @@ def test_levels_of_text_suit_its_distribution_and_outliers_are_kept():
         hidden = torch.zeros(2, 32, dtype=torch.bool)
         hidden[0, 3] = True
         assert form.decode(form.encode(x, hidden), 16)[0, 0, 3, 5] != 50
+        # A word that comes again has equal numbers: the last bits of a product do not say which of them stand apart.
+        again = torch.randn(1, 2, 4, 16, generator=random).repeat(1, 1, 8, 1)
+        noise = 1 + 1e-6 * torch.randn(again.shape, generator=random)
+        torch.testing.assert_close(form.encode(again * noise)[2], form.encode(again)[2])
 
 
 def test_bits_are_shared_out_by_what_one_more_takes_off():

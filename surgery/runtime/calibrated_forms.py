@@ -200,6 +200,8 @@ class Turned:
 
 OUTLIERS = 0.01
 """Part of the numbers of a group of tokens that `Levels` keeps apart."""
+NEAR_EQUAL = 0.01
+"""Numbers whose distances differ by a smaller part may take each other's place among those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +236,11 @@ class Levels(Decoded):
             far = centred.abs() / centred.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
         if skip_BT is not None:
             far = far.masked_fill(skip_BT[:, None, :, None], -1.0)
-        # Of equal ones any: what is chosen says where it stands.
-        index = self._grouped(far).topk(self.outliers(width), -1).indices
+        # Of about equal ones (a word that comes again) the first: rounding, and with it the size of a batch, is not to
+        # decide.
+        grouped = self._grouped(far)
+        later = torch.linspace(0, NEAR_EQUAL, grouped.shape[-1], device=x.device)
+        index = torch.where(grouped < 0, grouped, grouped * (1 - later)).topk(self.outliers(width), -1).indices
         values = self._grouped(x).gather(-1, index)
         apart: Parts = (stored(values).flatten(2), index.to(self._index_type(width)).flatten(2))
         scales: Parts = ()
