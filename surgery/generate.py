@@ -10,11 +10,19 @@ from torch import Tensor, nn
 from .calibration.outputs import check_speaks
 from .calibration.text import check_known_ids, encode, special_tokens, tokenizer_of
 from .checkpoints.storage import load
+from .compiled_steps import generate_ids
 from .errors import CheckpointError
 
 
 def generate(
-    model: Any, prompt: str, *, tokens: int = 100, temperature: float = 0.0, seed: int = 0, tokenizer: Any = None
+    model: Any,
+    prompt: str,
+    *,
+    tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tokenizer: Any = None,
+    compiled: bool | None = None,
 ) -> str:
     """`prompt` and its continuation.
 
@@ -22,6 +30,8 @@ def generate(
         model: model, folder or Hub id.
         tokens: new tokens at most.
         temperature: 0 takes the likeliest token each time.
+        compiled: whether decode steps go through torch.compile, with a static cache. None: where two measured steps
+            promise that all of them together take less time so; see the log.
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be loaded, or the prompt is empty or has tokens that the
@@ -43,11 +53,10 @@ def generate(
             "(tokenizer.json, tokenizer_config.json), or pass tokenizer=... in Python."
         )
     ids = prompt_ids_1T(model.config, prompt, tokenizer).to(model.device)
-    torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    mask = torch.ones_like(ids)
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
+    more = {"attention_mask": torch.ones_like(ids), "pad_token_id": pad, **sampling}
+    out = generate_ids(model, ids, tokens=tokens, seed=seed, compiled=compiled, **more)
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
 
 

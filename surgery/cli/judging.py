@@ -154,11 +154,20 @@ def generate(
         float, typer.Option(min=0, metavar="T", help="0 takes the likeliest token each time; above, tokens are drawn.")
     ] = 0.0,
     seed: Seed = 0,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Whether decode steps go through torch.compile. By default where two measured steps promise that it "
+            "saves time.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Continue a text."""
     from ..generate import generate as continue_text
 
-    text = continue_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed)
+    text = continue_text(model, prompt, tokens=tokens, temperature=temperature, seed=seed, compiled=compiled)
     show(Text(text), always=True)
     write_json({"text": text})
 
