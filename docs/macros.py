@@ -353,6 +353,43 @@ def conversion_cost() -> str:
     return table(heads, (cells(row) for row in sorted(rows.values(), key=lambda row: row["passes"])))
 
 
+def conversion_at_7b() -> str:
+    """Calibrated conversions at the width of a 7B model: as many layers as were measured, one in memory at a time."""
+    rows = at("conversion_cost", "rows", "seven_b")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [row["recipe"], f"{row['layers']}", f"{row['passes']:.1f}", f"{row['peak_bytes'] / 1e9:.1f} GB"]
+
+    heads = ["recipe", "layers", "forward passes over the text", "memory at most"]
+    return table(heads, (cells(row) for row in rows.values()))
+
+
+def conversion_growth() -> str:
+    """How processor time grows with the layers and with the text."""
+    rows = at("conversion_cost", "rows", "growth")
+
+    def cells(name: str) -> list[str]:
+        first = rows[f"{name}, 8 layers, 8x512"]["processor_seconds"]
+        more = (
+            rows[f"{name}, {size}"]["processor_seconds"] / first for size in ("16 layers, 8x512", "8 layers, 16x512")
+        )
+        return [rows[f"{name}, 8 layers, 8x512"]["recipe"], *(f"{factor:.2f}x" for factor in more)]
+
+    names = dict.fromkeys(name.partition(",")[0] for name in rows)
+    return table(["recipe", "twice the layers", "twice the text"], map(cells, names))
+
+
+def conversion_kills() -> str:
+    """What came of conversions that were killed at random moments and begun again."""
+    rows = at("conversion_cost", "rows", "kills").values()
+    total = {key: sum(row[key] for row in rows) for key in ("kills", "conversions", "different", "half_results")}
+    return (
+        f"Killed at {total['kills']} random moments and begun again, {total['conversions']} conversions came to an "
+        f"end: {total['different']} differ from those that were let alone by any bit, and a half result lay there "
+        f"{total['half_results']} times."
+    )
+
+
 def releases() -> str:
     """The pairs of torch and transformers on which all families were compared with their parents."""
 
@@ -389,8 +426,8 @@ def formula(source: str, language: str, css: str, options: Any, md: Any, **_: An
 
 TABLES: tuple[Callable[..., str], ...] = (
     real_models, shipped_recipes, evict_ranks, codecs, codec_speed, pooled_heads, latents, shared_layers, retained,
-    recalled, decoding_with_less, uptrained, recovered, composed, cpu_decode, conversion_cost, releases,
-    kvpress_overlap,
+    recalled, decoding_with_less, uptrained, recovered, composed, cpu_decode, conversion_cost, conversion_at_7b,
+    conversion_growth, conversion_kills, releases, kvpress_overlap,
 )  # fmt: skip
 
 
