@@ -41,7 +41,7 @@ from surgery.rewriters.common.refit import fit_output
 from surgery.rewriters.latent.factors import alternate, joint_latent
 from surgery.rewriters.latent.fit import FitOptions, fit_layer, lowrank_candidates, mla_candidates, visit_moments
 from surgery.rewriters.latent.low_rank import LOWRANK_INITS, lowrank
-from surgery.rewriters.latent.moments import LatentMoments, MomentSums
+from surgery.rewriters.latent.moments import LatentMoments, MomentSums, _of_means
 from surgery.rewriters.latent.refit import fit_queries
 from surgery.rewriters.latent.rotary_mixing import mean_phase, mix_components, rotated_part, select_components
 from surgery.rewriters.latent.rotary_split import MLA_INITS, mla, mla_freq
@@ -353,6 +353,15 @@ def test_moments_of_keys_and_values_add_up_to_what_attention_sees():
     torch.testing.assert_close(m.input_DD, torch.einsum("btd,bte->de", x, x) / 60)
     torch.testing.assert_close(m.q_NHH, torch.einsum("btd,bte,nhd,nje->nhj", x, x, w.q_NHD, w.q_NHD) / 60)
     assert float(torch.linalg.eigvalsh(m.key_DD)[0]) > -1e-12
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(12, 40), (60, 8)])
+def test_moments_of_attended_means_are_those_of_the_means_written_out(tokens, channels):
+    random = torch.Generator().manual_seed(0)
+    p = torch.rand(2, 3, 7, tokens, generator=random).double()
+    x = torch.randn(2, tokens, channels, generator=random).double()
+    means = torch.einsum("bnmt,btd->bnmd", p, x).flatten(0, 2)
+    torch.testing.assert_close(_of_means(p, x), means.mT @ means)
 
 
 def test_padding_does_not_reach_the_moments():

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ...attention.linalg import Factors, blockdiag, damp, factorise, hermitian
 
+RIDGE = 1e-6
+"""Damping of both moments of `alternate`, in parts of their mean diagonal."""
+
 
 def joint_latent(
     k_KHD: Tensor,
@@ -62,15 +65,19 @@ def alternate(
     key_DD: Tensor,
     value_DD: Tensor,
     steps: int = 20,
-    ridge: float = 1e-6,
+    ridge: float = RIDGE,
+    diagonal: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(down, k_up [P, R], v_up [Q, R]) that locally minimise the sum of both weighted errors, each under its moments.
 
     tr(M_k ΔK C_k ΔKᵀ) + tr(M_v ΔV C_v ΔVᵀ) has no closed form in both factors where C_k ≠ C_v; in each alone it has:
     `up` is a regression on the latent, `down` a Sylvester equation that two simultaneous diagonalisations solve.
+
+    Args:
+        diagonal: `simultaneous` of both moments, damped, where it is known.
     """
-    key, value = _definite(key_DD, value_DD, ridge)
-    x_basis, x_share = _simultaneous(key, value)
+    key, value = definite(key_DD, value_DD, ridge)
+    x_basis, x_share = simultaneous(key, value) if diagonal is None else diagonal
     k_seen, v_seen = k_PD @ key, v_QD @ value
     left_k, left_v = k_metric_PP @ k_seen, v_metric_QQ @ v_seen
     down = down_RD
@@ -80,8 +87,8 @@ def alternate(
         if step == steps:
             break
         g_k, g_v = k_up.mT @ k_metric_PP @ k_up, v_up.mT @ v_metric_QQ @ v_up
-        wide_k, wide_v = _definite(g_k, g_v, ridge)
-        basis, share = _simultaneous(wide_k, wide_v)
+        wide_k, wide_v = definite(g_k, g_v, ridge)
+        basis, share = simultaneous(wide_k, wide_v)
         # What damping adds is added on both sides: a step shrinks towards where it stood, and exact factors stay.
         stay = (wide_k - g_k) @ down_k + (wide_v - g_v) @ down_v
         rhs = basis.mT @ (k_up.mT @ left_k + v_up.mT @ left_v + stay) @ x_basis
@@ -97,7 +104,7 @@ def _regress(seen_PD: Tensor, down_seen_RD: Tensor, down_RD: Tensor) -> Tensor:
     return torch.linalg.solve(damp(down_seen_RD @ down_RD.mT, 1e-12), down_RD @ seen_PD.mT).mT
 
 
-def _definite(a: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def definite(a: Tensor, b: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     """Both damped so far that their sum is positive definite.
 
     `ridge` does, but for moments of little text: rank deficient, and known to the float32 rounding of a difference.
@@ -109,7 +116,7 @@ def _definite(a: Tensor, b: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
         ridge *= 10
 
 
-def _simultaneous(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def simultaneous(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """X, λ with Xᵀ a X = diag(λ) and Xᵀ b X = diag(1 - λ), for positive definite a, b."""
     L = torch.linalg.cholesky(hermitian(a + b))
     inner = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, a, upper=False).mT, upper=False)

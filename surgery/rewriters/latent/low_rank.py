@@ -66,7 +66,7 @@ def lowrank(
     members = _members(len(k), layout, group)
     split = options.mean_split and splits_mean(weights)
     if split:
-        moments = moments.centred()
+        moments = moments.centred
     for name, r in (("k_rank", k_rank), ("v_rank", v_rank)):
         if r < 1:
             raise PlanError(f"{name} {r} must be at least 1.")

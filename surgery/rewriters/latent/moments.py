@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
 from ...calibration.processes import total
 from ..common.moments import Moments
+from .factors import definite, simultaneous
 
 QUERIES = 512
 """Queries of each batch whose attention weighs the moments."""
@@ -69,9 +71,15 @@ class LatentMoments:
         """The same with every token alike for keys and values (the moments of published methods)."""
         return replace(self, key_DD=self.input_DD, value_DD=self.input_DD)
 
+    @cached_property
     def centred(self) -> LatentMoments:
         """The same for values whose mean is kept apart: no number of a latent is spent on it."""
         return replace(self, value_DD=hermitian(self.value_DD - torch.outer(self.mean_D, self.mean_D)))
+
+    @cached_property
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        """`factors.simultaneous` of the moments of keys and values: forms that are tried share what costs most."""
+        return simultaneous(*definite(self.key_DD, self.value_DD))
 
 
 class MomentSums:
@@ -100,17 +108,11 @@ class MomentSums:
         if w.has_bias:
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         flat, q = x[mask_BT], q.transpose(0, 1)[:, mask_BT]
-        value = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
-        mean = torch.zeros(x.shape[-1], dtype=torch.float64)
-        for n in range(w.heads):
-            rows = (p[:, n] @ x)[seen_at]
-            value += rows.mT @ rows
-            mean += rows.sum(0)
-        seen = (x * p.sum((1, 2))[..., None]).flatten(0, 1).mT @ x.flatten(0, 1)
+        weighed = x * p.sum((1, 2))[..., None]
         self._sum("input", flat.mT @ flat)
-        self._sum("seen", seen / w.heads)
-        self._sum("value", value / w.heads)
-        self._sum("mean", mean / w.heads)
+        self._sum("seen", weighed.flatten(0, 1).mT @ x.flatten(0, 1) / w.heads)
+        self._sum("value", _of_means(p, x) / w.heads)
+        self._sum("mean", to_double(weighed).sum((0, 1)) / w.heads)
         self._sum("q", q.mT @ q)
         self._sum("rho", self._phases(p, cos, sin, time))
         self.tokens += len(flat)
@@ -159,3 +161,17 @@ class MomentSums:
             q_read_NHH=hermitian(mean["read"]),
             rho_NF=mean["rho"],
         )
+
+
+def _of_means(p_BNmT: Tensor, x_BTD: Tensor) -> Tensor:
+    """Σ x̄ x̄ᵀ [D, D] over queries and heads, with x̄ the mean of x under a query's attention."""
+    T, D = x_BTD.shape[1:]
+    if T**2 <= D**2 + T * D:  # what is seen together first: fewer numbers than the means themselves
+        look = p_BNmT.flatten(1, 2)
+        found: Tensor = (x_BTD.mT @ (look.mT @ look @ x_BTD)).sum(0)
+        return found
+    value = torch.zeros(D, D, dtype=torch.float64)
+    for p_BmT in p_BNmT.unbind(1):
+        rows = (p_BmT @ x_BTD).flatten(0, 1)
+        value += rows.mT @ rows
+    return value

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...attention.linalg import eigh_descending
+from ...attention.linalg import eigh_descending, to_double
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
 from . import Rotation, Selector
@@ -97,13 +97,14 @@ def mix_components(
     rho = mean_phase(weights, moments) if rho_KF is None else rho_KF
     lost = lam * (1 - rho.abs().square()).clamp_min(1e-6)
     freq = torch.tensor(weights.rotary.inv_freq, dtype=torch.float64)
-    cov = cov_DD.to(torch.complex128)
+    cov = to_double(cov_DD)
+    seen = torch.complex(w.real @ cov, w.imag @ cov)  # once for all frequencies: reading `cov` is what takes time
     P = K * fold
     down, read, inv, energy, gain = [], [], [], [], []
     for j in range(0, F, fold):
         rows = w[:, j : j + fold].reshape(P, D)
         lam_P, lost_P = lam[:, j : j + fold].reshape(P), lost[:, j : j + fold].reshape(P)
-        gram = rows @ cov @ rows.mH
+        gram = seen[:, j : j + fold].reshape(P, D) @ rows.mH
         if rotation == "complex":
             size = (lost_P + 1e-9 * lost_P.mean() + 1e-300).sqrt()
             U = eigh_descending(size[:, None] * gram * size)[1]

@@ -114,7 +114,7 @@ def mla(
     rope, inv_freq, q_rope, rest = rotated_part(weights, components, kept)
     k = unrotated_keys(weights, rest, rho if options.phase == "mean" else torch.ones_like(rho))
     split = options.mean_split and splits_mean(weights)
-    down, k_up, v_up = _latent(weights, moments.centred() if split else moments, k, rank, options, beta)
+    down, k_up, v_up = _latent(weights, moments.centred if split else moments, k, rank, options, beta)
     return LatentWeights(
         down_RD=down,
         rope_FD=rope,
@@ -164,7 +164,7 @@ def mla_freq(
     kept = select_components(components, rope_dims // 2, "energy")
     rope, inv_freq, q_rope, _ = rotated_part(weights, components, kept)
     v, split = weights.with_bias("v"), mean_split and splits_mean(weights)
-    value = moments.centred().value_DD if split else moments.value_DD
+    value = moments.centred.value_DD if split else moments.value_DD
     down, v_up = single_latent(v, value, output_metric(weights), rank, [list(range(len(v)))])
     return LatentWeights(
         down_RD=down,
@@ -214,8 +214,9 @@ def _latent(
     k_blocks, v_blocks = damp(blockdiag(k_metric), 1e-7), damp(blockdiag(v_metric), 1e-7) * beta**2
     if len(down) >= min(k_blocks.shape[0] + v_blocks.shape[0], down.shape[1]):
         return down, k_up, v_up  # full rank: exact as it is
+    flat = k_KHD.flatten(0, 1), v.flatten(0, 1)
     down, k_flat, v_flat = alternate(
-        down, k_KHD.flatten(0, 1), v.flatten(0, 1), k_blocks, v_blocks, key, value, options.steps
+        down, *flat, k_blocks, v_blocks, key, value, options.steps, diagonal=moments.diagonal
     )
     return down, k_flat.reshape(*k_KHD.shape[:2], -1), v_flat.reshape(*v.shape[:2], -1)
 
