@@ -382,12 +382,9 @@ def conversion_growth() -> str:
 def conversion_kills() -> str:
     """What came of conversions that were killed at random moments and begun again."""
     rows = at("conversion_cost", "rows", "kills").values()
-    total = {key: sum(row[key] for row in rows) for key in ("kills", "conversions", "different", "half_results")}
-    return (
-        f"Killed at {total['kills']} random moments and begun again, {total['conversions']} conversions came to an "
-        f"end: {total['different']} differ from those that were let alone by any bit, and a half result lay there "
-        f"{total['half_results']} times."
-    )
+    keys = ("kills", "conversions", "different", "half_results")
+    heads = ["recipe", "kills", "conversions that came to an end", "with a bit that differs", "half results found"]
+    return table(heads, ([row["recipe"], *(str(row[key]) for key in keys)] for row in rows))
 
 
 def releases() -> str:

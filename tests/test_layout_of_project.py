@@ -47,7 +47,7 @@ LEVELS = [
     ),
     METHODS,
     ("plan", "checkpoints.provenance", "checkpoints.storage", "checkpoints.unfinished"),
-    ("convert", "assembly", "generate", "checkpoints.streaming", "checkpoints.child_files"),
+    ("convert", "assembly", "compiled_steps", "generate", "checkpoints.streaming", "checkpoints.child_files"),
     ("measure", "report"),
     ("quick_evict",),
     ("quick_cache", "composing"),
