@@ -40,13 +40,18 @@ class _Watch(StoppingCriteria):
                 torch.cuda.synchronize(input_ids.device)
             self.times.append(time.perf_counter())
             if len(self.times) == self.skip + 3:
-                self.stopped = self.stop((self.times[-1] - self.times[-3]) / 2)
+                self.stopped = self.stop(self.step)
         return torch.full(input_ids.shape[:1], self.stopped, device=input_ids.device)
 
     @property
     def first(self) -> float:
         """Seconds until the first token."""
         return self.times[0] - self.begun
+
+    @property
+    def step(self) -> float:
+        """Seconds of each of the two steps."""
+        return (self.times[-1] - self.times[-3]) / 2
 
 
 def generate_ids(
@@ -84,9 +89,8 @@ def generate_ids(
     found = run(plain)
     if not plain.stopped:
         return found
-    step = (plain.times[-1] - plain.times[-3]) / 2
-    _log.info("a step takes %.0f ms, and %d are to come: compiling it", 1e3 * step, tokens)
-    fast = _Watch(WARM, lambda seconds: seconds >= step)
+    _log.info("a step takes %.0f ms, and %d are to come: compiling it", 1e3 * plain.step, tokens)
+    fast = _Watch(WARM, lambda step: step >= plain.step)
     try:
         found = run_compiled(fast)
     except Exception as error:  # no compiler, or a model whose steps cannot be compiled: the text is what was asked for
@@ -96,7 +100,7 @@ def generate_ids(
         _log.info("compiled steps are no faster: going on without")
         return run()
     if len(fast.times) == WARM + 3:
-        _log.info("a compiled step takes %.0f ms", 1e3 * (fast.times[-1] - fast.times[-3]) / 2)
+        _log.info("a compiled step takes %.0f ms", 1e3 * fast.step)
     return found
 
 

@@ -250,7 +250,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        # A partial graph it prints, hundreds of lines.
+        # A try that fails also has its graph printed, hundreds of lines, to standard error.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
