@@ -48,16 +48,26 @@ def calibration_text(folder: Path) -> Path:
 
 def environment(seed: int) -> dict[str, Any]:
     """Hardware, versions, commit, seed."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
     return {
         "machine": platform.machine(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "commit": commit.stdout.strip(),
+        "commit": commit_of(ROOT),
         "seed": seed,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def commit_of(checkout: Path) -> str:
+    """The last commit that changed the library of a checkout: one that adds results leaves it as it is."""
+    paths = ("surgery", "kernels", "recipes")
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command, "--", *paths], capture_output=True, text=True, cwd=checkout).stdout
+
+    said = git("log", "-1", "--format=%h").strip()
+    return f"{said}-dirty" if git("status", "--porcelain").strip() else said
 
 
 def write(name: str, data: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, calibration_text, environment, reference, write
+from common import ROOT, calibration_text, commit_of, environment, reference, write
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -214,11 +214,14 @@ class Bench:
         script = ROOT / "benchmarks" / "conversion_children.py"
         return self.run([script, what, *arguments], checkout or self.after)
 
-    def conversion(self, model: Path, recipe: str, size: tuple[int, int], out: Path, *more: str) -> list[Any]:
-        """The command of a conversion."""
+    def conversion(
+        self, model: Path, recipe: str, size: tuple[int, int], out: Path, *more: str, checkout: Path | None = None
+    ) -> list[Any]:
+        """The command of a conversion: builds before this one were called by another name."""
         samples, length = size
+        module = "surgery" if ((checkout or self.after) / "surgery" / "__main__.py").is_file() else "surgery.cli"
         return [
-            "-m", "surgery", "convert", model, "-r", recipe, *more, "--calibration", self.calibration(),
+            "-m", module, "convert", model, "-r", recipe, *more, "--calibration", self.calibration(),
             "--samples", samples, "--length", length, "-o", out,
         ]  # fmt: skip
 
@@ -229,7 +232,8 @@ class Bench:
         checkout = checkout or self.after
         clear(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        ended = self.run(self.conversion(model, recipe, size, out, *more), checkout, most=self.timeout)
+        command = self.conversion(model, recipe, size, out, *more, checkout=checkout)
+        ended = self.run(command, checkout, most=self.timeout)
         over = {"over": True} if ended.code < 0 else {}
         row = {"recipe": recipe, "windows": list(size), **ended.row(), **over, "commit": commit_of(checkout)}
         if not over:
@@ -262,17 +266,6 @@ def record_of(out: Path) -> Path:
 def unfinished(out: Path) -> Path:
     """Where an unfinished conversion keeps its work."""
     return out.with_name(out.name + ".unfinished")
-
-
-def commit_of(checkout: Path) -> str:
-    """The last commit that changed the library of a checkout: one that adds results leaves it as it is."""
-    paths = ("surgery", "kernels", "recipes")
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command, "--", *paths], capture_output=True, text=True, cwd=checkout).stdout
-
-    said = git("log", "-1", "--format=%h").strip()
-    return f"{said}-dirty" if git("status", "--porcelain").strip() else said
 
 
 def started(model: Path) -> list[Any]:

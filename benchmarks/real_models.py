@@ -37,8 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, calibration_text, environment, reference, write
-from conversion_cost import commit_of
+from common import ROOT, calibration_text, commit_of, environment, reference, write
 from real_measure import LENGTHS, Answers, Recall, Sizes, greedy, read_texts, text_quality
 from real_report import plot, show
 from real_rows import Row, rows, untrained
