@@ -1,5 +1,6 @@
 """The planner: budgets, settings, costs, the choice for each layer, and the race."""
 
+import copy
 import itertools
 import json
 import re
@@ -341,8 +342,14 @@ def test_what_was_measured_is_not_measured_again(parent, found, monkeypatch):
     again = surgery.compose(parent, ratio=4, calibration=text(), context=LENGTH, samples=8, kept=kept, with_race=False)
     assert again.choice == made.choice
     assert again.race is None and not again.is_recommended
-    with pytest.raises(AssertionError, match="measured again"):  # other text
-        surgery.compose(parent, ratio=4, calibration=text(seed=3), context=LENGTH, samples=8, kept=kept)
+    trained = copy.deepcopy(parent)
+    trained.model.layers[2].mlp.down_proj.weight.data[5] += 1
+    for other in ({"calibration": text(seed=3)}, {"samples": 4}, {"model_or_path": trained}):
+        with pytest.raises(AssertionError, match="measured again"):
+            surgery.compose(
+                **{"model_or_path": parent, "calibration": text(), "samples": 8, **other},
+                ratio=4, context=LENGTH, kept=kept, with_race=False,
+            )  # fmt: skip
 
 
 def test_no_text_is_used_twice():

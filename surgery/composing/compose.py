@@ -20,7 +20,7 @@ from .budget import budget_of
 from .choosing import Chooser, check_reach
 from .composition import Composition, recipe_of
 from .donors import Donors
-from .measuring import measure_costs
+from .measuring import measure_costs, weights_digest
 from .race import race
 from .screening import Screen
 from .sensitivity import Bench, measure_by
@@ -118,7 +118,7 @@ def compose(
     bench = Bench(wide, anatomy, judged)
     donors = Donors(wide, anatomy, fit.take(max(4, ALONE // windows.ids_BT.shape[1])), seed)
 
-    told = [anatomy.to_dict(), windows.digest, list(windows.ids_BT.shape), limit.context, seed]
+    told = [anatomy.to_dict(), weights_digest(parent), fit.digest, judged.digest, limit.context, seed]
     file = None if kept is None else Path(kept)
     screen = Screen(settings=settings, layers=layers, budget=limit.bytes, kept=frozenset(keep_layers))
     costs = measure_costs(settings, measure_by(bench, donors.of), layers, file, told, screen)

@@ -12,12 +12,17 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..console import progress, spans, time_left
 from .costs import Costs, Felt, Measure, Method, key_of, method_of, to_measure
 from .screening import Screen
 from .settings import Setting
 
 _log = logging.getLogger(__name__)
+
+LOOKED_AT = 1024
+"""Numbers of each parameter by which models are told apart."""
 
 
 def measure_costs(
@@ -63,6 +68,16 @@ def measure_costs(
                     number, len(missing), setting.label, sum(kl for kl, _ in ledger.of(setting).values()), left,
                 )  # fmt: skip
     return replace(ledger.costs(), left_out=left_out)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Names the parameters of a model by samples throughout each: one that was trained further has another name."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        numbers = parameter.detach().flatten()
+        some = numbers[:: max(1, len(numbers) // LOOKED_AT)]
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _ruled_out(
