@@ -374,6 +374,19 @@ def test_padding_does_not_reach_the_moments():
         torch.testing.assert_close(getattr(padded.finish(), name), getattr(sums.finish(), name))
 
 
+def test_windows_count_alike_whatever_batches_they_come_in():
+    """A large batch is asked by fewer queries of each window than a small one."""
+    w, random = make(), torch.Generator().manual_seed(0)
+    x = torch.cat([scale * torch.randn(1, 300, D, generator=random).double() for scale in (1, 1, 1, 1, 3)])
+    batched, alone = MomentSums(w), MomentSums(w)
+    for sums, sizes in ((batched, (4, 1)), (alone, (1, 1, 1, 1, 1))):
+        for part in x.split(sizes):
+            sums.add(part, part, torch.ones(part.shape[:2], dtype=torch.bool))
+    for name in ("key_DD", "value_DD", "q_read_NHH", "rho_NF"):
+        found, wanted = (getattr(sums.finish(), name) for sums in (batched, alone))
+        assert float((found - wanted).norm() / wanted.norm()) < 0.1, name
+
+
 def test_ranks_of_one_call_are_never_worse_with_more_numbers():
     w, x = make(heads=4, kv_heads=4), inputs()
     m = moments_of(w, x)

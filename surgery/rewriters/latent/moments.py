@@ -94,8 +94,9 @@ class MomentSums:
     def add(self, x_parent_BTD: Tensor, x_student_BTD: Tensor, mask_BT: Tensor) -> None:
         """Inputs of the projections: the parent's decide where it looks, the student's are what will be projected."""
         w, x = self.parent, x_student_BTD
-        # Neighbouring queries look at much the same: enough of them stand for all.
-        time = torch.arange(0, x.shape[1], max(1, mask_BT.numel() // QUERIES))
+        # Neighbouring queries look at much the same: some stand for all, more of each window in a small batch.
+        every = max(1, mask_BT.numel() // QUERIES)
+        time = torch.arange(0, x.shape[1], every)
         seen_at = mask_BT[:, time]
         plain = replace(w, rotary=None)  # before their rotation
         q, k, _ = project(plain, x_parent_BTD)
@@ -110,17 +111,18 @@ class MomentSums:
         flat, q = x[mask_BT], q.transpose(0, 1)[:, mask_BT]
         weighed = x * p.sum((1, 2))[..., None]
         self._sum("input", flat.mT @ flat)
-        self._sum("seen", weighed.flatten(0, 1).mT @ x.flatten(0, 1) / w.heads)
-        self._sum("value", _of_means(p, x) / w.heads)
-        self._sum("mean", to_double(weighed).sum((0, 1)) / w.heads)
+        self._sum("seen", weighed.flatten(0, 1).mT @ x.flatten(0, 1) / w.heads, every)
+        self._sum("value", _of_means(p, x) / w.heads, every)
+        self._sum("mean", to_double(weighed).sum((0, 1)) / w.heads, every)
         self._sum("q", q.mT @ q)
-        self._sum("rho", self._phases(p, cos, sin, time))
+        self._sum("rho", self._phases(p, cos, sin, time), every)
         self.tokens += len(flat)
-        self.queries += int(seen_at.sum())
-        self._sum("read", self._read(p, q_turned, cos, sin))
+        self.queries += every * int(seen_at.sum())
+        self._sum("read", self._read(p, q_turned, cos, sin), every)
 
-    def _sum(self, name: str, part: Tensor) -> None:
-        self.sums[name] = self.sums[name] + to_double(part) if name in self.sums else to_double(part)
+    def _sum(self, name: str, part: Tensor, times: int = 1) -> None:
+        found = to_double(part).mul_(times)
+        self.sums[name] = self.sums[name] + found if name in self.sums else found
 
     def _phases(self, p_BNmT: Tensor, cos_TF: Tensor, sin_TF: Tensor, time: Tensor) -> Tensor:
         """Σ_mn p_mn e^{iθ(n-m)} [N, F], in real products: the weights are real and by far the largest factor."""
