@@ -21,7 +21,7 @@ from surgery.checkpoints.provenance import provenance_of
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.export.card import _done
 from surgery.export.target import Source
-from surgery.measure.memory import max_batch, parse_bytes
+from surgery.measure.memory import cache_bytes, max_batch, parse_bytes
 from surgery.measure.recall import TASKS, Reader, answer_questions, compose_questions
 from surgery.measure.scoring import score_windows
 from surgery.measure.statistics import bootstrap
@@ -353,3 +353,15 @@ def test_sizes_are_read_as_people_write_them():
     assert parse_bytes(512) == 512
     assert max_batch(1000, 400, 100.0) == 6
     assert max_batch(100, 400, 100.0) == 0
+
+
+def test_the_largest_batch_is_of_caches_as_long_as_its_context():
+    parent = tiny_model("mistral", sliding_window=32, max_position_embeddings=512)
+    step = {"rewriter": "evict", "scorer": "streaming", "slots": 32, "recent": 16}
+    full = tiny_model("llama", max_position_embeddings=512)
+    for model in (parent, surgery.convert(full, {"steps": [step]}), surgery.convert(full, "kv-int4")):
+        found = evaluate(model, text=IDS, path="prefill", memory="1GB").model
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        whole = torch.randint(3, 128, (1, 512))
+        assert found.context == 512
+        assert found.max_batch == max_batch(10**9, weights, cache_bytes(model, whole))

@@ -17,7 +17,7 @@ from ..generate import generate, prompt_ids_1T
 from ..report.data import GateRatios, Measured, Report
 from .gates import gated, read_gates
 from .lm_eval import CLOZE, check_known, check_prompts, run_tasks
-from .memory import cache_size, max_batch, parse_bytes
+from .memory import bytes_at, cache_size, max_batch, parse_bytes
 from .recall import TASKS, answer_questions, check_tasks, compose_questions
 from .scoring import Path, prompt_of, score_windows
 from .speed import measure_speed
@@ -144,7 +144,7 @@ def evaluate(
             parameters=sum(p.numel() for p in m.parameters()),
             quality={p: quality(s, i, seed) for p, s in sums.items()},
             cache=size,
-            max_batch=max_batch(limit, held, size.bytes_per_token * tokens),
+            max_batch=max_batch(limit, held, bytes_at(m, size, tokens)),
             context=tokens,
             recall=() if asked is None else answer_questions(m, asked),
             speed=rates[i],

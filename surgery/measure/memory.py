@@ -87,6 +87,18 @@ def predicted(model: PreTrainedModel, tokens: int) -> int | None:
         return None
 
 
+def bytes_at(model: PreTrainedModel, size: CacheSize, tokens: int) -> float:
+    """Bytes of the cache of one sequence of `tokens` tokens, from what one of `size.tokens` takes.
+
+    Caches do not grow in proportion to the text: windows end, slots leave, first and newest tokens are kept in full.
+    So the plan says how much more it is, where the model can be planned.
+    """
+    planned = predicted(model, tokens)
+    if planned is None or not size.predicted_bytes:
+        return size.bytes_per_token * tokens
+    return planned * size.bytes / size.predicted_bytes
+
+
 def max_batch(memory: int, parameter_bytes: int, cache_bytes_per_sequence: float) -> int:
     """Sequences whose caches fit beside the weights; activations are not counted."""
     return max(0, int((memory - parameter_bytes) // max(cache_bytes_per_sequence, 1)))
