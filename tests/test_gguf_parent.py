@@ -339,6 +339,14 @@ BAD = {
         lambda f: rewritten(f, {"llama.rope.scaling.type": "yarn"}), UnsupportedModel,
         r"scales its rotary frequencies \(rope\.scaling\.type yarn\)",
     ),
+    "a factor alone": (
+        lambda f: rewritten(f, {"llama.rope.scaling.factor": 4.0}), UnsupportedModel,
+        r"scales its rotary frequencies \(rope\.scaling\.factor 4\.0\)",
+    ),
+    "an old factor": (
+        lambda f: rewritten(f, {"llama.rope.scale_linear": 2.0}), UnsupportedModel,
+        r"scales its rotary frequencies \(rope\.scale_linear 2\.0\)",
+    ),
     "no tensors": (lambda f: rewritten(f, {}, tensors=False), UnsupportedModel, "holds 0 numbers, of which .* has"),
     "window": (
         lambda f: rewritten(f, {"llama.attention.sliding_window": 16}), UnsupportedModel, "attends to 16 tokens at most"

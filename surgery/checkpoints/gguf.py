@@ -27,11 +27,13 @@ ORIGINAL = "Give the checkpoint that it was made from (safetensors)."
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ENCODERS = ("bert", "nomic-bert", "jina-bert", "modern-bert", "neo-bert", "t5encoder", "gemma-embedding")
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
+"""The second is what it was called before."""
 _READ = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_epsilon",
     "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base",
-    "rope.dimension_sections", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor",
+    "rope.dimension_sections", "rope.scaling.type", *_ROPE_FACTORS, "rope.scaling.attn_factor",
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "attn_logit_softcapping",
     "final_logit_softcapping", "expert_count", "expert_used_count", "expert_feed_forward_length",
     "expert_shared_feed_forward_length", "expert_gating_func", "use_parallel_residual", "tensor_data_layout",
@@ -120,10 +122,14 @@ class Gguf:
         return self.settings.get(f"{self.architecture}.{name}")
 
     def rope_scaling(self) -> str | None:
-        """The tensor or the setting by which it scales its rotary frequencies; None where it does not."""
+        """The tensors and the setting by which it scales its rotary frequencies; None where it does not."""
         kind = self.get("rope.scaling.type")
-        found = next((name for name in _ROPE_TENSORS if name in self.shapes), None)
-        return found or (None if kind in (None, "none") else f"rope.scaling.type {kind}")
+        found = [name for name in _ROPE_TENSORS if name in self.shapes]
+        if kind is None:  # a factor alone is linear to llama.cpp
+            found += [f"{name} {self.get(name)}" for name in _ROPE_FACTORS if self.get(name) not in (None, 0.0, 1.0)]
+        elif kind != "none":
+            found.append(f"rope.scaling.type {kind}")
+        return ", ".join(found) or None
 
     def facts(self) -> dict[str, Any]:
         """What a provenance tells of the file."""
@@ -306,7 +312,7 @@ def _take_rope(file: Gguf, config: Any) -> list[str]:
     scaling = file.rope_scaling()
     if scaling is None or rope.get("rope_type", "default") != "default":
         return []
-    plain = rope is whole and file.rope_factors is not None
+    plain = rope is whole and file.rope_factors is not None and scaling in _ROPE_TENSORS
     found = llama3_rope(file.rope_factors, config) if plain else None  # type: ignore[arg-type]
     if found is None:
         raise file.refuse(f"scales its rotary frequencies ({scaling}) otherwise than llama3 does; transformers leaves "
