@@ -68,15 +68,18 @@ def generate_ids(
         torch.manual_seed(seed)
         criteria = StoppingCriteriaList([] if watch is None else [watch])
         found: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=input_ids_BT, max_new_tokens=tokens, stopping_criteria=criteria, **options, **more
-        )
+            input_ids=input_ids_BT, max_new_tokens=tokens, stopping_criteria=criteria, return_dict_in_generate=False,
+            **options, **more,
+        )  # fmt: skip
         return found
 
     def run_compiled(watch: _Watch | None = None) -> Tensor:
         config = CompileConfig()
         # Unless told so, transformers compiles on a GPU alone.
         config._compile_all_devices = True  # type: ignore[assignment]
-        return run(watch, cache_implementation="static", compile_config=config)
+        vars(model).pop("_compiled_call", None)  # in a copy of a model it is that of the model itself
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # hooks may have come, or gone
+            return run(watch, cache_implementation="static", compile_config=config)
 
     if compiled is not None:
         return run_compiled() if compiled else run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from functools import partial
 from itertools import chain, count
@@ -55,6 +56,24 @@ def test_the_text_is_that_of_plain_steps(
     plain = says(models[name], temperature=temperature, compiled=False)
     assert says(models[name], temperature=temperature, compiled=True) == plain
     assert runs == [False, True] and len(plain) > len(PROMPT)
+
+
+def test_copies_and_hooks_of_a_model_that_was_compiled_count(models: dict[str, Any], runs: list[bool]) -> None:
+    """A copy has the compiled call of its original, and hooks are not seen by what was compiled before, unless told."""
+    first = says(models["parent"], compiled=True)
+    copied = copy.deepcopy(models["parent"])
+    del copied.generate  # that of the other one, which is noted
+    copied.generation_config.return_dict_in_generate = True
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    other = says(copied, compiled=False)
+    assert says(copied, compiled=True) == other != first and other.startswith(PROMPT)
+    handle = copied.model.layers[0].register_forward_hook(lambda _, inputs, output: output / 2)
+    halved = says(copied, compiled=False)
+    assert says(copied, compiled=True) == halved != other
+    handle.remove()
+    assert says(copied, compiled=True) == other
 
 
 def test_a_short_text_is_not_worth_it(models: dict[str, Any], runs: list[bool]) -> None:
