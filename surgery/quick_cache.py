@@ -23,7 +23,7 @@ from .rewriters.evict import EvictStep
 from .rewriters.quantise import QuantiseStep
 from .rewriters.tokens.retrieval import looking_up
 from .runtime.budgets import BUDGETS
-from .runtime.calling import take_cache
+from .runtime.calling import by_name, take_cache
 from .runtime.coded_layer import prepare
 from .runtime.layout import Codec
 from .runtime.modeling import SurgeryMixin
@@ -183,11 +183,12 @@ def _steps(codec: str | None, evict: str | None, options: dict[str, Any]) -> dic
     return {"name": f"evict-{evict}-{codec}", "steps": [step, *_recipe(codec, packed)["steps"]]}
 
 
-def _tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kwargs.get("attention_mask")
+def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    came = by_name(model, args, kwargs)
+    mask = came.get("attention_mask")
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)
-    for layer in getattr(take_cache(dict(kwargs)), "layers", ()):
+    for layer in getattr(take_cache(came), "layers", ()):
         prepare(layer, mask)
         if isinstance(layer, StockRankedLayer):
             layer.mask = mask

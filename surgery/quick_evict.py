@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .errors import PlanError
 from .plan import Plan
-from .runtime.calling import take_cache
+from .runtime.calling import by_name, take_cache
 from .runtime.coded_pages import CodedRankedLayer
 from .runtime.layout import Codec, Ranked
 from .runtime.masks import real_of_new
@@ -163,7 +163,7 @@ def _evicting(cache: Any) -> Sequence[StockRankedLayer]:
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a forward pass with a cache that evicts: attention hands its queries to it, in this pass alone."""
-    layers = _evicting(take_cache(dict(kwargs)))
+    layers = _evicting(take_cache(by_name(model, args, kwargs)))
     for layer in layers:
         layer.waits = False  # of a pass that was broken off
         if layer.retain.reads_separators:
@@ -178,7 +178,7 @@ def _end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     Raises:
         RuntimeError: names the layer.
     """
-    layers = _evicting(take_cache(dict(kwargs)))
+    layers = _evicting(take_cache(by_name(model, args, kwargs)))
     if layers:
         _text_config(model)._attn_implementation = "sdpa"
     for layer in layers if output is not None else ():

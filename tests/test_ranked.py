@@ -1090,6 +1090,15 @@ def test_stock_models_evict_as_converted_ones(family: str, scorer: str, budget: 
         )
         assert tensor_bytes(cache) == tensor_bytes(want.past_key_values)
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), plain)  # other caches are as they were
+    steps = []
+    for places in (0, 2, 4):  # arguments that come by their place
+        cache = surgery.cache(model, "int4", evict=scorer, **options)
+        for new, seen in ((ids, mask), (ids[:, :1], torch.cat((mask, mask[:, -1:]), 1))):
+            positions = (seen.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
+            given = [new, seen, positions, cache]
+            names = ["input_ids", "attention_mask", "position_ids", cache_argument(model)]
+            steps.append(model(*given[:places], **dict(zip(names[places:], given[places:], strict=True))).logits)
+    assert all(torch.equal(logits, steps[i % 2]) for i, logits in enumerate(steps))
     with pytest.raises(ValueError, match="an attention mask of shape"):
         model(ids, attention_mask=mask[:, :3], **{cache_argument(model): cache})
     assert model.config._attn_implementation == "sdpa"

@@ -70,6 +70,12 @@ class CallingConvention:
         return cls(**fields)
 
 
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass by their names, those that were given by their place as well."""
+    names = list(inspect.signature(model.forward).parameters) if args else []
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
 def take_cache(named: dict[str, Any]) -> Any:
     """Remove the cache from the arguments of a call, whatever it is called there, and return it; None without one.
 

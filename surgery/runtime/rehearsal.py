@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calling import cache_argument, cache_of
+from .calling import by_name, cache_argument, cache_of
 from .ranked_cache import RankedLayer
 
 
@@ -25,8 +25,9 @@ def rehearse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     waiting = [layer for layer in layers if isinstance(layer, RankedLayer) and layer.ranker.rehearses]
     if not waiting or waiting[0].rehearsing:
         return
-    name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
-    given = kwargs[name] if name in kwargs else args[0]
+    came = by_name(model, args, kwargs)
+    name = "inputs_embeds" if came.get("inputs_embeds") is not None else "input_ids"
+    given = came[name]
     T = given.shape[1]
     if T == 1:
         return
@@ -36,7 +37,7 @@ def rehearse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             f"{waiting[0].retain.scorer} reads each prompt again, and layer {others[0]} of this cache would keep the "
             "tokens twice. Use another scorer."
         )
-    mask, position_ids = _behind(kwargs.get("attention_mask"), given, int(waiting[0].get_seq_length()))
+    mask, position_ids = _behind(came.get("attention_mask"), given, int(waiting[0].get_seq_length()))
     for layer in waiting:
         layer.rehearsing = True
     try:
