@@ -379,6 +379,28 @@ def conversion_growth() -> str:
     return table(["recipe", "twice the layers", "twice the text"], map(cells, names))
 
 
+def conversion_before() -> str:
+    """Conversions with little text by the build before and by this one; KL to the parent of what both give."""
+    before, after = (
+        {name: row for name, row in at("conversion_cost", "rows", when).items() if "failed" not in row}
+        for when in ("before", "after")
+    )
+    quality = at("conversion_cost", "rows", "quality")
+
+    def cells(name: str) -> list[str]:
+        old, new = before[name]["processor_seconds"], after[name]["processor_seconds"]
+        gaps = (quality.get(f"{name}, {when}", {}).get("kl") for when in ("before", "after"))
+        windows, length = after[name]["windows"]
+        memory = (f"{rows[name]['peak_bytes'] / 1e9:.1f} GB" for rows in (before, after))
+        return [
+            after[name]["recipe"], f"{windows} x {length}", f"{old:,.0f} s", f"{new:,.0f} s", f"{old / new:.1f}x",
+            *memory, *("" if gap is None else f"{gap:.2f}" for gap in gaps),
+        ]  # fmt: skip
+
+    heads = ["recipe", "windows of tokens", "before", "now", "times faster", "memory before", "now", "KL before", "now"]
+    return table(heads, (cells(name) for name in before if name in after))
+
+
 def conversion_kills() -> str:
     """What came of conversions that were killed at random moments and begun again."""
     rows = at("conversion_cost", "rows", "kills").values()
@@ -424,7 +446,7 @@ def formula(source: str, language: str, css: str, options: Any, md: Any, **_: An
 TABLES: tuple[Callable[..., str], ...] = (
     real_models, shipped_recipes, evict_ranks, codecs, codec_speed, pooled_heads, latents, shared_layers, retained,
     recalled, decoding_with_less, uptrained, recovered, composed, cpu_decode, conversion_cost, conversion_at_7b,
-    conversion_growth, conversion_kills, releases, kvpress_overlap,
+    conversion_growth, conversion_before, conversion_kills, releases, kvpress_overlap,
 )  # fmt: skip
 
 

@@ -22,10 +22,18 @@ if workers > 1:  # read by torch when it is first imported, and by the programs 
 os.environ.setdefault("SURGERY_CACHE", "0")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def readings():
+    """No description is read twice in a run: the tests ask for those of more models than users have."""
+    from surgery.anatomy import known  # not above: torch would come before the number of its threads is set
+
+    known.MOST = 100_000
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """(exit code, stdout, stderr) of one `surgery` command in this process."""
-    from surgery.cli import main  # not above: torch would come before the number of its threads is set
+    from surgery.cli import main  # not above, as there
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["surgery", *map(str, arguments)])
