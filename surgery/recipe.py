@@ -48,8 +48,9 @@ class Step:
         return "none"
 
     @property
-    def gates(self) -> Literal["none", "own", "borrowed"]:
-        """Gates that the step leaves to training: none, with parameters of their own, or with channels of q and k."""
+    def gates(self) -> Literal["none", "own", "borrowed", "heads"]:
+        """Gates that the step leaves to training: none, with parameters of their own, with channels of q and k, or
+        with a number for each KV head."""
         return "none"
 
     @property
@@ -218,12 +219,19 @@ def _recipe(data: dict[str, Any], where: str, *, strict: bool = True) -> Recipe:
 
 def _unread_of_gates(steps: Sequence[Step]) -> dict[str, str]:
     """As `Step.unread`, of the options of `uptrain` that are about gates."""
-    gates = {step.gates for step in steps}
-    if "own" in gates:
-        return {}
-    if "borrowed" in gates:
-        return {"gate_rate": "its gates are channels of q and k, which learn at the rate of these. Leave it out."}
-    return dict.fromkeys(OF_GATES, "no step of the recipe has gates that are trained. Leave it out.")
+    gates = {step.gates for step in steps} - {"none"}
+    if not gates:
+        return dict.fromkeys(OF_GATES, "no step of the recipe has gates that are trained. Leave it out.")
+    found = {}
+    if gates == {"borrowed"}:
+        found["gate_rate"] = "its gates are channels of q and k, which learn at the rate of these. Leave it out."
+    if gates == {"heads"}:
+        found["gate_temperature"] = "no decision is relaxed where alphas mix what heads make. Leave it out."
+    if "heads" in gates:
+        found["gate_budget_per"] = "some heads keep everything and others go for them: the budget is one. Leave it out."
+    else:
+        found["gate_l1"] = "only gates of heads (gate: head) have alphas. Leave it out."
+    return found
 
 
 def _step(data: Any, where: str, strict: bool) -> Step:

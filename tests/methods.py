@@ -180,6 +180,7 @@ METHODS |= {
     "dms": merged(METHODS["identity"], GATED, "dms", window=3),
     "dms_unequal_groups": merged(METHODS["unequal_groups"], ["llama"], "dms", window=3),
     "dms_borrowed": merged(METHODS["identity"], ["llama"], "dms", window=3, gate="borrowed"),
+    "dms_head": merged(METHODS["identity"], ["llama"], "dms", window=3, gate="head"),
     "dmc": merged(METHODS["identity"], GATED, "dmc", window=3),
     "dmc_unlimited": merged(METHODS["per_layer_heads"], ["llama", "gpt_neox"], "dmc", window=None),
     "dms_mla": merged(METHODS["mla"], ["llama", "gpt_neox", "gpt2"], "dms", window=3),

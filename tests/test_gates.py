@@ -137,7 +137,7 @@ def test_padding_sinks_and_the_starts_of_documents_never_go() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("step", [DMS, DMC, DMS | {"gate": "borrowed"}, DMC | {"gate": "borrowed"}])
+@pytest.mark.parametrize("step", [DMS, DMC, *(s | {"gate": "borrowed"} for s in (DMS, DMC)), DMS | {"gate": "head"}])
 def test_at_conversion_logits_are_the_parents_to_the_last_bit(family: str, step: dict[str, object]) -> None:
     parent = tiny_model(family)
     child, ids = surgery.convert(parent, recipe(step)), tokens()
@@ -385,7 +385,10 @@ def test_a_window_asks_nothing_of_training_and_is_hard_there_too(home: Path) -> 
 
 
 def test_a_collapsed_gate_is_named() -> None:
-    assert collapsed(["a", "b", "c"], [0.0, 0.5, 1.0]) == [
+    """Heads that are to keep everything or nothing old do so by design."""
+    models = [converted(method, "llama") for method in ("dms", "dms_head")]
+    plain, heads = (next(iter(gated(model).values())) for model in models)
+    assert collapsed({"a": plain, "b": plain, "c": plain, "d": heads}, [0.0, 0.5, 1.0, 1.0]) == [
         "a: its gate lets no token go",
         "c: its gate lets every token go",
     ]

@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 from surgery.calibration.text import Windows
 from surgery.console import progress
 
+from .gates import choose_heads
 from .schedule import Schedule
-from .trainer import Uptrainer
+from .trainer import Uptrainer, core
 
 _TOLD = ("loss", "nats_per_token", "held_out_kl")
 """Endings of the names of what lines tell of the log."""
@@ -41,6 +42,24 @@ class HeldOut(TrainerCallback):
         names = ["nats_per_token"] + ["ratio"] * (found["ratio"] is not None)
         names += ["kl", "parent_nats_per_token"] * (self.trainer.parent is not None)
         self.trainer.log({f"held_out_{name}": found[name] for name in names})
+
+
+class HeadsChosen(TrainerCallback):
+    """Behind the last step, before anything is scored or saved: the gates of heads become hard. The log keeps what they
+    had learned.
+
+    Args:
+        length: tokens per sequence.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            alphas = choose_heads(core(model), self.length)
+            if alphas:
+                state.log_history.append({"step": state.global_step, "alphas": alphas})
 
 
 class Told(TrainerCallback):

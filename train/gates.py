@@ -1,15 +1,20 @@
-"""The budget of learned merging: how many tokens the gates are to let go, and how many are missing."""
+"""The budget of gates: how many tokens they are to let go, how many are missing, and which heads keep everything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from surgery.errors import RecipeError
 from surgery.measure.gates import Counted, gated
+from surgery.runtime.gated import SurgeryGatedAttention
+
+logger = logging.getLogger(__name__)
 
 
 class Budget(NamedTuple):
@@ -48,6 +53,84 @@ def check_length(model: nn.Module, length: int, per_head: bool) -> None:
                 f"{length / wanted:.3g} tokens, and {kept:.0f} of {length} always stay: {length / kept:.1f} at most. "
                 "Train on longer sequences, or convert with a smaller window or ratio."
             )
+    whole = [gate for gate in gates if gate.retain.decided_by == "head"]
+    if whole and min(_more(gate, length) for gate in whole) > _room(whole, length):
+        raise RecipeError(
+            f"uptrain.length: at the ratio of the recipe none of {sum(gate.plan.decisions for gate in whole)} KV heads "
+            f"has room for all of {length} tokens, beside what the window and the first tokens take in the others. "
+            "Train on longer sequences, or convert with a smaller window or ratio."
+        )
+
+
+def _more(gate: SurgeryGatedAttention, length: int) -> float:
+    """Slots that a head takes beyond those that always stay where it keeps all of `length` tokens."""
+    return max(0.0, length - gate.retain.always_kept)
+
+
+def _room(gates: Sequence[SurgeryGatedAttention], length: int) -> float:
+    """Slots that the ratios of `gates` leave for such heads, all together; rounding does not take one."""
+    always = (gate.plan.decisions * (length / gate.retain.ratio - gate.retain.always_kept) for gate in gates)
+    return sum(always) + 1e-6
+
+
+@torch.no_grad()
+def choose_heads(model: nn.Module, length: int) -> dict[int, list[float]]:
+    """Make the gates of heads hard (`gate: head`): those of the largest alphas keep everything, as many as have room.
+
+    They are taken in the order of their alphas, over all layers, until the next one has no room at the ratio on
+    sequences of `length` tokens. Gates that are not trained stay as they are.
+
+    Returns:
+        The alphas that were learned, by layer; empty where there are none.
+
+    Source: DuoAttention, arXiv:2410.10819, section 2.3, which takes a quantile.
+    """
+    gates = [
+        module
+        for module in gated(model).values()
+        if module.retain.decided_by == "head" and module.gate.weight.requires_grad
+    ]
+    for module in gates:
+        module.gate.bound()
+    alphas = [_gathered(module.gate.alpha_K).tolist() for module in gates]
+    order = sorted(((alpha, -i, -k) for i, found in enumerate(alphas) for k, alpha in enumerate(found)), reverse=True)
+    whole = [torch.zeros(len(found)) for found in alphas]
+    room, last = _room(gates, length), None
+    for alpha, i, k in order:
+        room -= _more(gates[-i], length)
+        if room < 0:
+            if alpha == last:
+                logger.warning(
+                    "heads with an alpha of %.3g are among those that keep everything and among the others: nothing "
+                    "tells them apart. Train longer, at a higher rate, or with more weight on gate_budget.", alpha
+                )  # fmt: skip
+            break
+        whole[-i][-k], last = 1.0, alpha
+    for module, whole_K in zip(gates, whole, strict=True):
+        module.gate.choose(_placed(whole_K, module.gate.weight))
+        kept = ", ".join(str(k) for k in whole_K.nonzero()[:, 0].tolist())
+        logger.info("layer %d: heads that keep everything: %s", module.layer_idx, kept or "none")
+    return {module.layer_idx: found for module, found in zip(gates, alphas, strict=True)}
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """All of a tensor that may lie in parts on several devices."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _placed(x: Tensor, like: Tensor) -> Tensor:
+    """`x` where `like` lies, in the same parts."""
+    x = x.to(like.device, like.dtype)
+    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+
+
+def mean_alpha(model: nn.Module, counted: Counted) -> Tensor:
+    """Mean alpha of the gates of heads, with its gradient; 0 where there are none."""
+    modules = gated(model).values()
+    of_heads = torch.cat([torch.full((m.plan.decisions,), m.retain.decided_by == "head") for m in modules])
+    of_heads = of_heads.to(counted.gone.device)
+    alpha = 1 - counted.gone[of_heads] / counted.free[of_heads].clamp_min(1)
+    return alpha.sum() / max(1, len(alpha))
 
 
 def shortfall(counted: Counted, budget: Budget, per_head: bool, total: Callable[[Tensor], Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from surgery.recipe import Uptrain
 
 from .checkpoints import CHECKPOINT, SAVING, checkpoints, clean, disk_errors, remove_checkpoints
 from .data import PackedText
-from .gates import budget_of, shortfall, summed
+from .gates import budget_of, mean_alpha, shortfall, summed
 from .losses import IGNORE, Distilled, Weights, distil, hidden_match, squared_error
 from .parent import Parent, head_input, head_of
 from .parent_logits import KeptLogits
@@ -227,14 +227,15 @@ class Uptrainer(Trainer):
         counted = count(core(self.accelerator.unwrap_model(model)), logits, inputs)
         self._decided = Counted(*(part.detach() for part in counted))
         self._count_gates(self._decided)
+        plain, options = core(self.accelerator.unwrap_model(model)), self.uptrain
         missing = shortfall(
             counted,
-            budget_of(core(self.accelerator.unwrap_model(model)), self.text.length),
-            self.uptrain.gate_budget_per == "head",
+            budget_of(plain, self.text.length),
+            options.gate_budget_per == "head",
             lambda x: self.accelerator.reduce(x, "sum"),
         )
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return self.uptrain.gate_budget * missing / parts
+        return (options.gate_budget * missing + options.gate_l1 * mean_alpha(plain, counted)) / parts
 
     def _count_gates(self, counted: Counted) -> None:
         self._count(
@@ -252,7 +253,7 @@ class Uptrainer(Trainer):
         heads = [gate.plan.decisions for gate in self.gates.values()]
         parts = zip(counted.gone.split(heads), counted.free.split(heads), strict=True)
         rates = [float(gone.sum() / free.sum().clamp_min(1)) for gone, free in parts]
-        for text in collapsed(list(self.gates), rates):
+        for text in collapsed(self.gates, rates):
             if text not in self._told:
                 self._told.add(text)
                 logger.warning("step %d: %s", self.state.global_step, text)

@@ -24,7 +24,7 @@ from surgery.checkpoints.writing import new_folder
 from surgery.errors import CheckpointError
 from surgery.measure.gates import gated
 
-from .callbacks import FreshOptimizer, HeldOut, Told
+from .callbacks import FreshOptimizer, HeadsChosen, HeldOut, Told
 from .checkpoints import checkpoints, clean
 from .data import PackedText
 from .parent_logits import KeptLogits
@@ -135,7 +135,7 @@ def train(setup: Setup) -> dict[str, Any]:
     if rank == 0 and arguments.disable_tqdm:
         callbacks.append(Told())
     if gated(core(setup.model)):
-        callbacks.append(RampCallback(Ramp(end=setup.uptrain.gate_ramp)))
+        callbacks += [RampCallback(Ramp(end=setup.uptrain.gate_ramp)), HeadsChosen(setup.length)]
     scorer = HeldOut(setup.held_out, run.eval_steps) if setup.held_out is not None else None
     trainer = Uptrainer(
         setup.model,

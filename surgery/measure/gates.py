@@ -1,12 +1,13 @@
 """What the gates of a model decide: counted while it trains, and read out on a text.
 
 Decisions are counted as evaluation takes them, without noise. Counts that training uses carry the gradient of
-sigmoid(logit), the probability of the decision under the logistic noise of training (straight-through).
+sigmoid(logit), the probability of the decision under the logistic noise of training (straight-through). Of a gate of
+heads the part of decisions that are 1 is 1 - alpha, and slots are those of the decision that evaluation takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..calibration.text import Windows
 from ..errors import CheckpointError
-from ..runtime.decisions import hard_decisions, order_of_packed
+from ..runtime.decisions import alpha_of_logit, hard_decisions, order_of_packed
 from ..runtime.gated import SurgeryGatedAttention
 from ..runtime.layout import Retain
 
@@ -90,11 +91,14 @@ def count_layer(logits_BKT: Tensor, order_BT: Tensor, retain: Retain) -> Counted
     """`Counted` of one layer, [K] each."""
     hard = hard_decisions(logits_BKT, order_BT, retain.protected)
     free_BT = order_BT >= retain.protected
-    p = torch.sigmoid(logits_BKT.float())
-    straight = torch.where(free_BT[:, None], hard + (p - p.detach()), 0.0)
-    tokens = torch.full_like(p[0, :, 0], order_BT.numel())
+    if retain.decided_by == "head":
+        goes = 1 - alpha_of_logit(logits_BKT.float())
+    else:
+        p = torch.sigmoid(logits_BKT.float())
+        goes = hard + (p - p.detach())
+    tokens = torch.full_like(goes[0, :, 0], order_BT.numel()).detach()
     return Counted(
-        gone=straight.sum((0, 2)),
+        gone=torch.where(free_BT[:, None], goes, 0.0).sum((0, 2)),
         free=torch.full_like(tokens, float(free_BT.sum())),
         slots=tokens - left_out(hard, order_BT, retain).sum((0, 2)),
         tokens=tokens,
@@ -116,13 +120,14 @@ def _following(order_BT: Tensor) -> Tensor:
     return end - places
 
 
-def collapsed(names: Sequence[str], gone: Sequence[float]) -> list[str]:
-    """One sentence for each layer whose gate lets all tokens go, or none.
+def collapsed(gates: Mapping[str, SurgeryGatedAttention], gone: Sequence[float]) -> list[str]:
+    """One sentence for each layer whose gate lets all tokens go, or none, unless its heads are to do either.
 
     Args:
         gone: part of each layer's decisions that are 1.
     """
-    extremes = [(name, rate) for name, rate in zip(names, gone, strict=True) if rate >= 0.999 or rate == 0]
+    judged = [(n, rate) for (n, m), rate in zip(gates.items(), gone, strict=True) if m.retain.decided_by != "head"]
+    extremes = [(name, rate) for name, rate in judged if rate >= 0.999 or rate == 0]
     return [f"{name}: its gate lets {'every token' if rate else 'no token'} go" for name, rate in extremes]
 
 
@@ -218,7 +223,7 @@ def read_gates(model: Any, windows: Windows, tokenizer: Any = None) -> GateRepor
         ratio={layer: tuple(r.tolist()) for layer, r in zip(layers, ratio, strict=True)},
         total=float(sums.tokens.sum() / sums.slots.sum()),
         rate=dict(zip(layers, rates, strict=True)),
-        warnings=tuple(collapsed(list(modules), rates)),
+        warnings=tuple(collapsed(modules, rates)),
         tokens=windows.tokens,
         length=windows.ids_BT.shape[1],
         digest=windows.digest,

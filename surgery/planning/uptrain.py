@@ -52,6 +52,9 @@ class Uptrain:
     """Weight of max(0, part of tokens that is to go - part that goes), where a step asks for a ratio."""
     gate_budget_per: Literal["model", "head"] = "model"
     """One budget for all layers and heads together, which then choose their own ratios, or one for each head."""
+    gate_l1: float = 0.0
+    """Weight of the mean alpha of heads whose tokens stay or go together (`gate: head`), whatever the ratio: the L1
+    penalty of DuoAttention. `gate_budget` weighs the same mean, as far as it is above what the ratio leaves."""
     gate_rate: float = 5.0
     """Learning rate of gates that are trained beside other weights, in units of theirs. Trained alone (`train: gates`)
     they have `learning_rate` itself."""
@@ -80,7 +83,7 @@ class Uptrain:
         if self.layer_local == 0:
             found["local_learning_rate"] = "there is no first stage where layer_local is 0. Leave it out."
         if self.layer_local == 1:
-            second = ["kl", "ce", "hidden", "temperature", "gate_budget", "gate_budget_per", "gate_ramp"]
+            second = ["kl", "ce", "hidden", "temperature", "gate_budget", "gate_budget_per", "gate_l1", "gate_ramp"]
             second += ["learning_rate"] * (self.local_learning_rate is not None)
             found |= dict.fromkeys(second, "it is of the second stage, and layer_local: 1 leaves none. Leave it out.")
         return found
@@ -94,7 +97,7 @@ class Uptrain:
         for name in ("layer_local", "warmup", "decay", "gate_ramp"):
             if not 0 <= (getattr(self, name) or 0.0) <= 1:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} is a part of the whole: give 0 to 1.")
-        for name in ("kl", "ce", "hidden", "weight_decay", "gate_budget"):
+        for name in ("kl", "ce", "hidden", "weight_decay", "gate_budget", "gate_l1"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} must not be negative.")
         if self.layer_local != 1 and not (self.kl or self.ce or self.hidden):

@@ -1,11 +1,14 @@
-"""The `dms` step: a trained gate per KV head, or latent, drops tokens once they have left a window (DMS)."""
+"""The `dms` step: a trained gate per KV head, or latent, drops tokens once they have left a window (DMS), or settles
+which heads drop all of them (DuoAttention)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 from typing import Any, Literal
 
 from ..anatomy import Anatomy
+from ..errors import PlanError
 from ..runtime.layout import Gate, LayerPlan
 from . import options_of
 from .tokens.gates import GatedMethod, training_note
@@ -18,16 +21,26 @@ class DmsStep(WindowStep):
 
     Conversion adds the gate and changes nothing else: the model is as it was until the gate is trained
     (`surgery train`).
+
+    With `gate: head` (DuoAttention, arXiv:2410.10819) the gate is one number for each KV head, whatever its tokens are.
+    While it is trained, the head makes alpha of what it makes of all tokens, and the rest of what it makes of `sinks`
+    and `window`. At the end the heads of the largest alphas, of all layers, keep everything, as many as `ratio` leaves
+    at the length trained on, and the others `sinks` and `window`. Different from the paper: the loss is that of the
+    `uptrain` section (by default the KL on the logits of any text; the paper has the squared error of last hidden
+    states, on answers to pass keys: train on text that asks for what came long before), and the mean alpha is weighed
+    as far as it is above what the ratio leaves (`gate_budget`), so that no weight has to be found that ends there;
+    `gate_l1` weighs it always, as the paper does. The ratio is that of slots, those of `sinks` and `window` among them.
     """
 
     rewriter: Literal["dms"] = "dms"
-    gate: Literal["adapter", "borrowed"] = "adapter"
+    gate: Literal["adapter", "borrowed", "head"] = "adapter"
     """`adapter`: a linear map of the layer's input, zero at first. `borrowed`: the last channel of q and k, which
-    training takes from attention first."""
+    training takes from attention first. `head`: one number for each KV head, which then keeps everything or drops
+    everything that is old."""
 
     @property
-    def gates(self) -> Literal["own", "borrowed"]:
-        return "own" if self.gate == "adapter" else "borrowed"
+    def gates(self) -> Literal["own", "borrowed", "heads"]:
+        return {"adapter": "own", "borrowed": "borrowed", "head": "heads"}[self.gate]  # type: ignore[return-value]
 
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -54,7 +67,19 @@ class Dms(GatedMethod):
         """A gate in each selected layer that keeps a cache."""
         step = self.step
         value = Gate(ratio=step.ratio, window=step.window, gate=step.gate, sinks=step.sinks, page=step.page)
-        return plan_retained(step, value, anatomy, layers, where)
+        planned = plan_retained(step, value, anatomy, layers, where)
+        context = anatomy.max_positions
+        if step.gate == "head" and context is not None:
+            changed = [new for old, new in zip(layers, planned, strict=True) if new.owns_cache and new != old]
+            heads = sum(layer.decisions for layer in changed)
+            if value.heads_left(context, heads) < 1:
+                most = context / (value.always_kept + (context - value.always_kept) / heads)
+                raise PlanError(
+                    f"{where}.ratio: {step.ratio:g} leaves none of {heads} KV heads room for all of the model's "
+                    f"context of {context} tokens, beside {value.always_kept} of each in the others. Use a ratio of at "
+                    f"most {floor(100 * most) / 100:g}, a smaller window, or evict, where all heads drop what is old."
+                )
+        return planned
 
     def notes(self, plan: Any) -> list[str]:
         """What the bytes stand for."""

@@ -8,7 +8,7 @@ Shape suffixes as in `layout.py`. Decisions are True (or near 1) where a token i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,47 @@ def log_keep(logits_BKT: Tensor, order_BT: Tensor, protected: int, temperature: 
     """
     a = logits_BKT.float() if noise is None else logits_BKT.float() + noise
     return torch.where((order_BT >= protected)[:, None], torch.nn.functional.logsigmoid(-a / temperature), 0.0)
+
+
+class Mixed(NamedTuple):
+    """How a head is trained whose tokens stay or go together: `alpha` of what it makes of all tokens, the rest of what
+    it makes of the first and the newest ones alone (DuoAttention, arXiv:2410.10819, section 2.2)."""
+
+    alpha_BK11: Tensor
+    """From 0 to 1, float32."""
+    all_B1TT: Tensor
+    """Bool: who sees whom while everything stays."""
+    near_B1TT: Tensor
+    """Bool: the same behind a window, but for the first tokens."""
+
+
+def logit_of_alpha(alpha: Tensor) -> Tensor:
+    """Logit of a head's decisions: above 0 where less than half of what it makes is of all tokens."""
+    return 0.5 - alpha
+
+
+def alpha_of_logit(logit: Tensor) -> Tensor:
+    """What `logit_of_alpha` was given."""
+    return 0.5 - logit
+
+
+def mixed(
+    logits_BKT: Tensor, order_BT: Tensor, decides_BT: Tensor, retain: Retain, allowed_B1TT: Tensor | None
+) -> Mixed:
+    """`Mixed` from the logits of a head gate, which all tokens of a head have in common.
+
+    Args:
+        decides_BT: as `order_BT`, negative also at padding that stands between tokens.
+        allowed_B1TT: as in `visible`.
+    """
+    logits_B1T = logits_BKT[:, :1]
+    goes = hard_decisions(torch.ones_like(logits_B1T), decides_BT, retain.protected)
+    none = torch.zeros_like(goes)
+    return Mixed(
+        alpha_of_logit(logits_BKT[..., :1, None]),
+        visible(none, order_BT, retain, allowed_B1TT),
+        visible(goes, order_BT, retain, allowed_B1TT),
+    )
 
 
 def same_sequence(order_BT: Tensor) -> Tensor:

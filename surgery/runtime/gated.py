@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention import Inputs, Shapes, SurgeryAttention, norm_heads
 from .caches import install_layers
 from .calling import CallingConvention
-from .decisions import at_end, from_end, hard_decisions, log_keep, pooled, soft_bias, visible
+from .decisions import Mixed, at_end, from_end, hard_decisions, log_keep, mixed, pooled, soft_bias, visible
 from .functions import LIKE_SDPA, angles_of
 from .gates import SurgeryGate, logistic_noise
 from .heads import SurgeryHeadsAttention
@@ -36,9 +36,9 @@ class SurgeryGatedAttention(SurgeryAttention):
     how the queries read what was kept (`_spread`, `_attend_seen`).
 
     In training, without a cache, decisions are relaxed: p = sigmoid((logit + logistic noise) / `temperature`), runs are
-    pooled and scores lowered by them. In evaluation, and where a score takes them, they are hard, and a whole sequence
-    without a cache gives what decoding through the cache gives. A reader has no gate: it attends to its owner's slots
-    as the owner does.
+    pooled and scores lowered by them; a gate of heads mixes two attentions instead (`Mixed`). In evaluation, and where
+    a score takes them, they are hard, and a whole sequence without a cache gives what decoding through the cache gives.
+    A reader has no gate: it attends to its owner's slots as the owner does.
     """
 
     gate: SurgeryGate
@@ -68,6 +68,8 @@ class SurgeryGatedAttention(SurgeryAttention):
 
     def set_ramp(self, progress: float) -> None:
         """Raise the ratio from 1 to the plan's."""
+        if self.owns_cache and self.retain.decided_by == "head":
+            self.gate.bound()
         self.target_ratio = 1 + progress * (self.retain.ratio - 1)
 
     def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
@@ -101,8 +103,22 @@ class SurgeryGatedAttention(SurgeryAttention):
                 inputs.shared[self.layer_idx] = key, value, keep  # type: ignore[assignment]
         else:
             key, value, keep = self._lent(self.plan.owner, inputs.shared)  # type: ignore[misc]
+        if isinstance(keep, Mixed):
+            return self._attend_mixed(asked, key, value, keep, inputs.rest)
         query, key, value, keep = self._spread(asked, key, value, keep)
         return self._call_attention(self._attention_function(inputs.rest), query, key, value, keep, inputs.rest)
+
+    def _attend_mixed(
+        self, asked: Any, key: Tensor, value: Tensor, keep: Mixed, named: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both attentions of each head, mixed by its alpha."""
+        query, key, value, alpha_BN11 = self._spread(asked, key, value, keep.alpha_BK11)
+        attend_to = partial(self._call_attention, self._attention_function(named), query, key, value, named=named)
+        (whole, weights), (near, near_weights) = attend_to(mask=keep.all_B1TT), attend_to(mask=keep.near_B1TT)
+        alpha_BN11 = alpha_BN11.to(whole.dtype)
+        if weights is not None and near_weights is not None:
+            weights = torch.lerp(near_weights, weights, alpha_BN11)
+        return torch.lerp(near, whole, alpha_BN11.transpose(1, 2)), weights
 
     def _seen(self, inputs: Inputs, asked: Any) -> PagedLayer | Chunk:
         """What the new tokens see; the cache keeps what the decisions leave of them."""
@@ -185,9 +201,9 @@ class SurgeryGatedAttention(SurgeryAttention):
         real, claims = read_chunk(where, mask, self.call.mask_true_hides, T, layer.get_seq_length(), counted)
         return real if settle(where, claims, ~real.all()) else None
 
-    def _retain(self, new: New, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def _retain(self, new: New, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | Mixed]:
         """K and V as slots hold them after each token, [B, K, T, .], K not yet rotated; and who sees them: bool, or in
-        training a bias, [B, K, T, T]."""
+        training a bias, [B, K, T, T], or what heads are mixed of."""
         key, value, logits = new.key_BKTH, new.value_BKTV, new.logits_BKT
         B, _, T = logits.shape
         retain, allowed, holes = self.retain, None, None
@@ -200,6 +216,8 @@ class SurgeryGatedAttention(SurgeryAttention):
             holes = read.real_BT if settle(where, read.claims, read.has_holes) else None
             order, allowed = read.order_BT, read.visible_B1TT
             decides = torch.where(read.real_BT, order, -1)
+        if self.training and retain.decided_by == "head":
+            return key, value, mixed(logits, order, decides, retain, allowed)
         if self.training and retain.is_trained:
             kept = log_keep(logits, decides, retain.protected, self.temperature, logistic_noise(logits))
             p, seen = -torch.expm1(kept), soft_bias(kept, order, retain, allowed, key.dtype, holes)

@@ -2,7 +2,7 @@
 averaged. A latent is one head.
 
 Logits are float32 whatever the model's dtype: prefill and decoding must not fall on different sides of 0 by rounding.
-They depend on the token's own layer input alone, so they are the same in both.
+They depend on the token's own layer input alone, or on nothing, so they are the same in both.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import transformers.initialization as init
 from torch import Tensor, nn
 
+from .decisions import logit_of_alpha
 from .layout import Evict, Retain, Trained
 from .scorers import SCORERS
 
@@ -36,6 +37,8 @@ def gate_shapes(retain: Retain, hidden_size: int, decisions: int) -> dict[str, t
         return shapes
     if retain.decided_by == "borrowed":
         return {"channel_bits": (1,)}
+    if retain.decided_by == "head":
+        return {"weight": (decisions,)}
     has_threshold = isinstance(retain, Evict) and SCORERS[retain.scorer].has_threshold
     return {"threshold": (decisions,)} if has_threshold else {}
 
@@ -48,6 +51,9 @@ class SurgeryGate(nn.Module):
     `borrowed` (arXiv:2403.09636): the last channel of each key before rotation, plus the offset, and sigmoid of the
     mean of that of its queries plus 5. Attention does without both channels. Training fades them out first
     (`set_channel`), with every decision 0 meanwhile, then sets the rows that make them to zero and learns them anew.
+    `head` (arXiv:2410.10819): alpha = 1 + gain * weight of each KV head, 1 at conversion; the head's tokens go where it
+    is below a half. In training it mixes what the head makes of all tokens with what it makes of the first and newest
+    (`decisions.Mixed`); training keeps it between 0 and 1 (`bound`), and ends by making it one of them (`choose`).
     `score` (`Evict`): see `scorers.py`; `threshold` [K] comes from calibration text.
 
     Args:
@@ -91,8 +97,10 @@ class SurgeryGate(nn.Module):
             q_BTNH, k_BTKH: normed, before rotation, with all their channels; of a latent see `scorers.py`.
         """
         with torch.autocast(hidden_BTD.device.type, enabled=False):
-            made = {"adapter": self._adapter, "borrowed": self._borrowed, "score": self._score}[self.retain.decided_by]
-            logits, weight = made(hidden_BTD, q_BTNH, k_BTKH)
+            makers = {
+                "adapter": self._adapter, "borrowed": self._borrowed, "head": self._head, "score": self._score
+            }  # fmt: skip
+            logits, weight = makers[self.retain.decided_by](hidden_BTD, q_BTNH, k_BTKH)
         return logits.transpose(1, 2), None if weight is None else weight.transpose(1, 2)
 
     def _adapter(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -114,11 +122,34 @@ class SurgeryGate(nn.Module):
         mean = torch.stack([last[..., list(group)].mean(-1) for group in self.groups], dim=-1)
         return logits, torch.sigmoid(mean + _WEIGHT_OFFSET)
 
+    def _head(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, None]:
+        alpha = self.alpha_K
+        inside = alpha + (alpha.clamp(0, 1) - alpha).detach()  # at the ends, too, it is to learn the way back
+        return logit_of_alpha(inside).expand(*hidden.shape[:2], -1), None
+
     def _score(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, None]:
         assert isinstance(self.retain, Evict)
         scorer = SCORERS[self.retain.scorer]
         score = scorer.score(hidden, q, k)
         return (score - self.threshold.float() if scorer.has_threshold else score), None
+
+    @property
+    def alpha_K(self) -> Tensor:
+        """Part that each KV head has of what it makes of all tokens; float32 (`head`)."""
+        assert isinstance(self.retain, Trained)
+        return 1 + self.retain.gain * self.weight.float()
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Bring alphas that a step has carried further back to 0 or 1."""
+        assert isinstance(self.retain, Trained)
+        self.weight.clamp_(-1 / self.retain.gain, 0)
+
+    @torch.no_grad()
+    def choose(self, whole_K: Tensor) -> None:
+        """Set the alphas of the heads that keep everything to 1, and those of the others to 0."""
+        assert isinstance(self.retain, Trained)
+        self.weight.copy_((whole_K - 1) / self.retain.gain)
 
     @property
     def channel(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 from typing import Literal
 
 from .project import Latent, Project
@@ -15,12 +16,13 @@ from .scorers import SCORERS
 class Trained(Retain):
     """What the values share whose decisions a trained gate makes."""
 
-    gate: Literal["adapter", "borrowed"] = "adapter"
-    """`adapter`: a linear map of the layer's input; `borrowed`: the last channel of q and k."""
+    gate: Literal["adapter", "borrowed", "head"] = "adapter"
+    """`adapter`: a linear map of the layer's input; `borrowed`: the last channel of q and k; `head`: one number for
+    each KV head, whatever its tokens are (of `Gate` alone)."""
     gain: float = 30.0
-    """Factor on the adapter's output."""
+    """Factor on the adapter's output, and on the number of a head."""
     offset: float = -5.0
-    """Logit of an untrained gate: the decision is 1 where the logit is above 0."""
+    """Logit of an untrained gate that is no head's: the decision is 1 where the logit is above 0."""
 
     @property
     def is_trained(self) -> bool:
@@ -36,6 +38,11 @@ class Trained(Retain):
                 "a borrowed channel is the last one of each key and its queries, and a latent is no key: all channels "
                 "of it make K and V of every head. Use `gate: adapter`."
             )
+        if isinstance(project, Latent) and self.decided_by == "head":
+            return (
+                "`gate: head` lets some KV heads keep everything and others not, and the layer caches one latent for "
+                "all of them. Use `gate: adapter`."
+            )
         return super().supports_project(project)
 
 
@@ -43,10 +50,15 @@ class Trained(Retain):
 class Gate(Trained):
     """A trained gate drops tokens: one whose own decision is 1 goes once it is `window` tokens old.
 
-    Source: Dynamic Memory Sparsification, arXiv:2506.05345.
+    Source: Dynamic Memory Sparsification, arXiv:2506.05345; of `gate: head`, DuoAttention, arXiv:2410.10819.
     """
 
     kind: str = "dms"
+
+    def heads_left(self, tokens: int, heads: int) -> int:
+        """Of so many KV heads those that have room for all of `tokens` tokens, where the others keep the first and the
+        newest alone (`gate: head`)."""
+        return floor(heads * (1 - self.drop_rate(tokens, self.ratio)) + 1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
