@@ -1,6 +1,7 @@
 """Eviction in a model that recalls: trained gates beside windows, H2O, key norm at the same slots, and fewer heads.
 
     python benchmarks/retain_recall.py
+    python benchmarks/retain_recall.py --only "heads"   # measures and replaces these rows; the parent must be the same
 
 The reference models are too little trained to look anything up, so that a window loses nothing in them. This one is
 made here: a Llama of two layers (4 heads of 32) that first repeats random words, then reads notes. A note is a name and
@@ -9,16 +10,19 @@ a thing, three to six of them hidden in filler sentences; at the end every note 
 
 Conversions are trained on the same kind of text, as their recipes do: 0.3M tokens by KL to the parent, gates alone for
 `dms` and `dmc`; `dmc` once more with the weights of attention, for 1.5M tokens, as what it averages is new to them. The
-eviction that nothing is trained for gets the slots that the gates take at the end of a text. `answers` counts the
-things that are asked for: how many are the likeliest token, and their nats, decoding token by token through the cache
-from word 96 on; H2O, which has no cache here, in one pass that computes what decoding would.
+eviction that nothing is trained for gets the slots that the gates take at the end of a text; beside gates of heads
+stands `evict` with `budget: duo`, which finds as many heads by calibration. `answers` counts the things that are asked
+for: how many are the likeliest token, and their nats, decoding token by token through the cache from word 96 on; H2O,
+which has no cache here, in one pass that computes what decoding would.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, write
+from common import ROOT, environment, write
 from retain_quality import Attended
 from rich.console import Console
 from rich.table import Table
@@ -63,6 +67,8 @@ GATES = {"train": "gates", "learning_rate": 2e-3}
 TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dms, ratio 4": ({"rewriter": "dms", "ratio": 4, "window": 8}, GATES),
     "dms, ratio 6": ({"rewriter": "dms", "ratio": 6, "window": 8}, GATES),
+    "dms, heads, ratio 2": ({"rewriter": "dms", "gate": "head", "ratio": 2, "window": 8}, GATES),
+    "dms, heads, ratio 4": ({"rewriter": "dms", "gate": "head", "ratio": 4, "window": 8}, GATES),
     "dmc, ratio 4": ({"rewriter": "dmc", "ratio": 4, "window": 12}, GATES),
     "dmc, ratio 4, attention trained": (
         {"rewriter": "dmc", "ratio": 4, "window": 12},
@@ -173,8 +179,8 @@ def scores(model: PreTrainedModel, ids_BT: Tensor, answers: list[list[int]], thr
     }  # fmt: skip
 
 
-def rows() -> tuple[list[dict[str, Any]], str]:
-    """What each cache answers, and the digest of the text."""
+def rows(only: str) -> tuple[list[dict[str, Any]], str]:
+    """What each cache answers, of those conversions whose name contains `only`, and the digest of the text."""
     reader = tokenizer()
     source = texts(SEED + 2, reader)
     held = [next(source) for _ in range(HELD)]
@@ -199,9 +205,18 @@ def rows() -> tuple[list[dict[str, Any]], str]:
 
     add("parent", whole, tokens_per_slot=1.0)
     for name, (step, _) in TRAINED.items():
+        if only not in name:
+            continue
         child = surgery.load(trained(name), dtype=torch.float32)
         row = add(name, child, **({"tokens_per_slot": 1.0} if step["rewriter"] == "gqa" else {}))
         if step["rewriter"] != "dms":
+            continue
+        if step.get("gate") == "head":
+            by_head = [ratio for of_layer in row["by_head"].values() for ratio in of_layer]
+            ratio = len(by_head) / sum(ratio == 1 for ratio in by_head)  # of heads; the others keep what always stays
+            found_by_text = {"scorer": "streaming", "budget": "duo", "ratio": ratio, "recent": step["window"]}
+            duo = surgery.convert(whole, {"steps": [{"rewriter": "evict", **found_by_text}]}, calibration=calibration)
+            add(f"evict, budget duo, as {name}", duo, tokens_per_slot=row["tokens_per_slot"])
             continue
         slots = round(LENGTH / row["tokens_per_slot"])
         scored = {
@@ -219,10 +234,29 @@ def rows() -> tuple[list[dict[str, Any]], str]:
     return found, digest
 
 
+def beside(found: list[dict[str, Any]], digest: str, here: dict[str, Any]) -> dict[str, Any]:
+    """The file as it is, with these rows in the place of those of the same name, or before those of `dmc`."""
+    data = json.loads((ROOT / "benchmarks" / "results" / "retain_recall.json").read_text())
+    parents = data["rows"][0], found[0]
+    if data["text"] != digest or any(
+        abs(parents[0][n] - parents[1][n]) > 1e-6 for n in ("answer_nats", "nats_per_token")
+    ):
+        sys.exit("text or parent is another one here than in retain_recall.json. Measure all rows.")
+    mine = {row["name"]: row | {"commit": here["commit"], "date": here["date"]} for row in found[1:]}
+    kept = [mine.pop(row["name"], row) for row in data["rows"]]
+    place = next((i for i, row in enumerate(kept) if row["name"].startswith("dmc")), len(kept))
+    return data | {"rows": [*kept[:place], *mine.values(), *kept[place:]]}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of a trained conversion's name; others stay as they were")
+    only = parser.parse_args().only
     torch.set_num_threads(1)
-    found, digest = rows()
-    write("retain_recall", {**environment(SEED), "length": LENGTH, "texts": HELD, "text": digest, "rows": found})
+    found, digest = rows(only)
+    here = environment(SEED)
+    whole = {**here, "length": LENGTH, "texts": HELD, "text": digest, "rows": found}
+    write("retain_recall", beside(found, digest, here) if only else whole)
     table = Table("cache", "tokens per slot", "bytes", "answers right", "answer nats", "nats/token")
     for row in found:
         table.add_row(

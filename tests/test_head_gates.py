@@ -23,7 +23,7 @@ from surgery.errors import PlanError, RecipeError
 from surgery.measure.gates import gated
 from surgery.train.checkpoints import checkpoints
 from surgery.train.gates import choose_heads
-from surgery.train.uptrain import uptrain
+from surgery.train.uptrain import enable_checkpointing, uptrain
 
 HEAD = {"rewriter": "dms", "gate": "head", "ratio": 1.6, "window": 4, "sinks": 2}
 TRAINED = ("layer_local=0", "train=gates", "length=32", "batch=4", "tokens=5120", "learning_rate=0.01")
@@ -89,7 +89,7 @@ def test_readers_mix_as_their_owner_does_and_teach_its_alphas() -> None:
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         model.zero_grad()
         model(ids, use_cache=False).logits.square().sum().backward()
         gradients.append(next(iter(gated(model).values())).gate.weight.grad.clone())
