@@ -69,6 +69,8 @@ TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dms, ratio 6": ({"rewriter": "dms", "ratio": 6, "window": 8}, GATES),
     "dms, heads, ratio 2": ({"rewriter": "dms", "gate": "head", "ratio": 2, "window": 8}, GATES),
     "dms, heads, ratio 4": ({"rewriter": "dms", "gate": "head", "ratio": 4, "window": 8}, GATES),
+    "dms, mlp, ratio 4": ({"rewriter": "dms", "gate": "mlp", "ratio": 4, "window": 8}, GATES),
+    "dms, mlp, ratio 6": ({"rewriter": "dms", "gate": "mlp", "ratio": 6, "window": 8}, GATES),
     "dmc, ratio 4": ({"rewriter": "dmc", "ratio": 4, "window": 12}, GATES),
     "dmc, ratio 4, attention trained": (
         {"rewriter": "dmc", "ratio": 4, "window": 12},

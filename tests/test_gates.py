@@ -137,7 +137,10 @@ def test_padding_sinks_and_the_starts_of_documents_never_go() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("step", [DMS, DMC, *(s | {"gate": "borrowed"} for s in (DMS, DMC)), DMS | {"gate": "head"}])
+@pytest.mark.parametrize(
+    "step",
+    [DMS, DMC, *(s | {"gate": "borrowed"} for s in (DMS, DMC)), *(DMS | {"gate": gate} for gate in ("mlp", "head"))],
+)
 def test_at_conversion_logits_are_the_parents_to_the_last_bit(family: str, step: dict[str, object]) -> None:
     parent = tiny_model(family)
     child, ids = surgery.convert(parent, recipe(step)), tokens()
@@ -397,7 +400,8 @@ def test_a_collapsed_gate_is_named() -> None:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_home(tmp_path_factory.mktemp("merge"))
-    for name, steps in (("dms", [DMS]), ("dmc", [GQA, DMC]), ("mla", [MLA, DMS])):
+    mlp = [MLA, DMS | {"gate": "mlp"}]
+    for name, steps in (("dms", [DMS]), ("dmc", [GQA, DMC]), ("mla", mlp)):
         parent, text = surgery.load(folder / "parent"), tokens(8, 48) if name == "mla" else None
         surgery.save(surgery.convert(parent, recipe(*steps), calibration=text), folder / name)
     return folder

@@ -30,17 +30,24 @@ class DmsStep(WindowStep):
     states, on answers to pass keys: train on text that asks for what came long before), and the mean alpha is weighed
     as far as it is above what the ratio leaves (`gate_budget`), so that no weight has to be found that ends there;
     `gate_l1` weighs it always, as the paper does. The ratio is that of slots, those of `sinks` and `window` among them.
+
+    `gate: mlp` is what of Attention-Gate (arXiv:2410.12876) needs no cache of its own: a small network on hidden states
+    decides. In the paper that network is an attention over all tokens of the context. Here it reads the layer's input
+    of the token alone, in which the layers before have put what it has to do with earlier ones, so that nothing is kept
+    beside the slots and decisions are the same in prompts and while decoding.
     """
 
     rewriter: Literal["dms"] = "dms"
-    gate: Literal["adapter", "borrowed", "head"] = "adapter"
-    """`adapter`: a linear map of the layer's input, zero at first. `borrowed`: the last channel of q and k, which
-    training takes from attention first. `head`: one number for each KV head, which then keeps everything or drops
-    everything that is old."""
+    gate: Literal["adapter", "mlp", "borrowed", "head"] = "adapter"
+    """`adapter`: a linear map of the layer's input, zero at first. `mlp`: two of them, with 64 numbers between.
+    `borrowed`: the last channel of q and k, which training takes from attention first. `head`: one number for each KV
+    head, which then keeps everything or drops everything that is old."""
 
     @property
     def gates(self) -> Literal["own", "borrowed", "heads"]:
-        return {"adapter": "own", "borrowed": "borrowed", "head": "heads"}[self.gate]  # type: ignore[return-value]
+        if self.gate == "head":
+            return "heads"
+        return "borrowed" if self.gate == "borrowed" else "own"
 
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -26,14 +26,16 @@ def gate_shapes(retain: Retain, hidden_size: int, decisions: int) -> dict[str, t
     Args:
         decisions: per token (`LayerPlan.decisions`); K in the shapes of this file.
     """
-    if retain.decided_by == "adapter":
-        shapes: dict[str, tuple[int, ...]] = {
-            "norm": (hidden_size,),
-            "weight": (decisions, hidden_size),
-            "bias": (decisions,),
-        }
+    if retain.decided_by in ("adapter", "mlp"):
+        assert isinstance(retain, Trained)
+        shapes: dict[str, tuple[int, ...]] = {"norm": (hidden_size,)}
+        width = hidden_size
+        if retain.decided_by == "mlp":
+            width = retain.width
+            shapes["inner"] = (width, hidden_size)
+        shapes |= {"weight": (decisions, width), "bias": (decisions,)}
         if retain.averages:
-            shapes |= {"mix_weight": (decisions, hidden_size), "mix_bias": (decisions,)}
+            shapes |= {"mix_weight": (decisions, width), "mix_bias": (decisions,)}
         return shapes
     if retain.decided_by == "borrowed":
         return {"channel_bits": (1,)}
@@ -48,6 +50,7 @@ class SurgeryGate(nn.Module):
 
     `adapter`: gain * Linear(RMSNorm(x)) + offset of the layer's input, and sigmoid(Linear(RMSNorm(x)) + 5); both linear
     maps are zero at conversion, so every decision is 0 and the model as it was.
+    `mlp`: the same of silu(Inner RMSNorm(x)), and Inner random at conversion.
     `borrowed` (arXiv:2403.09636): the last channel of each key before rotation, plus the offset, and sigmoid of the
     mean of that of its queries plus 5. Attention does without both channels. Training fades them out first
     (`set_channel`), with every decision 0 meanwhile, then sets the rows that make them to zero and learns them anew.
@@ -62,6 +65,7 @@ class SurgeryGate(nn.Module):
     """
 
     norm: nn.Parameter
+    inner: nn.Parameter
     weight: nn.Parameter
     bias: nn.Parameter
     mix_weight: nn.Parameter
@@ -85,7 +89,10 @@ class SurgeryGate(nn.Module):
     def reset(self) -> None:
         """Initialise what no checkpoint has filled."""
         for name, parameter in self.named_parameters():
-            (init.ones_ if name == "norm" else init.zeros_)(parameter)
+            if name == "inner":
+                init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            else:
+                (init.ones_ if name == "norm" else init.zeros_)(parameter)
         if self.retain.decided_by == "borrowed":
             init.copy_(self.channel_bits, torch.ones(1, dtype=torch.float32).view(torch.int32))
 
@@ -98,7 +105,8 @@ class SurgeryGate(nn.Module):
         """
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             makers = {
-                "adapter": self._adapter, "borrowed": self._borrowed, "head": self._head, "score": self._score
+                "adapter": self._adapter, "mlp": self._adapter, "borrowed": self._borrowed, "head": self._head,
+                "score": self._score,
             }  # fmt: skip
             logits, weight = makers[self.retain.decided_by](hidden_BTD, q_BTNH, k_BTKH)
         return logits.transpose(1, 2), None if weight is None else weight.transpose(1, 2)
@@ -106,6 +114,8 @@ class SurgeryGate(nn.Module):
     def _adapter(self, hidden: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         x = hidden.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.norm.float()
+        if self.retain.decided_by == "mlp":
+            x = F.silu(F.linear(x, self.inner.float()))
         assert isinstance(self.retain, Trained)
         logits = self.retain.gain * F.linear(x, self.weight.float(), self.bias.float()) + self.retain.offset
         if not self.retain.averages:

@@ -16,11 +16,13 @@ from .scorers import SCORERS
 class Trained(Retain):
     """What the values share whose decisions a trained gate makes."""
 
-    gate: Literal["adapter", "borrowed", "head"] = "adapter"
-    """`adapter`: a linear map of the layer's input; `borrowed`: the last channel of q and k; `head`: one number for
-    each KV head, whatever its tokens are (of `Gate` alone)."""
+    gate: Literal["adapter", "mlp", "borrowed", "head"] = "adapter"
+    """`adapter`: a linear map of the layer's input; `mlp`: two of them; `borrowed`: the last channel of q and k;
+    `head`: one number for each KV head, whatever its tokens are. The second and the last of `Gate` alone."""
+    width: int = 64
+    """Numbers between the two maps of `mlp`."""
     gain: float = 30.0
-    """Factor on the adapter's output, and on the number of a head."""
+    """Factor on the output of maps, and on the number of a head."""
     offset: float = -5.0
     """Logit of an untrained gate that is no head's: the decision is 1 where the logit is above 0."""
 

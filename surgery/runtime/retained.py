@@ -38,8 +38,8 @@ class Retain:
 
     @property
     def decided_by(self) -> str:
-        """What makes the decisions: `adapter`, `borrowed`, `head` or `score` (see `gates.py`), or `rank`: there are
-        none, and the slots that stay are chosen from those that are there (`Ranked`)."""
+        """What makes the decisions: `adapter`, `mlp`, `borrowed`, `head` or `score` (see `gates.py`), or `rank`: there
+        are none, and the slots that stay are chosen from those that are there (`Ranked`)."""
         raise NotImplementedError
 
     @property

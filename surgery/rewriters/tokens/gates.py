@@ -62,7 +62,7 @@ class GatedMethod(Method):
             settled = copy.settle(plan)
             if not settled.owns_cache:
                 continue
-            made = new_gate(plan.retain, copy.sites[plan.layer].hidden_size, settled.decisions)
+            made = new_gate(plan.retain, copy.sites[plan.layer].hidden_size, settled.decisions, self.seed + plan.layer)
             if "threshold" in made:
                 assert isinstance(plan.retain, Evict)
                 scored[plan.layer] = plan.retain
@@ -78,11 +78,18 @@ def training_note(step: RetainStep) -> str:
     return f"{step.rewriter}: nothing goes before the gates are trained; bytes above are for {step.ratio:g}x"
 
 
-def new_gate(retain: Retain, hidden_size: int, decisions: int) -> dict[str, Tensor]:
-    """Tensors of a gate that takes so many decisions per token, and decides nothing yet."""
+def new_gate(retain: Retain, hidden_size: int, decisions: int, seed: int = 0) -> dict[str, Tensor]:
+    """Tensors of a gate that takes so many decisions per token, and decides nothing yet.
+
+    Args:
+        seed: of what is random, the first of two maps.
+    """
     made = {name: torch.zeros(shape) for name, shape in gate_shapes(retain, hidden_size, decisions).items()}
     if "norm" in made:
         made["norm"] += 1.0
+    if "inner" in made:
+        random = torch.Generator().manual_seed(seed)
+        made["inner"] = torch.randn(made["inner"].shape, generator=random) * hidden_size**-0.5
     if "channel_bits" in made:
         made["channel_bits"] = torch.ones(1).view(torch.int32)
     return made
