@@ -14,6 +14,7 @@ import pytest
 import torch
 from uptraining import BASE, losses, make_home, run
 
+import surgery
 from surgery.train.checkpoints import checkpoints
 from surgery.train.uptrain import uptrain
 
@@ -23,12 +24,18 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "t
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("uptrain"))
+    folder = make_home(tmp_path_factory.mktemp("uptrain"))
+    steps = [
+        {"rewriter": "gqa", "kv_heads": 1, "init": "mean", "grouping": "neighbour"},
+        {"rewriter": "dms", "gate": "head", "ratio": 1.3, "window": 4, "sinks": 2},  # learns without noise
+    ]
+    surgery.save(surgery.convert(surgery.load(folder / "parent"), {"steps": steps}), folder / "gated")
+    return folder
 
 
-def launch(home, out, port, *overrides):
+def launch(home, out, port, *overrides, model="native"):
     """Two processes of a run that logs every step."""
-    arguments = ["--model", home / "native", "--data", home / "text.jsonl", "-o", out, "--log-steps", 1]
+    arguments = ["--model", home / model, "--data", home / "text.jsonl", "-o", out, "--log-steps", 1]
     for override in (*BASE, *overrides):
         arguments += ["--set", override]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "train/configs/cpu-2.yaml"]
@@ -39,8 +46,8 @@ def launch(home, out, port, *overrides):
 
 
 def test_two_processes_train_as_one_does_and_one_goes_on_with_their_checkpoint(home, tmp_path):
-    uptrain(run(home, tmp_path / "one"))
-    job = launch(home, tmp_path / "two", 29611)
+    uptrain(run(home, tmp_path / "one", model="gated"))
+    job = launch(home, tmp_path / "two", 29611, model="gated")
     output = job.communicate(timeout=240)[0].decode()
     assert job.returncode == 0, output
     assert output.count("written to") == 1
@@ -51,7 +58,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_with_their_checkpoint(h
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     # The first half of the run on two devices, the second on one.
     shutil.rmtree(checkpoints(tmp_path / "two" / "checkpoints")[-1])
-    uptrain(run(home, tmp_path / "two"))
+    uptrain(run(home, tmp_path / "two", model="gated"))
     for a, b in zip(one, losses(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 

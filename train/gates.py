@@ -137,11 +137,12 @@ def shortfall(counted: Counted, budget: Budget, per_head: bool, total: Callable[
     """How far the part of decisions that are 1 is below the budget, at least 0: of all together, or mean over heads.
 
     Args:
-        total: sum over devices. The value is that of all devices; the gradient is this device's share of it.
+        total: sum over devices. The value is that of all devices; the gradient is this device's share of it times their
+            number, for gradients are averaged over devices.
     """
     rate, weight = (x.to(counted.gone.device) for x in budget)
     gone, free = (total(x.detach()) for x in (counted.gone, counted.free))
-    gone = gone + counted.gone - counted.gone.detach()
+    gone = gone + total(torch.ones_like(gone)) * (counted.gone - counted.gone.detach())
     if per_head:
         return (rate.clamp_max(1) - gone / free.clamp_min(1)).clamp_min(0).mean()
     return (((rate * free - gone) * weight).sum() / (free * weight).sum().clamp_min(1e-9)).clamp_min(0)
