@@ -1,7 +1,7 @@
 """Eviction in a model that recalls: trained gates beside windows, H2O, key norm at the same slots, and fewer heads.
 
     python benchmarks/retain_recall.py
-    python benchmarks/retain_recall.py --only "heads"   # measures and replaces these rows; the parent must be the same
+    python benchmarks/retain_recall.py --only heads mlp   # these alone, into retain_recall_gates.json
 
 The reference models are too little trained to look anything up, so that a window loses nothing in them. This one is
 made here: a Llama of two layers (4 heads of 32) that first repeats random words, then reads notes. A note is a name and
@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment, write
+from common import environment, write
 from retain_quality import Attended
 from rich.console import Console
 from rich.table import Table
@@ -181,8 +180,8 @@ def scores(model: PreTrainedModel, ids_BT: Tensor, answers: list[list[int]], thr
     }  # fmt: skip
 
 
-def rows(only: str) -> tuple[list[dict[str, Any]], str]:
-    """What each cache answers, of those conversions whose name contains `only`, and the digest of the text."""
+def rows(only: list[str]) -> tuple[list[dict[str, Any]], str]:
+    """What each cache answers, of those conversions whose name contains one of `only`, and the digest of the text."""
     reader = tokenizer()
     source = texts(SEED + 2, reader)
     held = [next(source) for _ in range(HELD)]
@@ -207,11 +206,11 @@ def rows(only: str) -> tuple[list[dict[str, Any]], str]:
 
     add("parent", whole, tokens_per_slot=1.0)
     for name, (step, _) in TRAINED.items():
-        if only not in name:
+        if only and not any(part in name for part in only):
             continue
         child = surgery.load(trained(name), dtype=torch.float32)
         row = add(name, child, **({"tokens_per_slot": 1.0} if step["rewriter"] == "gqa" else {}))
-        if step["rewriter"] != "dms":
+        if step["rewriter"] != "dms" or step.get("gate") == "mlp":
             continue
         if step.get("gate") == "head":
             by_head = [ratio for of_layer in row["by_head"].values() for ratio in of_layer]
@@ -236,29 +235,14 @@ def rows(only: str) -> tuple[list[dict[str, Any]], str]:
     return found, digest
 
 
-def beside(found: list[dict[str, Any]], digest: str, here: dict[str, Any]) -> dict[str, Any]:
-    """The file as it is, with these rows in the place of those of the same name, or before those of `dmc`."""
-    data = json.loads((ROOT / "benchmarks" / "results" / "retain_recall.json").read_text())
-    parents = data["rows"][0], found[0]
-    if data["text"] != digest or any(
-        abs(parents[0][n] - parents[1][n]) > 1e-6 for n in ("answer_nats", "nats_per_token")
-    ):
-        sys.exit("text or parent is another one here than in retain_recall.json. Measure all rows.")
-    mine = {row["name"]: row | {"commit": here["commit"], "date": here["date"]} for row in found[1:]}
-    kept = [mine.pop(row["name"], row) for row in data["rows"]]
-    place = next((i for i, row in enumerate(kept) if row["name"].startswith("dmc")), len(kept))
-    return data | {"rows": [*kept[:place], *mine.values(), *kept[place:]]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of a trained conversion's name; others stay as they were")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of names of what is trained; into another file")
     only = parser.parse_args().only
     torch.set_num_threads(1)
     found, digest = rows(only)
-    here = environment(SEED)
-    whole = {**here, "length": LENGTH, "texts": HELD, "text": digest, "rows": found}
-    write("retain_recall", beside(found, digest, here) if only else whole)
+    name = "retain_recall_gates" if only else "retain_recall"
+    write(name, {**environment(SEED), "length": LENGTH, "texts": HELD, "text": digest, "rows": found})
     table = Table("cache", "tokens per slot", "bytes", "answers right", "answer nats", "nats/token")
     for row in found:
         table.add_row(

@@ -229,7 +229,7 @@ def retained(model: str) -> str:
     return table(heads, map(cells, rows))
 
 
-def recalled() -> str:
+def recalled(result: str = "retain_recall") -> str:
     """A model that was made to look up notes: answers right with slots for a part of the tokens."""
 
     def cells(row: dict[str, Any]) -> list[str]:
@@ -242,7 +242,7 @@ def recalled() -> str:
         ]
 
     heads = ["row", "tokens per slot", "answers right", "nats of the answers", "nats/token"]
-    return table(heads, map(cells, at("retain_recall", "rows")))
+    return table(heads, map(cells, at(result, "rows")))
 
 
 def decoding_with_less() -> str:
