@@ -208,8 +208,8 @@ def test_heads_that_cannot_keep_everything_are_refused(home: Path, tmp_path: Pat
     latent = recipe(HEAD) | {"steps": [{"rewriter": "mla", "rank": 12, "rope_dims": 4}, HEAD]}
     with pytest.raises(PlanError, match="one latent for all of them. Use `gate: adapter`"):
         surgery.plan(parent, latent)
-    with pytest.raises(RecipeError, match="none of 4 KV heads has room for all of 14 tokens"):
-        uptrain(run(home, tmp_path, *TRAINED, "length=14", model="head"))
+    with pytest.raises(RecipeError, match="none of 4 KV heads has room for all of 10 tokens"):
+        uptrain(run(home, tmp_path, *TRAINED, "length=10", model="head"))
 
 
 def test_heads_decide_one_way_and_the_other_in_the_methods_that_are_tested() -> None:

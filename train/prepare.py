@@ -256,7 +256,7 @@ def select(model: PreTrainedModel, section: Uptrain, attention: tuple[str, ...],
         parameter.requires_grad_(chosen and parameter.is_floating_point() and section.train != "lora")
     if section.train == "gates" and not any(p.requires_grad for p in model.parameters()):
         raise RecipeError(
-            "uptrain.train: gates, but the model has none that can be trained alone (gate: adapter, mlp and head have). "
+            "uptrain.train: gates, but the model has none that can be trained alone (gate: adapter, mlp, head have). "
             "Set train=converted."
         )
     if section.train != "lora":
