@@ -64,8 +64,9 @@ def test_the_bundled_model_keeps_its_logits_and_its_greedy_tokens(tmp_path) -> N
     assert report.parity.equal_greedy_tokens == 48
 
 
-def test_the_cache_of_the_export_has_the_reported_size(tmp_path) -> None:
+def test_the_cache_of_the_export_has_the_reported_size_and_answers_end_as_the_sources(tmp_path) -> None:
     child = converted(keep=0.5)
+    child.generation_config.eos_token_id = [2, 9]
     report = export(child, tmp_path / "out", to="native", text=text())
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     cache = DynamicCache(config=alone.config)
@@ -73,6 +74,8 @@ def test_the_cache_of_the_export_has_the_reported_size(tmp_path) -> None:
     numbers = sum(layer.keys.shape[-1] + layer.values.shape[-1] for layer in cache.layers)
     assert numbers == report.facts["numbers_per_token"]
     assert report.facts["numbers_per_token"] >= report.facts["planned_numbers_per_token"]
+    assert f"takes **{4 * numbers:,} bytes per token**" in (tmp_path / "out" / "README.md").read_text()
+    assert alone.generation_config.eos_token_id == [2, 9]
 
 
 def test_a_bias_of_keys_and_values_rides_on_the_neutral_norm_only(tmp_path) -> None:

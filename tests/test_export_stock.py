@@ -45,6 +45,21 @@ def test_unequal_groups_become_equal_ones(tmp_path) -> None:
     assert (report.facts["kv_heads"], report.parity.relative_difference < 1e-5) == (4, True)
 
 
+def test_the_card_of_a_stock_class_counts_its_own_cache_and_says_how_to_load_it(tmp_path) -> None:
+    child = surgery.convert(tiny_model("llama"), {"steps": [{"rewriter": "quantise", "codec": "int4"}]})
+    plan = child.config.surgery["provenance"]["plan"]
+    export(child, tmp_path / "native", to="native")
+    export(tmp_path / "native", tmp_path / "again", to="hub")  # which knows the plan alone
+    assert plan["bytes_per_token"] < plan["parent_bytes_per_token"]
+    for folder in ("native", "again"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert f"takes **{plan['parent_bytes_per_token']:,} bytes per token**" in card
+        assert 'AutoModelForCausalLM.from_pretrained("' in card
+        assert "trust_remote_code" not in card
+        assert "It runs code of its own" not in card
+    assert "caches are not int4" in (tmp_path / "native" / "README.md").read_text()
+
+
 def test_a_norm_over_all_keys_forbids_unequal_repetition(tmp_path) -> None:
     config = tiny_model("olmo2").config
     config.num_key_value_heads = 4

@@ -79,7 +79,8 @@ def write_card(
     """
     pictures: dict[str, bytes] = {}
     loading = ["## How to load", *_loading(written, name)]
-    body = [BEGIN, f"# {name}", _lead(source, options.results), *loading, "## What was done", *_done(source)]
+    body = [BEGIN, f"# {name}", _lead(source, written, options.results), *loading]
+    body += ["## What was done", *_done(source, written)]
     if options.results:
         page, pictures = markdown_page(options.results)
         body += [page, _all_numbers(options.results)]
@@ -93,7 +94,7 @@ def write_card(
         "## Checked",
         parity.line() + ".",
         "## Limits",
-        _limits(source),
+        _limits(source, bool(written.facts.get("code"))),
     ]
     body.append(END)
     for file, png in pictures.items():
@@ -107,12 +108,12 @@ def write_card(
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _lead(source: Source, results: Sequence[Report]) -> str:
+def _lead(source: Source, written: Written, results: Sequence[Report]) -> str:
     plan = source.provenance.get("plan") or {}
     parent = _parent_link(source)
     saved = ""
     if plan.get("parent_bytes_per_token"):
-        before, after = plan["parent_bytes_per_token"], plan["bytes_per_token"]
+        before, after = plan["parent_bytes_per_token"], written.bytes_per_token or source.bytes_per_token
         saved = (
             f" Its KV cache takes **{after:,.0f} bytes per token** in the place of {before:,.0f} "
             f"({before / after:.2f}x)."
@@ -143,7 +144,7 @@ def _parent_link(source: Source) -> str:
     return f"[{source.parent_id}](https://huggingface.co/{source.parent_id}){at}"
 
 
-def _done(source: Source) -> list[str]:
+def _done(source: Source, written: Written) -> list[str]:
     origin = source.provenance
     plan = origin.get("plan") or {}
     layers = [LayerPlan.from_dict(layer) for layer in plan.get("layers") or [e["plan"] for e in source.layers]]
@@ -173,7 +174,10 @@ def _done(source: Source) -> list[str]:
         said.append(f"Trained afterwards on {run['tokens']:,} tokens of `{run['data']['source']}`.")
     if origin.get("versions"):
         said.append("Made with " + ", ".join(f"{k} {v}" for k, v in origin["versions"].items()) + ".")
-    return [*parts, " ".join(said)] if said else parts
+    parts += [" ".join(said)] * bool(said)
+    if written.lines:
+        parts.append(f"Exported as `{written.architecture}`: {'; '.join(written.lines)}.")
+    return parts
 
 
 def _all_numbers(reports: Sequence[Report]) -> str:
@@ -192,11 +196,11 @@ def _loading(written: Written, name: str) -> list[str]:
     return parts
 
 
-def _limits(source: Source) -> str:
+def _limits(source: Source, has_code: bool) -> str:
     lines = ["What limits the parent limits this model; its licence holds here too."]
     if not source.provenance.get("uptrained"):
         lines.append("It was not trained after the conversion; `surgery train` brings quality back.")
-    if source.is_own_class:
+    if has_code:
         lines.append(
             "It runs code of its own in transformers. That code is listed in `export.json` with sha256 digests; "
             "`surgery verify` compares them. Read it before you trust it."

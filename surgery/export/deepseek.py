@@ -31,7 +31,7 @@ from ..planning.parent_class import meta_model
 from ..planning.targets import DEEPSEEK, Refusal, Subject, Way, stored_otherwise
 from ..runtime.layout import AttentionSite, Latent, LayerPlan
 from .parent_class import stock_config
-from .target import Source, Written
+from .target import STOCK_BYTES, Source, Written
 
 Norm = Literal["neutral", "calibrated"]
 ROOM = 2.0**11
@@ -120,7 +120,10 @@ def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Wri
     if pad:
         rank = max(rank, ENGINE_RANK)
     config = _config(model, layers, rank, frequencies, norm)
-    config.surgery = source.provenance
+    # Of all layers; above what the conversion has where layers were padded.
+    numbers = len(layers) * (rank + 2 * len(frequencies))
+    cached = numbers * model.dtype.itemsize
+    config.surgery = {**source.provenance, STOCK_BYTES: cached}
     tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
     for i, layer in enumerate(layers):
         if norm == "calibrated":
@@ -129,15 +132,16 @@ def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Wri
             gain, size = None, _largest_latent(model, layer, windows)
         made = _attention(layer, rank, frequencies, config, gain, size)
         tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
-    _build(config, tensors, model.dtype).save_pretrained(folder)
+    child = _build(config, tensors, model.dtype)
+    child.generation_config = model.generation_config
+    child.save_pretrained(folder)
     source.write_companions(folder)
     facts = {
         "norm": norm,
         "rank": rank,  # of every layer, the constant channel included
         "rope_dims": 2 * len(frequencies),
         "rope_type": _rope_type(config),
-        # Of all layers; above what the conversion has where layers were padded.
-        "numbers_per_token": len(layers) * (rank + 2 * len(frequencies)),
+        "numbers_per_token": numbers,
         "planned_numbers_per_token": sum(layer.plan.dims for layer in layers),
     }
     lines = (
@@ -146,7 +150,7 @@ def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Wri
         f"{facts['planned_numbers_per_token']})",
         *_notes(config, norm),
     )
-    return Written(architecture="DeepseekV3ForCausalLM", facts=facts, lines=lines)
+    return Written(architecture="DeepseekV3ForCausalLM", facts=facts, lines=lines, bytes_per_token=cached)
 
 
 def _layers(model: PreTrainedModel) -> list[_Layer]:

@@ -18,7 +18,6 @@ import transformers
 
 from .. import runtime
 from ..anatomy.positions import max_positions
-from ..calibration.outputs import speaks
 from ..checkpoints.files import Checkpoint, check_model, read_json
 from ..checkpoints.storage import check_whole
 from ..checkpoints.writing import copy_weights
@@ -32,7 +31,7 @@ from ..runtime.rankers import RANKERS
 from ..runtime.scorers import SCORERS
 from .parity import Ask, Parity, answers_alone, answers_of, compare
 from .remote_code import MIN_TRANSFORMERS, RemoteCode, digests
-from .target import Source, Written
+from .target import Source, Written, in_transformers
 
 LARGE = 2_000_000_000
 """Bytes of weights above which the parity check takes the layers from disk one by one, and asks for fewer tokens."""
@@ -114,11 +113,20 @@ class Hub:
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         found = digests(folder)
         says = f"{len(found)} code files, digests in export.json" if found else "no code: stock class"
+        needs = (
+            f"torch and transformers {MIN_TRANSFORMERS} or later"
+            if source.is_own_class
+            else "any version with its class"
+        )
+        own = 'import surgery\n\nmodel = surgery.load("FOLDER_OR_ID")'
         return Written(
             architecture=architecture,
             facts={"weight_bytes": size, "code": found, "transformers": transformers.__version__},
             lines=(f"{human_bytes(size)} of weights, {says}",),
-            loading=_loading(source, architecture),
+            loading=(
+                in_transformers(source, needs, trust=source.is_own_class),
+                ("surgery (`pip install kv-surgery`)", own),
+            ),
         )
 
     def parity(self, source: Source, folder: Path) -> Parity:
@@ -160,22 +168,3 @@ def _with_static(ask: Ask, model: Any) -> tuple[Ask, dict[str, torch.Tensor]]:
 
 def _weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _loading(source: Source, architecture: str) -> tuple[tuple[str, str], ...]:
-    trust = ", trust_remote_code=True" if source.is_own_class else ""
-    use = (
-        "tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0])" if speaks(source.kind) else "model(**inputs)"
-    )
-    remote = (
-        f"from transformers import {source.auto}, AutoTokenizer\n\n"
-        f'model = {source.auto}.from_pretrained("FOLDER_OR_ID", dtype="auto"{trust})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")\n'
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
-        f"print({use})"
-    )
-    needs = (
-        f"torch and transformers {MIN_TRANSFORMERS} or later" if source.is_own_class else "any version with its class"
-    )
-    own = 'import surgery\n\nmodel = surgery.load("FOLDER_OR_ID")'
-    return ((f"transformers ({needs})", remote), ("surgery (`pip install kv-surgery`)", own))

@@ -14,7 +14,7 @@ from ..planning.targets import Refusal, Subject, Way, in_full
 from ..runtime.layout import Codec
 from . import deepseek, parent_class
 from .parity import TOLERANCE, Ask, Parity, answers_alone, answers_of, compare
-from .target import Source, Written
+from .target import Source, Written, in_transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ class Native:
             written = parent_class.write(source, folder)
         else:
             written = deepseek.write(source, folder, self.norm, self.text, self.pad)
+        written = replace(written, loading=(in_transformers(source, "any version with its class"),))
         coded = next((plan for plan in source.subject.plans if isinstance(plan.store, Codec)), None)
         if coded is None:
             return written

@@ -19,7 +19,8 @@ from ..planning.parent_class import meta_model, native_config
 from ..planning.repeated_heads import repeated_heads
 from ..planning.targets import REPEATED, Refusal, Subject, Way, stored_otherwise
 from ..runtime.layout import AttentionSite, HeadNorm, Heads, Projection
-from .target import Source, Written
+from ..runtime.store import itemsize_of
+from .target import STOCK_BYTES, Source, Written
 
 
 def judge(subject: Subject) -> Way | Refusal:
@@ -68,21 +69,22 @@ def write(source: Source, folder: Path) -> Written:
         weights = _repeat(weights, copied, old)
         plain = _canonical_site(old, kv_heads, weights)
         tensors |= write_attention(read_attention(plain, weights.__getitem__), new)
-    config.surgery = source.provenance
+    own = [plan.project.kv_heads for plan in plans]
+    planned = sum(plan.project.dims for plan in plans)
+    written = len(plans) * kv_heads * (sites[0].head_dim + sites[0].value_dim)
+    cached = written * itemsize_of(plans[0].dtype)
+    config.surgery = {**source.provenance, STOCK_BYTES: cached}
     child = parent.from_pretrained(None, config=config, state_dict=tensors, dtype=model.dtype)
     if model.can_generate():
         child.generation_config = model.generation_config
     child.save_pretrained(folder)
     source.write_companions(folder)
-    own = [plan.project.kv_heads for plan in plans]
-    planned = sum(plan.project.dims for plan in plans)
-    written = len(plans) * kv_heads * (sites[0].head_dim + sites[0].value_dim)
     facts = {"kv_heads": kv_heads, "numbers_per_token": written, "planned_numbers_per_token": planned}
     lines = (
         f"{min(own)} to {max(own)} KV heads by layer, repeated to {kv_heads} in each (lossless)",
         f"cache: {written} numbers per token (the conversion has {planned})",
     )
-    return Written(architecture=parent.__name__, facts=facts, lines=lines)
+    return Written(architecture=parent.__name__, facts=facts, lines=lines, bytes_per_token=cached)
 
 
 def _heads(subject: Subject) -> list[Heads]:

@@ -13,6 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..anatomy.reader import load_config
+from ..calibration.outputs import speaks
 from ..calibration.text import load_tokenizer
 from ..checkpoints.adapters import check_adapter
 from ..checkpoints.classes import model_class
@@ -25,6 +26,9 @@ from ..checkpoints.storage import copy_parents_companions, load
 from ..planning.targets import Refusal, Subject, Way
 from ..runtime.modeling import auto_classes, converted_class
 from .parity import Parity
+
+STOCK_BYTES = "stock_bytes_per_token"
+"""In the provenance of a stock class that an export wrote: bytes per token of its cache, which holds all in full."""
 
 
 class Source:
@@ -104,6 +108,13 @@ class Source:
         return dict(surgery.get("provenance", surgery))
 
     @property
+    def bytes_per_token(self) -> float | None:
+        """Of its cache: as the stock class that it was written as has it, else as planned; None where nobody said."""
+        planned = (self.provenance.get("plan") or {}).get("bytes_per_token")
+        found: float | None = self.provenance.get(STOCK_BYTES, planned)
+        return found
+
+    @property
     def parent(self) -> str:
         """The parent's Hub id, or the last part of its path; empty where it is not known."""
         return public_name(self.provenance.get("parent") or "", bool(self.provenance.get("parent_revision")))
@@ -150,6 +161,29 @@ class Written:
     """For the terminal."""
     loading: tuple[tuple[str, str], ...] = ()
     """For the model card: engine, and the code that loads the export there; FOLDER_OR_ID stands for its place."""
+    bytes_per_token: float | None = None
+    """Of the cache of the export; None where it is that of the source."""
+
+
+def in_transformers(source: Source, needs: str, *, trust: bool = False) -> tuple[str, str]:
+    """An entry of `Written.loading`: an export in transformers.
+
+    Args:
+        needs: what must be installed.
+        trust: the export has code of its own.
+    """
+    use = (
+        "tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0])" if speaks(source.kind) else "model(**inputs)"
+    )
+    more = ", trust_remote_code=True" if trust else ""
+    code = (
+        f"from transformers import {source.auto}, AutoTokenizer\n\n"
+        f'model = {source.auto}.from_pretrained("FOLDER_OR_ID", dtype="auto"{more})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_ID")\n'
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        f"print({use})"
+    )
+    return f"transformers ({needs})", code
 
 
 class Target(Protocol):

@@ -85,7 +85,7 @@ class Vllm:
             shutil.copyfile(source.folder / "config.json", folder / "config.json")
         source.write_companions(folder)
         facts: dict[str, Any] = {"plugin": source.is_own_class}
-        lines = ["runs without a plugin"]
+        lines, served = ["runs without a plugin"], None
         if source.is_own_class:
             planned, served = planned_and_served(source.layers)
             facts |= {"planned_bytes_per_token": planned, "served_bytes_per_token": served}
@@ -100,7 +100,9 @@ class Vllm:
             command += f" --kv-cache-dtype {dtype}"
             lines.append(f"cache: vLLM's own {dtype}, of all tokens and with a scale of 1; compared with that")
         loading = (("vLLM", command),)
-        return Written(architecture=source.architecture, facts=facts, lines=tuple(lines), loading=loading)
+        return Written(
+            architecture=source.architecture, facts=facts, lines=tuple(lines), loading=loading, bytes_per_token=served
+        )
 
     def parity(self, source: Source, folder: Path) -> Parity:
         """Ask vLLM the same prompts, and how much it caches for one token."""
