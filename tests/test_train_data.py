@@ -316,3 +316,11 @@ def test_repeated_epochs_have_the_same_sequences(texts):
         assert torch.equal(ids[n], ids[n + first])
     fresh = [batch["input_ids"] for batch in steps(stream(texts, batch=1), 60)]
     assert not torch.equal(fresh[first + 1], fresh[1])
+
+
+def test_repeated_epochs_leave_out_no_part_of_a_document_also_where_lanes_are_many():
+    """Lanes beyond the documents read whole documents too, not the start of one for ever."""
+    long = Texts("".join(map(chr, range(100 * (i + 1), 100 * (i + 1) + 40))) for i in range(2))
+    batches = steps(stream(long, batch=3, length=8, repeat=True, separate=False), 5)
+    third = torch.cat([batch["input_ids"][2] for batch in batches]).tolist()
+    assert any(set(map(ord, text)) <= set(third) for text in long)

@@ -157,7 +157,7 @@ class PackedText(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         labels: list[int] = []
         positions: list[int] = []
         empty = 0
-        if self.repeat and lane.place >= len(self.documents):
+        if self.repeat and lane.place >= max(len(self.documents), number + 1):  # behind its last document
             lane.place, lane.used, lane.tokens = number, 0, None
         front: list[int] = []
         if 0 < lane.used <= len(self.start):

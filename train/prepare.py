@@ -27,7 +27,7 @@ from surgery.runtime.canonical import canonical_weights
 from .data import PackedText, split_batch
 from .documents import open_documents, training_tokenizer
 from .gates import check_length
-from .parent import Parent, check_parent, check_sites, different_weights, read_head
+from .parent import Parent, check_parent, check_sites, different_weights, output_embedding, read_head
 from .run import Run, Setup, world_and_rank
 from .schedule import schedule
 from .trainer import core
@@ -53,6 +53,11 @@ def prepare(run: Run) -> Setup:
     if run.keep_logits is not None and (section.hidden or not section.kl):
         raise RecipeError("--keep-logits: serves the KL alone. Set kl above 0 and hidden=0, or leave it out.")
     parent_name, parent = _load_parent(run, origin, folder)
+    if run.control and section.train == "lora" and adapter_in(local_folder(parent_name)) is not None:
+        raise RecipeError(
+            f"uptrain.train: lora, and {parent_name} holds an adapter itself, so that the new one would have no base "
+            "on disk. Save the merged model and pass --parent, or set train=attention."
+        )
     check_parent(model, parent, parent_name)
     made = plan(parent, Recipe.recorded(origin["recipe"]))
     check_sites(model, made.anatomy.sites, parent_name)
@@ -80,7 +85,7 @@ def prepare(run: Run) -> Setup:
         check_separates(student)
     torch.manual_seed(run.seed)  # of adapters
     check_length(student, length, section.gate_budget_per == "head")
-    wrapped = select(student, section, trained, str(folder))
+    wrapped = select(student, section, trained, str(local_folder(parent_name) if run.control else folder))
     setup = Setup(
         run=run,
         uptrain=section,
@@ -263,10 +268,16 @@ def select(model: PreTrainedModel, section: Uptrain, attention: tuple[str, ...],
         return model
     peft = _peft()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = next((name for name, module in model.named_modules() if module is output_embedding(model)), "")
     if section.lora_targets is None:
         targets = [name for name in linear if name.startswith(inside)]
     else:
         targets = [name for name in linear if name.rpartition(".")[2] in section.lora_targets]
+        if head in targets:
+            raise RecipeError(
+                f"uptrain.lora_targets: {head} makes the logits, and the loss reads its weight, which an adapter does "
+                "not change. Leave it out, or set train=all."
+            )
         absent = set(section.lora_targets) - {name.rpartition(".")[2] for name in targets}
         if absent:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from surgery.checkpoints.companions import copy_companions
-from surgery.checkpoints.places import local_folder
 from surgery.checkpoints.provenance import provenance_of, versions, write_provenance
 from surgery.checkpoints.writing import new_folder
 
@@ -78,7 +77,7 @@ def write_result(setup: Setup, trainer: Uptrainer, summary: dict[str, Any]) -> N
         fresh.generation_config = copy.deepcopy(plain.generation_config)
         with new_folder(target, overwrite=True) as folder:
             fresh.save_pretrained(folder)
-            copy_companions(local_folder(setup.parent_name) if run.control else setup.folder, folder)
+            copy_companions(setup.base, folder)
             if setup.origin:
                 write_provenance(folder, provenance_of(fresh))
         record = {**summary, "log": trainer.state.log_history}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,9 @@ import torch
 from torch import nn
 
 from surgery.calibration.text import Windows
+from surgery.checkpoints.adapters import base_folder
+from surgery.checkpoints.places import local_folder
+from surgery.checkpoints.unfinished import file_digest
 from surgery.recipe import Uptrain
 
 from .documents import Documents
@@ -95,6 +100,16 @@ class Setup:
     """Of the weights as they lay on disk, and will again."""
 
     @property
+    def base(self) -> Path:
+        """Where the model lies that is trained: the converted one, or for a control the parent."""
+        return local_folder(self.parent_name) if self.run.control else self.folder
+
+    @functools.cached_property
+    def parent_digest(self) -> str:
+        """Names the parent's weights."""
+        return weights_digest(local_folder(self.parent_name))
+
+    @property
     def tokens(self) -> int:
         """Tokens of the whole run: whole steps."""
         return self.schedule.steps * self.uptrain.batch * self.length
@@ -102,10 +117,12 @@ class Setup:
     def identity(self) -> dict[str, Any]:
         """What must stay the same for a resumed run to be the same run."""
         return {
-            "model": _weights_digest(self.folder),
+            "model": weights_digest(self.folder),
             "parent": self.parent_name,
+            "parent_weights": self.parent_digest,
             "control": self.run.control,
             "data": self.documents.digest,
+            "held_out": None if self.held_out is None else self.held_out.digest,
             "seed": self.run.seed,
             "keep_logits": self.run.keep_logits,
             "length": self.length,
@@ -136,15 +153,11 @@ def plain_options(section: Uptrain) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
-def _weights_digest(folder: Path) -> list[list[Any]]:
-    """Names and sizes of the weight files with the digest of their headers."""
-    found = []
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            head = stream.read(2**20)
-            stream.seek(max(0, file.stat().st_size - 2**20))
-            found.append([file.name, file.stat().st_size, hashlib.sha256(head + stream.read()).hexdigest()[:16]])
-    return found
+def weights_digest(folder: Path) -> str:
+    """Names the weights in a folder, and those of the base of an adapter that lies there."""
+    files = {file for place in (folder, base_folder(folder)) for file in place.glob("*.safetensors")}
+    found = [[file.name, *file_digest(file).values()] for file in sorted(files)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def world_and_rank() -> tuple[int, int]:

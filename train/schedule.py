@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from surgery.recipe import Uptrain
@@ -87,6 +90,23 @@ def schedule(uptrain: Uptrain, sequence_length: int, hidden_size: int) -> Schedu
     if steps > local:
         stages.append(Stage(name=LOGITS, begin=local, steps=steps - local, learning_rate=rate))
     return Schedule(stages=tuple(stages), shape=uptrain.schedule, warmup=uptrain.warmup, decay=uptrain.decay)
+
+
+@contextmanager
+def own_rates(optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """Inside, the state of a checkpoint is loaded; rates and weight decay stay this run's, at the step of that state.
+
+    torch loads those of the run that wrote it, which may be others (`--force`).
+
+    Args:
+        optimizer, scheduler: as made for this run; a `LambdaLR`. Either may be wrapped by accelerate.
+    """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    inner: LambdaLR = getattr(scheduler, "scheduler", scheduler)
+    inner.base_lrs = [group["initial_lr"] for group in own]
+    for group, options, factor in zip(optimizer.param_groups, own, inner.lr_lambdas, strict=True):
+        group.update(options, lr=options["initial_lr"] * factor(inner.last_epoch))
 
 
 @runtime_checkable

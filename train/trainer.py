@@ -26,11 +26,12 @@ from surgery.recipe import Uptrain
 
 from .checkpoints import CHECKPOINT, SAVING, checkpoints, clean, disk_errors, remove_checkpoints
 from .data import PackedText
+from .forcing import detach, forced_by
 from .gates import budget_of, mean_alpha, shortfall, summed
-from .losses import IGNORE, Distilled, Weights, distil, hidden_match, squared_error
+from .losses import IGNORE, Distilled, Weights, distil, hidden_match
 from .parent import Parent, head_input, head_of
 from .parent_logits import KeptLogits
-from .schedule import LAYER_LOCAL, Schedule
+from .schedule import LAYER_LOCAL, Schedule, own_rates
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,9 @@ class Uptrainer(Trainer):
             loss = super().training_step(*args, **kwargs)
         finally:
             self.remove_hooks()
-        if torch.isfinite(loss):
-            return loss
-        self._count(not_finite=1)
-        return torch.zeros_like(loss)  # Trainer's running mean would stay NaN for ever
+        is_finite = torch.isfinite(loss)
+        self._count(not_finite=~is_finite)  # also 0: every device adds up the same sums
+        return loss if is_finite else torch.zeros_like(loss)  # Trainer's running mean would stay NaN for ever
 
     def remove_hooks(self) -> None:
         """Give the model's modules back as they were before `compute_loss`."""
@@ -185,8 +185,8 @@ class Uptrainer(Trainer):
         errors: list[Tensor] = []
         for name, scale in self.local.items():
             own, teacher = inner.get_submodule(name), self.parent.attention[name]
-            self._hooks.append(own.register_forward_pre_hook(_detach, with_kwargs=True))
-            forced = _forced(teacher, scale, errors, connected)
+            self._hooks.append(own.register_forward_pre_hook(detach, with_kwargs=True))
+            forced = forced_by(teacher, scale, errors, connected)
             self._hooks.append(own.register_forward_hook(forced, with_kwargs=True))
         with head_input(inner):
             logits = model(**inputs, use_cache=False).logits
@@ -407,6 +407,11 @@ class Uptrainer(Trainer):
             clean(root)
         self.accelerator.wait_for_everyone()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, of which moments and step are taken."""
+        with own_rates(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.text.load(Path(resume_from_checkpoint))
@@ -419,30 +424,6 @@ def _same_use_cache(config: Any) -> Iterator[None]:
     yield
     vars(config).pop("use_cache", None)
     vars(config).update(before)
-
-
-def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Stop gradients at a module's inputs."""
-
-    def cut(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) else value
-
-    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
-
-
-def _forced(teacher: nn.Module, scale: float, errors: list[Tensor], connected: bool) -> Any:
-    """A forward hook that measures a module's output against the teacher's, and hands on the teacher's."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        with torch.no_grad():
-            target = teacher(*args, **kwargs)
-        y, y_t = (o[0] if isinstance(o, tuple) else o for o in (output, target))
-        errors.append(squared_error(y, y_t, scale))
-        if connected:
-            y_t = y_t + (y - y.detach())
-        return (y_t, *target[1:]) if isinstance(target, tuple) else y_t
-
-    return hook
 
 
 def core(model: nn.Module) -> Any:

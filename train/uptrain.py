@@ -128,7 +128,8 @@ def train(setup: Setup) -> dict[str, Any]:
     if run.keep_logits is not None:
         k = min(run.keep_logits, core(setup.model).config.get_text_config(decoder=True).vocab_size)
         temperature = setup.uptrain.temperature
-        kept = KeptLogits(out / "parent-logits", k=k, temperature=temperature, parent=setup.parent_name)
+        parent = f"{setup.parent_name}, weights {setup.parent_digest}"
+        kept = KeptLogits(out / "parent-logits", k=k, temperature=temperature, parent=parent)
     if run.checkpointing:
         enable_checkpointing(core(setup.model))
     callbacks: list[Any] = [FreshOptimizer(setup.schedule)]
@@ -159,9 +160,9 @@ def train(setup: Setup) -> dict[str, Any]:
         trainer.local = local_scales(setup)
         setup.parent.to(arguments.device, setup.dtype if arguments.bf16 else None)
     table = parameter_groups(setup)
-    if setup.uptrain.train == "lora" and rank == 0 and not (out / "base").exists():
-        with new_folder(out / "base") as base:  # what the adapter in every checkpoint belongs to
-            shutil.copytree(setup.folder, base, dirs_exist_ok=True)
+    if setup.uptrain.train == "lora" and rank == 0 and (resume is None or not (out / "base").exists()):
+        with new_folder(out / "base", overwrite=True) as base:  # what the adapter in every checkpoint belongs to
+            shutil.copytree(setup.base, base, dirs_exist_ok=True)
     trainer.go(resume)
     summary = summarise(setup, trainer, table)
     write_result(setup, trainer, summary)
@@ -183,14 +184,17 @@ def _resume_from(setup: Setup) -> Path | None:
             raise CheckpointError(f"{run.out}: holds checkpoints. Use --resume auto, another folder, or remove them.")
         return None
     chosen = (found[-1] if found else None) if run.resume == "auto" else Path(run.resume)
-    if chosen is None or run.force or not (run.out / RUN).is_file():
+    if chosen is None or run.force:
         return chosen
-    old, new = read_json(run.out / RUN), json.loads(json.dumps(setup.identity()))
+    record = chosen.absolute().parents[1] / RUN  # of the run that wrote the checkpoint, wherever it lies
+    if not record.is_file():
+        return chosen
+    old, new = read_json(record), json.loads(json.dumps(setup.identity()))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
         parts = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed]
         raise CheckpointError(
-            f"{run.out}: its checkpoints are of another run ({'; '.join(parts)}). Choose another folder, or pass "
+            f"{record.parent}: its checkpoints are of another run ({'; '.join(parts)}). Choose another folder, or pass "
             "--force."
         )
     return chosen

@@ -43,7 +43,7 @@ def manifest(folder: Path, base: Path, plan: Plan, windows: Windows, seed: int, 
     files = {file for place in (folder, base) for file in place.glob("*.safetensors")}
     return {
         "recipe": plan.recipe.to_dict(),
-        "model": {file.name: _digest(file) for file in sorted({*files, base / "config.json"})},
+        "model": {file.name: file_digest(file) for file in sorted({*files, base / "config.json"})},
         "text": {"windows": list(windows.ids_BT.shape), "tokens": windows.tokens, "digest": windows.digest},
         "seed": seed,
         "streams": streams,
@@ -117,7 +117,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _digest(file: Path) -> dict[str, Any]:
+def file_digest(file: Path) -> dict[str, Any]:
     """Size, and a digest of the start and of samples throughout: weights that were trained further differ there."""
     size = file.stat().st_size
     found = hashlib.sha256()
