@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import surgery
 from surgery.anatomy import examine
+from surgery.calibration.text import Windows
 from surgery.calibration.working_copy import WorkingCopy
 from surgery.console import render
 from surgery.errors import PlanError, RecipeError
@@ -25,6 +26,7 @@ from surgery.plan import plan
 from surgery.planning.share_layouts import owners_of
 from surgery.recipe import Recipe
 from surgery.rewriters.layers.maps import assign, input_gain, mean_weights
+from surgery.rewriters.layers.search import mean_caches
 
 BARE = {"refit_queries": False, "refit_output": False, "gain_fit": False}
 
@@ -347,6 +349,20 @@ def test_searches_keep_to_their_budget(layout: str, init: str) -> None:
     # Which owners become latents is known after the search; each keeps 24 positions of four bytes beside its numbers.
     more = held - plan(model, recipe(**step)).cache_bytes(24)
     assert more in ((0,) if init == "best" else (0, 24 * 4))
+
+
+def test_mean_caches_do_not_know_what_texts_are_filled_up_with() -> None:
+    model = deep(layers=2)
+    lengths = torch.tensor([24, 5] * 8)
+    mask = torch.arange(24) < lengths[:, None]
+    found = []
+    for padding in (0, 7):
+        ids = text(16).masked_fill(~mask, padding)
+        found.append(mean_caches(WorkingCopy(model, examine(model)), {0, 1}, Windows(ids, mask, "x")))
+    for layer in (0, 1):
+        for a, b in zip(found[0][layer], found[1][layer], strict=True):
+            assert a.shape[1] == 24
+            torch.testing.assert_close(a, b)
 
 
 def test_the_mean_is_true_and_takes_norm_gains_along() -> None:

@@ -110,7 +110,7 @@ def kvsharer_pairs(
     sample = windows.take(30)
     pairs = [(reader, owner) for reader, owners in possible.items() for owner in owners]
     before = {layer: copy.form(layer) for layer, owners in possible.items() if owners}
-    means = _mean_caches(copy, {layer for pair in pairs for layer in pair}, sample)
+    means = mean_caches(copy, {layer for pair in pairs for layer in pair}, sample)
     distance = {(r, o): sum(float((a - b).norm()) for a, b in zip(means[r], means[o], strict=True)) for r, o in pairs}
     taken: dict[int, int] = {}
     hidden = _hidden(copy.teacher, sample)
@@ -170,13 +170,14 @@ def _with(pair: tuple[int, int], taken: Sequence[tuple[int, int]]) -> list[tuple
     return [*((r, owner if o == reader else o) for r, o in taken), pair]
 
 
-def _mean_caches(copy: WorkingCopy, layers: Iterable[int], windows: Windows) -> dict[int, list[Tensor]]:
-    """K and V of each layer, averaged over texts, [K, T, H]."""
+def mean_caches(copy: WorkingCopy, layers: Iterable[int], windows: Windows) -> dict[int, list[Tensor]]:
+    """K and V of each layer, averaged over texts, [K, T, H]; a text that has ended adds nothing."""
     means: dict[int, list[Tensor]] = {}
     for visit in copy.visits(windows, layers, kept=means):
         summed: list[Tensor] = []
         for a in visit.activations():
-            k, v = (F.pad(t.sum(0), (0, 0, 0, windows.ids_BT.shape[1] - t.shape[2]))
+            real = a.mask_BT[:, None, :, None]
+            k, v = (F.pad((t * real).sum(0), (0, 0, 0, windows.ids_BT.shape[1] - t.shape[2]))
                     for t in copy.keys_values(visit.layer, a.inputs))  # fmt: skip
             summed = [summed[0] + k, summed[1] + v] if summed else [k, v]
         means[visit.layer] = [total(t) / len(windows) for t in summed]
