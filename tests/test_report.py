@@ -224,6 +224,17 @@ def test_results_of_different_paths_are_refused(tmp_path):
         write_report([made_up(), one], tmp_path / "out")
 
 
+@pytest.mark.parametrize(("number", "seed", "said"), [(16, 0, "16 in 128"), (8, 1, "seed 1")])
+def test_answers_to_other_questions_do_not_stand_in_one_table(tmp_path, number, seed, said):
+    other = made_up("gqa-4x")
+    asked = tuple(dataclasses.replace(cell, questions=number) for cell in other.model.recall)
+    other = dataclasses.replace(other, model=dataclasses.replace(other.model, recall=asked), seed=seed)
+    silent = dataclasses.replace(made_up("int4"), model=dataclasses.replace(measured("int4"), recall=()), seed=5)
+    with pytest.raises(CheckpointError, match=f"gqa-2x and gqa-4x: asked other questions of associative .*{said}"):
+        write_report([silent, made_up(), other], tmp_path / "out")
+    write_report([silent, made_up(), made_up("gqa-4x")], tmp_path / "out")
+
+
 def test_a_baseline_may_be_spelt_in_two_ways(tmp_path):
     cards = write_report([made_up(), made_up("b", parent="./parent/")], tmp_path / "out").with_name("report.md")
     assert "./parent/" not in cards.read_text()

@@ -112,6 +112,28 @@ def check_comparable(reports: Sequence[Report]) -> None:
                 f"({_fingerprint(parent.baseline)}; {_fingerprint(report.baseline)}). "
                 "Evaluate both with the same --baseline."
             )
+    known: dict[str, tuple[str, str]] = {}
+    for report in reports:
+        for task, asked in _asked(report).items():
+            name, before = known.setdefault(task, (report.model.name, asked))
+            if before != asked:
+                raise CheckpointError(
+                    f"{name} and {report.model.name}: asked other questions of {task} ({before}; {asked}), so their "
+                    "answers do not compare. Evaluate both with the same --questions and --seed."
+                )
+
+
+def _asked(report: Report) -> dict[str, str]:
+    """Which recall questions, by task."""
+    found = {}
+    for task in dict.fromkeys(cell.task for cell in report.model.recall):
+        cells = [cell for cell in report.model.recall if cell.task == task]
+        lengths, depths, questions = (
+            ", ".join(f"{value:g}" for value in sorted({getattr(cell, name) for cell in cells}))
+            for name in ("length", "depth", "questions")
+        )
+        found[task] = f"{questions} in {lengths} tokens at depths {depths}, seed {report.seed}"
+    return found
 
 
 def _same(a: Measured, b: Measured) -> bool:
