@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import tiny_model
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 from uptraining import losses, make_home, run
 
 import surgery
@@ -92,6 +92,17 @@ def trainer_of(home, tmp_path, *overrides, model="native", **options):
         with pytest.raises(Stop):
             train(setup)
     return made["trainer"], setup
+
+
+def test_trainer_does_not_split_batches_over_the_gpus_of_a_machine(home, tmp_path, monkeypatch, caplog):
+    class FourGpus(TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 4
+
+    monkeypatch.setattr("surgery.train.uptrain.TrainingArguments", FourGpus)
+    assert trainer_of(home, tmp_path)[0].args.n_gpu == 1
+    assert "one of 4 GPUs is used: start training by accelerate launch" in caplog.text
 
 
 def gradients(model):

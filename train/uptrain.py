@@ -10,6 +10,7 @@ and what is written down.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ from .result import summarise, write_result
 from .run import Run, Setup, parameter_groups, world_and_rank
 from .schedule import Ramp, RampCallback
 from .trainer import Uptrainer, core
+
+_log = logging.getLogger(__name__)
 
 RUN = "run.json"
 _PROBE = 4
@@ -123,6 +126,9 @@ def train(setup: Setup) -> dict[str, Any]:
         report_to=run.report_to,
         disable_tqdm=rank != 0 or not sys.stderr.isatty(),
     )
+    if arguments.n_gpu > 1:
+        _log.warning("one of %d GPUs is used: start training by accelerate launch to use them all", arguments.n_gpu)
+        arguments._n_gpu = 1  # else Trainer splits batches over all of them, behind the losses
     text = packed_text(setup)
     kept = None
     if run.keep_logits is not None:
