@@ -17,8 +17,9 @@ import surgery
 from surgery import CheckpointError
 from surgery.calibration.packing import load_packed, save_packed
 from surgery.calibration.pipeline import Pipeline
-from surgery.calibration.text import read_windows
+from surgery.calibration.text import load_windows, read_windows
 from surgery.calibration.working_copy import WorkingCopy
+from surgery.checkpoints.unfinished import manifest
 
 RECIPES = {
     "gqa": step("gqa", kv_heads=1),
@@ -166,6 +167,16 @@ def test_what_is_unfinished_is_of_one_conversion(tmp_path, monkeypatch, parent, 
     with pytest.raises(CheckpointError, match=f"differs in: {named}. Delete that folder"):
         surgery.convert_checkpoint(**{**options, **changed}, out=tmp_path / "out")
     assert json.loads((tmp_path / "out.unfinished" / "manifest.json").read_text())["seed"] == 0
+
+
+def test_an_adapter_is_known_by_its_config_too(tmp_path, parent):
+    plan, windows = surgery.plan(parent, RECIPES["gqa"]), load_windows(TEXT, vocab_size=128, length=TEXT.shape[1])
+    found = []
+    for alpha in (8, 16):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        found.append(manifest(tmp_path, parent, plan, windows, 0, "float32")["model"])
+    assert found[0].keys() == found[1].keys()
+    assert found[0] != found[1]
 
 
 def test_nothing_is_left_where_no_layer_was_done(tmp_path, monkeypatch, parent):

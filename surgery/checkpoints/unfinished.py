@@ -15,6 +15,7 @@ from ..calibration.journal import Journal
 from ..calibration.text import Windows
 from ..errors import CheckpointError
 from ..plan import Plan
+from .adapters import CONFIG as ADAPTER
 from .files import read_json
 from .provenance import versions
 
@@ -41,9 +42,10 @@ def manifest(folder: Path, base: Path, plan: Plan, windows: Windows, seed: int, 
         base: where the parent's weights lie.
     """
     files = {file for place in (folder, base) for file in place.glob("*.safetensors")}
+    files |= {base / "config.json", *folder.glob(ADAPTER)}  # which says how much of an adapter is merged
     return {
         "recipe": plan.recipe.to_dict(),
-        "model": {file.name: file_digest(file) for file in sorted({*files, base / "config.json"})},
+        "model": {file.name: file_digest(file) for file in sorted(files)},
         "text": {"windows": list(windows.ids_BT.shape), "tokens": windows.tokens, "digest": windows.digest},
         "seed": seed,
         "streams": streams,
