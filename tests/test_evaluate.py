@@ -20,10 +20,10 @@ from surgery.calibration.text import load_tokenizer, load_windows
 from surgery.checkpoints.provenance import provenance_of
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.export.card import _done
-from surgery.export.target import Source
+from surgery.export.target import Source, Written
 from surgery.measure.memory import cache_bytes, max_batch, parse_bytes
 from surgery.measure.recall import TASKS, Reader, answer_questions, compose_questions
-from surgery.measure.scoring import score_windows
+from surgery.measure.scoring import DECODE_BATCH, rows_of, score_windows
 from surgery.measure.statistics import bootstrap
 
 IDS = torch.randint(0, 120, (6, 48), generator=torch.Generator().manual_seed(0))
@@ -295,9 +295,17 @@ def test_calibration_text_is_cut_the_same_way_and_recorded():
     ids = torch.cat([torch.ones(2, 1, dtype=torch.long), words.view(2, 5)], 1)
     digest = load_windows(ids, vocab_size=128, length=6).digest
     found = provenance_of(child)["calibration"]
-    assert "12 tokens in 2 windows, each starting with `<s>`, digest" in "".join(_done(Source(child)))
+    assert "12 tokens in 2 windows, each starting with `<s>`, digest" in "".join(
+        _done(Source(child), Written(architecture="x"))
+    )
     assert found.pop("held_out_kl") > 0
     assert found == {"windows": 2, "tokens": 12, "digest": digest, "start": ["<s>"]}
+
+
+@pytest.mark.parametrize(("scorer", "rows"), [("snapkv", 1), ("h2o", DECODE_BATCH)])
+def test_texts_are_decoded_alone_where_their_length_says_what_is_a_prompt(scorer, rows):
+    step = {"rewriter": "evict", "scorer": scorer, "ratio": 2, "recent": 4} | ({"observe": 4} if rows == 1 else {})
+    assert rows_of(surgery.convert(tiny_model("llama"), {"steps": [step]})) == rows
 
 
 @pytest.mark.parametrize(("family", "length"), [("gpt2", None), ("gpt2", 16), ("mpt", None), ("llama", 16)])

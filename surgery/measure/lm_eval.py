@@ -26,7 +26,7 @@ from ..calibration.text import check_known_ids, special_tokens
 from ..errors import CheckpointError, RecipeError
 from .cloze import CONTEXT, cloze_questions
 from .recall import FILLER, TASKS, Reader, compose
-from .scoring import DECODE_BATCH, log_probabilities, prompt_of
+from .scoring import log_probabilities, prompt_of, rows_of
 
 OURS = {f"surgery_{name}": name for name in TASKS}
 """Name among lm-eval's tasks -> name in `measure.recall.TASKS`."""
@@ -114,7 +114,7 @@ def run_tasks(
             if not names:
                 continue
             results = simple_evaluate(
-                model=_language_model(model, tokenizer, DECODE_BATCH if through_cache else batch_size, through_cache),
+                model=_language_model(model, tokenizer, rows_of(model) if through_cache else batch_size, through_cache),
                 tasks=[item for name in names for item in _load(name, model, tokenizer, seed, texts)],
                 # Without lm-eval's own: building the index of them reads thousands of files, and ours are loaded.
                 task_manager=_manager(defaults=False),

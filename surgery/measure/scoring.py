@@ -77,8 +77,17 @@ def score_windows(model: PreTrainedModel, baseline: PreTrainedModel | None, wind
 def prompt_of(model: PreTrainedModel, tokens: int) -> int:
     """Tokens of a window that come at once before others are decoded: one; half of them where slots leave behind
     prompts alone, so that there is something to lose."""
-    waits = any(plan.retain is not None and plan.retain.waits_for_prompts for plan in getattr(model, "plans", ()))
-    return max(1, tokens // 2) if waits else 1
+    return max(1, tokens // 2) if _waits(model) else 1
+
+
+def rows_of(model: PreTrainedModel) -> int:
+    """Texts of different lengths that may be decoded together: one where half of each is its prompt, for that of the
+    longest would be the prompt of all."""
+    return 1 if _waits(model) else DECODE_BATCH
+
+
+def _waits(model: PreTrainedModel) -> bool:
+    return any(plan.retain is not None and plan.retain.waits_for_prompts for plan in getattr(model, "plans", ()))
 
 
 def log_probabilities(
