@@ -65,7 +65,7 @@ class Run:
     resume: str | None = "auto"
     """`auto` goes on from the last complete checkpoint in OUT, if any; a checkpoint's folder; None starts anew."""
     force: bool = False
-    """Resume although the recipe, data or model changed, and take a parent whose other weights differ."""
+    """Resume although the recipe, text, model or parent changed, and take a parent whose other weights differ."""
     nonfinite_limit: int = 3
     seed: int = 0
     bf16: bool | None = None
