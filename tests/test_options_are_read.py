@@ -34,7 +34,7 @@ Step = dict[str, Any]
 
 BASES: dict[str, list[Step]] = {
     "dmc": [{}],
-    "dms": [{"window": 16}, {"window": 16, "gate": "head"}],
+    "dms": [{"window": 16}, {"window": 16, "gate": "head", "ratio": 2}],
     "evict": [
         {"scorer": "streaming"},
         *({"scorer": name, "window": 16} for name in SCORERS),
