@@ -437,6 +437,7 @@ def quality(bench: Bench) -> None:
             "default": (bench.child_folder(method), (), size, bench.after),
             "refined": (bench.child_folder(method, "refined"), REFINE, size, bench.after),
             f"{text}, after": (bench.child_folder(method, "after", text), (), bench.little, bench.after),
+            f"{text}, refined": (bench.child_folder(method, "refined", text), REFINE, bench.little, bench.after),
             f"{text}, before": (bench.child_folder(method, "before", text), (), bench.little, bench.before),
         }
         for kind, (out, more, windows, checkout) in kinds.items():
