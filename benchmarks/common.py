@@ -61,7 +61,7 @@ def environment(seed: int) -> dict[str, Any]:
 
 def commit_of(checkout: Path) -> str:
     """The last commit that changed the library of a checkout: one that adds results leaves it as it is."""
-    paths = ("surgery", "kernels", "recipes")
+    paths = ("surgery", "kernels", "recipes", "train")
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command, "--", *paths], capture_output=True, text=True, cwd=checkout).stdout

@@ -75,7 +75,7 @@ def weights_digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         numbers = parameter.detach().flatten()
-        some = numbers[:: max(1, len(numbers) // LOOKED_AT)]
+        some = numbers[:: max(1, len(numbers) // LOOKED_AT) | 1]  # odd: not always from the same columns
         found.update(f"{name} {tuple(parameter.shape)}".encode() + some.float().cpu().numpy().tobytes())
     return found.hexdigest()
 

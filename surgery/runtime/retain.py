@@ -18,7 +18,7 @@ class Trained(Retain):
 
     gate: Literal["adapter", "mlp", "borrowed", "head"] = "adapter"
     """`adapter`: a linear map of the layer's input; `mlp`: two of them; `borrowed`: the last channel of q and k;
-    `head`: one number for each KV head, whatever its tokens are. The second and the last of `Gate` alone."""
+    `head`: one number for each KV head, whatever its tokens are. `Pool` has neither `mlp` nor `head`."""
     width: int = 64
     """Numbers between the two maps of `mlp`."""
     gain: float = 30.0
