@@ -38,7 +38,7 @@ from surgery.errors import PlanError, UnsupportedModel
 from surgery.planning.latent_size import aligned_rank, kept_numbers, latent_budget, rope_splits
 from surgery.rewriters.common.gains import tune_gains
 from surgery.rewriters.common.refit import fit_output
-from surgery.rewriters.latent.factors import alternate, joint_latent
+from surgery.rewriters.latent.factors import CommonBasis, alternate, definite, joint_latent
 from surgery.rewriters.latent.fit import FitOptions, fit_layer, lowrank_candidates, mla_candidates, visit_moments
 from surgery.rewriters.latent.low_rank import LOWRANK_INITS, lowrank
 from surgery.rewriters.latent.moments import LatentMoments, MomentSums, _of_means
@@ -284,6 +284,31 @@ def joint_error(
     return total
 
 
+def alternated(
+    down_RD: torch.Tensor,
+    k_PD: torch.Tensor,
+    v_QD: torch.Tensor,
+    key_DD: torch.Tensor,
+    value_DD: torch.Tensor,
+    steps: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`alternate` with all channels alike, from and to the inputs' own basis."""
+    basis, eye = CommonBasis.of(*definite(key_DD, value_DD)), torch.eye(len(k_PD), dtype=torch.float64)
+    start, k, v = (basis.enter(w) for w in (down_RD, k_PD, v_QD))
+    down, k_up, v_up = alternate(start, k, v, eye, eye, basis.share_D, steps)
+    return basis.leave(down), k_up, v_up
+
+
+def test_both_moments_are_diagonal_in_their_common_basis():
+    m = moments_of(make(heads=4, kv_heads=4), inputs())
+    a, b = definite(m.key_DD, m.value_DD)
+    basis, w = CommonBasis.of(a, b), torch.randn(7, D, dtype=torch.float64)
+    there = basis.enter(w)
+    torch.testing.assert_close(basis.leave(there), w)
+    torch.testing.assert_close(there * basis.share_D @ there.T, w @ a @ w.T)
+    torch.testing.assert_close(there * (1 - basis.share_D) @ there.T, w @ b @ w.T)
+
+
 def test_joint_error_equals_the_discarded_tail():
     w, x = make(), inputs()
     m = moments_of(w, x)
@@ -305,13 +330,20 @@ def test_alternation_never_loses_and_stays_where_nothing_is_to_gain():
     def value(down, key, val):
         return joint_error(down, k, v, eye, eye, key, val)
 
-    losses = [
-        value(alternate(start, k, v, eye, eye, m.key_DD, m.value_DD, n)[0], m.key_DD, m.value_DD) for n in range(6)
-    ]
+    losses = [value(alternated(start, k, v, m.key_DD, m.value_DD, n)[0], m.key_DD, m.value_DD) for n in range(6)]
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(losses))
     assert losses[-1] < 0.999 * losses[0]
-    stay = alternate(start, k, v, eye, eye, m.input_DD, m.input_DD, 5)[0]
+    stay = alternated(start, k, v, m.input_DD, m.input_DD, 5)[0]
     assert value(stay, m.input_DD, m.input_DD) == pytest.approx(value(start, m.input_DD, m.input_DD), rel=1e-3)
+
+
+def test_alternation_ends_where_steps_gain_little():
+    w, x = make(heads=4, kv_heads=4), inputs()
+    m = moments_of(w, x)
+    k, v = w.k_KHD.flatten(0, 1), w.v_KVD.flatten(0, 1)
+    start = joint_latent(w.k_KHD, w.v_KVD, 12, cov_DD=m.input_DD)[0]
+    far, further = (alternated(start, k, v, m.key_DD, m.value_DD, n) for n in (100, 200))
+    assert all(torch.equal(a, b) for a, b in zip(far, further, strict=True))
 
 
 def test_alternation_takes_moments_that_rounding_made_indefinite():
@@ -319,9 +351,8 @@ def test_alternation_takes_moments_that_rounding_made_indefinite():
     m = moments_of(w, x)
     rounded = m.key_DD - 1e-3 * torch.eye(D, dtype=torch.float64) * m.key_DD.diagonal().mean()
     k, v = w.k_KHD.flatten(0, 1), w.v_KVD.flatten(0, 1)
-    eye = torch.eye(len(k), dtype=torch.float64)
     start = joint_latent(w.k_KHD, w.v_KVD, 12, cov_DD=m.input_DD)[0]
-    assert all(part.isfinite().all() for part in alternate(start, k, v, eye, eye, rounded, m.value_DD))
+    assert all(part.isfinite().all() for part in alternated(start, k, v, rounded, m.value_DD, 20))
 
 
 def test_complex_mixing_gathers_more_of_the_score_than_real_or_none():

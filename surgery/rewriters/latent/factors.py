@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,10 @@ from ...attention.linalg import Factors, blockdiag, damp, factorise, hermitian
 
 RIDGE = 1e-6
 """Damping of both moments of `alternate`, in parts of their mean diagonal."""
+STEPS = 20
+"""Of `alternate`, at most."""
+ENOUGH = 1e-3
+"""A step of `alternate` that gains less than such a part of the error is its last."""
 
 
 def joint_latent(
@@ -56,52 +63,93 @@ def single_latent(
     return down, up.reshape(K, H, -1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommonBasis:
+    """A basis of the inputs in which two moments a, b are diagonal and their sum is the identity.
+
+    a + b = L Lᵀ and L⁻¹ a L⁻ᵀ = Q diag(λ) Qᵀ: a map W of the inputs is W' = W L Q there, W a Wᵀ = W' diag(λ) W'ᵀ and
+    W b Wᵀ = W' diag(1 - λ) W'ᵀ.
+    """
+
+    root_DD: Tensor
+    """L, lower triangular."""
+    turn_DD: Tensor
+    """Q, orthogonal."""
+    share_D: Tensor
+    """λ, from 0 to 1."""
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> CommonBasis:
+        """Of two matrices whose sum is positive definite."""
+        root = torch.linalg.cholesky(hermitian(a + b))
+        half = torch.linalg.solve_triangular(root, a, upper=False)
+        inner = torch.linalg.solve_triangular(root, half.mT, upper=False)
+        share, turn = torch.linalg.eigh(hermitian(inner))
+        return cls(root_DD=root, turn_DD=turn, share_D=share.clamp(0, 1))
+
+    def enter(self, w_PD: Tensor) -> Tensor:
+        """W' of W."""
+        return w_PD @ self.root_DD @ self.turn_DD
+
+    def leave(self, w_PD: Tensor) -> Tensor:
+        """W of W'."""
+        return torch.linalg.solve_triangular(self.root_DD, w_PD @ self.turn_DD.mT, upper=False, left=False)
+
+
 def alternate(
     down_RD: Tensor,
     k_PD: Tensor,
     v_QD: Tensor,
     k_metric_PP: Tensor,
     v_metric_QQ: Tensor,
-    key_DD: Tensor,
-    value_DD: Tensor,
-    steps: int = 20,
+    share_D: Tensor,
+    steps: int = STEPS,
     ridge: float = RIDGE,
-    diagonal: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(down, k_up [P, R], v_up [Q, R]) that locally minimise the sum of both weighted errors, each under its moments.
 
     tr(M_k ΔK C_k ΔKᵀ) + tr(M_v ΔV C_v ΔVᵀ) has no closed form in both factors where C_k ≠ C_v; in each alone it has:
-    `up` is a regression on the latent, `down` a Sylvester equation that two simultaneous diagonalisations solve.
+    `up` is a regression on the latent, `down` a Sylvester equation that two simultaneous diagonalisations solve. It
+    ends after `steps`, or where a step gains less than a part `ENOUGH` of the error.
 
     Args:
-        diagonal: `simultaneous` of both moments, damped, where it is known.
+        down_RD: start; like K, V and the result in the `CommonBasis` of the moments of keys and values, so that no
+            step needs a product with a matrix of [D, D].
+        share_D: of that basis: the moment of keys. The rest, to 1, is that of values.
     """
-    key, value = definite(key_DD, value_DD, ridge)
-    x_basis, x_share = simultaneous(key, value) if diagonal is None else diagonal
-    k_seen, v_seen = k_PD @ key, v_QD @ value
-    left_k, left_v = k_metric_PP @ k_seen, v_metric_QQ @ v_seen
-    down = down_RD
+    k_seen, v_seen = k_PD * share_D, v_QD * (1 - share_D)
+    k_left, v_left = k_metric_PP @ k_seen, v_metric_QQ @ v_seen
+    energy = float((k_left * k_PD).sum() + (v_left * v_QD).sum())
+    down, error = _orthonormal(down_RD), math.inf
     for step in range(steps + 1):
-        down_k, down_v = down @ key, down @ value
-        k_up, v_up = _regress(k_seen, down_k, down), _regress(v_seen, down_v, down)
-        if step == steps:
+        down_k, down_v = down * share_D, down * (1 - share_D)
+        k_back, v_back = k_seen @ down.mT, v_seen @ down.mT
+        k_up, v_up = _regress(down_k @ down.mT, k_back), _regress(down_v @ down.mT, v_back)
+        k_read, v_read = k_metric_PP @ k_up, v_metric_QQ @ v_up
+        before, error = error, energy - float((k_read * k_back).sum() + (v_read * v_back).sum())
+        if step == steps or before - error <= ENOUGH * max(error, 0.0):
             break
-        g_k, g_v = k_up.mT @ k_metric_PP @ k_up, v_up.mT @ v_metric_QQ @ v_up
+        g_k, g_v = k_up.mT @ k_read, v_up.mT @ v_read
         wide_k, wide_v = definite(g_k, g_v, ridge)
-        basis, share = simultaneous(wide_k, wide_v)
+        small = CommonBasis.of(wide_k, wide_v)
         # What damping adds is added on both sides: a step shrinks towards where it stood, and exact factors stay.
         stay = (wide_k - g_k) @ down_k + (wide_v - g_v) @ down_v
-        rhs = basis.mT @ (k_up.mT @ left_k + v_up.mT @ left_v + stay) @ x_basis
-        weight = share[:, None] * x_share + (1 - share[:, None]) * (1 - x_share)
-        down = basis @ (rhs / weight.clamp_min(1e-12)) @ x_basis.mT
-        # Any basis of the latent will do: keep it orthonormal, or the columns drift apart.
-        down = torch.linalg.qr(down.mT)[0].mT
+        vectors = small.leave(torch.eye(len(down), dtype=down.dtype))
+        rhs = vectors @ (k_up.mT @ k_left + v_up.mT @ v_left + stay)
+        share = small.share_D[:, None]
+        weight = share * share_D + (1 - share) * (1 - share_D)
+        down = _orthonormal(vectors.mT @ (rhs / weight.clamp_min(1e-12)))
     return down, k_up, v_up
 
 
-def _regress(seen_PD: Tensor, down_seen_RD: Tensor, down_RD: Tensor) -> Tensor:
-    """argmin over up of E‖W x - up down x‖², whatever the metric, from W C and down C with C the moments of x."""
-    return torch.linalg.solve(damp(down_seen_RD @ down_RD.mT, 1e-12), down_RD @ seen_PD.mT).mT
+def _regress(gram_RR: Tensor, back_PR: Tensor) -> Tensor:
+    """argmin over up [P, R] of E‖W x - up down x‖², whatever the metric, from down C downᵀ and W C downᵀ."""
+    return torch.linalg.solve(damp(gram_RR, 1e-12), back_PR.mT).mT
+
+
+def _orthonormal(down_RD: Tensor) -> Tensor:
+    """Any basis of the latent will do, and columns that drift apart lose digits."""
+    return torch.linalg.qr(down_RD.mT)[0].mT
 
 
 def definite(a: Tensor, b: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
@@ -114,11 +162,3 @@ def definite(a: Tensor, b: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor
         if ridge >= 1 or not int(torch.linalg.cholesky_ex(damped[0] + damped[1])[1]):
             return damped
         ridge *= 10
-
-
-def simultaneous(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """X, λ with Xᵀ a X = diag(λ) and Xᵀ b X = diag(1 - λ), for positive definite a, b."""
-    L = torch.linalg.cholesky(hermitian(a + b))
-    inner = torch.linalg.solve_triangular(L, torch.linalg.solve_triangular(L, a, upper=False).mT, upper=False)
-    share, Q = torch.linalg.eigh(hermitian(inner))
-    return torch.linalg.solve_triangular(L.mT, Q, upper=True), share.clamp(0, 1)

@@ -14,7 +14,7 @@ from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
 from ...calibration.processes import total
 from ..common.moments import Moments
-from .factors import definite, simultaneous
+from .factors import CommonBasis, definite
 
 QUERIES = 512
 """Queries of each batch whose attention weighs the moments."""
@@ -77,9 +77,9 @@ class LatentMoments:
         return replace(self, value_DD=hermitian(self.value_DD - torch.outer(self.mean_D, self.mean_D)))
 
     @cached_property
-    def diagonal(self) -> tuple[Tensor, Tensor]:
-        """`factors.simultaneous` of the moments of keys and values: forms that are tried share what costs most."""
-        return simultaneous(*definite(self.key_DD, self.value_DD))
+    def basis(self) -> CommonBasis:
+        """Of the moments of keys and values, damped: forms that are tried share what costs most."""
+        return CommonBasis.of(*definite(self.key_DD, self.value_DD))
 
 
 class MomentSums:

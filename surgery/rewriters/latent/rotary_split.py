@@ -13,7 +13,7 @@ from ...attention.linalg import blockdiag, damp
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
 from . import MlaInit, Rotation, Selector
-from .factors import alternate, joint_latent, single_latent
+from .factors import STEPS, alternate, joint_latent, single_latent
 from .moments import LatentMoments
 from .rotary_mixing import mean_phase, mix_components, rotated_part, select_components, unrotated_keys
 
@@ -35,7 +35,7 @@ class MlaOptions:
     value_weight: float = 3.0
     """V's error against K's at `beta` 1, on top of `balance`. KL line searches on the reference model end near 3 at
     every budget and split; within a factor of 2 it changes KL by less than a tenth."""
-    steps: int = 20
+    steps: int = STEPS
     """Alternations after the closed form, where keys and values have moments of their own."""
     mean_split: bool = False
     """Keep the mean of the values apart, as a constant output."""
@@ -191,38 +191,44 @@ def output_metric(weights: AttentionWeights) -> Tensor:
 def _latent(
     weights: AttentionWeights, moments: LatentMoments, k_KHD: Tensor, rank: int, options: MlaOptions, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    v = weights.with_bias("v")
+    k, own, v = k_KHD, weights.with_bias("k"), weights.with_bias("v")
     metred = options.metric == "query"
     k_metric = query_metric(weights, moments.q_NHH) * weights.scale**2 if metred else None
     v_metric = output_metric(weights) if metred else None
-    key, value = (
-        (moments.key_DD, moments.value_DD) if options.cov == "attention" else (moments.input_DD, moments.input_DD)
-    )
-    start = {"attention": moments.input_DD, "uniform": moments.input_DD, "none": None}[options.cov]
+    basis = moments.basis if options.cov == "attention" else None
+    if basis is None:
+        start = moments.input_DD if options.cov == "uniform" else None
+        key = value = moments.input_DD
+    else:
+        k, v = basis.enter(k), basis.enter(v)
+        start, key, value = None, basis.share_D, 1 - basis.share_D
     beta = beta * options.value_weight
     if options.balance == "rms":
-        # Where rotated components hold all of K, what is left is rounding: V must not be weighed against that.
-        k_energy = max(_energy(k_KHD, key, k_metric), 1e-12 * _energy(weights.with_bias("k"), key, k_metric))
+        k_energy = _energy(k, key, k_metric)
+        if float(k_KHD.norm()) < 1e-5 * float(own.norm()):
+            # Rotated components hold all of K, what is left is rounding: V must not be weighed against that.
+            k_energy = max(k_energy, 1e-12 * _energy(own if basis is None else basis.enter(own), key, k_metric))
         beta = beta * (k_energy / max(_energy(v, value, v_metric), 1e-300)) ** 0.5
     elif options.balance == "rms_of_keys":
-        beta = beta * (_energy(weights.with_bias("k"), key, None) / max(_energy(v, value, None), 1e-300)) ** 0.5
+        beta = beta * (_energy(own, key, None) / max(_energy(v, value, None), 1e-300)) ** 0.5
     down, k_up, v_up = joint_latent(
-        k_KHD, v, rank, k_metric_KHH=k_metric, v_metric_KVV=v_metric, cov_DD=start, balance=beta
+        k, v, rank, k_metric_KHH=k_metric, v_metric_KVV=v_metric, cov_DD=start, balance=beta
     )
-    if options.cov != "attention" or not options.steps or k_metric is None or v_metric is None:
+    if basis is None:
         return down, k_up, v_up
-    k_blocks, v_blocks = damp(blockdiag(k_metric), 1e-7), damp(blockdiag(v_metric), 1e-7) * beta**2
-    if len(down) >= min(k_blocks.shape[0] + v_blocks.shape[0], down.shape[1]):
-        return down, k_up, v_up  # full rank: exact as it is
-    flat = k_KHD.flatten(0, 1), v.flatten(0, 1)
-    down, k_flat, v_flat = alternate(
-        down, *flat, k_blocks, v_blocks, key, value, options.steps, diagonal=moments.diagonal
-    )
-    return down, k_flat.reshape(*k_KHD.shape[:2], -1), v_flat.reshape(*v.shape[:2], -1)
+    full = k.shape[0] * k.shape[1] + v.shape[0] * v.shape[1]
+    if options.steps and k_metric is not None and v_metric is not None and len(down) < min(full, down.shape[1]):
+        k_blocks, v_blocks = damp(blockdiag(k_metric), 1e-7), damp(blockdiag(v_metric), 1e-7) * beta**2
+        down, k_flat, v_flat = alternate(
+            down, k.flatten(0, 1), v.flatten(0, 1), k_blocks, v_blocks, basis.share_D, options.steps
+        )
+        k_up, v_up = k_flat.reshape(*k.shape[:2], -1), v_flat.reshape(*v.shape[:2], -1)
+    return basis.leave(down), k_up, v_up
 
 
-def _energy(w_KHD: Tensor, cov_DD: Tensor, metric_KHH: Tensor | None) -> float:
-    moment = w_KHD @ cov_DD @ w_KHD.mT
+def _energy(w_KHD: Tensor, cov: Tensor, metric_KHH: Tensor | None) -> float:
+    """tr(M W C Wᵀ), with C a matrix or the diagonal of one."""
+    moment = (w_KHD * cov if cov.ndim == 1 else w_KHD @ cov) @ w_KHD.mT
     return float(moment.diagonal(0, 1, 2).sum() if metric_KHH is None else (moment * metric_KHH).sum())
 
 

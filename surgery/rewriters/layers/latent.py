@@ -24,7 +24,7 @@ from ...attention.weights import AttentionWeights
 from ...calibration.text import Windows
 from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
-from ..latent.factors import alternate
+from ..latent.factors import CommonBasis, alternate, definite
 from ..latent.moments import MomentSums
 from ..latent.rotary_split import output_metric, query_metric
 
@@ -170,5 +170,7 @@ def _down(weights: Mapping[int, AttentionWeights], moments: Mapping[int, ReaderM
         float((M * (W @ C @ W.mT)).sum()) for W, C, M in ((k_PD, key, k_metric), (v_QD, value, v_metric))
     )
     v_metric = v_metric * (VALUE_WEIGHT**2 * k_energy / max(v_energy, 1e-300))
-    start = factorise(torch.cat([k_PD, v_QD]), key + value, rank, torch.block_diag(k_metric, v_metric), ridge=0.0)
-    return alternate(start.down, k_PD, v_QD, k_metric, v_metric, key, value)[0]
+    basis = CommonBasis.of(*definite(key, value))
+    k_PD, v_QD = basis.enter(k_PD), basis.enter(v_QD)
+    start = factorise(torch.cat([k_PD, v_QD]), None, rank, torch.block_diag(k_metric, v_metric), ridge=0.0)
+    return basis.leave(alternate(start.down, k_PD, v_QD, k_metric, v_metric, basis.share_D)[0])
