@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import surgery
+from surgery.calibration.gradients import output_gradients
 from surgery.calibration.text import Windows
 from surgery.calibration.working_copy import WorkingCopy
 from surgery.measure.memory import tensor_bytes
@@ -60,36 +61,66 @@ def layers_of(plan: surgery.Plan) -> list[Any]:
     return [layer for _, layer in plan.changed()]
 
 
-@torch.no_grad()
-def test_costs_are_what_outputs_lose_when_one_head_streams() -> None:
-    plan = surgery.plan(anatomy(), {"steps": [STEP | {"budget": "duo"}]})
-    windows = Windows(TEXT, torch.ones_like(TEXT, dtype=torch.bool), "text")
-    costs = streaming_costs(WorkingCopy(model(), plan.anatomy), layers_of(plan), windows, sinks=2, recent=12)
-    ids, seen = TEXT[:8, :12].repeat(1, 2), {}  # the last window is one to compare on
-    handles = [
-        layer.self_attn.v_proj.register_forward_hook(lambda _, args, out, i=i: seen.__setitem__(i, out))
-        for i, layer in enumerate(model().model.layers)
-    ]
-    # `hidden_states` of transformers have the last layer's behind the final norm.
-    handles += [
-        layer.register_forward_hook(lambda _, args, out, i=i: seen.__setitem__((i, "after"), out))
-        for i, layer in enumerate(model().model.layers)
-    ]
-    model()(ids)
+def gradients_of_answers(ids: Tensor, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """By layer: the values, and the gradient of drawn answers at what the attention gives; by autograd, in one go."""
+    values, added = [], []
+
+    def add(_: Any, __: Any, out: Tensor) -> Tensor:
+        added.append(torch.zeros_like(out, requires_grad=True))
+        return out + added[-1]
+
+    handles = []
+    for layer in model().model.layers:
+        handles.append(layer.self_attn.v_proj.register_forward_hook(lambda _, args, out: values.append(out.detach())))
+        handles.append(layer.self_attn.o_proj.register_forward_hook(add))
+    logp = model()(ids).logits.log_softmax(-1)
     for handle in handles:
         handle.remove()
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.stack([torch.multinomial(row.detach().exp(), 1, generator=random) for row in logp])
+    return values, list(torch.autograd.grad(logp.gather(-1, drawn).sum(), added))
+
+
+def test_costs_are_what_answers_lose_when_one_head_streams() -> None:
+    plan = surgery.plan(anatomy(), {"steps": [STEP | {"budget": "duo"}]})
+    windows = Windows(TEXT, torch.ones_like(TEXT, dtype=torch.bool), "text")
+    with torch.no_grad():
+        costs = streaming_costs(WorkingCopy(model(), plan.anatomy), layers_of(plan), windows, 2, 12, seed=5)
+    ids = TEXT[:8, :12].repeat(1, 2)  # the last window is one to compare on
+    values, gradients = gradients_of_answers(ids, 5)
     behind = torch.arange(24)[:, None] - torch.arange(24)
     near = (behind < 12) | (torch.arange(24) < 2)
     for i, weights in enumerate(attentions(ids)):
-        value = seen[i].unflatten(-1, (4, 8)).transpose(1, 2).repeat_interleave(2, dim=1).double()
+        value = values[i].unflatten(-1, (4, 8)).transpose(1, 2).repeat_interleave(2, dim=1).double()
         streaming = weights.double() * near
         lost = (weights.double() - streaming / streaming.sum(-1, keepdim=True)) @ value  # [B, N, T, H]
-        after = seen[i, "after"][0] if isinstance(seen[i, "after"], tuple) else seen[i, "after"]
         for k in range(4):
             alone = lost.masked_fill((torch.arange(8) // 2 != k)[:, None, None], 0.0).transpose(1, 2).flatten(2)
-            change = alone @ model().model.layers[i].self_attn.o_proj.weight.double().T
-            want = (change.square().sum(-1) / after.double().square().sum(-1)).mean()
+            change = alone @ model().model.layers[i].self_attn.o_proj.weight.detach().double().T
+            want = (change * gradients[i]).sum(-1).square().mean() / 2
             assert float(costs[i][k]) == pytest.approx(float(want), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["falcon", "gemma2", "granite", "phi", "opt", "mixtral"])
+def test_gradients_of_layers_run_one_by_one_are_those_of_the_whole_model(family: str) -> None:
+    """By a change of what one attention gives that is small enough: the answers drawn change by the product."""
+    whole = tiny_model(family).eval()
+    ids = torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(1))
+    anatomy = surgery.examine(whole)
+    windows, copy = Windows(ids, torch.ones_like(ids, dtype=torch.bool), "text"), WorkingCopy(whole, anatomy)
+    last, added = anatomy.sites[-1], []
+    for site in (anatomy.sites[0], last):
+        o = whole.get_submodule(site.o.weight.rpartition(".")[0])
+        with output_gradients(copy, windows, [site.layer], 7) as found:
+            got = found[site.layer][0]
+        handle = o.register_forward_hook(lambda _, args, out: out + added[-1].reshape(out.shape))
+        added.append(torch.zeros(2, 12, last.hidden_size, requires_grad=True))
+        logp = whole(ids[:2], use_cache=False).logits.log_softmax(-1)
+        handle.remove()
+        random = torch.Generator().manual_seed(7)
+        drawn = torch.stack([torch.multinomial(row.detach().exp(), 1, generator=random) for row in logp])
+        want = torch.autograd.grad(logp.gather(-1, drawn).sum(), added[-1])[0]
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()
@@ -152,7 +183,7 @@ def test_what_was_found_stands_in_the_plan_and_the_cache_holds_that(budget: str,
     assert any(isinstance(r, Ranked) for r in plans)
     if budget == "headkv":
         shares = torch.tensor([r.shares for r in plans])
-        assert shares.shape == (3, 4) and float(shares.mean()) == pytest.approx(1) and len(shares.unique()) == 12
+        assert shares.shape == (3, 4) and float(shares.mean()) == pytest.approx(1) and len(shares.unique()) > 6
     else:
         whole = sum(4 if r is None else len(r.whole) for r in plans)
         assert whole == (6 if budget == "duo" else 2) and all(r is None or r.part == 0 for r in plans)

@@ -81,12 +81,6 @@ class Visit:
         for a in self.activations(tokens):
             yield a.x_student_BTD[a.mask_BT]
 
-    def sizes(self) -> Iterator[Tensor]:
-        """[tokens] per batch to fit on, without padding: squared size of the parent's hidden states after the layer."""
-        for batch in range(self._pipeline.fits):
-            h, mask_BT = self._pipeline.next_parent[batch].float(), self._pipeline.batches[batch][1]
-            yield h.reshape(-1, *mask_BT.shape, h.shape[-1])[:, mask_BT].square().sum((0, -1))
-
     @torch.no_grad()
     def ahead(self, layers: Iterable[int]) -> Iterator[tuple[int, Stream]]:
         """What the projections of later layers read in the parent, in order, on the windows to fit on."""
@@ -163,8 +157,7 @@ class Visit:
     def _run_parent(self) -> None:
         """Bring the parent through the layer, and note what its attention gives."""
         pipe, layer = self._pipeline, self.site
-        factor = self.factor = self._factor()
-        """What the attention's output is multiplied by on its way into the residual stream, see `residual_factor`."""
+        factor = self._factor()
         self._wanted = Stream(f"wanted-{self._index}", pipe.folder, pipe.dtype)
         o = self._parent.get_submodule(pipe.inside(module_of(layer.o), self._index))
         bias = None if layer.o.bias is None else self._parent.get_parameter(pipe.inside(layer.o.bias, self._index))

@@ -156,9 +156,9 @@ class Retrieval(Budget):
 class Duo(Retrieval):
     """Of every `ratio` KV heads one keeps all of its tokens, and the others the first and the newest.
 
-    Those keep all that change the layer's output most when they stream, on calibration text of which each window's
-    first half is read twice. The authors train a gate on each head for that, with an L1 penalty, on texts with pass
-    keys in them.
+    Those keep all that change the model's answers most when they stream: the KL of each, to second order, on
+    calibration text of which each window's first half is read twice. The authors train a gate on each head for that,
+    with an L1 penalty, on texts with pass keys in them; `dms` with `gate: head` does.
     """
 
     describes = "KV heads that cost most when they stream keep all, others the newest (DuoAttention, arXiv:2410.10819)"

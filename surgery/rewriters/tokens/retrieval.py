@@ -12,6 +12,7 @@ from torch import Tensor
 from ...anatomy.positions import max_positions
 from ...attention.forward import project
 from ...calibration import processes
+from ...calibration.gradients import output_gradients
 from ...calibration.text import Windows
 from ...calibration.visit import Activations, Visit
 from ...calibration.working_copy import WorkingCopy
@@ -67,7 +68,7 @@ def retained(
     budget, costs = BUDGETS[first.budget], {}
     if budget.by == "text":
         assert windows is not None
-        costs = streaming_costs(copy, plans, windows, first.sinks, first.window or 0)
+        costs = streaming_costs(copy, plans, windows, first.sinks, first.window or 0, seed)
     if isinstance(budget, ByHead):
         all_costs = torch.cat(list(costs.values()))
         # Of so many slots whatever the length, nobody knows when they are all.
@@ -108,13 +109,16 @@ def divided(costs_X: Tensor, even: float, most: float) -> Tensor:
 
 
 def streaming_costs(
-    copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows, sinks: int, recent: int
+    copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows, sinks: int, recent: int, seed: int = 0
 ) -> dict[int, Tensor]:
-    """Owner -> [K] what a layer's output changes by when one KV head streams: sees the first and newest tokens alone.
+    """Owner -> [K] KL, in nats per token, that it costs where one KV head streams: sees first and newest tokens alone.
 
-    Squared, in parts of the parent's hidden states behind the layer, mean over tokens; readers' changes are added to
-    those of their owners. Gates on outputs, and norms of them, are not counted. Of each window the first half is read
-    twice, so that there is something to look up: text alone hardly asks for that.
+    To second order, each token on its own: what its attention output changes by, weighed by how much the parent's
+    answers depend on it (see `output_gradients`). Readers' costs are added to those of their owners. Of each window the
+    first half is read twice, so that there is something to look up: text alone hardly asks for that.
+
+    Args:
+        seed: of the answers that are drawn.
 
     Raises:
         PlanError: no window of text is longer than what streaming heads keep.
@@ -129,18 +133,19 @@ def streaming_costs(
         )
     behind_TT = torch.arange(T)[:, None] - torch.arange(T)
     near_TT = (behind_TT < recent) | (torch.arange(T) < sinks)
+    with output_gradients(copy, windows, [plan.layer for plan in plans], seed) as gradients:
 
-    def of(visit: Visit) -> Tensor:
-        costs_K = torch.zeros(len(visit.copy.read(visit.layer).groups), dtype=torch.float64)
-        for a, size_P in zip(visit.activations(), visit.sizes(), strict=True):
-            near = near_TT[: a.mask_BT.shape[1], : a.mask_BT.shape[1]]
-            for k, head in enumerate(_heads(visit, a)):
-                lost = (head.weights(torch.ones_like(near)) - head.weights(near)) @ head.value_B1TV
-                lost_PD = torch.einsum("bntv,nvd->btd", lost, head.o_nVD)[a.mask_BT] * (visit.factor or 1.0)
-                costs_K[k] += (lost_PD.square().sum(-1) / size_P).double().sum()
-        return processes.total(costs_K) / visit.tokens
+        def of(visit: Visit) -> Tensor:
+            costs_K = torch.zeros(len(visit.copy.read(visit.layer).groups), dtype=torch.float64)
+            for batch, a in enumerate(visit.activations()):
+                near, g_BTD = near_TT[: a.mask_BT.shape[1], : a.mask_BT.shape[1]], gradients[visit.layer][batch]
+                for k, head in enumerate(_heads(visit, a)):
+                    lost = (head.weights(torch.ones_like(near)) - head.weights(near)) @ head.value_B1TV
+                    change_BT = torch.einsum("bntv,bntv->bt", lost, torch.einsum("btd,nvd->bntv", g_BTD, head.o_nVD))
+                    costs_K[k] += change_BT[a.mask_BT].square().double().sum() / 2
+            return processes.total(costs_K) / visit.tokens
 
-    return _measured(copy, plans, windows, of, torch.add)
+        return _measured(copy, plans, windows, of, torch.add)
 
 
 def looking_up(copy: WorkingCopy, plans: Sequence[LayerPlan], part: float, seed: int) -> dict[int, tuple[int, ...]]:

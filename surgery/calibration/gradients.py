@@ -1,0 +1,128 @@
+"""How much the model's answers depend on what each attention gives: gradients, by one way back through the layers.
+
+As on the way forward, no more than one layer has its weights in memory; hidden states and gradients are streams.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .journal import HELD_BYTES
+from .outputs import speaks
+from .pipeline import ANSWERED, Pipeline
+from .statistics import module_of
+from .streams import Stream
+from .text import Windows
+
+if TYPE_CHECKING:
+    from .working_copy import WorkingCopy
+
+
+@contextmanager
+def output_gradients(
+    copy: WorkingCopy, windows: Windows, layers: Iterable[int], seed: int
+) -> Iterator[dict[int, Stream]]:
+    """Layer -> [B, T, D] by batch to fit on: what the parent's answers change by with that attention's output.
+
+    The gradient of Σ log p(y) with one token y drawn from the parent's own distribution at each real place: the mean
+    of its squared product with a change is twice the KL, in nats, that a small change costs (Fisher information).
+    Models that give no probabilities answer with their last hidden states, along a random direction at each place.
+
+    Args:
+        layers: whose attentions are asked about.
+        seed: of what is drawn.
+    """
+    wanted = {copy.layers.place[layer]: layer for layer in layers}
+    width = next(iter(copy.sites.values())).hidden_size
+    held = (len(copy.layers) + len(wanted)) * windows.ids_BT.numel() * width * copy.stream_dtype.itemsize
+    with tempfile.TemporaryDirectory(prefix="surgery-gradients-") as scratch:
+        pipe = Pipeline(copy, windows, Path(scratch) if held > HELD_BYTES else None, copy.stream_dtype)
+        yield _way_back(pipe, wanted, torch.Generator().manual_seed(seed))
+
+
+def _way_back(pipe: Pipeline, wanted: dict[int, int], random: torch.Generator) -> dict[int, Stream]:
+    layers, batches = pipe.layers, range(pipe.fits)
+
+    def stream(name: str) -> Stream:
+        return Stream(name, pipe.folder, pipe.dtype)
+
+    entered = [stream(f"entered-{index}") for index in range(len(layers) + 1)]
+    with torch.no_grad():
+        for batch in batches:
+            entered[0][batch] = layers.entering(pipe.batches[batch][0])[0]
+        for index, (before, after) in enumerate(itertools.pairwise(entered)):
+            module = layers.build(index)
+            for batch in batches:
+                after[batch] = layers.run(module, before[batch].to(pipe.device), pipe.call(batch, index))
+    back = stream(f"back-{len(layers)}")
+    for batch in batches:
+        back[batch] = _of_answers(pipe, batch, entered[-1][batch], random)
+    entered[-1].drop()
+    found = {layer: stream(f"gradient-{layer}") for layer in wanted.values()}
+    sites = {layers.place[site.layer]: site for site in pipe.copy.sites.values()}
+    for index in reversed(range(min(wanted), len(layers))):
+        module, before = layers.build(index), stream(f"back-{index}")
+        o = module.get_submodule(pipe.inside(module_of(sites[index].o), index)) if index in wanted else None
+        for batch in batches:
+            h, at_output = _through(pipe, module, o, index, batch, entered[index][batch], back[batch])
+            before[batch] = h
+            if at_output is not None:
+                found[wanted[index]][batch] = at_output.reshape(*pipe.batches[batch][0].shape, -1)
+        entered[index].drop()
+        back.drop()
+        back = before
+    back.drop()
+    for left in entered:
+        left.drop()
+    return found
+
+
+@torch.enable_grad()
+def _through(
+    pipe: Pipeline, module: nn.Module, o: nn.Module | None, index: int, batch: int, h: Tensor, back: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient at what a layer reads, and at what its `o` gives, from that at its output."""
+    added: list[Tensor] = []
+
+    def exchange(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        added.append(torch.zeros_like(output, requires_grad=True))
+        return output + added[0]
+
+    handle = None if o is None else o.register_forward_hook(exchange)
+    h = h.to(pipe.device).requires_grad_()
+    try:
+        out = pipe.layers.run(module, h.clone(), pipe.call(batch, index))  # a copy: some layers add in place
+    finally:
+        if handle is not None:
+            handle.remove()
+    found = torch.autograd.grad(out, [h, *added], back.to(pipe.device))
+    return found[0], found[1] if added else None
+
+
+def _of_answers(pipe: Pipeline, batch: int, h: Tensor, random: torch.Generator) -> Tensor:
+    """The gradient at the last layer's output."""
+    ids_BT, mask_BT = pipe.batches[batch]
+    found = torch.zeros_like(h)
+    # A few tokens at a time, as no token's answer depends on another's.
+    for row, start in itertools.product(range(len(ids_BT)), range(0, ids_BT.shape[1], ANSWERED)):
+        at = (slice(row, row + 1), slice(start, start + ANSWERED))
+        if not mask_BT[at].any():
+            continue
+        part = h[..., at[0], at[1], :].to(pipe.device).requires_grad_()
+        with torch.enable_grad():
+            answers = pipe.layers.answers(part, ids_BT[at], mask_BT[at])
+        if speaks(pipe.layers.shell):
+            drawn = torch.multinomial(answers.detach().cpu().exp(), 1, generator=random).to(answers.device)
+            along = torch.zeros_like(answers).scatter_(1, drawn, 1.0)
+        else:
+            along = torch.randn(answers.shape, generator=random).to(answers)
+        found[..., at[0], at[1], :] = torch.autograd.grad(answers, part, along)[0].cpu()
+    return found
