@@ -28,7 +28,7 @@ def to_double(x: Tensor) -> Tensor:
 
 def hermitian(x: Tensor) -> Tensor:
     """The Hermitian part: what rounding left of a matrix that should equal its conjugate transpose."""
-    return (x + x.mH) / 2
+    return (x + x.mH).div_(2)
 
 
 def phases(u: Tensor) -> Tensor:
@@ -55,7 +55,8 @@ def top_eigenvector(x: Tensor) -> Tensor:
 def damp(x: Tensor, ridge: float) -> Tensor:
     """`x` plus `ridge` times its mean diagonal (an absolute `ridge` where that is zero) on the diagonal."""
     x = hermitian(to_double(x))
-    return x + _level(x, ridge) * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    x.diagonal(dim1=-2, dim2=-1).add_(_level(x, ridge)[..., 0])  # in place: at 4096 channels each matrix is 134 MB
+    return x
 
 
 def _level(x: Tensor, ridge: float) -> Tensor:

@@ -80,8 +80,8 @@ class CommonBasis:
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor) -> CommonBasis:
-        """Of two matrices whose sum is positive definite."""
-        root = torch.linalg.cholesky(hermitian(a + b))
+        """Of two symmetric matrices whose sum is positive definite."""
+        root = torch.linalg.cholesky(a + b)
         half = torch.linalg.solve_triangular(root, a, upper=False)
         inner = torch.linalg.solve_triangular(root, half.mT, upper=False)
         share, turn = torch.linalg.eigh(hermitian(inner))
