@@ -17,6 +17,7 @@ from torch import Tensor
 import surgery
 from surgery.calibration import processes
 from surgery.errors import CheckpointError
+from surgery.runtime.layout import Ranked
 
 STEPS: dict[str, dict[str, Any]] = {
     "gqa, refined": {"rewriter": "gqa", "kv_heads": 1, "refine": 6},
@@ -24,6 +25,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "lowrank": {"rewriter": "lowrank", "keep": 0.5},
     "shared latents": {"rewriter": "share", "layout": "cla2", "init": "latent", "keep": 0.5},
     "key norm": {"rewriter": "evict", "scorer": "key_norm", "ratio": 2, "window": 4},
+    "shares of heads": {"rewriter": "evict", "scorer": "streaming", "budget": "headkv", "ratio": 2, "recent": 3},
 }
 
 
@@ -33,7 +35,9 @@ def text(windows: int = 28) -> Tensor:
 
 def converted(step: dict[str, Any]) -> dict[str, Tensor]:
     child = surgery.convert(tiny_model("llama"), {"steps": [step]}, calibration=text())
-    return {name: tensor.clone() for name, tensor in child.state_dict().items()}
+    found = {name: tensor.clone() for name, tensor in child.state_dict().items()}
+    shares = [plan.retain.shares for plan in getattr(child, "plans", ()) if isinstance(plan.retain, Ranked)]
+    return found | ({"shares": torch.tensor(shares)} if step.get("budget") else {})
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:

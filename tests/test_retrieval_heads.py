@@ -61,8 +61,29 @@ def layers_of(plan: surgery.Plan) -> list[Any]:
     return [layer for _, layer in plan.changed()]
 
 
+def drawn(logp_BTV: Tensor, seed: int) -> Tensor:
+    """What gradients are taken of: roots of the probabilities, with signs drawn window by window."""
+    random = torch.Generator().manual_seed(seed)
+    signs = torch.stack([torch.randint(2, row.shape, generator=random) * 2 - 1 for row in logp_BTV])
+    return (2 * signs * (logp_BTV / 2).exp()).sum()
+
+
+def test_squared_gradients_of_answers_are_twice_the_kl_of_a_small_change() -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 1, 7, generator=random, dtype=torch.float64, requires_grad=True)
+    change = 1e-3 * torch.randn(7, generator=random, dtype=torch.float64)
+    logp = logits.log_softmax(-1)
+    products = [
+        float((torch.autograd.grad(drawn(logp, seed), logits, retain_graph=True)[0] * change).sum())
+        for seed in range(4000)
+    ]
+    after = (logits + change).log_softmax(-1)
+    kl = float((logp.exp() * (logp - after)).sum().detach())
+    assert sum(x**2 for x in products) / len(products) == pytest.approx(2 * kl, rel=0.1)
+
+
 def gradients_of_answers(ids: Tensor, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """By layer: the values, and the gradient of drawn answers at what the attention gives; by autograd, in one go."""
+    """By layer: the values, and the gradient of the answers at what the attention gives; by autograd, in one go."""
     values, added = [], []
 
     def add(_: Any, __: Any, out: Tensor) -> Tensor:
@@ -76,9 +97,7 @@ def gradients_of_answers(ids: Tensor, seed: int) -> tuple[list[Tensor], list[Ten
     logp = model()(ids).logits.log_softmax(-1)
     for handle in handles:
         handle.remove()
-    random = torch.Generator().manual_seed(seed)
-    drawn = torch.stack([torch.multinomial(row.detach().exp(), 1, generator=random) for row in logp])
-    return values, list(torch.autograd.grad(logp.gather(-1, drawn).sum(), added))
+    return values, list(torch.autograd.grad(drawn(logp, seed), added))
 
 
 def test_costs_are_what_answers_lose_when_one_head_streams() -> None:
@@ -117,9 +136,7 @@ def test_gradients_of_layers_run_one_by_one_are_those_of_the_whole_model(family:
         added.append(torch.zeros(2, 12, last.hidden_size, requires_grad=True))
         logp = whole(ids[:2], use_cache=False).logits.log_softmax(-1)
         handle.remove()
-        random = torch.Generator().manual_seed(7)
-        drawn = torch.stack([torch.multinomial(row.detach().exp(), 1, generator=random) for row in logp])
-        want = torch.autograd.grad(logp.gather(-1, drawn).sum(), added[-1])[0]
+        want = torch.autograd.grad(drawn(logp, 7), added[-1])[0]
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..console import progress
+from . import processes
 from .journal import HELD_BYTES
 from .outputs import speaks
 from .pipeline import ANSWERED, Pipeline
@@ -32,23 +34,27 @@ def output_gradients(
 ) -> Iterator[dict[int, Stream]]:
     """Layer -> [B, T, D] by batch to fit on: what the parent's answers change by with that attention's output.
 
-    The gradient of Σ log p(y) with one token y drawn from the parent's own distribution at each real place: the mean
-    of its squared product with a change is twice the KL, in nats, that a small change costs (Fisher information).
-    Models that give no probabilities answer with their last hidden states, along a random direction at each place.
+    The gradient of Σ 2 √p(y) over real places and tokens y, each with a sign that is drawn: the mean of its squared
+    product with a change is Σ (dp)² / p, twice the KL in nats that a small change costs (Fisher information). Drawing
+    tokens y for the gradient of log p(y) has the same mean, but where the model is sure it lives of rare draws. Models
+    that give no probabilities answer with their last hidden states.
 
     Args:
         layers: whose attentions are asked about.
-        seed: of what is drawn.
+        seed: of the signs.
     """
     wanted = {copy.layers.place[layer]: layer for layer in layers}
     width = next(iter(copy.sites.values())).hidden_size
     held = (len(copy.layers) + len(wanted)) * windows.ids_BT.numel() * width * copy.stream_dtype.itemsize
     with tempfile.TemporaryDirectory(prefix="surgery-gradients-") as scratch:
         pipe = Pipeline(copy, windows, Path(scratch) if held > HELD_BYTES else None, copy.stream_dtype)
-        yield _way_back(pipe, wanted, torch.Generator().manual_seed(seed))
+        steps = 2 * len(copy.layers) - min(wanted)
+        with progress(f"{copy.doing}: through the layers and back", steps) as advance:
+            found = _way_back(pipe, wanted, seed, advance)
+        yield found
 
 
-def _way_back(pipe: Pipeline, wanted: dict[int, int], random: torch.Generator) -> dict[int, Stream]:
+def _way_back(pipe: Pipeline, wanted: dict[int, int], seed: int, advance: Callable[[int], None]) -> dict[int, Stream]:
     layers, batches = pipe.layers, range(pipe.fits)
 
     def stream(name: str) -> Stream:
@@ -62,8 +68,11 @@ def _way_back(pipe: Pipeline, wanted: dict[int, int], random: torch.Generator) -
             module = layers.build(index)
             for batch in batches:
                 after[batch] = layers.run(module, before[batch].to(pipe.device), pipe.call(batch, index))
+            advance(1)
     back = stream(f"back-{len(layers)}")
     for batch in batches:
+        # The same draws however many processes there are.
+        random = torch.Generator().manual_seed(seed + batch * processes.count() + processes.rank())
         back[batch] = _of_answers(pipe, batch, entered[-1][batch], random)
     entered[-1].drop()
     found = {layer: stream(f"gradient-{layer}") for layer in wanted.values()}
@@ -79,6 +88,7 @@ def _way_back(pipe: Pipeline, wanted: dict[int, int], random: torch.Generator) -
         entered[index].drop()
         back.drop()
         back = before
+        advance(1)
     back.drop()
     for left in entered:
         left.drop()
@@ -119,10 +129,7 @@ def _of_answers(pipe: Pipeline, batch: int, h: Tensor, random: torch.Generator) 
         part = h[..., at[0], at[1], :].to(pipe.device).requires_grad_()
         with torch.enable_grad():
             answers = pipe.layers.answers(part, ids_BT[at], mask_BT[at])
-        if speaks(pipe.layers.shell):
-            drawn = torch.multinomial(answers.detach().cpu().exp(), 1, generator=random).to(answers.device)
-            along = torch.zeros_like(answers).scatter_(1, drawn, 1.0)
-        else:
-            along = torch.randn(answers.shape, generator=random).to(answers)
+        signs = torch.randint(2, answers.shape, generator=random).mul_(2).sub_(1).to(answers)
+        along = signs * (answers.detach() / 2).exp() if speaks(pipe.layers.shell) else signs
         found[..., at[0], at[1], :] = torch.autograd.grad(answers, part, along)[0].cpu()
     return found

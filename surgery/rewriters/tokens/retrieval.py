@@ -118,7 +118,7 @@ def streaming_costs(
     first half is read twice, so that there is something to look up: text alone hardly asks for that.
 
     Args:
-        seed: of the answers that are drawn.
+        seed: of what `output_gradients` draws.
 
     Raises:
         PlanError: no window of text is longer than what streaming heads keep.
