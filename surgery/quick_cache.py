@@ -97,7 +97,8 @@ def cache(
         )
     if any(step.text == "needed" for step in recipe.steps):
         raise PlanError(
-            f"codec {codec!r} reads tables from calibration text: convert the model with the step quantise."
+            f"{'think' if 'think' in options else f'codec {codec!r}'} reads calibration text: convert the model with "
+            "the step quantise."
         )
     planned = plan(model, recipe)
     made: DynamicCache | StaticCache = DynamicCache(config=model.config)

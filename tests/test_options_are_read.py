@@ -59,6 +59,7 @@ BASES: dict[str, list[Step]] = {
     "quantise": [
         *({"codec": codec} for codec in CODECS),
         {"codec": "metric", "bits": "sensitivity", "bits_per_number": 6.0},
+        {"think": 0.5},
     ],
     "share": [
         {"layout": {2: 1}} | more for more in ({}, {"init": "latent"}, {"init": "mean"}, {"init": "replace"})
@@ -71,7 +72,7 @@ VALUES: dict[str, list[Any]] = {
     "rope_dims": [6], "k_share": [0.3], "mean_split": [True, False], "rotation": ["none", "real"],
     "selector": ["low", "high"], "layout": [{1: 0}, "head"], "kv_layers": [1, 2], "gain_fit": [True, False],
     "beta": [0.3],
-    "codec": [*CODECS], "k_bits": [2, 3, 5], "v_bits": [2, 3, 5], "bits_per_number": [7.0],
+    "codec": [*CODECS], "k_bits": [2, 3, 5], "v_bits": [2, 3, 5], "bits_per_number": [7.0], "think": [0.25],
     "scorer": ["tova", "h2o"], "budget": ["pyramid", "ada"], "merge": ["lookm", "d2o"], "positions": ["text", "cache"],
     "slots": [150], "distance": [40], "whole": [{0: [1]}], "part": [0.2], "separators": [[3]],
     "read": ["quest", "sparq"],

@@ -16,7 +16,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..errors import PlanError
-from ..runtime.codecs import CODECS
 from ..runtime.layout import AttentionSite, Codec, Dense, Heads, Latent, LayerPlan
 
 TARGETS: dict[str, str | type[Any]] = {
@@ -161,7 +160,7 @@ def in_full(subject: Subject) -> Subject:
     """
     plans = tuple(
         dataclasses.replace(plan, store=Dense(dtype=plan.dtype))
-        if isinstance(plan.store, Codec) and not CODECS[plan.store.codec].calibrated
+        if isinstance(plan.store, Codec) and not plan.store.calibrated
         else plan
         for plan in subject.plans
     )

@@ -13,12 +13,13 @@ from ..console import spans
 from ..errors import PlanError, RecipeError
 from ..planning.schema import check_name
 from ..recipe import Step, Text
+from ..runtime.calibrated_forms import Turned
 from ..runtime.codecs import CODECS
 from ..runtime.layout import Codec, Latent, LayerPlan
 from ..runtime.packed_forms import PerToken
 from ..runtime.packing import fitted
 from . import Method
-from .stored import FITS
+from .stored import fits_of
 from .stored.samples import Fitted, tables_of
 from .stored.sensitivity import bits_by_layer, equal_bits
 
@@ -52,14 +53,19 @@ class QuantiseStep(Step):
     """Newest tokens that stay as they are, at least. As many can be taken back (assisted decoding)."""
     group: int = 32
     """Numbers that share a scale, and tokens that are packed at a time."""
+    think: float | None = None
+    """Part of the channels of keys, between 0 and 1, that packed tokens are without (ThinK): those whose queries and
+    keys are smallest in calibration text. With codecs that read no text; `fp16` rounds nothing else away. Text
+    needed."""
     bits: Literal["equal", "sensitivity"] = "equal"
     """`sensitivity`: keys and values of the layers share `bits_per_number`, by what codes of each cost on the text."""
     bits_per_number: float | None = None
-    """`sensitivity` only: bits of a packed number on average, scales counted."""
+    """`sensitivity` only: bits of a packed number on average, scales counted; of channels that are left out as well."""
 
     @property
     def text(self) -> Text:
-        return "needed" if CODECS[self.codec].calibrated or self.bits == "sensitivity" else "none"
+        reads = CODECS[self.codec].calibrated or self.bits == "sensitivity" or self.think is not None
+        return "needed" if reads else "none"
 
     def unread(self) -> dict[str, str]:
         if self.bits == "sensitivity":
@@ -81,6 +87,14 @@ class QuantiseStep(Step):
         for name, least in (("sinks", 0), ("recent", 0), ("group", 1)):
             if getattr(self, name) < least:
                 raise RecipeError(f"{where}.{name}: {getattr(self, name)} must be at least {least}.")
+        if self.think is not None and not 0 < self.think < 1:
+            raise RecipeError(f"{where}.think: {self.think:g} is a part of the channels of keys, between 0 and 1.")
+        if self.think is not None and kind.calibrated:
+            able = ", ".join(name for name, kind in CODECS.items() if not kind.calibrated)
+            raise RecipeError(
+                f"{where}.think: {self.codec} learns from the text how to hold all channels of keys. Leave think out, "
+                f"or use one of {able}."
+            )
 
     def _check_shared(self, where: str, has_one: bool) -> None:
         if has_one:
@@ -122,6 +136,11 @@ class Quantise(Method):
             raise PlanError(
                 f"layer {latent[0]}: {where}: {step.codec} reads keys and values of heads, and the layer caches a "
                 "latent. Use the codec metric, kivi or int4."
+            )
+        if step.think is not None and latent:
+            raise PlanError(
+                f"layer {latent[0]}: {where}: think leaves channels of keys out, and the layer caches a latent, of "
+                "which values are made as well. Leave think out, and ask for a smaller latent."
             )
         if step.v_bits is not None and all(layer in latent for layer in able if step.selects(layer)):
             raise PlanError(
@@ -175,7 +194,7 @@ class Quantise(Method):
 
     def _equal_bits(self, layer: LayerPlan) -> float | None:
         assert self.step.bits_per_number is not None
-        return equal_bits(self.step.codec, self.step.bits_per_number, self.step.group, layer.entry())
+        return equal_bits(self._store(layer, 0), self.step.bits_per_number, layer.entry())
 
     def notes(self, plan: Any) -> list[str]:
         """What is packed how, and where groups became smaller."""
@@ -184,6 +203,7 @@ class Quantise(Method):
         packed = [
             (layer.entry()[0], form, width)
             for layer in layers
+            if isinstance(layer.store, Codec)
             for form, width in zip(layer.store.forms(), layer.entry()[1:], strict=True)
             if form is not None and width
         ]
@@ -201,9 +221,17 @@ class Quantise(Method):
             lines.append(f"quantise: of layers {spans(paged)}, whose slots leave, the newest {step.recent} slots do")
         if step.bits == "sensitivity":
             lines.append(f"quantise: text shares out {step.bits_per_number:g} bits per number; layers may get others")
+        channels = {
+            (layer.store.k_channels, layer.entry()[1])
+            for layer in layers
+            if isinstance(layer.store, Codec) and layer.store.k_channels is not None
+        }
+        for kept, width in sorted(channels):
+            lines.append(f"quantise: think leaves {width - kept} of {width} channels out of each packed key")
+        masked = [(f.inner, f.channels) for _, f, _ in packed if isinstance(f, Turned) and f.channels is not None]
         smaller = {
             (width, fitted(width, form.group))
-            for _, form, width in packed
+            for form, width in [*masked, *((form, width) for _, form, width in packed)]
             if isinstance(form, PerToken) and fitted(width, form.group) < min(form.group, width)
         }
         for width, size in sorted(smaller):
@@ -215,7 +243,8 @@ class Quantise(Method):
 
     def convert(self, copy: WorkingCopy, layers: Sequence[LayerPlan], windows: Windows | None) -> None:
         """The weights stay; a codec that is calibrated gets its tables, and streams may get bits of their own."""
-        calibrated, shared = CODECS[self.step.codec].calibrated, self.step.bits == "sensitivity"
+        shared = self.step.bits == "sensitivity"
+        calibrated = CODECS[self.step.codec].calibrated or self.step.think is not None
         if not calibrated and not shared:
             return
         assert windows is not None
@@ -225,7 +254,7 @@ class Quantise(Method):
             plan = plan_of[visit.layer]
             assert isinstance(plan.store, Codec)
             store = replace(plan.store, v_bits=None) if plan.entry()[2] == 0 else plan.store
-            found[visit.layer] = FITS[store.codec](visit, store)
+            found[visit.layer] = fits_of(visit, store)
             copy.codecs[visit.layer] = tables_of(found[visit.layer], store)
         if shared:
             settled = [copy.settle(plan) for plan in layers]
@@ -236,12 +265,30 @@ class Quantise(Method):
             copy.codecs[layer] = tables_of(directions, settled_store)
 
     def _value(self, layer: LayerPlan) -> Codec:
-        step = self.step
-        k_bits = CODECS[step.codec].default if step.k_bits is None else step.k_bits
-        if step.bits == "sensitivity":
+        k_bits = CODECS[self.step.codec].default if self.step.k_bits is None else self.step.k_bits
+        if self.step.bits == "sensitivity":
             k_bits = self._equal_bits(layer) or k_bits
+        return self._store(layer, k_bits)
+
+    def _store(self, layer: LayerPlan, k_bits: float) -> Codec:
+        step = self.step
         v_bits: float = k_bits if step.v_bits is None else step.v_bits
         return Codec(
             codec=step.codec, k_bits=k_bits, v_bits=None if isinstance(layer.project, Latent) else v_bits,
-            group=step.group, sinks=step.sinks, recent=step.recent, dtype=layer.dtype,
+            group=step.group, sinks=step.sinks, recent=step.recent, k_channels=self._channels(layer), dtype=layer.dtype,
         )  # fmt: skip
+
+    def _channels(self, layer: LayerPlan) -> int | None:
+        """Channels of a packed key: a multiple of about an eighth of a head, a power of two, so that codecs which mix
+        channels, or give groups of them a scale, have whole ones."""
+        width = layer.entry()[1]
+        if self.step.think is None or not width:
+            return None
+        unit = max(2, 1 << max(0, (width // 8).bit_length() - 1))
+        kept = round(width * (1 - self.step.think) / unit) * unit
+        if not 0 < kept < width:
+            raise PlanError(
+                f"layer {layer.layer}: think: {self.step.think:g} of {width} channels leaves {min(kept, width)}, for "
+                f"{unit} of them leave at a time. Give one between {unit / width:g} and {1 - unit / width:g}."
+            )
+        return kept

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed_forms import SCALE_BYTES, Decoded, Parts, PerToken, Tables, stored
+from .packed_forms import SCALE_BYTES, Decoded, Form, Parts, Tables, stored
 from .packing import bits_of_bytes, pack, packed_width, unpack
 
 TABLES = ("turn", "back", "step", "mean", "widths")
@@ -161,41 +161,60 @@ def _level(gain: Tensor) -> Tensor:
     return ((gain.clamp_min(2.0**-16).log2() + 16) * _GAIN_STEPS).round_().clamp_(0, 255)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Turned:
-    """Vectors of each KV head turned by an orthogonal matrix of its own, then in the form `inner`.
+    """Vectors of each KV head multiplied by orthonormal columns of its own, then in the form `inner`.
 
-    Source: OSCAR (FutureMLS-Lab): eigenvectors of Q'Q, or of score-weighted V'V, then Hadamard.
+    What is orthogonal to the columns is left out, and comes back as 0.
 
     Args:
-        tables: `turn` [K, W, W]; None where bytes are asked for and nothing else.
+        turn_KWn: None where bytes are asked for and nothing else.
+        channels: n, where that is less than W.
     """
 
-    inner: PerToken
-    tables: Tables | None = field(repr=False, compare=False)
+    def __init__(self, inner: Form, turn_KWn: Tensor | None, channels: int | None = None) -> None:
+        self.inner, self.channels = inner, channels
+        if turn_KWn is not None:
+            self.turn_KWn = turn_KWn
+            own = inner.basis(turn_KWn.shape[-1], turn_KWn.device)
+            self.basis_KWn = turn_KWn if own is None else turn_KWn @ own
 
     def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
-        return self.inner.encode(x_BKTW.float() @ self._turn())
+        return self.inner.encode(x_BKTW.float() @ self.turn_KWn, skip_BT)
 
     def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
-        x = self.inner.decode(parts, width)
-        return x if turned else x @ self._turn().mT
+        x = self.inner.decode(parts, self._held(width), turned=True)
+        return x if turned else x @ self.basis_KWn.mT
 
-    def scores(self, q_BKGW: Tensor, parts: Parts) -> Tensor:
-        return self.inner.scores(q_BKGW, parts)
+    def scores(self, q_BKGn: Tensor, parts: Parts) -> Tensor:
+        return self.inner.scores(q_BKGn, parts)
 
     def mean(self, weight_BKGT: Tensor, parts: Parts, width: int) -> Tensor:
-        return self.inner.mean(weight_BKGT, parts, width)
+        return self.inner.mean(weight_BKGT, parts, self._held(width))
 
     def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
-        return self._turn()
+        return self.basis_KWn
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
-        return self.inner.bytes_of(tokens, heads, width)
+        return self.inner.bytes_of(tokens, heads, self._held(width))
 
-    def _turn(self) -> Tensor:
-        assert self.tables is not None
-        return self.tables["turn"].view(torch.float32)
+    def _held(self, width: int) -> int:
+        return width if self.channels is None else self.channels
+
+
+def columns_of_mask(mask_KW: Tensor, count: int) -> Tensor:
+    """[K, W, n] float32: of each KV head the columns of the unit matrix whose channels the mask keeps, in their order.
+
+    Raises:
+        ValueError: a head keeps more or fewer than `count`.
+    """
+    kept = mask_KW.bool().sum(-1)
+    if bool((kept != count).any()):
+        raise ValueError(
+            f"the channels that a head keeps add up to {kept.tolist()}; {count} were planned. The checkpoint is "
+            "damaged: convert the parent again."
+        )
+    index = mask_KW.bool().int().argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return F.one_hot(index, mask_KW.shape[-1]).mT.float()
 
 
 OUTLIERS = 0.01

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .calibrated_forms import TABLES, Directions, Levels, Turned
-from .packed_forms import Decoded, Form, Parts, PerChannel, PerToken, Residual, Spherical, Symmetric, Tables
+from .packed_forms import Decoded, Form, Half, Parts, PerChannel, PerToken, Residual, Spherical, Symmetric, Tables
 
 __all__ = ["CODECS", "CodecKind", "Decoded", "Form", "Parts", "Tables", "groups_of"]
 
@@ -55,6 +56,12 @@ def _turns(letter: str, heads: int, width: int, bits: float) -> Shapes:
     return {"turn": (heads, width, width)}
 
 
+def _turned(bits: float, group: int, clip: float, tables: Tables | None) -> Form:
+    """Source: OSCAR (FutureMLS-Lab): eigenvectors of Q'Q, or of score-weighted V'V, then Hadamard."""
+    turn = None if tables is None else tables["turn"].view(torch.float32)
+    return Turned(PerToken(bits=int(bits), group=group, clip=clip), turn)
+
+
 def _levels(letter: str, heads: int, width: int, bits: float) -> Shapes:
     channels = {"middle": (heads, width), "reach": (heads, width)} if letter == "k" else {}
     return {"levels": (heads, 2 ** int(bits)), **channels}
@@ -68,6 +75,9 @@ CODECS: dict[str, CodecKind] = {
     "fp8": CodecKind(
         bits=(8,), default=8, keys=lambda *_: Symmetric(floats=True), values=lambda *_: Symmetric(floats=True),
         describes="e4m3, one scale per token and head",
+    ),
+    "fp16": CodecKind(
+        bits=(16,), default=16, keys=lambda *_: Half(), values=lambda *_: Half(), describes="float16, no scale",
     ),
     "int4": CodecKind(
         bits=(2, 3, 4, 5, 6, 7, 8), default=4,
@@ -104,8 +114,8 @@ CODECS: dict[str, CodecKind] = {
     ),
     "oscar": CodecKind(
         bits=(2, 3, 4), default=2,
-        keys=lambda bits, group, t: Turned(inner=PerToken(bits=int(bits), group=group, clip=0.96), tables=t),
-        values=lambda bits, group, t: Turned(inner=PerToken(bits=int(bits), group=group, clip=0.92), tables=t),
+        keys=lambda bits, group, tables: _turned(bits, group, 0.96, tables),
+        values=lambda bits, group, tables: _turned(bits, group, 0.92, tables),
         tables=_turns, reads_heads=True,
         describes="turned to what attention looks for in calibration text, then groups of each token",
     ),

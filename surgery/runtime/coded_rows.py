@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packed_forms import Form, PerToken, Spherical, Symmetric
+from .packed_forms import Form, Half, PerToken, Spherical, Symmetric
 from .store import Codec
 
-_ALONE = (Symmetric, PerToken, Spherical)
+_ALONE = (Half, Symmetric, PerToken, Spherical)
 """Forms that encode each vector for itself, whatever stands beside it."""
 
 

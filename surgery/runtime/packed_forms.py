@@ -58,8 +58,8 @@ class Form(Protocol):
         """float32 [B, K, G, W]: sums of all vectors with these weights, in the basis."""
 
     def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
-        """Orthogonal [W, W] or [K, W, W] float32 by which vectors are multiplied before they are rounded; None where by
-        none."""
+        """[W, n] or [K, W, n] float32, orthonormal columns by which vectors are multiplied before they are rounded; n
+        is W where all of a vector is held. None where by none."""
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
         """Bytes of all parts of one sequence."""
@@ -240,6 +240,23 @@ class Symmetric:
 
     def bytes_of(self, tokens: int, heads: int, width: int) -> int:
         return tokens * heads * (width + SCALE_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Half(Decoded):
+    """float16, and nothing beside it."""
+
+    def encode(self, x_BKTW: Tensor, skip_BT: Tensor | None = None) -> Parts:
+        return (stored(x_BKTW.float()),)
+
+    def decode(self, parts: Parts, width: int, *, turned: bool = False) -> Tensor:
+        return parts[0].float()
+
+    def basis(self, width: int, device: torch.device | None = None) -> Tensor | None:
+        return None
+
+    def bytes_of(self, tokens: int, heads: int, width: int) -> int:
+        return tokens * heads * width * torch.float16.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

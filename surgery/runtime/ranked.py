@@ -169,10 +169,12 @@ class Ranked(Retain):
     def supports_store(self, store: Store) -> str | None:
         if not isinstance(store, Codec):
             return super().supports_store(store)
+        if store.k_channels is not None:
+            return "its slots leave one by one, each a whole key, and think leaves channels out. Leave think out."
         if not has_rows(store):
             return (
                 f"its slots leave one by one, and {store.label()} packs several tokens together, or keys before their "
-                "rotation. Use the codec int8, fp8, int4 or turbo."
+                "rotation. Use the codec int8, fp8, fp16, int4 or turbo."
             )
         if self.read is not None:
             return f"read: {self.read} asks for slots as numbers, and pages hold codes. Leave the option out."

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from .calibrated_forms import Turned, columns_of_mask
 from .codecs import CODECS, Form
 from .site import AttentionSite
 
@@ -89,13 +90,16 @@ class Codec:
     """First tokens of a sequence that stay as they are."""
     recent: int = 32
     """Newest tokens that stay as they are, at least; at most a group less one more."""
+    k_channels: int | None = None
+    """Channels of each KV head that packed keys have; None: all of them."""
     dtype: str = "bfloat16"
     kind: Literal["codec"] = "codec"
 
     def label(self) -> str:
         """Name and bits."""
         same = self.v_bits in (None, self.k_bits)
-        return f"{self.codec} {f'{self.k_bits:g} bits' if same else f'K {self.k_bits:g} V {self.v_bits:g} bits'}"
+        bits = f"{self.k_bits:g} bits" if same else f"K {self.k_bits:g} V {self.v_bits:g} bits"
+        return f"{self.codec} {bits}" + ("" if self.k_channels is None else f", {self.k_channels} channels of K")
 
     def supports(self, site: AttentionSite) -> str | None:
         """Why keys cannot be rotated at read, where the codec holds them before; `legality` refuses windows."""
@@ -115,6 +119,11 @@ class Codec:
         """Whether keys are held before their rotation."""
         return CODECS[self.codec].unrotated
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are tables of calibration text."""
+        return CODECS[self.codec].calibrated or self.k_channels is not None
+
     def table_shapes(self, entry: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
         """Shape by name of what calibration text has decided for a layer; int32, floats seen as their bits.
 
@@ -128,7 +137,7 @@ class Codec:
             if made is not None and width and bits is not None:
                 found = made(letter, heads, width, bits)
                 shapes |= {f"{letter}_{name}_bits": shape for name, shape in found.items()}
-        return shapes
+        return shapes if self.k_channels is None else {**shapes, "k_mask_bits": (heads, widths[0])}
 
     def forms(self, tables: Mapping[str, Tensor] | None = None) -> tuple[Form, Form | None]:
         """How keys and values are encoded.
@@ -141,7 +150,11 @@ class Codec:
         for name, table in (tables or {}).items():
             own.setdefault(name[0], {})[name[2:].removesuffix("_bits")] = table
         values = None if self.v_bits is None else kind.values(self.v_bits, group, own.get("v"))
-        return kind.keys(self.k_bits, group, own.get("k")), values
+        keys = kind.keys(self.k_bits, group, own.get("k"))
+        if self.k_channels is not None:
+            columns = columns_of_mask(own["k"]["mask"], self.k_channels) if "k" in own else None
+            keys = Turned(keys, columns, self.k_channels)
+        return keys, values
 
     def packed(self, tokens: int) -> int:
         """Tokens that are packed when so many have come."""

@@ -118,7 +118,7 @@ def check_parallel(plans: Sequence[LayerPlan], heads: int, ranks: int) -> None:
 
 
 def _is_fp8(plan: LayerPlan) -> bool:
-    return isinstance(plan.store, Codec) and plan.store.codec == "fp8"
+    return isinstance(plan.store, Codec) and plan.store.codec == "fp8" and not plan.store.calibrated
 
 
 def _mixed_refusal(plans: Sequence[LayerPlan]) -> Refusal | None:

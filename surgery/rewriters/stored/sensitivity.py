@@ -119,7 +119,7 @@ def bits_by_layer(
             assert isinstance(store, Codec)
             heads, *widths = plan.entry()
             for i, (letter, width) in enumerate(zip("kv", widths, strict=True)):
-                error, stream = _error(store, directions.get(plan.layer, ()), i), (plan.layer, letter)
+                error, stream = _error(letter, directions.get(plan.layer, ())), (plan.layer, letter)
                 equal = store.k_bits
                 cost = _cost(copy, store, letter, directions.get(plan.layer, ()), plan.layer, text) / error(equal)
                 allowed += budget * store.group * heads * width / 8
@@ -160,22 +160,24 @@ def choices(codec: str, width: int) -> list[float]:
     return [8 * n / width for n in range(1, width + 1) if kind.knows(8 * n / width)]
 
 
-def equal_bits(codec: str, budget: float, group: int, entry: tuple[int, int, int]) -> float | None:
-    """The most bits of a number that all streams can have within the budget; None where the least are too many."""
+def equal_bits(store: Codec, budget: float, entry: tuple[int, int, int]) -> float | None:
+    """The most bits of a number that all streams can have within the budget; None where the least are too many.
+
+    Args:
+        store: whose own bits count for nothing.
+    """
     heads, *widths = entry
     found = None
-    for bits in choices(codec, min(widths)):
-        forms = Codec(codec=codec, k_bits=bits, v_bits=bits, group=group).forms()
-        sizes = [form.bytes_of(group, heads, width) for form, width in zip(forms, widths, strict=True) if form]
-        if 8 * sum(sizes) <= budget * group * heads * sum(widths):
+    for bits in choices(store.codec, min(widths)):
+        forms = replace(store, k_bits=bits, v_bits=bits).forms()
+        sizes = [form.bytes_of(store.group, heads, width) for form, width in zip(forms, widths, strict=True) if form]
+        if 8 * sum(sizes) <= budget * store.group * heads * sum(widths):
             found = bits
     return found
 
 
-def _error(store: Codec, directions: Sequence[Fitted], i: int) -> Callable[[float], float]:
-    if not directions:
-        return uniform_error
-    return directions[i].error
+def _error(letter: str, directions: Sequence[Fitted]) -> Callable[[float], float]:
+    return next((found.error for found in directions if found.letter == letter), uniform_error)
 
 
 def _cost(
