@@ -54,7 +54,7 @@ def decoded(model, ids, prompt, cache=None, mask=None):
     return torch.stack(found, 1), cache
 
 
-@pytest.mark.parametrize("codec", ["int8", "fp8", "int4", "turbo"])
+@pytest.mark.parametrize("codec", ["int8", "fp8", "fp16", "int4", "turbo"])
 @pytest.mark.parametrize("step", [STREAMING, SNAPKV, H2O], ids=["streaming", "snapkv", "h2o"])
 def test_the_first_layer_holds_the_slots_of_the_parents_keys_each_encoded_once(parent, step, codec):
     # Keys and values of the first layer are those of the plain child, whatever later layers make of codes.

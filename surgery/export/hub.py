@@ -66,7 +66,8 @@ class Hub:
             budget = BUDGETS.get(getattr(plan.retain, "budget", ""))
             scorer = scorers.get(getattr(plan.retain, "scorer", ""))
             forms = plan.store.forms() if isinstance(plan.store, Codec) else ()
-            for value in (plan.project, plan.retain, plan.store, scorer, budget, *forms):
+            inner = [getattr(form, "inner", None) for form in forms]
+            for value in (plan.project, plan.retain, plan.store, scorer, budget, *forms, *inner):
                 if value is not None and not type(value).__module__.startswith(runtime.__name__):
                     return Refusal(
                         reason=f"layer {plan.layer} has a {type(value).__name__}, whose code is not part of "
