@@ -11,7 +11,7 @@ from .calibration.outputs import check_speaks
 from .calibration.text import check_known_ids, encode, special_tokens, tokenizer_of
 from .checkpoints.storage import load
 from .compiled_steps import generate_ids
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
 
 
 def generate(
@@ -30,12 +30,14 @@ def generate(
         model: model, folder or Hub id.
         tokens: new tokens at most.
         temperature: 0 takes the likeliest token each time.
+        seed: of the tokens that are drawn, where the temperature is above 0.
         compiled: whether decode steps go through torch.compile, with a static cache. None: where two measured steps
             promise that all of them together take less time so; see the log.
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be loaded, or the prompt is empty or has tokens that the
         model does not know.
+        RecipeError: a seed at temperature 0, where nothing is drawn.
         UnsupportedModel: the model predicts no tokens.
 
     Examples:
@@ -44,6 +46,8 @@ def generate(
         >>> surgery.generate(SMALL, "Once upon a time", tokens=5).startswith("Once upon a time")
         True
     """
+    if seed and not temperature:
+        raise RecipeError("seed: is of drawn tokens, and temperature 0 draws none. Give one above 0, or leave it out.")
     model = model if isinstance(model, nn.Module) else load(model)
     check_speaks(model, "generate")
     tokenizer = tokenizer or tokenizer_of(model.config)

@@ -308,6 +308,27 @@ def test_texts_are_decoded_alone_where_their_length_says_what_is_a_prompt(scorer
     assert rows_of(surgery.convert(tiny_model("llama"), {"steps": [step]})) == rows
 
 
+def test_a_seed_is_refused_where_no_token_is_drawn():
+    with pytest.raises(RecipeError, match="temperature 0 draws none"):
+        surgery.generate(SMALL, "Once", seed=3)
+
+
+def test_as_many_tokens_come_at_once_as_asked_for():
+    """Codes beside slots that leave behind prompts: what came at once is not decoded, in either."""
+    child, ids = surgery.convert(tiny_model("llama"), "kv-int4"), torch.randint(3, 128, (2, 100))
+    some = evaluate(child, text=ids, path="decode", at_once=90)
+    assert some.prompt == 90 and evaluate(child, text=ids[:, :90], path="decode").prompt == 1
+    with torch.no_grad():
+        cache = child(ids[:, :90]).past_key_values
+        rest = [child(ids[:, t : t + 1], past_key_values=cache).logits for t in range(90, 99)]
+        logits = torch.cat([child(ids[:, :90]).logits, *rest], 1)
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert some.model.nats_per_token == pytest.approx(wanted, abs=1e-5)
+    for path, at_once, said in (("prefill", 5, "path is prefill"), ("decode", 100, "leaves none to decode")):
+        with pytest.raises(RecipeError, match=said):
+            evaluate(child, text=ids, path=path, at_once=at_once)
+
+
 @pytest.mark.parametrize(("family", "length"), [("gpt2", None), ("gpt2", 16), ("mpt", None), ("llama", 16)])
 def test_token_ids_are_cut_to_the_length_asked_for_and_to_the_models_positions(family, length):
     model = tiny_model(family)

@@ -207,6 +207,7 @@ def test_what_models_continue_prompts_with_goes_from_results_to_the_page(tmp_pat
         ({"text_digest": "fedcba9876543210"}, "different texts .*0123456789abcdef.*fedcba9876543210"),
         ({"windows": 97}, "different texts .*98 windows.*97 windows"),
         ({"length": 256}, "different texts .*512 tokens.*256 tokens"),
+        ({"prompt": 256}, "given 1 tokens of each window at once, the other 256, .*--at-once 256"),
         ({"baseline": measured("other", nats=2.4)}, "different baselines .*parent.*2.5000.*other.*2.4000"),
     ],
 )

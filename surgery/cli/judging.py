@@ -49,6 +49,15 @@ def evaluate(
         ),
     ] = None,
     length: WindowLength = None,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens of each window that come at once before the others are decoded; default: 1, and half of it "
+            "where slots leave behind prompts alone.",
+        ),
+    ] = None,
     recall: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,6 +110,7 @@ def evaluate(
         path=path,  # type: ignore[arg-type]  # checked there, with a sentence
         length=length,
         samples=samples,
+        at_once=at_once,
         recall_tasks=recall or (),
         questions=questions,
         speed=speed,

@@ -39,6 +39,7 @@ def evaluate(
     path: Literal["prefill", "decode", "both"] = "both",
     length: int | None = None,
     samples: int | None = None,
+    at_once: int | None = None,
     recall_tasks: Sequence[str] = (),
     recall_lengths: Sequence[int] | None = None,
     questions: int = QUESTIONS,
@@ -56,10 +57,11 @@ def evaluate(
         text: what `load_windows` takes: a file, strings, or token ids.
         tokenizer: defaults to the one beside the model; not needed for token ids without recall.
         path: `prefill` scores in one forward pass, which never reads the cache; `decode` token by token through it.
-            Where slots leave behind prompts alone (`evict` by snapkv), the first half of each window is one.
         length: tokens per window; the model's positions, at most 512, by default. Token ids are windows as they are
             where it is not given.
         samples: at most so many windows.
+        at_once: tokens of each window that come at once before the others are decoded. Default: 1, and half of the
+            window where slots leave behind prompts alone (`evict` by snapkv). Losses compare where it is the same.
         recall_tasks: of `surgery.measure.recall.TASKS`; `("all",)` for each of them.
         recall_lengths: tokens of context of the questions; default: a quarter, half and all of the model's.
         questions: per task, length and depth.
@@ -119,6 +121,7 @@ def evaluate(
     if baseline is not None:
         _check_same_tokens(config, baseline.config)
     windows = read_windows(config, text, tokenizer, length=length, samples=samples, where="evaluation text")
+    _check_at_once(at_once, path, windows.ids_BT.shape[1])
     is_text = CLOZE in lm_eval_tasks and not isinstance(text, (Tensor, Windows))
     texts = read_texts(text) if is_text else None
     asked = None
@@ -130,7 +133,7 @@ def evaluate(
     training = [m.training for m in models]
     for m in models:
         m.eval()  # dropout would be noise
-    sums = {p: score_windows(model, baseline, windows, p) for p in PATHS[path]}
+    sums = {p: score_windows(model, baseline, windows, p, at_once) for p in PATHS[path]}
     rates = measure_speed(models) if speed else [None, None]
     names = names or (("model", "") if baseline is None else ("converted", "baseline"))
     first = windows.ids_BT[:1, : int(windows.mask_BT[0].sum())]
@@ -168,7 +171,7 @@ def evaluate(
         versions=versions(),
         device=str(model.device),
         window_start=windows.start,
-        prompt=max(prompt_of(m, windows.ids_BT.shape[1]) for m in models),
+        prompt=at_once or max(prompt_of(m, windows.ids_BT.shape[1]) for m in models),
         tasks={
             n: run_tasks(m, tokenizer, lm_eval_tasks, seed=seed, texts=texts)
             for n, m in zip(names, models, strict=False)
@@ -186,6 +189,13 @@ def _gates(model: PreTrainedModel, windows: Windows) -> GateRatios | None:
         return None
     found = read_gates(model, windows)
     return GateRatios(total=found.total, layers=tuple(found.ratio), by_head=tuple(found.ratio.values()))
+
+
+def _check_at_once(at_once: int | None, path: str, length: int) -> None:
+    if at_once is not None and path == "prefill":
+        raise RecipeError("at_once: is of decoding, and path is prefill. Use decode or both, or leave it out.")
+    if at_once is not None and not 1 <= at_once < length:
+        raise RecipeError(f"at_once: {at_once} of windows of {length} tokens leaves none to decode. Give fewer.")
 
 
 def _check_same_tokens(config: Any, other: Any) -> None:

@@ -43,15 +43,21 @@ class Sums:
     """Where the first log-probability that is not a number came from; the sums are then NaN."""
 
 
-def score_windows(model: PreTrainedModel, baseline: PreTrainedModel | None, windows: Windows, path: Path) -> Sums:
+def score_windows(
+    model: PreTrainedModel, baseline: PreTrainedModel | None, windows: Windows, path: Path, at_once: int | None = None
+) -> Sums:
     """Score `model`, and `baseline` beside it on the same path.
+
+    Args:
+        at_once: tokens of each window that come at once before the others are decoded; None: `prompt_of` both.
 
     Raises:
         UnsupportedModel: the path is `decode` and a model returns no cache.
     """
     W, T = windows.ids_BT.shape
     vocabulary = model.config.get_text_config().vocab_size
-    prompt = max(prompt_of(m, T) for m in (model, baseline) if m is not None) if path == "decode" else T
+    models = [m for m in (model, baseline) if m is not None]
+    prompt = T if path == "prefill" else at_once or max(prompt_of(m, T) for m in models)
     size = DECODE_BATCH if prompt == 1 else max(1, PREFILL_LOGITS // (prompt * vocabulary))
     sums = torch.zeros(W, len(BUCKETS), 5, dtype=torch.float64)
     problem = None

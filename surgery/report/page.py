@@ -106,6 +106,11 @@ def check_comparable(reports: Sequence[Report]) -> None:
                 f"{pair}: one was measured by {first.model.path}, the other by {report.model.path}. "
                 "Evaluate both with the same --path."
             )
+        if first.model.path == "decode" and first.prompt != report.prompt:
+            raise CheckpointError(
+                f"{pair}: one was given {first.prompt} tokens of each window at once, the other {report.prompt}, and "
+                f"decoded the rest. Evaluate both with --at-once {max(first.prompt, report.prompt)}."
+            )
         if report.baseline is not None and parent.baseline is not None and not _same(parent.baseline, report.baseline):
             raise CheckpointError(
                 f"{parent.model.name} and {report.model.name}: measured against different baselines "
