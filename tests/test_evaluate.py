@@ -324,8 +324,8 @@ def test_as_many_tokens_come_at_once_as_asked_for():
         logits = torch.cat([child(ids[:, :90]).logits, *rest], 1)
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
     assert some.model.nats_per_token == pytest.approx(wanted, abs=1e-5)
-    for path, at_once, said in (("prefill", 5, "path is prefill"), ("decode", 100, "leaves none to decode")):
-        with pytest.raises(RecipeError, match=said):
+    for path, at_once, words in (("prefill", 5, "path is prefill"), ("decode", 100, "leaves none to decode")):
+        with pytest.raises(RecipeError, match=words):
             evaluate(child, text=ids, path=path, at_once=at_once)
 
 
