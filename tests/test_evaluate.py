@@ -308,6 +308,12 @@ def test_texts_are_decoded_alone_where_their_length_says_what_is_a_prompt(scorer
     assert rows_of(surgery.convert(tiny_model("llama"), {"steps": [step]})) == rows
 
 
+def test_decoded_tokens_stand_behind_the_cache_where_a_parent_counts_from_zero():
+    """Bamba counts positions from 0 in every call that names none: its loss through the cache was another."""
+    report = evaluate(tiny_model("bamba"), text=torch.randint(3, 128, (2, 24)))
+    assert report.model.cache_gap == pytest.approx(0, abs=1e-5)
+
+
 def test_a_seed_is_refused_where_no_token_is_drawn():
     with pytest.raises(RecipeError, match="temperature 0 draws none"):
         surgery.generate(SMALL, "Once", seed=3)

@@ -54,6 +54,12 @@ def written(tmp_path):
     return lambda model, tokenizer=True: write_gguf(model, tmp_path, tokenizer)
 
 
+def test_a_file_without_the_ending_is_known_by_how_it_begins(written):
+    file = written(small())
+    plain = file.rename(file.with_name("mistral"))
+    assert surgery.load(plain).config.num_hidden_layers == 2
+
+
 def with_biases():
     model = small(attention_bias=True)
     assert model.model.layers[0].self_attn.o_proj.bias.abs().max() > 0.1

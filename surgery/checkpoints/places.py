@@ -20,7 +20,8 @@ _ON_HUB = re.compile(r"(?P<name>[^/@]+/[^/@]+)/(?P<file>[^@]+\.gguf)(@(?P<revisi
 def local_folder(model: str | Path, weights: bool = True) -> Path:
     """The folder of a checkpoint: `model` itself where it is one, else the Hub's copy of that id.
 
-    A GGUF, by its path or alone in a folder, is restored first as `restored` does: the folder is that of the result.
+    A GGUF, by its path (whatever its name) or alone in a folder, is restored first as `restored` does: the folder is
+    that of the result.
 
     Args:
         model: folder, GGUF, or Hub id (`owner/name`, `owner/name@revision`, `owner/name/file.gguf`).
@@ -36,7 +37,7 @@ def local_folder(model: str | Path, weights: bool = True) -> Path:
         return path if file is None else restored(file, weights)
     if path.is_file() and path.suffix == ".json" and not weights:
         return path.parent
-    if path.is_file() and path.suffix == GGUF:
+    if path.is_file() and (path.suffix == GGUF or _begins_as_gguf(path)):
         return restored(path, weights)
     if path.exists():
         raise CheckpointError(f"{path}: is a file. Give the folder that holds config.json.")
@@ -55,6 +56,11 @@ def local_folder(model: str | Path, weights: bool = True) -> Path:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{model}: no such folder, and the Hub says: {reason}") from None
+
+
+def _begins_as_gguf(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
 
 
 def _gguf_in(folder: Path) -> Path | None:

@@ -24,7 +24,7 @@ from ..console import progress
 from ..errors import UnsupportedModel
 from ..measure.scoring import divergence, last_logits
 from ..runtime.attention import SurgeryAttention
-from ..runtime.calling import cache_argument, cache_of
+from ..runtime.calling import cache_of, going_on
 from .costs import Felt, Measure
 from .settings import Setting
 
@@ -116,9 +116,7 @@ class Bench:
             cache.layers[place] = copy.copy(self.cached[place])
         self.call = 1
         last = last_logits(self.model) if few else {}
-        out = self.model(
-            input_ids=ids[:, self.prefill :], use_cache=True, **{cache_argument(self.model): cache}, **last
-        )
+        out = self.model(**going_on(self.model, ids[:, self.prefill :], cache, self.prefill), **last)
         logits: Tensor = out.logits
         return logits.cpu()
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..calibration.text import Windows
 from ..console import progress
 from ..errors import UnsupportedModel
-from ..runtime.calling import cache_argument, cache_of
+from ..runtime.calling import cache_of, going_on
 
 Path = Literal["prefill", "decode"]
 BUCKETS = ("early", "middle", "late")
@@ -126,7 +126,7 @@ def decode(
         )
     yield (0, _logp(out.logits)) if whole_prompt else (prefill - 1, _logp(out.logits[:, -1:]))
     for t in range(prefill, ids_BT.shape[1]):
-        out = model(input_ids=ids_BT[:, t : t + 1], use_cache=True, **{cache_argument(model): cache})
+        out = model(**going_on(model, ids_BT[:, t : t + 1], cache, t))
         cache = cache_of(out)
         yield t, _logp(out.logits)
 

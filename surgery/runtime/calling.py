@@ -102,6 +102,18 @@ def cache_argument(model: nn.Module) -> str:
     return name
 
 
+def going_on(model: nn.Module, ids_BT: Tensor, cache: Any, past: int) -> dict[str, Any]:
+    """Arguments by which `model` reads tokens behind the `past` ones that `cache` holds, without padding.
+
+    Positions are named, as `generate` names them: some parents count from 0 in every call (Bamba).
+    """
+    named: dict[str, Any] = {"input_ids": ids_BT, "use_cache": True, cache_argument(model): cache}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        places = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device)
+        named["position_ids"] = places.expand(len(ids_BT), -1)
+    return named
+
+
 def cache_of(output: Any) -> Any:
     """The cache among the results of a forward pass, a `ModelOutput` or a tuple; None without one."""
     if isinstance(output, Mapping):
