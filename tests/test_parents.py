@@ -8,7 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from closeness import assert_close_in_norm
+from closeness import assert_close, assert_close_in_norm
 from families import tiny_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -516,3 +516,15 @@ def test_a_parent_that_a_trainer_told_to_use_no_cache_says_so_in_its_child(recip
     child = surgery.convert(parent, recipe)
     assert child.config.use_cache is False
     assert child.generate(IDS, max_new_tokens=2, do_sample=False, use_cache=True).shape[1] == IDS.shape[1] + 2
+
+
+@pytest.mark.parametrize("family", ["llama_dynamic", "phi3_longrope"])
+def test_a_parent_that_has_read_a_long_text_is_converted_as_before_it(family):
+    """Its rotary module holds the frequencies of that text until the next one comes."""
+    parent = tiny_model(family, max_position_embeddings=80)
+    short, long = torch.arange(3, 23)[None], torch.arange(100)[None]
+    with torch.no_grad():
+        wanted = [parent(ids).logits for ids in (short, long)]
+        child = surgery.convert(parent, "identity")
+        for ids, logits in zip((short, long, short), (*wanted, wanted[0]), strict=True):
+            assert_close(child(ids).logits, logits)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.frequencies import length_dependent
 from ..runtime.layout import Rotary
 from .graph import Graph, shape
 from .probe import PathProbe, Reading, snap_one
-from .twin import length_dependent
 from .walk import Found, Path
 
 

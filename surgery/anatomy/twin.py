@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.classes import model_class, plain_config
+from ..runtime.frequencies import at_rest, length_dependent
 
 
 def make_twin(source: PreTrainedModel | PretrainedConfig, implementation: str) -> PreTrainedModel:
@@ -25,7 +26,11 @@ def make_twin(source: PreTrainedModel | PretrainedConfig, implementation: str) -
 
 def buffer_values(twin: PreTrainedModel, model: PreTrainedModel | None) -> dict[str, Tensor]:
     """Real values of the buffers: the user's own where there are any, else what the model's own init computes."""
-    values = {n: b.detach().cpu() for n, b in model.named_buffers() if not b.is_meta} if model is not None else {}
+    values = {}
+    for prefix, module in () if model is None else model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if not buffer.is_meta:
+                values[name] = at_rest(module, name.rpartition(".")[2], buffer).detach().cpu()
     for prefix, module in twin.named_modules():
         own = dict(module.named_buffers(recurse=False))
         names = {name: f"{prefix}.{name}" if prefix else name for name in own}
@@ -61,11 +66,6 @@ def hold_frequencies_still(twin: PreTrainedModel) -> dict[str, Any]:
         elif length_dependent(kind):
             cast(Any, module).rope_type = "default"
     return kinds
-
-
-def length_dependent(rope_type: Any) -> bool:
-    """Whether rotary modules of this type change their frequencies in long sequences."""
-    return isinstance(rope_type, str) and ("dynamic" in rope_type or rope_type == "longrope")
 
 
 def make_fake(twin: nn.Module, mode: FakeTensorMode) -> None:

@@ -26,6 +26,7 @@ from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm
 from .calling import CallingConvention, check_caches, forget_calls, record_calls
 from .canonical import kept_weights, origin_of
 from .configuration import config_class, converted_config
+from .frequencies import at_rest
 from .gated import SurgeryGatedHeadsAttention
 from .gated_latent import SurgeryGatedLatentAttention
 from .gates import gate_shapes
@@ -402,7 +403,7 @@ def _copy_tensors(parent: nn.Module, made: nn.Module) -> None:
         # Two names may share one tensor: Phi-3's frequencies and their originals.
         for key, buffer in modules[name].named_buffers(recurse=False, remove_duplicate=False):
             if key in module._buffers and key in module._non_persistent_buffers_set:
-                module._buffers[key] = buffer.clone()
+                module._buffers[key] = at_rest(modules[name], key, buffer).clone()
         for key, value in vars(modules[name]).items():
             if isinstance(value, Tensor) and isinstance(vars(module).get(key), Tensor):
                 vars(module)[key] = value.clone()
