@@ -9,7 +9,7 @@ from collections import UserDict
 import pytest
 import torch
 from families import tiny_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainingArguments
 from uptraining import losses, make_home, run
 
@@ -413,6 +413,31 @@ def test_resuming_another_run_is_refused_unless_forced(home, finished, options, 
         uptrain(changed)
     if "seed" in options:
         assert uptrain(dataclasses.replace(changed, force=True))["steps"] == 10
+
+
+def test_a_checkpoint_of_no_known_run_is_refused_unless_forced(home, finished):
+    (finished / "run.json").unlink()
+    with pytest.raises(CheckpointError, match=r"there is no .*run.json.*--force"):
+        uptrain(run(home, finished))
+    assert uptrain(run(home, finished, force=True))["steps"] == 10
+
+
+def test_weights_lie_in_the_types_in_which_they_lay(home, tmp_path):
+    """A checkpoint in bfloat16 with some tensors in float32, which bfloat16 would round."""
+    shutil.copytree(home / "native", tmp_path / "mixed")
+    file = tmp_path / "mixed" / "model.safetensors"
+    old = load_file(file)
+    fine = {"model.norm.weight", "model.layers.0.self_attn.q_proj.weight"}
+    old = {name: (t + 1e-5 if name in fine else t.bfloat16()) for name, t in old.items()}
+    save_file(old, file, {"format": "pt"})
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    made = run(home, tmp_path / "out", "tokens=64", "layer_local=0", force=True)
+    uptrain(dataclasses.replace(made, model=str(tmp_path / "mixed")))
+    new = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {name: t.dtype for name, t in new.items()} == {name: t.dtype for name, t in old.items()}
+    assert torch.equal(new["model.norm.weight"], old["model.norm.weight"])
+    assert surgery.load(tmp_path / "out" / "model").dtype == torch.bfloat16
 
 
 def test_a_checkpoint_is_of_the_run_that_wrote_it_wherever_the_result_goes(home, tmp_path, finished):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from surgery.assembly import stored_dtypes
 from surgery.calibration.text import has_surplus_ids, read_windows, window_length
 from surgery.checkpoints.adapters import adapter_in
-from surgery.checkpoints.files import read_json
+from surgery.checkpoints.files import Checkpoint, read_json
 from surgery.checkpoints.places import local_folder
 from surgery.checkpoints.provenance import provenance_of
-from surgery.checkpoints.storage import load
+from surgery.checkpoints.storage import check_whole, load
 from surgery.checkpoints.writing import check_output
 from surgery.errors import CheckpointError, RecipeError, UnsupportedModel
 from surgery.plan import Plan, plan
@@ -105,6 +106,7 @@ def prepare(run: Run) -> Setup:
         held_out=held_out,
         head=head,
         dtype=_disk_dtype(folder),
+        dtypes=_other_dtypes(student, local_folder(parent_name) if run.control else folder, _disk_dtype(folder)),
     )
     if has_surplus_ids(tokenizer, config.vocab_size):
         packed_text(setup).check(setup.schedule.steps + 1)  # Trainer fetches one batch ahead
@@ -298,6 +300,15 @@ def _peft() -> Any:
     except ImportError:
         raise RecipeError("uptrain.train: lora needs the library peft. Run: pip install 'kv-surgery[train]'") from None
     return peft
+
+
+def _other_dtypes(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """By name in the state dict of a model that lies in `folder`: the types of weights that lie there in another."""
+    if adapter_in(folder) is not None:  # merged by now; the model lies elsewhere
+        return {}
+    checkpoint = Checkpoint(folder)
+    found = stored_dtypes(model, (), checkpoint, check_whole(checkpoint))
+    return {name: kind for name, kind in found.items() if kind != dtype}
 
 
 def _disk_dtype(folder: Path) -> torch.dtype:

@@ -8,11 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from surgery.checkpoints.companions import copy_companions
+from surgery.checkpoints.files import Checkpoint
 from surgery.checkpoints.provenance import provenance_of, versions, write_provenance
+from surgery.checkpoints.storage import write_like
 from surgery.checkpoints.writing import new_folder
 
 from .run import Setup, plain_options
@@ -71,12 +74,16 @@ def write_result(setup: Setup, trainer: Uptrainer, summary: dict[str, Any]) -> N
         if state is None:
             state = {name: t.detach() for name, t in model.state_dict().items()}
         plain = core(model)
-        cast = {name: t.to(setup.dtype) if t.is_floating_point() else t for name, t in state.items()}
+        dtypes = {name: setup.dtypes.get(name, setup.dtype) for name, t in state.items() if t.is_floating_point()}
+        cast = {name: t.to(dtypes.get(name, t.dtype)) for name, t in state.items()}
         fresh = type(plain).from_pretrained(None, config=_final_config(setup, plain, summary), state_dict=cast,
-                                            dtype=setup.dtype)  # fmt: skip
+                                            dtype=torch.float32 if setup.dtypes else setup.dtype)  # fmt: skip
         fresh.generation_config = copy.deepcopy(plain.generation_config)
         with new_folder(target, overwrite=True) as folder:
-            fresh.save_pretrained(folder)
+            if setup.dtypes:
+                write_like(fresh, Checkpoint(setup.base), dtypes, folder)
+            else:
+                fresh.save_pretrained(folder)
             copy_companions(setup.base, folder)
             if setup.origin:
                 write_provenance(folder, provenance_of(fresh))

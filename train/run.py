@@ -98,6 +98,8 @@ class Setup:
     head: tuple[float, float | None]
     dtype: torch.dtype = field(default=torch.float32)
     """Of the weights as they lay on disk, and will again."""
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """Of those that lay there in another, by name in the state dict: they will again, too."""
 
     @property
     def base(self) -> Path:

@@ -194,7 +194,10 @@ def _resume_from(setup: Setup) -> Path | None:
         return chosen
     record = chosen.absolute().parents[1] / RUN  # of the run that wrote the checkpoint, wherever it lies
     if not record.is_file():
-        return chosen
+        raise CheckpointError(
+            f"{chosen}: there is no {record}, which says of what run the checkpoint is. Put that file back, or pass "
+            "--force."
+        )
     old, new = read_json(record), json.loads(json.dumps(setup.identity()))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:

@@ -133,17 +133,18 @@ def save_like(
     Args:
         dtypes: by name in the state dict of `model`: that of the file's tensor that it comes from.
     """
+    _write(model, folder, tokenizer, overwrite, lambda target: write_like(model, checkpoint, dtypes, target))
 
-    def write(target: Path) -> None:
-        tensors = _plain(model, checkpoint.names())
-        tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
-        model.save_pretrained(target, state_dict=tensors)
-        # A class computes in the dtype that its config names, whatever its files hold: that stays as it was, too.
-        config = read_json(target / "config.json")
-        copy_dtypes(read_json(checkpoint.folder / "config.json"), config)
-        (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    _write(model, folder, tokenizer, overwrite, write)
+def write_like(model: PreTrainedModel, checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], target: Path) -> None:
+    """Config and tensors of `model` in `target`, these in `dtypes`; the config names those of the checkpoint's."""
+    tensors = _plain(model, checkpoint.names())
+    tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+    model.save_pretrained(target, state_dict=tensors)
+    # A class computes in the dtype that its config names, whatever its files hold: that stays as it was, too.
+    config = read_json(target / "config.json")
+    copy_dtypes(read_json(checkpoint.folder / "config.json"), config)
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _write(

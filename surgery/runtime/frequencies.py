@@ -22,6 +22,7 @@ def at_rest(module: nn.Module, name: str, buffer: Tensor) -> Tensor:
     prefix, kind = name.removesuffix(_NAME), getattr(module, "rope_type", None)
     if isinstance(kind, dict):  # by type of layer, which is the prefix of its buffers
         kind = kind.get(prefix.removesuffix("_"))
-    original = getattr(module, f"{prefix}original_{_NAME}", None)
-    follows = name.endswith(_NAME) and length_dependent(kind) and isinstance(original, Tensor)
-    return original if follows else buffer
+    if name.endswith(_NAME) and length_dependent(kind):
+        original = getattr(module, f"{prefix}original_{_NAME}", None)
+        return original if isinstance(original, Tensor) else buffer
+    return buffer
