@@ -4,12 +4,13 @@
 # Guess: a cache holds the state of the text so far, and what is given with it continues the text, be it one token or ten: a second
 #   turn, a prompt in pieces (`prefill_chunk_size`), a shared beginning. So it is with attention, and with Mamba-2 (Falcon-H1). What
 #   a state cannot do is refused, as assisted decoding is for these models.
-# Behaviour: the convolution takes up its state, of three tokens; the recurrent state, the memory of a Mamba layer, is used only where
+# Behaviour: the convolution takes up its state, of three tokens; the recurrent one, the memory of a Mamba layer, is used only where
 #   a single token comes. For several the scan starts from zero, and its last state replaces the one in the cache, so that all
 #   that was before is gone for every later token too. `generate` answers a prompt in chunks as another one. No error, no warning.
-# Seen, 24 tokens given in halves of 12, logits off against all at once: Mamba 3.6 (the largest is 9.0), Falcon-Mamba 1.5, Jamba 2.4;
-#   Falcon-H1 and Llama: rounding; one by one: rounding for all five. The states that Mamba and Falcon-Mamba keep differ by 0.43 and
-#   0.15. `generate` with chunks of 6: Jamba 16 of 24 tokens as without, the two others 24; caches without attention it refuses.
+# Seen, 24 tokens given in halves of 12, logits off against all at once: Mamba 3.6 (the largest is 9.0), Falcon-Mamba 1.5, Jamba
+#   2.4; Falcon-H1 and Llama: rounding; one by one: rounding for all five. The states that Mamba and Falcon-Mamba keep differ by
+#   0.43 and 0.15. `generate` with chunks of 6: Jamba 16 of 24 tokens as without, Falcon-H1 and Llama 24; caches without any
+#   attention it refuses.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
