@@ -34,6 +34,7 @@ from .probe_rotary import read_axes
 from .probe_scores import read_scores
 from .proof import prove, prove_scores
 from .replaceable import irreplaceable
+from .twin import make_twin
 from .walk import Found, OutPath, Path, Paths, find_attentions, gate_path, origin, path_from, path_to
 
 _SCOPE = "This library rewrites decoders with softmax attention."
@@ -77,7 +78,10 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
     config = target.config if isinstance(target, PreTrainedModel) else target
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type}: it is an encoder-decoder; only decoders can be read.")
-    anatomy = read_once(target, lambda: _read(target, config))
+    twin = _twin(target)
+    if twin is not None and isinstance(target, PreTrainedModel):
+        _check_twin(twin, target)
+    anatomy = read_once(twin, target, lambda: _read(target, config))
     dtype = target.dtype if isinstance(target, PreTrainedModel) else getattr(config, "dtype", None) or torch.float32
     return dataclasses.replace(
         anatomy, dtype=str(dtype).removeprefix("torch."), config=config, irreplaceable=dict(anatomy.irreplaceable)
@@ -87,8 +91,6 @@ def examine(source: PreTrainedModel | PretrainedConfig | str | FilePath) -> Anat
 def _read(target: PreTrainedModel | PretrainedConfig, config: PretrainedConfig) -> Anatomy:
     """Read and prove the description of a model, whose weights may have any dtype."""
     graph = capture(target)
-    if isinstance(target, PreTrainedModel):
-        _check_twin(graph.twin, target)
     found = find_attentions(graph)
     if not found:
         raise UnsupportedModel(
@@ -142,6 +144,14 @@ def load_config(path: str | FilePath) -> PretrainedConfig:
             ) from error
         raise UnsupportedModel(f"{file}: transformers cannot read this config: {error}") from error
     return plain_config(config)
+
+
+def _twin(source: PreTrainedModel | PretrainedConfig) -> PreTrainedModel | None:
+    """The model without weights; None where it cannot be built: the capture says why."""
+    try:
+        return make_twin(source, "eager")
+    except Exception:  # whatever a stranger's modelling code may raise
+        return None
 
 
 def _check_twin(twin: PreTrainedModel, model: PreTrainedModel) -> None:
