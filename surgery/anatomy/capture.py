@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import logging
@@ -15,7 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.classes import model_class
@@ -95,7 +98,7 @@ def _capture(source: PreTrainedModel | PretrainedConfig, implementation: str, mo
         recording = Recording()
         token = RECORDING.set(recording)
         try:
-            with torch.no_grad(), _quiet(), _buffer_hooks_kept(), mode, _left_out(twin, alike):
+            with torch.no_grad(), _quiet(), _buffer_hooks_kept(), mode, _left_out(twin, alike), _plainly(twin):
                 program = torch.export.export(twin, (), inputs, strict=False)
             graph = Graph(program, twin, values, recording, tokens, rope_types)
             graph.alike = {name: first for name, (first, _) in alike.items()}
@@ -195,6 +198,42 @@ def _left_out(twin: nn.Module, alike: _Alike) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             twin.set_submodule(name, layer)
+
+
+class _SilentGrad(TorchFunctionMode):
+    """Keeps changes of the gradient mode out of a trace in which there are no gradients."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            with torch._C.DisableTorchFunction():
+                return func(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _plainly(twin: nn.Module) -> Iterator[None]:
+    """Spare torch.export what nothing here reads: Python's stack at each node, and pieces for each gradient mode.
+
+    Together they took a quarter of an export.
+    """
+    traces = "do_not_emit_stack_traces"
+    before = getattr(fx_config, traces, None)
+    forward = twin.forward
+
+    @functools.wraps(forward)
+    def silent(*args: Any, **kwargs: Any) -> Any:
+        with _SilentGrad():  # above the mode by which torch.export writes those changes down
+            return forward(*args, **kwargs)
+
+    try:
+        cast(Any, twin).forward = silent
+        if before is not None:
+            setattr(fx_config, traces, True)
+        yield
+    finally:
+        del twin.forward
+        if before is not None:
+            setattr(fx_config, traces, before)
 
 
 def _stub(*args: Any, **kwargs: Any) -> Tensor:

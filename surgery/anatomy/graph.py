@@ -132,9 +132,17 @@ class Graph:
         return sorted(needed, key=self.order.__getitem__)
 
     def runner(self, targets: Sequence[fx.Node], bound: Sequence[fx.Node]) -> Callable[..., list[Tensor]]:
-        """A function of the values of `bound` (tensors, in order; then a dict by node) that gives `targets`."""
+        """A function of the values of `bound` (tensors, in order; then a dict by parameter) that gives `targets`."""
         nodes = self.between(targets, bound)
         written = {root for _, root in self._writes}
+        moving, still = set(bound), []
+        for node in nodes:
+            unknown = node.op == "placeholder" and node not in self.values
+            if unknown or self._root(node) in written or moving.intersection(node.all_input_nodes):
+                moving.add(node)
+            elif node not in moving:
+                still.append(node)
+        values: dict[fx.Node, Any] = {}  # of what depends on nothing that is given: rotary tables, masks
 
         def own(node: fx.Node, x: Tensor) -> Tensor:
             return x.clone() if node in written else x
@@ -143,6 +151,9 @@ class Graph:
             env: dict[fx.Node, Any] = {n: own(n, x) for n, x in zip(bound, given, strict=True)}
             env.update({n: own(n, x) for n, x in (more or {}).items()})
             with torch.no_grad():
+                for node in still if not values else ():
+                    values[node] = self._execute(node, values)
+                env = {**values, **env}
                 for node in nodes:
                     if node not in env:
                         env[node] = self._execute(node, env)
