@@ -30,6 +30,16 @@ def readings():
     known.MOST = 100_000
 
 
+@pytest.fixture(scope="session", autouse=True)
+def answers():
+    """What checks an export is not started anew for each: `test_export_hub.py` starts it as users do."""
+    import warm
+
+    from surgery.export import parity  # not above, as there
+
+    parity.subprocess = warm
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """(exit code, stdout, stderr) of one `surgery` command in this process."""

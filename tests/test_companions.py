@@ -1,12 +1,12 @@
 """What lies beside the weights travels on every path; what belongs to the old weights alone stays behind."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from families import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -150,8 +150,8 @@ print(type(model).__name__, type(tokenizer).__name__, tokenizer("b a")["input_id
 
 def test_child_loads_with_trust_remote_code_and_the_parents_tokenizer(parent, tmp_path):
     convert_checkpoint(parent, GQA, tmp_path / "child")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "child")], capture_output=True, text=True, check=True,
+    done = warm.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "child")], check=True,
         env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.stdout.split("\n")[-2] == "LlamaForCausalLM LetterTokenizer [1, 0]"

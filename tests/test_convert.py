@@ -2,13 +2,13 @@
 
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import warm
 from closeness import assert_close
 from families import FAMILIES, random_model, tiny_model
 from safetensors.torch import load_file, save_file
@@ -118,7 +118,7 @@ def test_result_loads_without_surgery_in_a_fresh_process(folder, tmp_path):
         f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})\n"
         f"torch.save(m(input_ids=torch.tensor({IDS.tolist()})).logits, {str(tmp_path / 'logits.pt')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    warm.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     here = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert here.equal(torch.load(tmp_path / "logits.pt"))
 

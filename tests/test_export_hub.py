@@ -38,6 +38,14 @@ SOME = [(method, row.families[i % len(row.families)]) for i, (method, row) in en
 REST = [pair for pair in EVERY if pair not in SOME]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def started():
+    """Here a process is started for each export that is checked, as users' are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "subprocess", subprocess)
+        yield
+
+
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory) -> Path:
     """A folder for `sys.path` with torch, transformers, what these two require, and nothing else."""

@@ -8,7 +8,6 @@ import copy
 import functools
 import inspect
 import pickle
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import warm
 from closeness import assert_close, relative_error
 from families import FAMILIES, tiny_model
 from methods import METHODS, PAIRS, REFUSED, REPRESENTATIVE, converted, parent, sites
@@ -115,7 +115,7 @@ def test_a_fresh_process_unpickles_models_and_configs(tmp_path: Path) -> None:
         "        assert type(config) is type(model.config)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "models.pt"), str(tmp_path / "config.pickle")]
-    subprocess.run(command, check=True)
+    warm.run(command, check=True)
 
 
 @matrix
@@ -376,7 +376,7 @@ def test_saved_models_give_the_same_logits_in_a_fresh_process(tmp_path: Path) ->
         models[f"{method}-{family}"] = model = converted(method, family)
         model.save_pretrained(tmp_path / "models" / f"{method}-{family}")
     code = [sys.executable, "-c", RELOAD, str(tmp_path / "models"), str(tmp_path / "ids.pt")]
-    run = subprocess.run(code, capture_output=True, text=True)
+    run = warm.run(code)
     assert run.returncode == 0, run.stderr[-2000:]
     for name, model in models.items():
         folder = tmp_path / "models" / name
