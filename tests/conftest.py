@@ -22,6 +22,15 @@ if workers > 1:  # read by torch when it is first imported, and by the programs 
 os.environ.setdefault("SURGERY_CACHE", "0")
 
 
+EVERY_FAMILY = {f"test_{name}" for name in ("anatomy", "convert", "generation", "pipeline", "public_door", "runtime")}
+"""Files with tests of all models in `families.py`."""
+
+
+def pytest_collection_modifyitems(items):
+    """These files come one after the other: a worker that has read the models for one has them for the next."""
+    items.sort(key=lambda item: item.path.stem not in EVERY_FAMILY)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def readings():
     """No description is read twice in a run: the tests ask for those of more models than users have."""
