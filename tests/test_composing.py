@@ -30,7 +30,7 @@ from surgery.composing.sensitivity import Bench, measure_by
 from surgery.composing.settings import Setting, settings_for
 from surgery.measure.memory import cache_bytes
 from surgery.measure.recall import Asked
-from surgery.measure.scoring import cache_argument, cache_of
+from surgery.runtime.calling import cache_argument, cache_of
 
 LENGTH = 128
 
@@ -227,6 +227,19 @@ def test_a_format_on_top_needs_no_second_fit(parent, anatomy, by_label, label, m
     child = surgery.convert(parent, both.recipe("1"), calibration=fit, seed=0).eval()
     found = Bench(parent, anatomy, judged).kl({1: made[1]})
     assert found == pytest.approx(chunked_kl(parent, child, judged.ids_BT), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["jamba", "llama"])
+def test_a_parent_answers_behind_its_cache_as_in_one_pass(family):
+    """Layers of Mamba begin anew where several tokens come at once behind a cache."""
+    whole = tiny_model(family).eval()
+    judged = as_windows(torch.randint(3, 100, (2, 32), generator=torch.Generator().manual_seed(3)))
+    bench = Bench(whole, surgery.examine(whole), judged)
+    with torch.no_grad():
+        wanted = whole(judged.ids_BT, use_cache=False).logits[:, bench.prefill :].log_softmax(-1)
+    torch.testing.assert_close(bench.wanted, wanted, rtol=1e-3, atol=1e-3)
+    assert bench.at_once == (family == "llama")
+    assert bench.kl(bench.own) < 1e-6
 
 
 @torch.inference_mode()

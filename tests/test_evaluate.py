@@ -386,6 +386,7 @@ def test_sizes_are_read_as_people_write_them():
     assert parse_bytes("80GiB") == 80 * 2**30
     assert parse_bytes("24 GB") == 24 * 10**9
     assert parse_bytes(512) == 512
+    assert parse_bytes(".5KiB") == 512
     assert max_batch(1000, 400, 100.0) == 6
     assert max_batch(100, 400, 100.0) == 0
 

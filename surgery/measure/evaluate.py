@@ -130,7 +130,7 @@ def evaluate(
             config, tokenizer, tasks=tasks, lengths=recall_lengths, questions=questions, seed=seed
         )
     models = [model] if baseline is None else [model, baseline]
-    training = [m.training for m in models]
+    modes = [(part, part.training) for m in models for part in m.modules()]
     for m in models:
         m.eval()  # dropout would be noise
     sums = {p: score_windows(model, baseline, windows, p, at_once) for p in PATHS[path]}
@@ -178,8 +178,8 @@ def evaluate(
             if lm_eval_tasks
         },
     )
-    for m, was in zip(models, training, strict=True):
-        m.train(was)
+    for part, was in modes:
+        part.training = was
     return report
 
 

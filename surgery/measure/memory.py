@@ -106,7 +106,7 @@ def max_batch(memory: int, parameter_bytes: int, cache_bytes_per_sequence: float
 
 def parse_bytes(text: str | int) -> int:
     """`80GiB`, `24GB`, `512MiB` or a number of bytes."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if match is None:
         raise RecipeError(f"memory: {text!r} is no size. Write it as 80GiB, 24GB, 512MiB.")
     number, unit, binary = match.groups()
