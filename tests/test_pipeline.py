@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 import surgery
 from surgery.anatomy import examine
 from surgery.calibration.journal import way_of
+from surgery.calibration.layers import DecoderLayers
 from surgery.calibration.outputs import answers
 from surgery.calibration.pipeline import Pipeline
 from surgery.calibration.statistics import module_of
@@ -68,6 +71,40 @@ def go_through(copy: WorkingCopy, do: dict[int, Any], lenders: Any = ()) -> Pipe
             do[visit.layer](copy, visit.layer)
     check_streams(copy, pipeline)
     return pipeline
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"rewriter": "gqa", "kv_heads": 1, "refine": 2},
+        {"rewriter": "mla", "keep": 0.5},
+        {"rewriter": "share", "layout": "cla2", "init": "latent", "keep": 0.5},
+        {"rewriter": "evict", "scorer": "streaming", "budget": "duo", "ratio": 2, "recent": 3},
+    ],
+)
+def test_no_layer_stays_in_memory_until_cycles_are_looked_for(
+    step: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+    build = DecoderLayers._filled
+
+    def noted(self: DecoderLayers, *arguments: Any) -> nn.Module:
+        made = build(self, *arguments)
+        built.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(DecoderLayers, "_filled", noted)
+    parent = families.tiny_model("llama")
+    text = torch.randint(3, 100, (28, 20), generator=torch.Generator().manual_seed(0))
+    surgery.examine(parent)
+    gc.collect()
+    gc.disable()
+    try:
+        surgery.convert(parent, {"steps": [step]}, calibration=text)
+        assert len(built) >= 4
+        assert not any(layer() is not None for layer in built)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

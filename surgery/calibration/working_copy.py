@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -421,13 +422,15 @@ class WorkingCopy:
 
     def _exchange(self, site: AttentionSite, root: nn.Module, prefix: str) -> Callable[..., Any]:
         columns = (torch.tensor(site.o.head_rows)[:, None] + torch.arange(site.value_dim)).flatten()
+        # A hook that held the layer it hangs on would keep both in memory until Python looks for cycles.
+        layers = weakref.proxy(root)
 
         def tensor(name: str) -> Tensor:
             if not name.startswith(prefix):  # of a layer that is not here: an owner that was passed
                 return self.tensor(name).to(self.layers.device)
             # Not get_parameter: torch.func puts tensors there that are no parameters.
             module, _, leaf = name.removeprefix(prefix).rpartition(".")
-            found: Tensor = getattr(root.get_submodule(module), leaf)
+            found: Tensor = getattr(layers.get_submodule(module), leaf)
             return found
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
