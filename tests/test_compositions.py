@@ -54,6 +54,6 @@ def test_both_steps_are_carried_out_and_the_result_runs(first, second, apart, tm
     for end in range(1, PROMPT.shape[1] + 1):
         parts.append(loaded(PROMPT[:, end - 1 : end], past_key_values=cache, use_cache=True).logits)
     if any(layer.store.kind != "dense" for layer in plan.after):  # tokens of one call see each other as they are
-        assert 0 < (torch.cat(parts, 1) - whole).norm() < 0.02 * whole.norm()
+        assert 0 < (torch.cat(parts, 1) - whole).norm() < 0.03 * whole.norm()
         return
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))

@@ -337,6 +337,13 @@ def test_alternation_never_loses_and_stays_where_nothing_is_to_gain():
     assert value(stay, m.input_DD, m.input_DD) == pytest.approx(value(start, m.input_DD, m.input_DD), rel=1e-3)
 
 
+def test_a_fitted_latent_has_rows_of_unit_length_at_right_angles():
+    """Codes of latents whose numbers all had the same variance lose twice as much."""
+    w, x = make(heads=4, kv_heads=4), inputs()
+    down = mla(w, moments_of(w, x), 12, 4).down_RD
+    torch.testing.assert_close(down @ down.T, torch.eye(12, dtype=down.dtype))
+
+
 def test_alternation_ends_where_steps_gain_little():
     w, x = make(heads=4, kv_heads=4), inputs()
     m = moments_of(w, x)

@@ -120,7 +120,7 @@ def alternate(
     k_seen, v_seen = k_PD * share_D, v_QD * (1 - share_D)
     k_left, v_left = k_metric_PP @ k_seen, v_metric_QQ @ v_seen
     energy = float((k_left * k_PD).sum() + (v_left * v_QD).sum())
-    down, error = _orthonormal(down_RD), math.inf
+    down, error = orthonormal(down_RD), math.inf
     for step in range(steps + 1):
         down_k, down_v = down * share_D, down * (1 - share_D)
         k_back, v_back = k_seen @ down.mT, v_seen @ down.mT
@@ -138,7 +138,7 @@ def alternate(
         rhs = vectors @ (k_up.mT @ k_left + v_up.mT @ v_left + stay)
         share = small.share_D[:, None]
         weight = share * share_D + (1 - share) * (1 - share_D)
-        down = _orthonormal(vectors.mT @ (rhs / weight.clamp_min(1e-12)))
+        down = orthonormal(vectors.mT @ (rhs / weight.clamp_min(1e-12)))
     return down, k_up, v_up
 
 
@@ -147,8 +147,8 @@ def _regress(gram_RR: Tensor, back_PR: Tensor) -> Tensor:
     return torch.linalg.solve(damp(gram_RR, 1e-12), back_PR.mT).mT
 
 
-def _orthonormal(down_RD: Tensor) -> Tensor:
-    """Any basis of the latent will do, and columns that drift apart lose digits."""
+def orthonormal(down_RD: Tensor) -> Tensor:
+    """The same latent with rows of unit length at right angles: any basis of it will do, but for digits and codes."""
     return torch.linalg.qr(down_RD.mT)[0].mT
 
 

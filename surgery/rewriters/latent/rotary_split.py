@@ -13,7 +13,7 @@ from ...attention.linalg import blockdiag, damp
 from ...attention.weights import AttentionWeights
 from ...errors import PlanError
 from . import MlaInit, Rotation, Selector
-from .factors import STEPS, alternate, joint_latent, single_latent
+from .factors import STEPS, alternate, joint_latent, orthonormal, single_latent
 from .moments import LatentMoments
 from .rotary_mixing import mean_phase, mix_components, rotated_part, select_components, unrotated_keys
 
@@ -223,6 +223,10 @@ def _latent(
             down, k.flatten(0, 1), v.flatten(0, 1), k_blocks, v_blocks, basis.share_D, options.steps
         )
         k_up, v_up = k_flat.reshape(*k.shape[:2], -1), v_flat.reshape(*v.shape[:2], -1)
+        down = basis.leave(down)
+        rows = orthonormal(down)  # of the common basis each number has variance 1, and codes lose what matters most
+        back = down @ rows.mT
+        return rows, k_up @ back, v_up @ back
     return basis.leave(down), k_up, v_up
 
 

@@ -24,7 +24,7 @@ from ...attention.weights import AttentionWeights
 from ...calibration.text import Windows
 from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
-from ..latent.factors import CommonBasis, alternate, definite
+from ..latent.factors import CommonBasis, alternate, definite, orthonormal
 from ..latent.moments import MomentSums
 from ..latent.rotary_split import output_metric, query_metric
 
@@ -173,4 +173,4 @@ def _down(weights: Mapping[int, AttentionWeights], moments: Mapping[int, ReaderM
     basis = CommonBasis.of(*definite(key, value))
     k_PD, v_QD = basis.enter(k_PD), basis.enter(v_QD)
     start = factorise(torch.cat([k_PD, v_QD]), None, rank, torch.block_diag(k_metric, v_metric), ridge=0.0)
-    return basis.leave(alternate(start.down, k_PD, v_QD, k_metric, v_metric, basis.share_D)[0])
+    return orthonormal(basis.leave(alternate(start.down, k_PD, v_QD, k_metric, v_metric, basis.share_D)[0]))
