@@ -19,7 +19,7 @@ from ..console import progress
 from . import processes
 from .journal import HELD_BYTES
 from .outputs import speaks
-from .pipeline import ANSWERED, Pipeline
+from .pipeline import Pipeline
 from .statistics import module_of
 from .streams import Stream
 from .text import Windows
@@ -119,17 +119,12 @@ def _through(
 
 def _of_answers(pipe: Pipeline, batch: int, h: Tensor, random: torch.Generator) -> Tensor:
     """The gradient at the last layer's output."""
-    ids_BT, mask_BT = pipe.batches[batch]
     found = torch.zeros_like(h)
-    # A few tokens at a time, as no token's answer depends on another's.
-    for row, start in itertools.product(range(len(ids_BT)), range(0, ids_BT.shape[1], ANSWERED)):
-        at = (slice(row, row + 1), slice(start, start + ANSWERED))
-        if not mask_BT[at].any():
-            continue
-        part = h[..., at[0], at[1], :].to(pipe.device).requires_grad_()
+    for at, ids, mask in pipe.pieces(batch):
+        part = h[at].to(pipe.device).requires_grad_()
         with torch.enable_grad():
-            answers = pipe.layers.answers(part, ids_BT[at], mask_BT[at])
+            answers = pipe.layers.answers(part, ids, mask)
         signs = torch.randint(2, answers.shape, generator=random).mul_(2).sub_(1).to(answers)
         along = signs * (answers.detach() / 2).exp() if speaks(pipe.layers.shell) else signs
-        found[..., at[0], at[1], :] = torch.autograd.grad(answers, part, along)[0].cpu()
+        found[at] = torch.autograd.grad(answers, part, along)[0].cpu()
     return found

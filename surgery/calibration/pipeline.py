@@ -204,20 +204,23 @@ class Pipeline:
             return 0.0
         total, tokens = 0.0, 0
         for batch in range(self.fits, len(self.batches)):
-            ids_BT, mask_BT = self.batches[batch]
             hidden = [stream[batch] for stream in (self.parent, self.student)]
-            # A few tokens at a time: distributions over a vocabulary are large, and no token's depends on another's.
-            for row, start in itertools.product(range(len(ids_BT)), range(0, ids_BT.shape[1], ANSWERED)):
-                at = (slice(row, row + 1), slice(start, start + ANSWERED))
-                ids, mask = ids_BT[at], mask_BT[at]
-                if not mask.any():
-                    continue
-                wanted, found = (
-                    self.layers.answers(h[..., at[0], at[1], :].to(self.device), ids, mask) for h in hidden
-                )
+            for at, ids, mask in self.pieces(batch):
+                wanted, found = (self.layers.answers(h[at].to(self.device), ids, mask) for h in hidden)
                 total += float(distance(self.layers.shell, found, wanted))
                 tokens += len(found)
         return processes.mean(total, tokens)
+
+    def pieces(self, batch: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """A few tokens of a batch at a time: where they stand in hidden states, their ids and mask.
+
+        Distributions over a vocabulary are large, and no token's depends on another's.
+        """
+        ids_BT, mask_BT = self.batches[batch]
+        for row, start in itertools.product(range(len(ids_BT)), range(0, ids_BT.shape[1], ANSWERED)):
+            at = (slice(row, row + 1), slice(start, start + ANSWERED))
+            if mask_BT[at].any():
+                yield (..., *at, slice(None)), ids_BT[at], mask_BT[at]
 
     def call(self, batch: int, index: int) -> Call:
         """What layer `index` is called with beside the hidden states of a batch."""

@@ -109,7 +109,7 @@ def divided(costs_X: Tensor, even: float, most: float) -> Tensor:
 
 
 def streaming_costs(
-    copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows, sinks: int, recent: int, seed: int = 0
+    copy: WorkingCopy, plans: Sequence[LayerPlan], windows: Windows, sinks: int, recent: int, seed: int
 ) -> dict[int, Tensor]:
     """Owner -> [K] KL, in nats per token, that it costs where one KV head streams: sees first and newest tokens alone.
 
