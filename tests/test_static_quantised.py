@@ -173,7 +173,7 @@ def test_what_is_too_short_to_be_packed_is_kept_as_it_is(length):
     cache, want = model.static_cache(length), model(IDS[:, :length]).logits
     given = {cache_argument(model): cache}
     got = [model(IDS[:, :1], **given).logits, *(model(IDS[:, t : t + 1], **given).logits for t in range(1, length))]
-    torch.testing.assert_close(torch.cat(got, 1), want)
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)
     assert tensor_bytes(cache) == 2 * sum(plan.static_bytes(length) for plan in model.plans)
 
 
