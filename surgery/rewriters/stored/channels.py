@@ -4,7 +4,7 @@ Source: ThinK (Xu et al., 2024), arXiv:2407.21018: a channel counts by the norm 
 and packed tokens are without those that count least; a share of them is the same in all heads. Departures: masks are
 chosen once, from calibration text, where ThinK chooses them in each prompt from its last 32 queries. Channels that turn
 leave in rotary pairs, whose norms are those of no one position; the others leave two by two. Queries of all heads that
-read a KV head count together.
+read a KV head count together; those of layers that read a shared cache do not, for they come after its owner.
 """
 
 from __future__ import annotations
