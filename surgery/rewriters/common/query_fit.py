@@ -101,19 +101,19 @@ class ScoreFit:
         batch = _Batch(x, p, keys)
         self.batches.append(batch)
         self.tokens += int(mask_BT[:, time].sum())
-        self.target_NHD = self.target_NHD + self._bring_back(batch, s)
+        self.target_NHD = self.target_NHD + to_double(self._bring_back(batch, s))
         self._probe(batch)
 
     def _bring_back(self, batch: _Batch, s_BNmS: Tensor) -> Tensor:
         """Σ of Jᵀ applied to logits, [N, H, D], where J is what W_q does to logits centred under the attention.
 
-        The logits are overwritten.
+        The logits are overwritten. What sums batches is in float64.
         """
         p = batch.p_BNmS
         # In place: memory is what it waits for.
         centred = s_BNmS.sub_(torch.linalg.vecdot(p, s_BNmS)[..., None]).mul_(p)
         back = batch.keys.pull(centred) * self.student.scale
-        return to_double(torch.einsum("bnmh,bmd->nhd", back, batch.x_BmD))
+        return torch.einsum("bnmh,bmd->nhd", back, batch.x_BmD)
 
     def _probe(self, batch: _Batch) -> None:
         """What the preconditioner is made of: the metric of W_q's rows at a few queries, x weighted by that of each."""
