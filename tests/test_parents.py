@@ -266,6 +266,14 @@ NAME = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
             ),
             r"adapter_config\.json: its base model: .*no such folder",
         ),
+        (
+            lambda folder: (folder / CONFIG).write_text(
+                (folder / CONFIG)
+                .read_text()
+                .replace('"init_lora_weights": true', '"init_lora_weights": "pissa_niter_4"')
+            ),
+            r"adapter_config\.json: init_lora_weights: pissa_niter_4 was trained on a base that peft cannot make",
+        ),
     ],
 )
 def test_a_damaged_adapter_is_refused_by_name(folders, spoil, message):

@@ -76,6 +76,14 @@ def check_adapter(folder: Path, merge_adapter: bool) -> None:
         raise CheckpointError(
             f"{folder}: holds an adapter ({kind}) {beside}. {_ASK}, or give the folder of the base alone."
         )
+    start = read_json(folder / CONFIG).get("init_lora_weights")
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        # peft changes the base by a decomposition from random numbers, and draws other ones at loading.
+        raise CheckpointError(
+            f"{folder / CONFIG}: init_lora_weights: {start} was trained on a base that peft cannot make again. "
+            "Save it as plain LoRA (path_initial_model_for_weight_conversion of save_pretrained), or merge where it "
+            "was trained."
+        )
     _peft()
 
 
