@@ -220,7 +220,8 @@ class StaticQuantisedLayer(CodedLayer):
 
     @property
     def can_step(self) -> bool:
-        return bool(self.streams) and all(stream.parts for stream in self.streams)
+        # Not by their truth: torch 2.11 does not trace that of a tuple.
+        return len(self.streams) > 0 and all(len(stream.parts) > 0 for stream in self.streams)
 
     def _live(self) -> int:
         """Tokens that may be packed; a compiled step takes all that there is room for."""
