@@ -251,6 +251,18 @@ def test_training_reads_no_cache() -> None:
         run(model.train(), ids, [1], cache)
 
 
+@pytest.mark.parametrize("method", ["dms", "dmc"])
+def test_going_on_from_a_cache_that_training_left_empty_is_refused(method: str) -> None:
+    model, ids = merged_model(merge(method, 12)).train(), tokens()
+    with pytest.raises(ValueError, match=r"was in training when tokens came.*model\.eval\(\)"):
+        model.generate(ids, **GREEDY)
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match="keeps none of them"):
+        run(model.eval(), ids, [1], cache)
+    cache.reset()
+    assert_close(run(model, ids, [40], cache)[0], run(model, ids, [40])[0])
+
+
 def test_what_cannot_be_undone_is_refused() -> None:
     model, ids = model_of("dmc", None), tokens(batch=1)
     _, cache = run(model, ids, [40])

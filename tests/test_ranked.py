@@ -934,6 +934,17 @@ def test_beams_copies_and_turns(scorer: str) -> None:
         kept.crop(-1)
 
 
+@torch.no_grad()
+def test_in_training_no_cache_is_gone_on_from() -> None:
+    model, ids = copy.deepcopy(model_of("heads", "snapkv")), tokens(length=40)
+    _, cache = run(model, ids, [40])
+    with pytest.raises(ValueError, match="was in training when tokens came"):
+        model.train().generate(ids, **GREEDY)
+    with pytest.raises(ValueError, match="no cache keeps"):
+        run(model, ids, [1], cache)
+    assert torch.equal(model(ids).logits, model(ids, use_cache=False).logits)
+
+
 @pytest.mark.parametrize(("form", "scorer", "budget"), [("heads", "expected", "ada"), ("latent", "snapkv", "cake")])
 @torch.no_grad()
 def test_scores_of_prompts_run_compiled_in_static_caches(form: str, scorer: str, budget: str) -> None:

@@ -124,6 +124,11 @@ def check_replaceable(layer: Any, plan: LayerPlan) -> None:
             f"layer {plan.layer}: the given cache keeps tokens by {layer.retain.label()}, and its plan says "
             f"{plan.retain.label()}, or other options of it. Begin with an empty cache."
         )
+    if isinstance(layer, PagedLayer) and layer.passed_over:
+        raise ValueError(
+            f"layer {plan.layer}: the model was in training when tokens came with this cache, which keeps none of them "
+            "then. Call model.eval() before the first ones, or pass use_cache=False and all tokens."
+        )
     if _is_own(layer) or (plain and not layer.is_initialized):
         return
     why = "its tokens are averaged or leave" if plan.retain is not None else f"it is stored as {plan.store.label()}"

@@ -74,6 +74,8 @@ class SurgeryGatedAttention(SurgeryAttention):
 
     def _attend(self, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         cache, implementation = inputs.cache, self.config._attn_implementation
+        if cache is not None and self.training and self.owns_cache:
+            self._pass_over(cache)
         if self.retain.decided_by == "rank" and (cache is None or self.training):
             return super()._attend(inputs._replace(cache=None))  # nothing leaves but from a cache
         if implementation not in (*LIKE_SDPA, "eager"):
@@ -85,11 +87,6 @@ class SurgeryGatedAttention(SurgeryAttention):
             raise ValueError(
                 f"layer {self.layer_idx}: tokens are averaged or leave by what came before them, so attention with "
                 "is_causal=False has no meaning here. Leave it out."
-            )
-        if cache is not None and self.training and cache.get_seq_length(self.layer_idx):
-            raise ValueError(
-                f"layer {self.layer_idx}: decisions are relaxed in training, and no cache keeps what they leave. Call "
-                "model.eval(), or pass use_cache=False."
             )
         asked = self._asked(inputs)
         if cache is not None and not self.training:
@@ -107,6 +104,21 @@ class SurgeryGatedAttention(SurgeryAttention):
             return self._attend_mixed(asked, key, value, keep, inputs.rest)
         query, key, value, keep = self._spread(asked, key, value, keep)
         return self._call_attention(self._attention_function(inputs.rest), query, key, value, keep, inputs.rest)
+
+    def _pass_over(self, cache: Any) -> None:
+        """Note that new tokens are not kept.
+
+        Raises:
+            ValueError: earlier ones were, which these would not see.
+        """
+        if cache.get_seq_length(self.layer_idx):
+            raise ValueError(
+                f"layer {self.layer_idx}: decisions are relaxed in training, and no cache keeps what they leave. Call "
+                "model.eval(), or pass use_cache=False and all tokens."
+            )
+        if not torch.compiler.is_compiling():
+            install_layers(cache, self.all_plans)
+            cache.layers[self.layer_idx].passed_over = True
 
     def _attend_mixed(
         self, asked: Any, key: Tensor, value: Tensor, keep: Mixed, named: dict[str, Any]

@@ -53,6 +53,8 @@ class PagedLayer(WholeLayer):
         self.state: dict[str, Tensor] = {}
         self.has_padding = False
         """Whether some of the tokens seen were padding, as far as steps that are not compiled know."""
+        self.passed_over = False
+        """Whether tokens came in training, which writes none."""
         self.is_initialized = False
 
     # What `state` holds, [B, ...]: `tables` [B, K, M] int32, `held` [B, K] int32 (pages that are there), `lengths`
@@ -361,6 +363,7 @@ class PagedLayer(WholeLayer):
             )
 
     def reset(self) -> None:
+        self.passed_over = False
         if self.pool.grows:
             self.pool = PagePool(self.retain.page)
             self._clear()
