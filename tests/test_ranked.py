@@ -1115,6 +1115,24 @@ def test_stock_models_evict_as_converted_ones(family: str, scorer: str, budget: 
     assert model.config._attn_implementation == "sdpa"
 
 
+@torch.no_grad()
+def test_an_adapter_counts_in_what_the_output_makes_of_values() -> None:
+    peft = pytest.importorskip("peft")
+    model, ids = copy.deepcopy(model_of("heads", "critical")), tokens(length=60)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], r=8)).eval()
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=random))
+    ends = [40, *range(41, 61)]
+    logits, cache = run(adapted.get_base_model(), ids, ends)
+    merged_logits, merged_cache = run(adapted.merge_and_unload(), ids, ends)
+    assert_close(logits, merged_logits)
+    for one, other in zip(contents(cache), contents(merged_cache), strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
 def test_stock_models_that_hide_their_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = tiny_model("llama")
     eager.set_attn_implementation("eager")

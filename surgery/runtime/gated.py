@@ -188,7 +188,7 @@ class SurgeryGatedAttention(SurgeryAttention):
     def _output_norms(self, value_BKSV: Tensor) -> Tensor:
         """|W_o v|_1 [B, N, S] of the value that each query head reads."""
         heads, readers = self.site.heads, getattr(self, "kv_of_query", None)
-        by_head = self.o_proj.weight.float().unflatten(1, (heads, -1)).unbind(1)
+        by_head = _matrix_of(self.o_proj, value_BKSV.device).float().unflatten(1, (heads, -1)).unbind(1)
         reads = [h * value_BKSV.shape[1] // heads for h in range(heads)] if readers is None else readers.tolist()
         norms = [(value_BKSV[:, kv] @ w_DV.T).abs().sum(-1) for kv, w_DV in zip(reads, by_head, strict=True)]
         return torch.stack(norms, dim=1)
@@ -246,6 +246,17 @@ class SurgeryGatedAttention(SurgeryAttention):
             return pooled(x_BKTH, weight_BKT, p_BKT, self.retain.window)
         x, weight, p = (at_end(t, real_BT) for t in (x_BKTH, weight_BKT, p_BKT))
         return from_end(pooled(x, weight, p, self.retain.window), real_BT)
+
+
+@torch.no_grad()
+def _matrix_of(projection: Any, device: torch.device) -> Tensor:
+    """W [out, in] by which a projection multiplies, with what an adapter adds to it; of an offloaded one as well."""
+    if type(projection) is torch.nn.Linear and not projection.weight.is_meta:
+        return projection.weight
+    width, dtype = projection.in_features, next(projection.parameters()).dtype
+    rows = torch.eye(width + 1, width, dtype=dtype, device=device)  # the last one is 0, and gives the bias
+    found: Tensor = projection(rows)
+    return (found[:-1] - found[-1]).T
 
 
 class AskedHeads(NamedTuple):
