@@ -3,7 +3,6 @@ makes its own."""
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import fields
 from typing import Any
 
@@ -30,9 +29,6 @@ from .runtime.modeling import SurgeryMixin
 from .runtime.quantised_cache import QuantisedLayer
 from .runtime.rankers import RANKERS
 from .runtime.static_quantised_cache import StaticQuantisedLayer
-
-_TELLING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that tell their caches which tokens are padding."""
 
 
 def cache(
@@ -122,9 +118,8 @@ def cache(
     if evict is not None:
         assert isinstance(made, DynamicCache)
         put_layers(made, model, planned)
-    if model not in _TELLING:
+    if _tell not in model._forward_pre_hooks.values():  # copies of a model have its hooks
         model.register_forward_pre_hook(_tell, with_kwargs=True)
-        _TELLING.add(model)
     return made
 
 

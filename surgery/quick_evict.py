@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +27,6 @@ from .runtime.slots import New
 
 NAME = "surgery_evict"
 _MARK = "surgery_layer"
-_HOOKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models whose attention hands its queries to caches that evict."""
 
 
 class StockRankedLayer(RankedLayer):
@@ -147,10 +144,9 @@ def put_layers(cache: DynamicCache, model: PreTrainedModel, plan: Plan) -> None:
             else StockRankedLayer(layer.retain, layer.layer)
         )
     join(cache.layers)
-    if model not in _HOOKED:
+    if _begin not in model._forward_pre_hooks.values():  # copies of a model have its hooks
         model.register_forward_pre_hook(_begin, with_kwargs=True)
         model.register_forward_hook(_end, with_kwargs=True, always_call=True)
-        _HOOKED.add(model)
 
 
 def _text_config(model: Any) -> Any:

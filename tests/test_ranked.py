@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -1113,6 +1114,18 @@ def test_stock_models_evict_as_converted_ones(family: str, scorer: str, budget: 
     with pytest.raises(ValueError, match="an attention mask of shape"):
         model(ids, attention_mask=mask[:, :3], **{cache_argument(model): cache})
     assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_copies_of_a_stock_model_read_prompts_again_as_often() -> None:
+    model, ids = tiny_model("llama"), tokens(length=100)
+    found = []
+    for turn in range(3):
+        # Copies of a model whose attention hands its queries to caches by now.
+        stock = (lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))[turn](model)
+        cache = surgery.cache(stock, evict="kvzip", ratio=3, recent=4, sinks=2)
+        found.append(run(stock, ids, [40, 60, 61, 80, 100], cache)[0])
+    assert all(torch.equal(logits, found[0]) for logits in found)
 
 
 @torch.no_grad()
