@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
+from closeness import assert_close
 from families import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 from vision_models import IMAGE, VLMS, tiny_vlm, with_image
@@ -18,7 +19,7 @@ from surgery.checkpoints.classes import model_class
 from surgery.checkpoints.files import Checkpoint
 from surgery.convert import convert_checkpoint
 from surgery.export import Source, check, target_for
-from surgery.runtime.calling import once
+from surgery.runtime.calling import cache_argument, once
 from surgery.runtime.layout import Rotary
 
 IDS = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -277,6 +278,17 @@ def test_dropping_tokens_is_refused_where_tokens_of_an_image_see_later_ones():
     with pytest.raises(PlanError, match="tokens of an image see later ones"):
         surgery.plan(VLMS["gemma3"].config(), {**DMS, "steps": [{**DMS["steps"][0], "layers": "1"}]})
     assert surgery.plan(VLMS["llava"].config(), DMS).after[0].retain is not None
+
+
+def test_an_image_is_there_when_a_stock_model_reads_its_prompt_again():
+    model, named, options = tiny_vlm("llava"), with_image("llava"), {"ratio": 2, "recent": 2, "sinks": 1}
+    child = surgery.convert(model, {"steps": [{"rewriter": "evict", "scorer": "kvzip", **options}]})
+    logits = []
+    for each, cache in ((model, surgery.cache(model, evict="kvzip", **options)), (child, hf.DynamicCache())):
+        with torch.no_grad():
+            each(**named, use_cache=True, **{cache_argument(each): cache})
+            logits.append(each(torch.tensor([[20]]), use_cache=True, **{cache_argument(each): cache}).logits)
+    assert_close(*logits)
 
 
 def test_evaluation_of_a_vision_language_model_measures_its_text():

@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calling import by_name, cache_argument, cache_of
+from .calling import CACHE_NAMES, by_name, cache_argument, cache_of
 from .ranked_cache import RankedLayer
+
+_OF_THE_PASS = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+    "labels",
+    *CACHE_NAMES,
+)
+"""Arguments that are others when tokens come once more; tensors among the rest belong to the tokens: images."""
 
 
 def rehearse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -37,6 +48,7 @@ def rehearse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             f"{waiting[0].retain.scorer} reads each prompt again, and layer {others[0]} of this cache would keep the "
             "tokens twice. Use another scorer."
         )
+    beside = {key: value for key, value in came.items() if key not in _OF_THE_PASS and _holds_tensors(value)}
     mask, position_ids = _behind(came.get("attention_mask"), given, int(waiting[0].get_seq_length()))
     for layer in waiting:
         layer.rehearsing = True
@@ -45,10 +57,15 @@ def rehearse(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             again = {name: given, "attention_mask": mask, "position_ids": position_ids, "use_cache": True}
             if "logits_to_keep" in inspect.signature(model.forward).parameters:
                 again["logits_to_keep"] = 1
-            model(**again, **{cache_argument(model): cache})
+            model(**beside, **again, **{cache_argument(model): cache})
     finally:
         for layer in waiting:
             layer.rehearsing = False
+
+
+def _holds_tensors(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return bool(parts) and all(isinstance(part, Tensor) for part in parts)
 
 
 def _behind(mask: Any, given: Tensor, seen: int) -> tuple[Tensor | None, Tensor]:
