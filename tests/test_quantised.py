@@ -508,6 +508,19 @@ def test_tables_travel_with_the_checkpoint_and_through_halves(tmp_path):
         decoded(model, IDS, 30)
 
 
+def test_tables_are_there_wherever_accelerate_keeps_them(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, prompt = converted("metric"), IDS[:, :60]
+    want = greedy(model, prompt)
+    surgery.save(model, tmp_path / "child")
+    elsewhere = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(greedy(elsewhere, prompt), want)
+    with accelerate.init_empty_weights():
+        empty = type(model)(model.config).eval()
+    accelerate.load_checkpoint_in_model(empty, str(tmp_path / "child"), device_map={"": "cpu"})
+    assert torch.equal(greedy(empty, prompt), want)
+
+
 BY_BLOCKS = {
     "plain": ("llama", []),
     "uneven groups": ("llama", [{"rewriter": "gqa", "groups": [[0, 1, 2], [3]], "init": "mean"}]),

@@ -77,6 +77,14 @@ class SurgeryHeadNorm(nn.Module):
         return f"{self.norm.kind}, span={self.norm.span}, eps={self.norm.eps}"
 
 
+class CodecTables(nn.Module):
+    """Tables of a codec that calibration text has decided, int32."""
+
+    def forward(self) -> dict[str, Tensor]:
+        """By name. A call, so that hooks of accelerate bring those that lie elsewhere."""
+        return dict(self.named_buffers())
+
+
 def equally_wide(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same with zeros behind the narrower of keys and values, which change no score and no mean.
 
@@ -159,16 +167,20 @@ class SurgeryAttention(nn.Module):
             norm: HeadNorm | None = None if name in plan.absent else getattr(site, name)
             module = SurgeryHeadNorm(norm, shapes.get(f"{name}.weight"), shapes.get(f"{name}.bias")) if norm else None
             setattr(self, name, module)
-        self.codec = nn.Module()
-        """Tables of a codec that calibration text has decided, int32."""
+        self.codec = CodecTables()
         for name, shape in shapes.items():
             if name.startswith("codec."):
                 self.codec.register_buffer(name.removeprefix("codec."), torch.zeros(shape, dtype=torch.int32))
         for name in self.tensors:
             self.register_parameter(name, nn.Parameter(torch.empty(shapes[name])) if name in shapes else None)
 
-    def build_tables(self, device: torch.device) -> None:
-        """Put the constants of the layer, which no state dict has, on `device`."""
+    def build_tables(self, device: torch.device | None = None) -> None:
+        """Put the constants of the layer, which no state dict has, on `device`.
+
+        Args:
+            device: None: where tensors are made; parameters alone may be on the meta device (`init_empty_weights`).
+        """
+        device = torch.empty(0).device if device is None else device
         for name, value in self._tables().items():
             self.register_buffer(name, value.to(device), persistent=False)
 
@@ -314,7 +326,7 @@ class SurgeryAttention(nn.Module):
             if has_own_layer(self.plan):
                 install_layers(inputs.cache, self.all_plans)
                 layer = inputs.cache.layers[self.layer_idx]
-                prepare(layer, inputs.mask, self.call.mask_true_hides, dict(self.codec.named_buffers()))
+                prepare(layer, inputs.mask, self.call.mask_true_hides, self.codec())
             key, value = inputs.cache.update(key, value, self.layer_idx)
         key = self._as_read(key, inputs)
         if self.has_readers:

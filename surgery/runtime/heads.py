@@ -41,7 +41,7 @@ class SurgeryHeadsAttention(SurgeryAttention):
         # repeat_kv undoes uniform groups inside the attention function; others are spread by an index before it.
         self.num_key_value_groups = site.heads // self.heads.kv_heads if self.heads.is_uniform else 1
         self.turns_at_read = isinstance(plan.store, Codec) and plan.store.unrotated and site.rotary is not None
-        self.build_tables(self.q_proj.weight.device)
+        self.build_tables()
         self.reset()
 
     def _tables(self) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class SurgeryHeadsAttention(SurgeryAttention):
         if not self._steps(inputs):
             return super()._store(key, value, inputs)
         layer = inputs.cache.layers[self.layer_idx]
-        prepare(layer, inputs.mask, self.call.mask_true_hides, dict(self.codec.named_buffers()))
+        prepare(layer, inputs.mask, self.call.mask_true_hides, self.codec())
         seen = layer.step(key, value)
         if self.turns_at_read:
             cos, sin = self._angles_at_read(inputs, key.dtype)

@@ -71,7 +71,7 @@ class SurgeryLatentAttention(SurgeryAttention):
         self.keeps_positions = self.latent.rotate_on_read and site.rotary is not None
         if self.latent.rope_dims:
             self.register_buffer("rope_freq_bits", torch.zeros(self.latent.rope_dims // 2, dtype=torch.int32))
-        self.build_tables(self.q_proj.weight.device)
+        self.build_tables()
         self.reset()
 
     def reset(self) -> None:
