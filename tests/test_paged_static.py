@@ -16,6 +16,7 @@ from transformers.generation import CompileConfig
 import surgery.runtime.pooling_cache
 from surgery import convert, plan
 from surgery.measure.memory import tensor_bytes
+from surgery.runtime.calling import cache_argument
 from surgery.runtime.paged_cache import PagedLayer
 
 three_forms = pytest.mark.parametrize(("method", "window"), [("dms", 6), ("dmc", 3), ("dmc", None)])
@@ -31,6 +32,16 @@ def test_a_static_cache_holds_what_the_plan_says_from_the_start() -> None:
         assert len(set(pools)) == 1
         run(model, tokens(length=36), [18, *range(19, 37)], cache)
         assert tensor_bytes(cache) == 2 * sum(plan.static_bytes(64) for plan in model.plans)
+
+
+def test_a_cache_that_begins_anew_forgets_padding() -> None:
+    model, ids, mask = model_of("dms", 6), tokens(length=12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    cache = model.static_cache(24)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
+    cache.reset()
+    assert torch.equal(run(model, ids, [12], cache)[0], run(model, ids, [12], model.static_cache(24))[0])
 
 
 def test_a_full_pool_says_how_to_size_it() -> None:

@@ -363,7 +363,7 @@ class PagedLayer(WholeLayer):
             )
 
     def reset(self) -> None:
-        self.passed_over = False
+        self.passed_over = self.has_padding = False
         if self.pool.grows:
             self.pool = PagePool(self.retain.page)
             self._clear()
