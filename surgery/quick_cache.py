@@ -182,8 +182,9 @@ def _steps(codec: str | None, evict: str | None, options: dict[str, Any]) -> dic
 def _tell(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     came = by_name(model, args, kwargs)
     mask = came.get("attention_mask")
-    if isinstance(mask, dict):
-        mask = next((m for m in mask.values() if m is not None), None)
+    if isinstance(mask, dict):  # by type of layer, in any order; those of windows may be narrower than the text
+        masks = [m for m in mask.values() if m is not None]
+        mask = mask.get("full_attention", max(masks, key=lambda m: m.shape[-1], default=None))
     for layer in getattr(take_cache(came), "layers", ()):
         prepare(layer, mask)
         if isinstance(layer, StockRankedLayer):

@@ -5,6 +5,7 @@ import torch
 from families import tiny_model
 from transformers import DynamicCache
 from transformers.generation import CompileConfig
+from transformers.generation import utils as generation
 
 import surgery
 from surgery.measure.memory import tensor_bytes
@@ -238,3 +239,24 @@ def test_stock_models_take_a_static_cache_and_compile(family):
         assert cache.layers[0].state["begin"].tolist() == [9, 0]
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted + 1
     torch.compiler.reset()
+
+
+def test_the_mask_of_a_window_speaks_for_no_other_layer(monkeypatch):
+    # transformers puts masks by type of layer into a dict whose order is that of a set.
+    model, options = tiny_model("gemma2").eval(), {"group": 8, "recent": 6, "sinks": 2, "layers": "1"}
+    make, found = generation.create_masks_for_generate, []
+    for first in ("full_attention", "sliding_attention"):
+
+        def ordered(*args, first=first, **kwargs):
+            return dict(sorted(make(*args, **kwargs).items(), key=lambda item: item[0] != first))
+
+        monkeypatch.setattr(generation, "create_masks_for_generate", ordered)
+        cache = {cache_argument(model): surgery.cache(model, "kivi", max_cache_len=LENGTH, **options)}
+        said = IDS[:, :0]
+        for start in (0, 20):
+            ids = torch.cat((said, IDS[:, start : start + 20]), 1)
+            more = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, **more, **cache)
+            said = out.sequences
+        found.append(torch.stack(out.logits))
+    assert torch.equal(*found)
