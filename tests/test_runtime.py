@@ -20,6 +20,7 @@ import warm
 from closeness import assert_close, relative_error
 from families import FAMILIES, tiny_model
 from methods import METHODS, PAIRS, REFUSED, REPRESENTATIVE, converted, parent, sites
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from surgery.errors import SurgeryError
@@ -116,6 +117,23 @@ def test_a_fresh_process_unpickles_models_and_configs(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "models.pt"), str(tmp_path / "config.pickle")]
     warm.run(command, check=True)
+
+
+@torch.no_grad()
+def test_hooks_that_come_later_take_no_place_of_an_unpickled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = converted("shared", "llama"), []
+    kept, first = pickle.dumps(model), min(model.model._forward_pre_hooks)
+    monkeypatch.setattr(RemovableHandle, "next_id", first)  # as in a process that has made no model yet
+    marks = dict(torch.nn.modules.module._global_forward_hooks_with_kwargs)
+    converted("identity", "llama")
+    assert torch.nn.modules.module._global_forward_hooks_with_kwargs == marks
+    RemovableHandle.next_id = first
+    loaded = pickle.loads(kept)
+    for _ in range(40):
+        loaded.model.register_forward_pre_hook(lambda *_: calls.append(1))
+        loaded.model.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert len(calls) == 80
 
 
 @matrix

@@ -166,6 +166,8 @@ def record_calls(model: nn.Module, sites: Sequence[AttentionSite]) -> list[Calli
         pass
     finally:
         handle.remove()
+        # torch leaves the mark, and hooks of a model that was pickled may have this number.
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
         for module, flag in training.items():
             module.training = flag
     missing = [site.module for kind, site in kinds.items() if kind not in found]

@@ -35,7 +35,7 @@ from .heads import SurgeryHeadsAttention
 from .latent import SurgeryLatentAttention
 from .layout import AttentionSite, Codec, LayerPlan
 from .parallel import drop_plans
-from .recording import prepare_recording, records_of, running_model
+from .recording import number_anew, prepare_recording, records_of, running_model
 from .rehearsal import rehearse
 from .separators import mark_separators
 
@@ -95,6 +95,12 @@ class SurgeryMixin(SurgeryGeneration):
             base.register_forward_pre_hook(mark_separators, with_kwargs=True)
         if self.shares_caches:
             base.register_forward_pre_hook(_hand_down_states, with_kwargs=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Number hooks anew: by the numbers of the process that pickled them, others would take their places."""
+        super().__setstate__(state)  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            number_anew(module)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
