@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,21 @@ def operator(
     """Define one opaque operator: inference only, one implementation per device, what it writes marked in `schema`."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, _as_given(cpu), "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"surgery::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.surgery, name).default
+
+
+def _as_given(cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """Under torch.autocast, products within an operator stay in the dtype of its arguments."""
+
+    @functools.wraps(cpu)
+    def run(*arguments: Any, **named: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return cpu(*arguments, **named)
+
+    return run
 
 
 class Arguments:

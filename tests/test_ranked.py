@@ -1146,6 +1146,20 @@ def test_an_adapter_counts_in_what_the_output_makes_of_values() -> None:
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("scorer", ["h2o", "snapkv", "critical", "kvzip", "streaming"])
+@torch.no_grad()
+def test_what_leaves_under_autocast_is_as_much_as_without(scorer: str) -> None:
+    model, ids, ends = model_of("heads", scorer), tokens(length=60), [40, *range(41, 61)]
+    wanted, plain = run(model, ids, ends)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, cache = run(model, ids, ends)
+    prompt = (found - wanted)[:, :40].norm() / wanted[:, :40].norm()
+    assert 0 < prompt < 0.05  # bfloat16, and nothing has left yet
+    assert found.isfinite().all()
+    for layer, other in zip(cache.layers, plain.layers, strict=True):
+        assert torch.equal(layer.state["lengths"], other.state["lengths"])
+
+
 def test_stock_models_that_hide_their_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = tiny_model("llama")
     eager.set_attn_implementation("eager")

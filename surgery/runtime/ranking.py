@@ -140,9 +140,9 @@ class Ranking:
             age_Q = torch.arange(last - 1 - begin, last - 1 - end, -1, device=query.device)
             S = max(1, longest - (last - end))
             asked = query[:, :, begin:end].reshape(B, key.shape[1], -1, query.shape[-1])
-            logits = (
-                torch.matmul(asked, key[:, :, :S].transpose(2, 3)).view(B, N, end - begin, S).mul_(self.queries.scale)
-            )
+            with torch.autocast(asked.device.type, enabled=False):  # what ranks is in float32 everywhere
+                logits = torch.matmul(asked, key[:, :, :S].transpose(2, 3))
+            logits = logits.view(B, N, end - begin, S).mul_(self.queries.scale)
             if self.queries.softcap is not None:
                 logits = self.queries.softcap * torch.tanh(logits / self.queries.softcap)
             if self.slots.more_BKS is not None:
