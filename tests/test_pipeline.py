@@ -197,6 +197,9 @@ def test_activations_are_what_hooks_on_the_whole_models_see(name: str) -> None:
             torch.testing.assert_close(a.x_parent_BTD, x, atol=2e-4, rtol=2e-4)
             torch.testing.assert_close(a.x_student_BTD, x_s, atol=2e-4, rtol=2e-4)
             torch.testing.assert_close(a.wanted_BTD, wanted, atol=5e-4, rtol=5e-4)
+            assert (a.lost_BTD is None) == (name in NORMED_AFTER)
+            own = a.wanted_BTD if a.lost_BTD is None else a.wanted_BTD - a.lost_BTD
+            torch.testing.assert_close(own, y, atol=5e-4, rtol=5e-4)
 
 
 def test_a_readers_activations_hold_what_its_owner_reads() -> None:

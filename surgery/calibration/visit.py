@@ -33,6 +33,8 @@ class Activations(NamedTuple):
     """True at real tokens; padding on the right."""
     inputs: Mapping[int, Tensor] = MappingProxyType({})
     """By layer: input of the projections in the student's stream, [B, T, D], of the layers that the form reads."""
+    lost_BTD: Tensor | None = None
+    """What of `wanted_BTD` makes up for the layers before; None: nothing."""
 
 
 class Part(NamedTuple):
@@ -157,7 +159,7 @@ class Visit:
     def _run_parent(self) -> None:
         """Bring the parent through the layer, and note what its attention gives."""
         pipe, layer = self._pipeline, self.site
-        factor = self._factor()
+        self._residual = factor = self._factor()
         self._wanted = Stream(f"wanted-{self._index}", pipe.folder, pipe.dtype)
         o = self._parent.get_submodule(pipe.inside(module_of(layer.o), self._index))
         bias = None if layer.o.bias is None else self._parent.get_parameter(pipe.inside(layer.o.bias, self._index))
@@ -195,7 +197,10 @@ class Visit:
         x, x_s = (y.reshape(*mask.shape, -1) for y in (x, x_s))
         sources = {*self.copy.form(self.layer).sources(self.layer), *more}
         inputs = {s: x_s if s == self.layer else pipe.noted[s][batch] for s in sources}
-        return Activations(x, x_s, self._wanted[batch], mask, inputs)
+        lost = None
+        if self._residual is not None and pipe.student is not pipe.parent:
+            lost = ((pipe.parent[batch] - pipe.student[batch]) / self._residual).reshape(self._wanted[batch].shape)
+        return Activations(x, x_s, self._wanted[batch], mask, inputs, lost)
 
     def close(self) -> None:
         """Let go of what belongs to this visit alone."""

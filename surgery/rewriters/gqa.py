@@ -25,7 +25,7 @@ from .common.moments import Moments, visit_moments
 from .common.options import RefinedStep, why_queries_stay
 from .common.query_fit import QueryFit, stride_of
 from .common.refine import refine
-from .common.refit import Fit, fit_output, keep_what_helps
+from .common.refit import OUTPUT_FITS, Fit, keep_what_helps
 from .heads import Init
 from .heads.grouping import (
     Groups,
@@ -245,7 +245,7 @@ class Gqa(Layerwise, Method):
         if self.step.gain_fit is True:
             fits.append(fit_gains)
         if self.step.refit_output:
-            fits.append(fit_output)
+            fits += OUTPUT_FITS
         return fits
 
 

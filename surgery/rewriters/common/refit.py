@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ...attention.weights import AttentionWeights
 from ...calibration.processes import total
 from ...calibration.visit import Visit
 
+RIDGE, CAREFUL_RIDGE = 1e-3, 0.1
 Fit = Callable[[Visit, AttentionWeights], AttentionWeights]
 """Refits the visited layer, whose weights are given."""
 
@@ -31,12 +33,23 @@ def keep_what_helps(visit: Visit, fits: Iterable[Fit]) -> None:
             copy.write(layer, best)
 
 
-def fit_output(visit: Visit, weights: AttentionWeights) -> AttentionWeights:
-    """W_o by ridge regression to what the layer's attention should give."""
+def fit_output(visit: Visit, weights: AttentionWeights, repairs: bool = True) -> AttentionWeights:
+    """W_o by ridge regression to what the layer's attention should give.
+
+    Args:
+        repairs: whether that makes up for what the layers before have lost. Where they have lost much, it is little of
+            that which other text confirms, and later layers lose more; without it the fit stays nearer to what W_o is.
+    """
     found = OutputFit()
     for a in visit.activations():
-        found.add(visit.copy.head_outputs(visit.layer, a.inputs), a.wanted_BTD, a.mask_BT)
-    return found.solve(weights)
+        wanted = a.wanted_BTD if repairs or a.lost_BTD is None else a.wanted_BTD - a.lost_BTD
+        found.add(visit.copy.head_outputs(visit.layer, a.inputs), wanted, a.mask_BT)
+    return found.solve(weights, RIDGE if repairs else CAREFUL_RIDGE)
+
+
+OUTPUT_FITS: tuple[Fit, ...] = (partial(fit_output, repairs=False), fit_output)
+"""For `keep_what_helps`. Of `cla2` on SmolLM2-135M and 2048 tokens the second alone makes 3.97 nats on text that was
+not seen, both 1.40; none 2.02."""
 
 
 class OutputFit:
@@ -58,14 +71,14 @@ class OutputFit:
         self.moment_PP = self.moment_PP + to_double(o.T @ o)
         self.tokens += len(o)
 
-    def solve(self, weights: AttentionWeights, ridge: float = 1e-3) -> AttentionWeights:
+    def solve(self, weights: AttentionWeights, ridge: float = RIDGE) -> AttentionWeights:
         """`weights` with `o` refitted; see `refit_output`."""
         tokens = int(total(torch.tensor(self.tokens)))
         return refit_output(weights, total(self.cross_DP) / tokens, total(self.moment_PP) / tokens, ridge)
 
 
 def refit_output(
-    weights: AttentionWeights, cross_DP: Tensor, moment_PP: Tensor, ridge: float = 1e-3
+    weights: AttentionWeights, cross_DP: Tensor, moment_PP: Tensor, ridge: float = RIDGE
 ) -> AttentionWeights:
     """W_o ← (E[y oᵀ] + μ W_o)(E[o oᵀ] + μ I)⁻¹, P = N·Hv: shrinks to the folded W_o, not to 0.
 
