@@ -127,7 +127,7 @@ def check_weight(name: str, tensor: Tensor, where: Path | str) -> None:
             raise CheckpointError(
                 f"{where}: {name} is {kind}, needs float32, bfloat16 or float16. Dequantise the checkpoint first."
             )
-        # NaN passes through both ends; an eleventh of the time of a look at every number.
+        # NaN passes through both ends, and no mask of every number is made.
         if tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor)):
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(f"{where}: {name} has {bad} values that are NaN or inf. The checkpoint is damaged.")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from .layout import AttentionSite, Rotary
@@ -315,3 +316,20 @@ def check_caches(base_model: nn.Module, _: tuple[Any, ...], output: Any) -> None
                 "is a cache. This release is newer than the code of the converted attention: use an older one, or "
                 "convert the model again with a newer version of surgery."
             )
+
+
+def number_anew(module: nn.Module) -> None:
+    """Give the hooks of a module numbers that no hook of this process has."""
+    held = vars(module)
+    after = [held.get(f"_forward_hooks_{mark}", {}) for mark in ("with_kwargs", "always_called")]
+    both = (module._forward_pre_hooks, [held.get("_forward_pre_hooks_with_kwargs", {})]), (module._forward_hooks, after)
+    for hooks, marks in both:
+        found = [(hook, [number in mark for mark in marks]) for number, hook in hooks.items()]
+        for numbered in (hooks, *marks):
+            numbered.clear()
+        for hook, marked in found:
+            number = RemovableHandle(hooks).id
+            hooks[number] = hook
+            for mark, is_marked in zip(marks, marked, strict=True):
+                if is_marked:
+                    mark[number] = True

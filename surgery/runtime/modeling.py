@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import SHARED_STATES, SurgeryAttention, SurgeryHeadNorm
-from .calling import CallingConvention, check_caches, forget_calls, record_calls
+from .calling import CallingConvention, check_caches, forget_calls, number_anew, record_calls
 from .canonical import kept_weights, origin_of
 from .configuration import config_class, converted_config
 from .frequencies import at_rest
@@ -35,7 +35,7 @@ from .heads import SurgeryHeadsAttention
 from .latent import SurgeryLatentAttention
 from .layout import AttentionSite, Codec, LayerPlan
 from .parallel import drop_plans
-from .recording import number_anew, prepare_recording, records_of, running_model
+from .recording import prepare_recording, records_of, running_model
 from .rehearsal import rehearse
 from .separators import mark_separators
 

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .attention import SurgeryAttention
@@ -82,23 +81,6 @@ def prepare_recording(base_model: nn.Module, args: tuple[Any, ...], kwargs: dict
                 f"tokens have merged into or left ({attention.plan.retain.kind}), so there are no weights by token. "
                 "Pass use_cache=False and the whole sequence."
             )
-
-
-def number_anew(module: nn.Module) -> None:
-    """Give the hooks of a module numbers that no hook of this process has."""
-    held = vars(module)
-    after = [held.get(f"_forward_hooks_{mark}", {}) for mark in ("with_kwargs", "always_called")]
-    both = (module._forward_pre_hooks, [held.get("_forward_pre_hooks_with_kwargs", {})]), (module._forward_hooks, after)
-    for hooks, marks in both:
-        found = [(hook, [number in mark for mark in marks]) for number, hook in hooks.items()]
-        for numbered in (hooks, *marks):
-            numbered.clear()
-        for hook, marked in found:
-            number = RemovableHandle(hooks).id
-            hooks[number] = hook
-            for mark, is_marked in zip(marks, marked, strict=True):
-                if is_marked:
-                    mark[number] = True
 
 
 def _collect(record: Record, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
