@@ -40,6 +40,7 @@ from surgery.errors import CheckpointError, PlanError
 from surgery.export import export
 from surgery.export.parity import Ask, answers_of
 from surgery.export.vllm import (
+    _as_fp8,
     _rounded_attention,
     case_of,
     compare_scores,
@@ -290,9 +291,10 @@ def test_an_engine_that_dies_is_an_error_of_one_line(tmp_path) -> None:
         Engine(python=str(stub), version="0.32.0", has_plugin=True).ask([{}])
 
 
-def test_keys_and_values_are_rounded_as_caches_of_8_bit_floats_round_them() -> None:
+@pytest.mark.parametrize("toward_zero", [False, True])
+def test_keys_and_values_are_rounded_as_caches_of_8_bit_floats_round_them(toward_zero) -> None:
     model = converted(decoder(), CLA2, FP8)
-    rounded = with_rounded_caches(model)
+    rounded = with_rounded_caches(model, toward_zero)
     ids = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(0))
     seen = []
 
@@ -309,9 +311,16 @@ def test_keys_and_values_are_rounded_as_caches_of_8_bit_floats_round_them() -> N
         assert last.plan.owner == 2
         assert 0 < (rounded(ids).logits - logits).abs().mean() < logits.abs().mean()
         query, key, value = (torch.randint(-8, 9, (1, 4, 6, 32)).float() for _ in range(3))
-        whole = _rounded_attention(first, query, key, value, None)[0]
+        whole = _rounded_attention(toward_zero, first, query, key, value, None)[0]
         assert torch.equal(whole, sdpa_attention_forward(first, query, key, value, None)[0])  # codes have these
-        assert not torch.equal(whole, _rounded_attention(first, query, key + 0.3, value, None)[0])
+        assert not torch.equal(whole, _rounded_attention(toward_zero, first, query, key + 0.3, value, None)[0])
+
+
+def test_numbers_are_rounded_to_the_nearest_8_bit_float_or_toward_zero() -> None:
+    numbers = torch.tensor([1.0, 1.06, 1.07, -1.07, 1.12, 447.0, 1000.0, 0.003, -0.001, 0.0])
+    assert _as_fp8(numbers, False).tolist() == [1, 1, 1.125, -1.125, 1.125, 448, 448, 2**-8, -(2**-9), 0]
+    assert _as_fp8(numbers, True).tolist() == [1, 1, 1, -1, 1, 416, 448, 2**-9, 0, 0]
+    assert _as_fp8(numbers.bfloat16(), True).dtype == torch.bfloat16
 
 
 def test_formats_that_answer_wrongly_or_are_not_the_plans_are_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +33,8 @@ from ..serve.support import refusal as plugin_refusal
 from .parity import TOLERANCE, Ask, Parity, answers_of
 from .target import Source, Written
 
-_ROUNDED = "surgery_rounded_to_fp8"
+_ROUNDED = {False: "surgery_rounded_to_fp8", True: "surgery_cut_to_fp8"}
+"""Names of attention functions, by whether numbers are rounded toward zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ class Vllm:
         """Ask vLLM the same prompts, and how much it caches for one token."""
         engine, model = Engine.find(self.python), source.model
         if cache_dtype(source.subject.plans) != "auto":
-            model = with_rounded_caches(model)
+            model = with_rounded_caches(model, toward_zero=engine.on_cpu)
         config = source.config.get_text_config()
         context = max_positions(config)
         ask = Ask.of_vocabulary(config.vocab_size, context and context - 1)
@@ -148,27 +150,39 @@ def compare_scores(want: dict[str, Tensor], got: dict[str, Any], ask: Ask, engin
     )
 
 
-def with_rounded_caches(model: PreTrainedModel) -> PreTrainedModel:
+def with_rounded_caches(model: PreTrainedModel, toward_zero: bool) -> PreTrainedModel:
     """What vLLM computes with caches of 8-bit floats, in transformers: keys and values rounded before they are read.
 
     Args:
         model: a `Surgery<Parent>`; the result shares its tensors.
+        toward_zero: cut numbers off, as vLLM's build for CPUs does, in place of rounding to the nearest.
     """
     config = copy.deepcopy(model.config)
     for layer in config.surgery["layers"]:
         plan = LayerPlan.from_dict(layer["plan"])
         layer["plan"] = replace(plan, store=Dense(dtype=plan.dtype)).to_dict()
     made = rebuild(model, type(model), config, dict(model.state_dict()))
-    AttentionInterface.register(_ROUNDED, _rounded_attention)
-    AttentionMaskInterface.register(_ROUNDED, sdpa_mask)
-    made.set_attn_implementation(_ROUNDED)
+    AttentionInterface.register(_ROUNDED[toward_zero], partial(_rounded_attention, toward_zero))
+    AttentionMaskInterface.register(_ROUNDED[toward_zero], sdpa_mask)
+    made.set_attn_implementation(_ROUNDED[toward_zero])
     return made
 
 
-def _rounded_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    top = torch.finfo(torch.float8_e4m3fn).max
-    key, value = (x.clamp(-top, top).to(torch.float8_e4m3fn).to(x.dtype) for x in (key, value))
+def _rounded_attention(
+    toward_zero: bool, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    key, value = _as_fp8(key, toward_zero), _as_fp8(value, toward_zero)
     return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def _as_fp8(x: Tensor, toward_zero: bool) -> Tensor:
+    top = torch.finfo(torch.float8_e4m3fn).max
+    x = x.clamp(-top, top)
+    nearest = x.to(torch.float8_e4m3fn)
+    if toward_zero:  # the bits of a magnitude count upwards: the next smaller one is one less
+        bits = nearest.view(torch.uint8) - (nearest.to(x.dtype).abs() > x.abs()).to(torch.uint8)
+        nearest = bits.view(torch.float8_e4m3fn)
+    return nearest.to(x.dtype)
 
 
 def planned_and_served(layers: list[dict[str, Any]]) -> tuple[int, int]:

@@ -38,6 +38,9 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
     if current_platform.is_cpu() and "kv_lora_rank" in config:
         # The rotary kernel of the CPU build turns only the first head of a three-dimensional query.
         options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+        if case.get("dtype") != "bfloat16":
+            # Where the processor has AMX, the attention that is chosen by default computes in bfloat16 alone.
+            options["attention_config"] = {"backend": "CPU_MLA"}
     ranks = case.get("tensor_parallel", 1)
     if current_platform.is_cpu() and ranks > 1:  # it binds one rank to a NUMA node unless told otherwise
         cores = sorted(os.sched_getaffinity(0))
