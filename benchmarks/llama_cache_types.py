@@ -39,7 +39,7 @@ def ask(file: Path, types: tuple[str, str], tokens: list[int], ends: list[int]) 
         fields = {"file": str(file), "types": types, "tokens": tokens, "ends": ends, "context": 2 * TOKENS, "top": TOP}
         request.write_text(json.dumps(fields))
         script = Path(__file__).resolve().with_name("llama_server_answers.py")
-        command = [os.environ[PYTHON], "-P", str(script), str(request), str(result)]
+        command = [os.path.abspath(os.environ[PYTHON]), "-P", str(script), str(request), str(result)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         if not result.is_file():
             said = [line for line in done.stderr.splitlines() if "error" in line.lower() or "require" in line.lower()]

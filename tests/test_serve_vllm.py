@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -45,6 +46,7 @@ from surgery.export.vllm import (
     case_of,
     compare_scores,
     planned_and_served,
+    scores_of,
     with_rounded_caches,
 )
 from surgery.planning.repeated_heads import repeated_heads
@@ -283,6 +285,18 @@ def test_another_version_is_named_beside_the_tested_ones(monkeypatch, tmp_path) 
         export(converted(decoder(), CLA2), tmp_path / "out", to="vllm", python=sys.executable)
 
 
+def test_an_interpreter_named_relative_to_this_folder_is_asked_in_another(monkeypatch, tmp_path) -> None:
+    stub = tmp_path / "venv" / "python"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    stub.chmod(0o755)
+    monkeypatch.setattr(serve_engine, "_PROBE", 'print(\'{"version": "0.32.0", "plugin": true, "on_cpu": true}\')')
+    monkeypatch.chdir(tmp_path)
+    found = Engine.find("venv/python")
+    assert found.python == str(stub)
+    assert found.ask([]) == []
+
+
 def test_an_engine_that_dies_is_an_error_of_one_line(tmp_path) -> None:
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\necho 'Illegal instruction' >&2\nexit 132\n")
@@ -321,6 +335,28 @@ def test_numbers_are_rounded_to_the_nearest_8_bit_float_or_toward_zero() -> None
     assert _as_fp8(numbers, False).tolist() == [1, 1, 1.125, -1.125, 1.125, 448, 448, 2**-8, -(2**-9), 0]
     assert _as_fp8(numbers, True).tolist() == [1, 1, 1, -1, 1, 416, 448, 2**-9, 0, 0]
     assert _as_fp8(numbers.bfloat16(), True).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exports_are_compared_with_caches_rounded_as_the_engine_rounds_them(dtype, monkeypatch, tmp_path) -> None:
+    """An engine that answers as this process does: rounded toward zero, as the build for CPUs, or to the nearest."""
+    model = converted(decoder(), CLA2, FP8).to(dtype)
+    ask, answers = Ask.of_vocabulary(128, 255), {}
+    for toward_zero in (True, False):
+        rounded = with_rounded_caches(copy.deepcopy(model).float(), toward_zero)
+        found = answers_of(rounded, ask)
+        answers[toward_zero] = {
+            "tokens": found["dynamic"][:, -ask.new_tokens :].tolist(), "logprobs": scores_of(found, ask).tolist(),
+            "cache": {"bytes_per_token": 256.0},
+        }  # fmt: skip
+    engine = Engine(python="python", version="0.32.0", has_plugin=True, on_cpu=True)
+    monkeypatch.setattr(Engine, "find", lambda python=None: engine)
+    monkeypatch.setattr(Engine, "check_fp8", lambda self: None)
+    monkeypatch.setattr(Engine, "ask", lambda self, cases: [answers[True]])
+    assert export(model, tmp_path / "out", to="vllm").parity.relative_difference < 1e-5
+    monkeypatch.setattr(Engine, "ask", lambda self, cases: [answers[False]])
+    with pytest.raises(CheckpointError, match="it computes something else"):
+        export(model, tmp_path / "other", to="vllm")
 
 
 def test_formats_that_answer_wrongly_or_are_not_the_plans_are_refused() -> None:

