@@ -30,6 +30,7 @@ from surgery.composing.sensitivity import Bench, measure_by
 from surgery.composing.settings import Setting, settings_for
 from surgery.measure.memory import cache_bytes
 from surgery.measure.recall import Asked
+from surgery.report.plots import composition_front
 from surgery.runtime.calling import cache_argument, cache_of
 
 LENGTH = 128
@@ -320,6 +321,16 @@ def found(parent, tmp_path_factory):
     kept = tmp_path_factory.mktemp("composing") / "kept.json"
     made = surgery.compose(parent, ratio=4, calibration=text(), context=LENGTH, samples=8, kept=kept)
     return made, kept
+
+
+def test_what_was_raced_is_drawn_at_the_bytes_of_the_budgets_context(found):
+    data = found[0].to_dict()
+    for runner in data["race"]["runners"]:
+        runner["bytes"] *= 3  # as of shorter windows
+    stars = [line for line in composition_front(data).axes[0].lines if line.get_marker() == "*"]
+    assert [star.get_xdata()[0] for star in stars] == [
+        data["choice"]["bytes_per_token"], *(single["bytes_per_token"] for single in data["singles"].values())
+    ]  # fmt: skip
 
 
 def test_a_composition_fits_converts_and_says_how_it_raced(parent, found):

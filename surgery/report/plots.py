@@ -225,9 +225,10 @@ def composition_front(found: Mapping[str, Any]) -> Figure:
             continue
         axes.plot(*zip(*points, strict=True), MARKERS[marker_of(i)] + "-", color=colour_of(i), markersize=4, label=name)
         xs += [x for x, _ in points]
-    race = found["race"]
-    for i, runner in enumerate(race["runners"] if race is not None else ()):
-        x, kl = runner["bytes"] / race["tokens"], runner["kl"]
+    # What windows of the race held would lie elsewhere: newest tokens and windows weigh more in fewer tokens.
+    at = {single["settings"][-1]: single["bytes_per_token"] for single in found["singles"].values()}
+    for i, runner in enumerate(found["race"]["runners"] if found["race"] is not None else ()):
+        x, kl = at[runner["name"]] if i else found["choice"]["bytes_per_token"], runner["kl"]
         spread = [[max(0.0, kl["value"] - kl["low"])], [max(0.0, kl["high"] - kl["value"])]]
         axes.errorbar(x, kl["value"], yerr=spread, fmt="*", color=BASELINE if i else colour_of(0), markersize=12,
                       capsize=3, zorder=4, label=f"raced: {runner['name']}")  # fmt: skip
