@@ -50,13 +50,18 @@ def environment(seed: int) -> dict[str, Any]:
     """Hardware, versions, commit, seed."""
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit_of(ROOT),
         "seed": seed,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def measured_on() -> dict[str, str]:
+    """For a row of a file whose rows are measured one by one: the processor and the day."""
+    return {"processor": processor(), "date": time.strftime("%Y-%m-%d")}
 
 
 def commit_of(checkout: Path) -> str:
@@ -84,7 +89,7 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

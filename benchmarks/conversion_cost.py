@@ -46,7 +46,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, calibration_text, commit_of, environment, reference, write
+from common import ROOT, calibration_text, commit_of, environment, measured_on, reference, write
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -147,7 +147,7 @@ class Bench:
         except Failed as error:
             found = {"failed": str(error).replace(str(self.folder), "FOLDER")}
         rows = self.rows()  # another part may have written meanwhile
-        rows.setdefault(part, {})[name] = {**found, "date": time.strftime("%Y-%m-%d")}
+        rows.setdefault(part, {})[name] = {**found, **measured_on()}
         data = {**environment(SEED), "threads": self.threads, "goals": GOALS, "rows": rows}
         if self.tiny:
             self.results.write_text(json.dumps(data, indent=2) + "\n")

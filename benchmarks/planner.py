@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, calibration_text, environment, write
+from common import ROOT, calibration_text, environment, measured_on, write
 
 import surgery
 from surgery.bundled import SMALL
@@ -72,7 +72,7 @@ class Rows:
             "seconds": round(time.monotonic() - begun, 1),
             "processor_seconds": round(time.process_time() - used, 1),
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "date": time.strftime("%Y-%m-%d"),
+            **measured_on(),
         }
         write("planner", {**environment(SEED), "goals": GOALS, "rows": self.all() | {name: found}})
         print(name, {k: v for k, v in found.items() if not isinstance(v, (dict, list))}, flush=True)  # noqa: T201

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, calibration_text, commit_of, environment, reference, write
+from common import ROOT, calibration_text, commit_of, environment, measured_on, reference, write
 from real_measure import LENGTHS, Answers, Recall, Sizes, greedy, read_texts, text_quality
 from real_report import plot, show
 from real_rows import Row, rows, untrained
@@ -219,6 +219,7 @@ def convert(bench: Bench) -> None:
             "processor_seconds": round(time.process_time() - processor, 1),
             "windows": [samples, length] if row.calibrated else [0, 0],
             "commit": commit_of(ROOT),
+            **measured_on(),
         }
         record_of(out).write_text(json.dumps(took) + "\n")
         print(f"{time.strftime('%H:%M')} {row.name}, converted: {took}", flush=True)  # noqa: T201
@@ -241,7 +242,11 @@ def measured(bench: Bench, part: str, measure: Callable[[Row, PreTrainedModel], 
         with torch.inference_mode():
             found = measure(row, model)
         if found is not None:
-            took = {"processor_seconds": round(time.process_time() - begun, 1), "commit": commit_of(ROOT)}
+            took = {
+                "processor_seconds": round(time.process_time() - begun, 1),
+                "commit": commit_of(ROOT),
+                **measured_on(),
+            }
             bench.keep(row, part, {**found, **took})
 
 
