@@ -143,6 +143,28 @@ def test_contexts_are_the_models_positions_whatever_they_are_called(tokenizer):
 
 
 @needs_lm_eval
+@needs_lm_eval
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_likelihood_is_the_sum_of_its_tokens_whatever_is_asked_beside_it(dtype):
+    """One text parted at four places, in one call."""
+    from lm_eval.api.instance import Instance
+
+    model = load(SMALL).to(dtype).eval()
+    tokenizer = load_tokenizer(SMALL)
+    words = "Once upon a time there was a little girl who liked to play with her dog in the park every day".split()
+    pairs = [(" ".join(words[:n]), " " + " ".join(words[n:])) for n in (4, 9, 14, 18)]
+    lm = _language_model(model, tokenizer, 4)
+    asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = [value for value, _ in lm.loglikelihood(asked, disable_tqdm=True)]
+    wanted = []
+    for context, continuation in pairs:
+        ids, whole = lm.tok_encode(context), lm.tok_encode(context + continuation)
+        with torch.no_grad():
+            scores = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+        wanted.append(sum(float(scores[i - 1, whole[i]]) for i in range(len(ids), len(whole))))
+    assert found == pytest.approx(wanted, rel=1e-5 if dtype == torch.float32 else 2e-3)
+
+
 def test_data_that_cannot_be_fetched_is_one_sentence(tokenizer, monkeypatch):
     import datasets
 

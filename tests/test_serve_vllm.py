@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
+from transformers import GptOssConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vllm_models import (
     ANY_MLA,
@@ -42,6 +43,7 @@ from surgery.export import export
 from surgery.export.parity import Ask, answers_of
 from surgery.export.vllm import (
     _as_fp8,
+    _length_refusal,
     _rounded_attention,
     case_of,
     compare_scores,
@@ -266,6 +268,31 @@ def test_a_deepseek_that_vllm_computes_otherwise_is_refused(tmp_path) -> None:
     export(model, tmp_path / "rope", to="native", norm="calibrated", text=text())
     with pytest.raises(PlanError, match="rope of type longrope"):
         export(tmp_path / "rope", tmp_path / "out", to="vllm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "of type dynamic"),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+            "does not look at the layer_types of qwen2",
+        ),
+    ],
+)
+def test_stock_classes_that_vllm_takes_otherwise_in_long_texts_are_refused(kind, options, message, tmp_path) -> None:
+    model = converted(decoder(kind, num_key_value_heads=4, **options), {**GQA, "kv_heads": 2})
+    assert type(model).__name__ == f"{kind}ForCausalLM"
+    with pytest.raises(PlanError, match=message):
+        export(model, tmp_path / "out", to="vllm")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kinds", "is_refused"), [("sf", False), ("fs", True), ("ff", True)])
+def test_gpt_oss_has_windows_in_every_second_layer_alone(kinds, is_refused) -> None:
+    layer_types = [{"s": "sliding_attention", "f": "full_attention"}[kind] for kind in kinds]
+    assert (_length_refusal(GptOssConfig(num_hidden_layers=2, layer_types=layer_types)) is not None) == is_refused
 
 
 def test_a_missing_engine_is_said_with_the_tested_versions(monkeypatch, tmp_path) -> None:

@@ -35,6 +35,8 @@ from .target import Source, Written
 
 _ROUNDED = {False: "surgery_rounded_to_fp8", True: "surgery_cut_to_fp8"}
 """Names of attention functions, by whether numbers are rounded toward zero."""
+_WINDOWS_IN_ALL_OR_NONE = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+"""Model types whose layers all have windows in vLLM 0.32, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +228,7 @@ def _stock_refusal(subject: Subject) -> Refusal | None:
         if refused is not None:
             return refused
     if not deepseek_v3:
-        return None
+        return _length_refusal(config)
     if config.attention_bias:
         return Refusal(
             reason="this DeepSeek-V3 has biases on its latents (norm neutral), which vLLM leaves out",
@@ -239,3 +241,28 @@ def _stock_refusal(subject: Subject) -> Refusal | None:
             way_out="Convert a parent with plain rope by mla with selector: top and rope_dims: the parent's head_dim.",
         )
     return None
+
+
+def _length_refusal(config: Any) -> Refusal | None:
+    """What vLLM's classes take otherwise than transformers in texts that are longer than those of the comparison."""
+    config = config.get_text_config()
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if "dynamic" in [rope.get("rope_type"), *(of.get("rope_type") for of in rope.values() if isinstance(of, dict))]:
+        return Refusal(
+            reason="rope of type dynamic: in texts beyond max_position_embeddings it turns by unscaled angles",
+            way_out="Give the config a rope_type that does not depend on the length (yarn, linear), or use --to hub.",
+        )
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if config.model_type in _WINDOWS_IN_ALL_OR_NONE:
+        known = len(set(kinds)) <= 1
+    elif config.model_type == "gpt_oss":
+        known = kinds == [("sliding_attention", "full_attention")[i % 2] for i in range(len(kinds))]
+    else:
+        known = True
+    if known:
+        return None
+    return Refusal(
+        reason=f"it does not look at the layer_types of {config.model_type}, and gives windows to other layers than "
+        "these",
+        way_out="Use --to hub.",
+    )
