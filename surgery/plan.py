@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
 from .anatomy import Anatomy, examine
 from .console import render, spans
 from .errors import PlanError
@@ -20,6 +23,7 @@ from .planning.table import headline, layers_table, notes, totals_table
 from .planning.targets import Subject, sentence
 from .recipe import Recipe, Step
 from .rewriters import rewriter_for
+from .runtime.caches import has_own_layer
 from .runtime.gates import gate_shapes
 from .runtime.layout import AttentionSite, Dense, Heads, LayerPlan
 from .torch_state import plain_torch
@@ -177,6 +181,7 @@ def plan(model_or_path: Any, recipe: Any) -> Plan:
         check_values(anatomy.sites, made, where)
         changes.append(frozenset(new.layer for old, new in zip(after, made, strict=True) if old != new))
         after = made
+    _check_cache_layers(anatomy, after)
     kv_heads = None if any(method.needs_own_class for method in methods) else stated_heads(after)
     config = None
     if kv_heads is not None:
@@ -202,6 +207,18 @@ def _current(site: AttentionSite, dtype: str) -> LayerPlan:
     return LayerPlan(
         layer=site.layer, project=Heads.of(site), owner=site.layer, window=site.window, store=Dense(dtype=dtype)
     )
+
+
+def _check_cache_layers(anatomy: Anatomy, after: tuple[LayerPlan, ...]) -> None:
+    """Refuse codes and slots where the model keeps more than keys and values in a layer of its cache (Falcon-H1)."""
+    own = [layer.layer for layer in after if has_own_layer(layer)]
+    made = DynamicCache(config=anatomy.config).layers if own else []
+    for layer in own:
+        if layer >= len(made) or type(made[layer]) is not DynamicLayer:
+            raise PlanError(
+                f"layer {layer}: {anatomy.architecture} keeps its cache in a form of its own, which neither codes nor "
+                "slots that leave can take the place of. Leave the layer out: layers: '...'."
+            )
 
 
 def _check_replaceable(recipe: Recipe, anatomy: Anatomy) -> None:

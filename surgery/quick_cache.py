@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from .calibration.text import tokenizer_of
 from .calibration.working_copy import WorkingCopy
@@ -100,16 +99,8 @@ def cache(
     made: DynamicCache | StaticCache = DynamicCache(config=model.config)
     if max_cache_len is not None:
         made = StaticCache(config=model.config, max_cache_len=max_cache_len)
-    plain = DynamicLayer if max_cache_len is None else StaticLayer
     for layer in planned.after:
-        if not isinstance(layer.store, Codec) and layer.retain is None:
-            continue
-        if layer.layer >= len(made.layers) or type(made.layers[layer.layer]) is not plain:
-            raise PlanError(
-                f"layer {layer.layer}: {type(model).__name__} keeps its cache in a form of its own. Leave the layer "
-                "out: layers='...'."
-            )
-        if layer.retain is None:
+        if isinstance(layer.store, Codec) and layer.retain is None:
             made.layers[layer.layer] = (
                 QuantisedLayer(layer)
                 if max_cache_len is None

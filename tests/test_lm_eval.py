@@ -151,7 +151,8 @@ def test_a_likelihood_is_the_sum_of_its_tokens_whatever_is_asked_beside_it(dtype
 
     model = load(SMALL).to(dtype).eval()
     tokenizer = load_tokenizer(SMALL)
-    words = "Once upon a time there was a little girl who liked to play with her dog in the park every day".split()
+    words = "Once upon a time there was a little girl who liked to play with her dog in the park every day"
+    words = words.split()
     pairs = [(" ".join(words[:n]), " " + " ".join(words[n:])) for n in (4, 9, 14, 18)]
     lm = _language_model(model, tokenizer, 4)
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]

@@ -22,6 +22,10 @@ from surgery.export import Source, check, target_for
 from surgery.runtime.calling import cache_argument, once
 from surgery.runtime.layout import Rotary
 
+TEXT_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
 IDS = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
 TEXT = torch.randint(3, 90, (8, 16), generator=torch.Generator().manual_seed(1))
 GQA = {"name": "half", "steps": [{"rewriter": "gqa", "kv_heads": "1/2"}]}
@@ -358,3 +362,59 @@ def test_class_that_is_code_beside_the_weights_is_named(tmp_path):
     (tmp_path / "own.py").write_text("raise SystemExit('this must not run')")
     with pytest.raises(UnsupportedModel, match="model type homemade is code beside the weights"):
         surgery.plan(tmp_path, GQA)
+
+
+def test_a_part_of_a_model_runs_by_the_attention_that_it_ran_by() -> None:
+    """PaliGemma 2: Gemma 2 asks for eager attention, the whole for another."""
+    text = {**VLMS["gemma3"].config().text_config.to_dict(), "model_type": "gemma2", "query_pre_attn_scalar": 24}
+    vision = {**VLMS["llava"].config().vision_config.to_dict(), "model_type": "siglip_vision_model"}
+    text = {name: text[name] for name in (*TEXT_SIZES, "query_pre_attn_scalar", "model_type", "head_dim")}
+    sizes = {"vision_use_head": False, "image_size": 8, "projection_dim": 64}
+    config = hf.PaliGemmaConfig(
+        text_config=text, vision_config={**vision, **sizes}, image_token_index=IMAGE, projection_dim=64, hidden_size=64
+    )
+    torch.manual_seed(0)
+    parent = hf.PaliGemmaForConditionalGeneration(config).eval()
+    child = surgery.convert(parent, "identity")
+    of = {name: getattr(child.config, name)._attn_implementation for name in ("text_config", "vision_config")}
+    assert of == {name: getattr(parent.config, name)._attn_implementation for name in of}
+    assert of["text_config"] == "eager" != child.config._attn_implementation == parent.config._attn_implementation
+    with torch.no_grad():
+        assert_close(child(input_ids=IDS).logits, parent(input_ids=IDS).logits)
+
+
+def test_a_setting_that_sizes_other_attentions_too_is_not_said_by_the_parents_class() -> None:
+    """Mllama: one number of KV heads, of text and of what reads images."""
+    text = {**VLMS["llava"].config().text_config.to_dict(), "model_type": "mllama_text_model"}
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_global_layers": 1, "image_size": 16,
+        "attention_heads": 2, "patch_size": 4, "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]],
+        "intermediate_layers_indices": [0], "vision_output_dim": 64,
+    }  # fmt: skip
+    layers = {"num_hidden_layers": 4, "cross_attention_layers": [1]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = hf.MllamaConfig(
+        text_config={**{name: text[name] for name in TEXT_SIZES}, **layers, "rope_parameters": rope},
+        vision_config=vision, image_token_index=IMAGE,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    parent = hf.MllamaForConditionalGeneration(config).eval()
+    child = surgery.convert(parent, GQA)
+    assert type(child).__name__ == "SurgeryMllamaForConditionalGeneration"
+    with torch.no_grad():
+        whole = child(input_ids=IDS, use_cache=False).logits
+        cache = child(input_ids=IDS[:, :8], use_cache=True).past_key_values
+        assert_close(child(input_ids=IDS[:, 8:], past_key_values=cache).logits, whole[:, 8:])
+
+
+@pytest.mark.parametrize("recipe", ["kv-int4", "snapkv-4x"])
+def test_layers_that_keep_more_than_keys_and_values_are_refused_before_work(recipe) -> None:
+    """Falcon-H1 has attention and a recurrent state in every layer."""
+    config = hf.FalconH1Config(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1,
+        mamba_chunk_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    assert surgery.plan(config, GQA).native
+    with pytest.raises(PlanError, match="layer 0: FalconH1ForCausalLM keeps its cache in a form of its own"):
+        surgery.plan(config, recipe)

@@ -146,6 +146,19 @@ def test_generate_compiles_its_steps_by_itself():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("held", "taken"), [(3, 1), (7, 4)])
+def test_a_static_cache_of_few_tokens_takes_all_of_them_back(held, taken):
+    """None is packed yet, and some are those that are never packed."""
+    model = tiny_model("llama").eval()
+    cache = surgery.cache(model, "int4", max_cache_len=128, recent=8, group=8)
+    model(IDS[:1, :held], past_key_values=cache)
+    cache.crop(-taken)
+    found = model(IDS[:1, held - taken : held + 2], past_key_values=cache).logits
+    want = model(IDS[:1, : held + 2], use_cache=False).logits[:, held - taken :]
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_static_cache_begins_anew_takes_tokens_back_and_picks_sequences():
     model, ends = converted("kivi"), [20, *range(21, 61)]
     cache = model.static_cache(LENGTH)

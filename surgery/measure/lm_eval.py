@@ -165,8 +165,8 @@ def _language_model(model: PreTrainedModel, tokenizer: Any, batch_size: int, thr
                 found = log_probabilities(model, inps, "decode", prompt_of(model, inps.shape[1]))
                 return torch.cat([logp for _, logp in found], 1).to(inps.device)
 
-    # A copy: HFLM gives a tokenizer without padding token one. Its cache of logits scores requests that part one text at
-    # different places from the wrong ones, and 16-bit models are summed in 16 bits unless told otherwise.
+    # A copy: HFLM gives a tokenizer without padding token one. Its cache of logits scores requests that part one text
+    # at different places from the wrong ones, and 16-bit models are summed in 16 bits unless told otherwise.
     lm = Checked(
         pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
         max_length=max_positions(model.config), logits_cache=False, softmax_dtype=torch.float32,

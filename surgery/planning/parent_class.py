@@ -29,7 +29,11 @@ def native_config(
     if any(site.kv_heads != old for site in sites):
         return None
     config = without_unbuilt_layers(plain_config(config), kind)
-    for name in _kv_settings(config.get_text_config(), old):
+    names = _kv_settings(config.get_text_config(), old)
+    shapes = _shapes(meta_model(config, kind)) if names else {}
+    inside = tuple(site.module + "." for site in sites)
+    beside = {name: shape for name, shape in shapes.items() if not name.startswith(inside)}
+    for name in names:
         candidate = copy.deepcopy(config)
         candidate.architectures = [kind.__name__]
         text = candidate.get_text_config()
@@ -40,7 +44,9 @@ def native_config(
             twin = meta_model(candidate, kind)
         except (ValueError, TypeError, RuntimeError, AttributeError, KeyError):
             continue
-        if _has_shapes(twin, sites, kv_heads):
+        # The setting may be that of other attentions as well: those that read images (Mllama).
+        found = _shapes(twin)
+        if _has_shapes(twin, sites, kv_heads) and all(found.get(other) == shape for other, shape in beside.items()):
             return candidate
     return None
 
@@ -140,9 +146,13 @@ def _by_layer(config: Any) -> Collection[str]:
     return getattr(config, "per_layer_attributes", None) or ()
 
 
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def _has_shapes(twin: PreTrainedModel, sites: tuple[AttentionSite, ...], kv_heads: int) -> bool:
     """Whether each k and v parameter of `twin` lost exactly the rows of the dropped heads, and q and o none."""
-    shapes = {name: tuple(p.shape) for name, p in twin.state_dict().items()}
+    shapes = _shapes(twin)
     for site in sites:
         rows: dict[str, int] = {}
         for projection, dim, count in (

@@ -48,5 +48,12 @@ def converted_config(parent: PreTrainedConfig, surgery: dict[str, Any]) -> PreTr
     fields.pop("model_type", None)
     fields.pop("quantization_config", None)  # the weights that we write are plain
     config = config_class(type(parent))(**{**fields, "surgery": surgery})
-    config._attn_implementation = parent._attn_implementation
+    config._attn_implementation = _attentions(parent)
     return config
+
+
+def _attentions(config: PreTrainedConfig) -> Any:
+    """What `_attn_implementation` is set to: a part of a config may run by another one than the whole (PaliGemma 2)."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    inner = {name: _attentions(part) for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **inner} if inner else config._attn_implementation

@@ -358,7 +358,8 @@ class StaticQuantisedLayer(CodedLayer):
         state = self.state
         seen = int(state["seen"])
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
-        self._check_crop(count, seen - self.sinks - int(state["packed"]) if self.room else seen)
+        packed = int(state["packed"])
+        self._check_crop(count, seen - self.sinks - packed if packed else seen)
         state["seen"].sub_(count)
         state["begin"].clamp_(max=seen - count)
 
