@@ -143,7 +143,6 @@ def test_contexts_are_the_models_positions_whatever_they_are_called(tokenizer):
 
 
 @needs_lm_eval
-@needs_lm_eval
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_likelihood_is_the_sum_of_its_tokens_whatever_is_asked_beside_it(dtype):
     """One text parted at four places, in one call."""
@@ -166,6 +165,7 @@ def test_a_likelihood_is_the_sum_of_its_tokens_whatever_is_asked_beside_it(dtype
     assert found == pytest.approx(wanted, rel=1e-5 if dtype == torch.float32 else 2e-3)
 
 
+@needs_lm_eval
 def test_data_that_cannot_be_fetched_is_one_sentence(tokenizer, monkeypatch):
     import datasets
 
