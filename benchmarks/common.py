@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import lzma
@@ -44,6 +45,15 @@ def calibration_text(folder: Path) -> Path:
         part.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
         part.replace(path)
     return path
+
+
+def file_digest(*files: Path) -> str:
+    """One digest of the content of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def environment(seed: int) -> dict[str, Any]:

@@ -26,7 +26,6 @@ computes in one pass what decoding would leave it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import tempfile
 import time
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, calibration_text, commit_of, environment, measured_on, reference, write
+from common import ROOT, calibration_text, commit_of, environment, file_digest, measured_on, reference, write
 from real_measure import LENGTHS, Answers, Recall, Sizes, greedy, read_texts, text_quality
 from real_report import plot, show
 from real_rows import Row, rows, untrained
@@ -189,15 +188,6 @@ class Bench:
 def record_of(child: Path) -> Path:
     """Where it stands what a conversion took; written when it is whole."""
     return child.with_name(child.name + ".json")
-
-
-def file_digest(*files: Path) -> str:
-    """One digest of the content of files."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------------------- stages

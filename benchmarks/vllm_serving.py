@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import calibration_text, environment, measured_on, reference, write
+from common import calibration_text, environment, file_digest, measured_on, reference, write
 from rich.console import Console
 from rich.table import Table
 from smollm2 import restore
@@ -63,7 +62,7 @@ class Bench:
         if not (self.model / "config.json").is_file():
             restore(self.model)
         held_out = reference("text", "wikitext2-test.txt")
-        self.text = hashlib.sha256(held_out.read_bytes()).hexdigest()[:16]
+        self.text = file_digest(held_out)
         ids = load_tokenizer(self.model)(held_out.read_text()[: 8 * self.prompt * (self.requests + CLIENTS)])[
             "input_ids"
         ]
