@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +31,41 @@ from ..runtime.latent import AskedLatent, SurgeryLatentAttention, positions_as_n
 from ..runtime.layout import AttentionSite, LayerPlan
 
 
+class Prompt(NamedTuple):
+    """One request with several new tokens."""
+
+    tokens: slice
+    length: int
+    """With the new tokens."""
+    blocks_1P: Tensor
+    """Its pages, up to the last that it fills."""
+
+
+class Steps(NamedTuple):
+    """All requests with one new token."""
+
+    at_B: Tensor
+    """Their new tokens."""
+    longest: int
+    blocks_BP: Tensor
+    """Pages of each, up to the last that the longest fills."""
+    hidden_B11S: Tensor
+    """Added to scores: -inf where a request has no token."""
+
+
 @dataclass
 class Batch:
-    """Where the tokens of one step lie, on the CPU where it is counted with."""
+    """Where the tokens of one step of the engine lie: counted once, for all layers."""
 
     tokens: int
-    starts: list[int]
-    """Of each request's new tokens, and the end of the last."""
-    lengths: list[int]
-    """Of each request, new tokens included."""
-    lengths_B: Tensor
-    blocks_BP: Tensor
-    """Pages of each request."""
     slots_T: Tensor
     """Of each new token; -1 of none."""
+    has_slots: bool
+    """Whether every new token has one."""
+    prompts: list[Prompt]
+    steps: Steps | None
+    read: tuple[str, Tensor] | None = None
+    """The owner whose pages were read last for `steps`, and its entries: readers mostly stand right after it."""
 
 
 class LatentBuilder(AttentionMetadataBuilder[Batch]):
@@ -51,19 +73,32 @@ class LatentBuilder(AttentionMetadataBuilder[Batch]):
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._size, self._dtype = kv_cache_spec.block_size, vllm_config.model_config.dtype
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Batch:
         common = common_attn_metadata
-        return Batch(
-            tokens=common.num_actual_tokens,
-            starts=common.query_start_loc_cpu.tolist(),
-            lengths=common.seq_lens.tolist(),
-            lengths_B=common.seq_lens,
-            blocks_BP=common.block_table_tensor.long(),
-            slots_T=common.slot_mapping[: common.num_actual_tokens].long(),
-        )
+        starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+        blocks, slots = common.block_table_tensor.long(), common.slot_mapping[: common.num_actual_tokens].long()
+        counts = [end - start for start, end in pairwise(starts)]
+        prompts = [
+            Prompt(slice(start, start + count), length, blocks[row : row + 1, : self._pages(length)])
+            for row, (start, count, length) in enumerate(zip(starts, counts, lengths, strict=False))
+            if count > 1
+        ]
+        rows = [row for row, count in enumerate(counts) if count == 1]
+        steps = None
+        if rows:
+            longest = max(lengths[row] for row in rows)
+            beyond = torch.arange(longest, device=blocks.device) >= common.seq_lens[rows, None]
+            hidden = torch.zeros(beyond.shape, dtype=self._dtype, device=blocks.device).masked_fill_(beyond, -torch.inf)
+            at = torch.tensor([starts[row] for row in rows], device=blocks.device)
+            steps = Steps(at, longest, blocks[rows, : self._pages(longest)], hidden[:, None, None])
+        return Batch(common.num_actual_tokens, slots, bool((slots >= 0).all()), prompts, steps)
+
+    def _pages(self, length: int) -> int:
+        return -(-length // self._size)
 
 
 class LatentBackend(AttentionBackend):
@@ -131,69 +166,73 @@ class SurgeryServedLatent(nn.Module, AttentionLayerBase):
         hidden, n = hidden_TD[None, : batch.tokens], batch.tokens
         inputs = Inputs(hidden, None, None, positions_T[None, :n], None, None, {})
         asked = attention._latent_queries(inputs)
-        pages = context.no_compile_layers[self.owner].kv_cache
+        pages = context.no_compile_layers[self.owner].kv_cache[:, 0]
         if attention.owns_cache:
             entry, _ = attention._entry(hidden, asked)
-            self._write(pages, attention._turned_entry(entry, asked)[0, 0], batch.slots_T)
-        heads = hidden.new_empty(n, attention.site.heads, attention.site.value_dim)
-        counts = [end - start for start, end in zip(batch.starts, batch.starts[1:], strict=False)]
-        steps = [row for row, count in enumerate(counts) if count == 1]
-        for row, count in enumerate(counts):
-            if count > 1:
-                part = slice(batch.starts[row], batch.starts[row + 1])
-                heads[part] = self._prompt(pages, asked, part, batch.blocks_BP[row], batch.lengths[row])
-        if steps:
-            at = torch.tensor([batch.starts[row] for row in steps])
-            heads[at] = self._steps(pages, asked, at, batch, torch.tensor(steps))
+            self._write(pages, attention._turned_entry(entry, asked)[0, 0], batch)
+            batch.read = None
+        if batch.steps is not None and len(batch.steps.at_B) == n:  # all of them, in order
+            heads = self._steps(pages, asked, batch, batch.steps)
+        else:
+            heads = hidden.new_empty(n, attention.site.heads, attention.site.value_dim)
+            for prompt in batch.prompts:
+                heads[prompt.tokens] = self._prompt(pages, asked, prompt)
+            if batch.steps is not None:
+                heads[batch.steps.at_B] = self._steps(pages, asked, batch, batch.steps)
         output_TD[:n] = attention.o_proj(heads.flatten(1))
         output_TD[n:].zero_()
 
-    def _write(self, pages: Tensor, entry_TW: Tensor, slots_T: Tensor) -> None:
-        real = slots_T >= 0
-        slots, size = slots_T[real], pages.shape[-2]
-        pages[slots // size, 0, slots % size] = entry_TW[real].to(pages.dtype)
+    def _write(self, pages_PSW: Tensor, entry_TW: Tensor, batch: Batch) -> None:
+        slots, entry, size = batch.slots_T, entry_TW.to(pages_PSW.dtype), pages_PSW.shape[1]
+        if not batch.has_slots:
+            real = slots >= 0
+            slots, entry = slots[real], entry[real]
+        pages_PSW[slots // size, slots % size] = entry
 
-    def _read(self, pages: Tensor, blocks_BP: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Cached entries [B, 1, S, W], and the positions beside them."""
-        count = -(-longest // pages.shape[-2])
-        cached = pages[blocks_BP[:, :count], 0].flatten(1, 2)[:, None, :longest]
-        places = torch.arange(longest, device=pages.device)[None]
-        return cached, positions_as_numbers(places, cached.dtype)[:, None].expand(len(cached), -1, -1, -1)
+    def _read(self, pages_PSW: Tensor, blocks_BP: Tensor, longest: int) -> Tensor:
+        """Cached entries [B, 1, S, W]."""
+        return pages_PSW[blocks_BP].flatten(1, 2)[:, None, :longest]
 
-    def _prompt(self, pages: Tensor, asked: AskedLatent, part: slice, blocks_P: Tensor, length: int) -> Tensor:
+    def _places(self, cached_B1SW: Tensor) -> Tensor:
+        """The positions of cached entries, as they stand beside them elsewhere; the same for all requests."""
+        places = torch.arange(cached_B1SW.shape[2], device=cached_B1SW.device)[None]
+        return positions_as_numbers(places, cached_B1SW.dtype)[:, None]
+
+    def _prompt(self, pages: Tensor, asked: AskedLatent, prompt: Prompt) -> Tensor:
         """Head outputs [T, N, V] of one request's new tokens."""
-        attention, tokens = self.attention, part.stop - part.start
-        cached, beside = self._read(pages, blocks_P[None], length)
-        query = attention._query(_part(asked, part))
-        key, value = attention._keys_of(cached, beside), attention._values_of(cached)
+        attention, tokens = self.attention, prompt.tokens.stop - prompt.tokens.start
+        cached = self._read(pages, prompt.blocks_1P, prompt.length)
+        query = attention._query(_part(asked, prompt.tokens))
+        key, value = attention._keys_of(cached, self._places(cached)), attention._values_of(cached)
         width = value.shape[-1]
         query, key, value = equally_wide(query, key, value)
         mask = None
-        if length > tokens:
-            places = torch.arange(length, device=pages.device)
-            mask = places[None] <= places[length - tokens :, None]
+        if prompt.length > tokens:
+            places = torch.arange(prompt.length, device=pages.device)
+            mask = places[None] <= places[prompt.length - tokens :, None]
         found = F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=attention.scaling, enable_gqa=True
         )
         return found[0, ..., :width].transpose(0, 1)
 
-    def _steps(self, pages: Tensor, asked: AskedLatent, at: Tensor, batch: Batch, rows: Tensor) -> Tensor:
+    def _steps(self, pages: Tensor, asked: AskedLatent, batch: Batch, steps: Steps) -> Tensor:
         """Head outputs [B, N, V] of requests with one new token each."""
         attention = self.attention
-        longest = max(batch.lengths[row] for row in rows.tolist())
-        cached, beside = self._read(pages, batch.blocks_BP[rows], longest)
-        seen = torch.arange(longest, device=pages.device)[None] < batch.lengths_B[rows, None]
-        hidden_B11S = torch.where(seen, 0.0, -torch.inf).to(cached.dtype)[:, None, None]
-        one = _step(asked, at)
+        if batch.read is None or batch.read[0] != self.owner:
+            batch.read = self.owner, self._read(pages, steps.blocks_BP, steps.longest)
+        cached = batch.read[1]
+        one = _step(asked, steps.at_B)
+        # The heads stand where tokens do: all of them read the same entries, and nothing is repeated.
         if attention.latent.rotate_on_read:
             query = attention._query(one).unflatten(1, (attention.latent.kv_heads, -1)).squeeze(3)  # [B, K, G, H]
-            scores = (query @ attention._keys_of(cached, beside).mT).flatten(1, 2)[:, :, None]
+            scores = query @ attention._keys_of(cached, self._places(cached)).mT
+            scores = (scores * attention.scaling + steps.hidden_B11S).flatten(1, 2)
+            mean = scores.softmax(-1, dtype=torch.float32).to(cached.dtype) @ cached[:, 0]  # [B, N, W]
         else:
-            query = attention._absorbed(one.q_BTNH, one.q_rope_BTNF)[:, 0]  # [B, N, W]
-            scores = (query @ cached[:, 0].mT)[:, :, None]
-        weights = (scores * attention.scaling + hidden_B11S).softmax(-1, dtype=torch.float32).to(cached.dtype)
-        mean = (weights.squeeze(2) @ cached[:, 0])[:, None]  # [B, 1, N, W]
-        return attention._values(mean)[:, 0]
+            query = attention._absorbed(one.q_BTNH, one.q_rope_BTNF)  # [B, 1, N, W]
+            hidden = steps.hidden_B11S.expand(-1, -1, query.shape[2], -1)
+            mean = F.scaled_dot_product_attention(query, cached, cached, hidden, scale=attention.scaling)[:, 0]
+        return attention._values(mean[:, None])[:, 0]
 
 
 def _part(asked: AskedLatent, part: slice) -> AskedLatent:
