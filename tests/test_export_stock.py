@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from vllm_models import CLA2, GQA, MLA, converted, decoder, text
 
 import surgery
+from surgery.calibration.text import load_windows
 from surgery.cli import main
 from surgery.errors import PlanError
 from surgery.export import export
+from surgery.export.latent_norm import fit_norm, read_by_layers
+from surgery.runtime.layout import AttentionSite
 
 BY_LAYER = {**GQA, "layers": "0"}
 
@@ -108,6 +112,46 @@ def test_a_calibrated_norm_does_not_feel_the_epsilon_of_engines(tmp_path) -> Non
         for layer in model.model.layers:
             layer.self_attn.kv_a_layernorm.variance_epsilon = 1e-5
         assert (model(text()).logits - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_padding_makes_a_calibrated_norm_nearly_exact(tmp_path) -> None:
+    """All of a narrow model's inputs fit into the channels that padding adds: what is left is the parent's epsilon."""
+    child = converted(decoder(), MLA)
+    found = {
+        pad: export(child, tmp_path / str(pad), to="native", norm="calibrated", text=text(), pad=pad)
+        for pad in (False, True)
+    }
+    assert found[False].facts["norm_spread"] > 0.05
+    assert found[True].facts["norm_spread"] < 1e-3
+    assert found[True].parity.relative_difference < 5e-3 < 0.05 < found[False].parity.relative_difference
+
+
+@pytest.mark.parametrize("channels", [0, 6, 32])
+def test_spare_channels_steer_the_norm_of_wider_models(channels) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(600, 32, generator=generator) * torch.logspace(0, -2, 32)
+    weight = torch.rand(32, generator=generator) + 0.5
+    x = z / z.square().mean(-1, keepdim=True).sqrt() * weight
+    down = torch.randn(4, 32, generator=generator) / 8
+    norms = [fit_norm(x, down, weight, 4 + more) for more in (0, channels)]
+    assert len(norms[1].rows_ED) == channels
+    if channels:
+        assert norms[1].spread < (1e-6 if channels == 32 else 0.5 * norms[0].spread)
+    c = x @ down.mT
+    whole = torch.cat([c, x @ norms[1].rows_ED.mT], 1)
+    normed = c / whole.square().mean(-1, keepdim=True).sqrt() * norms[1].gain_R
+    assert (normed - c).norm() / c.norm() <= 1.2 * norms[1].spread + 1e-6  # the spread is that of a quarter
+
+
+def test_layers_are_read_in_as_many_runs_as_memory_asks_for(monkeypatch) -> None:
+    child = converted(decoder(), MLA)
+    sites = [AttentionSite.from_dict(entry["site"]) for entry in child.config.surgery["layers"]]
+    windows = load_windows(text(), vocab_size=child.config.vocab_size, length=text().shape[1])
+    whole = list(read_by_layers(child, sites, windows))
+    monkeypatch.setattr(sys.modules[read_by_layers.__module__], "HELD", 1)
+    assert len(whole) == len(sites) > 1
+    for one, other in zip(read_by_layers(child, sites, windows), whole, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_command_pads_latents(tmp_path, monkeypatch, capsys) -> None:

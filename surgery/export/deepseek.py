@@ -9,7 +9,8 @@ met:
   the cache. Frequencies that are no plain ladder of powers are written as `longrope` factors; transformers takes any.
 - The RMSNorm on the latent is no identity. `neutral`: one more latent channel is a large constant M (a bias on
   `kv_a_proj_with_mqa`), so that the norm divides by M / sqrt(R) up to |c|²/2M². `calibrated`: one gain per channel,
-  fitted to text; an approximation to be trained further in place.
+  fitted to text, and where the rank has channels to spare (`pad`), they read what makes the norm nearly constant
+  (`latent_norm`); an approximation that can be trained further in place.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ from ..errors import PlanError
 from ..planning.parent_class import meta_model
 from ..planning.targets import DEEPSEEK, Refusal, Subject, Way, stored_otherwise
 from ..runtime.layout import AttentionSite, Latent, LayerPlan
+from .latent_norm import CalibratedNorm, fit_norm, largest_latent, read_by_layers
 from .parent_class import stock_config
 from .target import STOCK_BYTES, Source, Written
 
 Norm = Literal["neutral", "calibrated"]
 ROOM = 2.0**11
 """The constant of a neutral norm over the largest latent: the norm then errs by 1e-7, less than float32 rounds."""
-RMS = 2.0**6
-"""Of latents under a calibrated norm: epsilons of 1e-5 and 1e-6 then differ by less than float32 rounds."""
 ENGINE_RANK, ENGINE_PAIRS = 512, 32
 CHECKED_TOKENS = 64
 LATENT_EPS = 1e-6
@@ -66,6 +66,16 @@ class _Layer:
             part = slice(0, p.key_rank) if keys else slice(p.rank - p.value_rank, p.rank)
             whole[..., part] = self.weights[name]
         return whole
+
+    @property
+    def down(self) -> Tensor:
+        """[R, D]: what makes the latents."""
+        return self.weights["kv_down.weight"][: self.plan.rank]
+
+    @property
+    def latent_bias(self) -> Tensor | None:
+        bias = self.weights.get("kv_down.bias")
+        return None if bias is None else bias[: self.plan.rank]
 
     def frequencies(self) -> list[float]:
         if not self.plan.rope_dims:
@@ -125,12 +135,16 @@ def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Wri
     cached = numbers * model.dtype.itemsize
     config.surgery = {**source.provenance, STOCK_BYTES: cached}
     tensors = {name: t for name, t in model.state_dict().items() if ".self_attn." not in name}
-    for i, layer in enumerate(layers):
+    spread: list[float] = []
+    read = read_by_layers(model, [layer.site for layer in layers], windows)
+    for i, (layer, x) in enumerate(zip(layers, read, strict=True)):
         if norm == "calibrated":
-            gain, size = _latent_gain(model, layer, windows, rank)
+            fitted = fit_norm(x, layer.down, tensors[f"model.layers.{i}.input_layernorm.weight"].cpu(), rank)
+            made = _attention(layer, rank, frequencies, config, fitted.size, fitted)
+            spread.append(fitted.spread)
         else:
-            gain, size = None, _largest_latent(model, layer, windows)
-        made = _attention(layer, rank, frequencies, config, gain, size)
+            size = largest_latent(x, layer.down, layer.latent_bias)
+            made = _attention(layer, rank, frequencies, config, size)
         tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
     child = _build(config, tensors, model.dtype)
     child.generation_config = model.generation_config
@@ -141,6 +155,7 @@ def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Wri
         "rank": rank,  # of every layer, the constant channel included
         "rope_dims": 2 * len(frequencies),
         "rope_type": _rope_type(config),
+        **({"norm_spread": max(spread)} if spread else {}),
         "numbers_per_token": numbers,
         "planned_numbers_per_token": sum(layer.plan.dims for layer in layers),
     }
@@ -148,7 +163,7 @@ def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Wri
         f"norm {norm}, latent {rank} + {facts['rope_dims']} per layer, rope {facts['rope_type']}",
         f"cache: {facts['numbers_per_token']} numbers per token (the conversion has "
         f"{facts['planned_numbers_per_token']})",
-        *_notes(config, norm),
+        *_notes(config, norm, spread),
     )
     return Written(architecture="DeepseekV3ForCausalLM", facts=facts, lines=lines, bytes_per_token=cached)
 
@@ -308,13 +323,18 @@ def _config(
 
 
 def _attention(
-    layer: _Layer, rank: int, frequencies: Sequence[float], config: Any, gain_R: Tensor | None, size: float
+    layer: _Layer,
+    rank: int,
+    frequencies: Sequence[float],
+    config: Any,
+    size: float,
+    fitted: CalibratedNorm | None = None,
 ) -> dict[str, Tensor]:
     """One attention under the names of `DeepseekV3Attention`, float32.
 
     Args:
-        gain_R: of the calibrated norm; None for the neutral one.
         size: for the calibrated norm what the latents are multiplied by, for the neutral one their largest length.
+        fitted: the calibrated norm; None for the neutral one.
     """
     w, p, site = layer.weights, layer.plan, layer.site
     D, N, R, F = site.hidden_size, site.heads, p.rank, len(frequencies)
@@ -330,21 +350,22 @@ def _attention(
         rope[:, place] = q_rope.transpose(1, 2)
         k_rope[place] = w["kv_down.weight"][R:].unflatten(0, (2, half)).transpose(0, 1)
     down, bias = torch.zeros(rank, D), torch.zeros(rank)
-    down[:R] = w["kv_down.weight"][:R]
+    down[:R] = layer.down
     if "kv_down.bias" in w:
         bias[:R] = w["kv_down.bias"][:R]
         k_rope_bias[place] = w["kv_down.bias"][R:].unflatten(0, (2, half)).transpose(0, 1)
     up = torch.cat([layer.up("k_up")[kv_of], layer.up("v_up")[kv_of]], 1)
     up = torch.nn.functional.pad(up, (0, rank - R))
     gain = torch.zeros(rank)
-    if gain_R is None:
+    if fitted is None:
         large = 2.0 ** math.ceil(math.log2(size * ROOM))
         bias[-1] = large  # the gain of this channel is 0: it steers the norm, and is cached as 0
         wanted = math.sqrt(large**2 / rank + LATENT_EPS)
         gain[:R] = 2.0 ** round(math.log2(wanted))  # as the constant, a power of two: bfloat16 rounds neither
         up = up * (wanted / float(gain[0]))
     else:
-        gain[:R] = gain_R
+        gain[:R] = fitted.gain_R
+        down[R : R + len(fitted.rows_ED)] = fitted.rows_ED  # their gain is 0: they steer the norm, and are cached as 0
         down = down * size
     made = {
         "q_proj.weight": torch.cat([q_NHD, rope.flatten(1, 2)], 1).flatten(0, 1),
@@ -365,39 +386,6 @@ def _places(own: Sequence[float], all_: Sequence[float]) -> list[int]:
     for i, f in enumerate(all_):
         free.setdefault(f, []).append(i)
     return [free[f].pop(0) for f in own]
-
-
-@torch.no_grad()
-def _latents(model: PreTrainedModel, layer: _Layer, windows: Windows) -> Tensor:
-    """[tokens, R]: the latents of one layer."""
-    found: list[Tensor] = []
-    module = model.get_submodule(f"{layer.site.module}.kv_down")
-    handle = module.register_forward_hook(lambda _, __, out: found.append(out))
-    kept = []
-    try:
-        for ids, mask in windows.batches():
-            model(input_ids=ids.to(model.device), use_cache=False)
-            kept.append(found.pop()[mask.to(model.device)].float().cpu())
-    finally:
-        handle.remove()
-    return torch.cat(kept)[:, : layer.plan.rank]
-
-
-def _largest_latent(model: PreTrainedModel, layer: _Layer, windows: Windows) -> float:
-    return max(1e-3, float(_latents(model, layer, windows).norm(dim=-1).max()))
-
-
-def _latent_gain(model: PreTrainedModel, layer: _Layer, windows: Windows, rank: int) -> tuple[Tensor, float]:
-    """[R] gains with which the normed latents come nearest to the latents: E[c n] / E[n²], n = c / rms(c).
-
-    And a power of two that the latents may be multiplied by: the norm undoes it, and what an engine takes for its
-    epsilon then does not count.
-    """
-    c = _latents(model, layer, windows).double()
-    rms = (c.square().sum(-1, keepdim=True) / rank).sqrt()
-    n = c / rms.clamp_min(1e-30)
-    size = 2.0 ** round(math.log2(RMS / max(float(rms.median()), 1e-30)))
-    return ((c * n).mean(0) / n.square().mean(0).clamp_min(1e-30)).float(), size
 
 
 def _build(config: DeepseekV3Config, tensors: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
@@ -421,12 +409,15 @@ def _rope_type(config: DeepseekV3Config) -> str:
     return str(dict(config.rope_parameters or {})["rope_type"])
 
 
-def _notes(config: DeepseekV3Config, norm: Norm) -> tuple[str, ...]:
+def _notes(config: DeepseekV3Config, norm: Norm, spread: Sequence[float]) -> tuple[str, ...]:
     notes = []
     if _rope_type(config) != "default":
         notes.append("engines that rewrite rope types other than `default` (vLLM) compute something else")
     if norm == "neutral":
         notes.append("engines that leave out attention biases (vLLM) compute something else")
     else:
-        notes.append("the norm on the latent is an approximation: train the exported model further")
+        notes.append(
+            f"the norm on the latent is an approximation, off by {max(spread):.2%} in the layer where it is worst "
+            "(one standard deviation over the text): train the exported model further if that is much"
+        )
     return tuple(notes)
