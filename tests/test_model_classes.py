@@ -384,8 +384,8 @@ def test_a_part_of_a_model_runs_by_the_attention_that_it_ran_by() -> None:
         assert_close(child(input_ids=IDS).logits, parent(input_ids=IDS).logits)
 
 
-def test_a_setting_that_sizes_other_attentions_too_is_not_said_by_the_parents_class() -> None:
-    """Mllama: one number of KV heads, of text and of what reads images."""
+def tiny_mllama() -> hf.PreTrainedModel:
+    """One of four layers reads images."""
     text = {**VLMS["llava"].config().text_config.to_dict(), "model_type": "mllama_text_model"}
     vision = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_global_layers": 1, "image_size": 16,
@@ -399,13 +399,43 @@ def test_a_setting_that_sizes_other_attentions_too_is_not_said_by_the_parents_cl
         vision_config=vision, image_token_index=IMAGE,
     )  # fmt: skip
     torch.manual_seed(0)
-    parent = hf.MllamaForConditionalGeneration(config).eval()
-    child = surgery.convert(parent, GQA)
+    return hf.MllamaForConditionalGeneration(config).eval()
+
+
+def test_a_setting_that_sizes_other_attentions_too_is_not_said_by_the_parents_class() -> None:
+    """Mllama: one number of KV heads, of text and of what reads images."""
+    child = surgery.convert(tiny_mllama(), GQA)
     assert type(child).__name__ == "SurgeryMllamaForConditionalGeneration"
     with torch.no_grad():
         whole = child(input_ids=IDS, use_cache=False).logits
         cache = child(input_ids=IDS[:, :8], use_cache=True).past_key_values
         assert_close(child(input_ids=IDS[:, 8:], past_key_values=cache).logits, whole[:, 8:])
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"rewriter": "quantise", "codec": "fp16", "recent": 4, "group": 4, "sinks": 1},
+        {"rewriter": "evict", "scorer": "window", "window": 64},
+    ],
+)
+def test_a_parent_that_asks_how_much_each_layer_holds_is_told(step: dict) -> None:
+    """Mllama asks that of every layer, to know whether an image was read."""
+    parent = tiny_mllama()
+    child = surgery.convert(parent, {"name": "x", "steps": [step]})
+    image = {
+        "pixel_values": torch.randn(1, 1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+        "aspect_ratio_ids": torch.tensor([[1]]),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+    }
+    with torch.no_grad():
+        for of_image in (image, {}):
+            more = {"cross_attention_mask": torch.ones(1, IDS.shape[1], 1, 1, dtype=torch.long)} if of_image else {}
+            said = [
+                model.generate(IDS[:1], **of_image, **more, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+                for model in (parent, child)
+            ]
+            assert torch.equal(*said)
 
 
 @pytest.mark.parametrize("recipe", ["kv-int4", "snapkv-4x"])

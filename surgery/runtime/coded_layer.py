@@ -60,10 +60,6 @@ class CodedLayer(WholeLayer):
         """
         raise NotImplementedError
 
-    def tensors(self) -> list[Tensor]:
-        """All that the layer keeps."""
-        raise NotImplementedError
-
     def why_whole(self) -> str:
         return f"that is stored as {self.store.label()} has no {{}} as tensors of numbers"
 

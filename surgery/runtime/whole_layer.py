@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+
+
+class Counted:
+    """Stands where keys would be: says how many numbers are held, which some parents ask of every layer (Mllama)."""
+
+    def __init__(self, layer: WholeLayer) -> None:
+        self._layer = layer
+
+    def numel(self) -> int:
+        return sum(tensor.numel() for tensor in self._layer.tensors())
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # Python asks whether they are there
+            raise AttributeError(name)
+        raise self._layer.refusal("keys")
 
 
 class WholeLayer(CacheLayerMixin):
@@ -19,6 +35,10 @@ class WholeLayer(CacheLayerMixin):
 
     def why_whole(self) -> str:
         """What a cache like this has not; `{}` stands for the word for what was asked for."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """All that the layer keeps."""
         raise NotImplementedError
 
     def _require(self, holds: bool | Tensor, message: str, more: Callable[[], str] = str) -> None:
@@ -37,26 +57,27 @@ class WholeLayer(CacheLayerMixin):
             lambda: f" These make {int(seen) + tokens}.",
         )
 
-    def _refusal(self, what: str) -> ValueError:
+    def refusal(self, what: str) -> ValueError:
+        """Of `what` a layer of this kind has not."""
         return ValueError(
             f"layer {self.layer}: a cache {self.why_whole().format(what)}, and cannot be taken apart into tensors or "
             "built from them. Copy it whole: copy.deepcopy(cache)."
         )
 
     @property
-    def keys(self) -> Tensor:
-        raise self._refusal("keys")
+    def keys(self) -> Any:
+        return Counted(self)
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
         if value is not None:
-            raise self._refusal("keys")
+            raise self.refusal("keys")
 
     @property
     def values(self) -> Tensor:
-        raise self._refusal("values")
+        raise self.refusal("values")
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         if value is not None:
-            raise self._refusal("values")
+            raise self.refusal("values")
