@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ from .runtime.slots import New
 
 NAME = "surgery_evict"
 _MARK = "surgery_layer"
+_passes: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+"""Model -> ids of the caches, by their first layer, of passes that run now: those of several threads."""
+_lock = Lock()
 
 
 class StockRankedLayer(RankedLayer):
@@ -131,7 +136,7 @@ def put_layers(cache: DynamicCache, model: PreTrainedModel, plan: Plan) -> None:
                 "model with the step evict."
             )
     implementation = _text_config(model)._attn_implementation
-    if implementation != "sdpa":
+    if implementation not in ("sdpa", NAME):  # ours while another thread is in a pass
         raise PlanError(
             f"{type(model).__name__} runs with attn_implementation {implementation!r}: queries reach the cache through "
             "a function in the place of 'sdpa'. Load the model with that, or convert it with the step evict."
@@ -158,14 +163,16 @@ def _evicting(cache: Any) -> Sequence[StockRankedLayer]:
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward pass with a cache that evicts: attention hands its queries to it, in this pass alone."""
+    """Before a forward pass with a cache that evicts: attention hands its queries to it, while such passes run."""
     layers = _evicting(take_cache(by_name(model, args, kwargs)))
     for layer in layers:
         layer.waits = False  # of a pass that was broken off
         if layer.retain.reads_separators:
             layer.separators_BT = separators_among(layer.retain.separators, args, kwargs)
     if layers:
-        _text_config(model)._attn_implementation = NAME
+        with _lock:
+            _passes.setdefault(model, set()).add(id(layers[0]))
+            _text_config(model)._attn_implementation = NAME
 
 
 def _end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -176,7 +183,11 @@ def _end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     """
     layers = _evicting(take_cache(by_name(model, args, kwargs)))
     if layers:
-        _text_config(model)._attn_implementation = "sdpa"
+        with _lock:
+            running = _passes.get(model, set())
+            running.discard(id(layers[0]))
+            if not running:
+                _text_config(model)._attn_implementation = "sdpa"
     for layer in layers if output is not None else ():
         if layer.waits:
             raise RuntimeError(

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pickle
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -1113,6 +1114,27 @@ def test_stock_models_evict_as_converted_ones(family: str, scorer: str, budget: 
     assert all(torch.equal(logits, steps[i % 2]) for i, logits in enumerate(steps))
     with pytest.raises(ValueError, match="an attention mask of shape"):
         model(ids, attention_mask=mask[:, :3], **{cache_argument(model): cache})
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_passes_of_two_threads_by_one_stock_model_do_not_disturb_each_other() -> None:
+    model, ids, found = tiny_model("llama"), tokens(length=60), []
+
+    def says() -> Tensor:
+        cache = surgery.cache(model, evict="h2o", ratio=3, recent=4, sinks=2)
+        return run(model, ids, [40, 41, 60], cache)[0]
+
+    def from_another_thread(*_: Any) -> None:
+        handle.remove()
+        other = threading.Thread(target=lambda: found.append(says()))
+        other.start()
+        other.join()
+
+    want = says()
+    handle = model.model.layers[0].register_forward_hook(from_another_thread)  # in the middle of a pass
+    found.append(says())
+    assert len(found) == 2 and all(torch.equal(logits, want) for logits in found)
     assert model.config._attn_implementation == "sdpa"
 
 
