@@ -23,7 +23,10 @@ class Native:
 
     norm: deepseek.Norm = field(
         default="neutral",
-        metadata={"help": "norm on the latent: neutral (exact, needs biases) or calibrated (fitted to text; nearly exact with --pad)."},
+        metadata={
+            "help": "norm on the latent: neutral (exact, needs biases) or calibrated (fitted to text; nearly exact "
+            "with --pad)."
+        },
     )
     text: Any = field(
         default=None,
