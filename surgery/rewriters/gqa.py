@@ -25,7 +25,7 @@ from .common.moments import Moments, visit_moments
 from .common.options import RefinedStep, why_queries_stay
 from .common.query_fit import QueryFit, stride_of
 from .common.refine import refine
-from .common.refit import OUTPUT_FITS, Fit, keep_what_helps
+from .common.refit import Fit, keep_what_helps, output_fits
 from .heads import Init
 from .heads.grouping import (
     Groups,
@@ -245,7 +245,7 @@ class Gqa(Layerwise, Method):
         if self.step.gain_fit is True:
             fits.append(fit_gains)
         if self.step.refit_output:
-            fits += OUTPUT_FITS
+            fits += output_fits()
         return fits
 
 

@@ -29,7 +29,7 @@ from .common.gains import GainFit, fit_gains, tune_gains
 from .common.options import RefinedStep, why_queries_stay
 from .common.query_fit import QueryFit, stride_of
 from .common.refine import refine
-from .common.refit import OUTPUT_FITS, Fit, fit_output, keep_what_helps
+from .common.refit import Fit, fit_output, keep_what_helps, output_fits
 from .layers.latent import share_latents
 from .layers.maps import least_squares, map_values, mean_weights, pair_moments
 from .layers.search import kvsharer_pairs, search_pairs
@@ -310,7 +310,7 @@ class Share(Method):
             fits.append(partial(self._fit_queries, target=target))
         if self.step.gain_fit is True:
             fits.append(fit_gains)
-        keep_what_helps(visit, [*fits, *OUTPUT_FITS] if self.step.refit_output else fits)
+        keep_what_helps(visit, [*fits, *output_fits()] if self.step.refit_output else fits)
         refine(visit, self.step.refine)
 
     def _fit_queries(self, visit: Visit, student: AttentionWeights, target: AttentionWeights) -> AttentionWeights:

@@ -16,7 +16,7 @@ from ...calibration.working_copy import WorkingCopy
 from ...runtime.layout import AttentionSite
 from ..common.gains import fit_gains
 from ..common.options import why_queries_stay
-from ..common.refit import OUTPUT_FITS, keep_what_helps
+from ..common.refit import keep_what_helps, output_fits
 from . import LowrankInit, MlaInit
 from .low_rank import Layout, LowrankOptions, lowrank
 from .moments import LatentMoments, MomentSums
@@ -65,7 +65,7 @@ def fit_layer(
     fits = [fit_queries(parent, latent)] if options.queries and why_queries_stay(visit.site) is None else []
     if options.gains:
         fits.append(fit_gains)
-    keep_what_helps(visit, [*fits, *OUTPUT_FITS] if options.output else fits)
+    keep_what_helps(visit, [*fits, *output_fits()] if options.output else fits)
     return choice
 
 
