@@ -114,12 +114,13 @@ def test_a_calibrated_norm_does_not_feel_the_epsilon_of_engines(tmp_path) -> Non
         assert (model(text()).logits - want).abs().max() < 1e-4 * want.abs().max()
 
 
-def test_padding_makes_a_calibrated_norm_nearly_exact(tmp_path) -> None:
+@pytest.mark.parametrize("tokens", [None, 2], ids=["all of the text", "two tokens"])
+def test_padding_makes_a_calibrated_norm_nearly_exact(tokens, tmp_path) -> None:
     """All of a narrow model's inputs fit into the channels that padding adds: what is left is the parent's epsilon."""
     child = converted(decoder(), MLA)
     found = {
-        pad: export(child, tmp_path / str(pad), to="native", norm="calibrated", text=text(), pad=pad)
-        for pad in (False, True)
+        pad: export(child, tmp_path / str(pad), to="native", norm="calibrated", text=given, pad=pad)
+        for pad, given in ((False, text()), (True, text() if tokens is None else text()[:1, :tokens]))
     }
     assert found[False].facts["norm_spread"] > 0.05
     assert found[True].facts["norm_spread"] < 1e-3

@@ -19,6 +19,8 @@ RMS = 2.0**6
 """Of latents under a calibrated norm: epsilons of 1e-5 and 1e-6 then differ by less than float32 rounds."""
 HELD = 2 * 2**30
 """Bytes of inputs that are held at once."""
+FEW = 16
+"""Tokens of text below which all of them are fitted and compared on."""
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 """Tried for `_steering`: what the lengths of latents are filled up to, in parts of the largest that a latent has."""
 
@@ -85,10 +87,11 @@ def fit_norm(x_TD: Tensor, down_RD: Tensor, weight_D: Tensor, rank: int) -> Cali
     x, down = x_TD.double(), down_RD.double()
     c = x @ down.mT
     square, rows = c.square().sum(-1), x.new_zeros(0, x.shape[-1])
-    fitted = 3 * len(x) // 4
-    spread = _spread(square[fitted:])
+    fitted = 3 * len(x) // 4 if len(x) >= FEW else len(x)
+    held = slice(fitted if len(x) >= FEW else 0, None)
+    spread = _spread(square[held])
     for made in _steering(x[:fitted], down, weight_D.double(), rank - len(down)):
-        if (found := _spread((square + (x @ made.mT).square().sum(-1))[fitted:])) < spread:
+        if (found := _spread((square + (x @ made.mT).square().sum(-1))[held])) < spread:
             rows, spread = made, found
     rms = ((square + (x @ rows.mT).square().sum(-1)) / rank).sqrt()[:, None]
     n = c / rms.clamp_min(1e-30)
@@ -99,7 +102,7 @@ def fit_norm(x_TD: Tensor, down_RD: Tensor, weight_D: Tensor, rank: int) -> Cali
 
 def _spread(square: Tensor) -> float:
     length = square.sqrt()
-    return float(length.std() / length.mean().clamp_min(1e-30))
+    return float(length.std(correction=0) / length.mean().clamp_min(1e-30))
 
 
 def _steering(x_TD: Tensor, down_RD: Tensor, weight_D: Tensor, channels: int) -> Iterator[Tensor]:
