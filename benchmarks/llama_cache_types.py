@@ -36,7 +36,8 @@ def ask(file: Path, types: tuple[str, str], tokens: list[int], ends: list[int]) 
     """What llama.cpp answers, or its error."""
     with tempfile.TemporaryDirectory() as scratch:
         request, result = Path(scratch, "request.json"), Path(scratch, "result.json")
-        fields = {"file": str(file.resolve()), "types": types, "tokens": tokens, "ends": ends, "context": 2 * TOKENS, "top": TOP}
+        fields = {"types": types, "tokens": tokens, "ends": ends, "context": 2 * TOKENS, "top": TOP}
+        fields["file"] = str(file.resolve())
         request.write_text(json.dumps(fields))
         script = Path(__file__).resolve().with_name("llama_server_answers.py")
         command = [os.path.abspath(os.environ[PYTHON]), "-P", str(script), str(request), str(result)]

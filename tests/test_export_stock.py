@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DynamicCache
 from vllm_models import CLA2, GQA, MLA, converted, decoder, text
 
@@ -86,6 +87,15 @@ def test_padded_latents_have_plain_rope_and_the_size_of_kernels(tmp_path) -> Non
     assert (report.facts["rope_type"], report.facts["rope_dims"], report.facts["rank"]) == ("default", 64, 512)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == "default"
+
+
+def test_a_tied_head_is_written_apart(tmp_path) -> None:
+    """vLLM and mlx-lm know no tied DeepSeek-V3."""
+    report = export(converted(decoder(tie_word_embeddings=True), MLA), tmp_path / "out", to="native")
+    assert report.parity.relative_difference < 1e-5
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
+        assert torch.equal(tensors.get_tensor("lm_head.weight"), tensors.get_tensor("model.embed_tokens.weight"))
 
 
 @pytest.mark.parametrize(

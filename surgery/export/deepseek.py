@@ -44,7 +44,7 @@ LATENT_EPS = 1e-6
 """Of `kv_a_layernorm`: the class leaves its default there, whatever `rms_norm_eps` says."""
 
 _SAME_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps",
-                "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")  # fmt: skip
+                "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
 _CARRIES_NONE = "the calibrated form carries none"
 
 
@@ -317,7 +317,7 @@ def _config(
         max_position_embeddings=context, num_attention_heads=site.heads, num_key_value_heads=site.heads,
         q_lora_rank=None, kv_lora_rank=rank, qk_rope_head_dim=2 * len(frequencies), qk_nope_head_dim=site.head_dim,
         v_head_dim=site.value_dim, first_k_dense_replace=old.num_hidden_layers, num_mtp_layers=0,
-        rope_parameters=rope, rope_interleave=True, attention_bias=norm == "neutral",
+        rope_parameters=rope, rope_interleave=True, attention_bias=norm == "neutral", tie_word_embeddings=False,
         architectures=["DeepseekV3ForCausalLM"], dtype=model.dtype,
     )  # fmt: skip
 
@@ -390,8 +390,8 @@ def _places(own: Sequence[float], all_: Sequence[float]) -> list[int]:
 
 def _build(config: DeepseekV3Config, tensors: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    # Of its own, for vLLM and mlx-lm tie none for this class.
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
     child: PreTrainedModel = DeepseekV3ForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return child.eval()
 
