@@ -267,7 +267,7 @@ def test_what_cannot_be_is_refused_with_the_place_and_the_way_out():
     with pytest.raises(ValueError, match="stored as int4 4 bits already"):
         greedy(model, IDS[:, :20], cache_implementation="quantized")
     _, cache = decoded(model, IDS[:, :30], 30)
-    with pytest.raises(ValueError, match="has no keys as tensors"):
+    with pytest.raises(ValueError, match="has no (keys|values) as tensors"):
         DynamicCache(list(cache))
     with pytest.raises(ValueError, match="the given cache stores it as int4 4 bits, and its plan says kivi 2 bits"):
         converted("kivi")(IDS[:, :1], **{cache_argument(model): cache})
