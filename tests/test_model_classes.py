@@ -364,9 +364,9 @@ def test_class_that_is_code_beside_the_weights_is_named(tmp_path):
         surgery.plan(tmp_path, GQA)
 
 
-def test_a_part_of_a_model_runs_by_the_attention_that_it_ran_by() -> None:
-    """PaliGemma 2: Gemma 2 asks for eager attention, the whole for another."""
-    text = {**VLMS["gemma3"].config().text_config.to_dict(), "model_type": "gemma2", "query_pre_attn_scalar": 24}
+def tiny_paligemma(kind: str) -> hf.PreTrainedModel:
+    """Of a text model of that kind."""
+    text = {**VLMS["gemma3"].config().text_config.to_dict(), "model_type": kind, "query_pre_attn_scalar": 24}
     vision = {**VLMS["llava"].config().vision_config.to_dict(), "model_type": "siglip_vision_model"}
     text = {name: text[name] for name in (*TEXT_SIZES, "query_pre_attn_scalar", "model_type", "head_dim")}
     sizes = {"vision_use_head": False, "image_size": 8, "projection_dim": 64}
@@ -374,7 +374,12 @@ def test_a_part_of_a_model_runs_by_the_attention_that_it_ran_by() -> None:
         text_config=text, vision_config={**vision, **sizes}, image_token_index=IMAGE, projection_dim=64, hidden_size=64
     )
     torch.manual_seed(0)
-    parent = hf.PaliGemmaForConditionalGeneration(config).eval()
+    return hf.PaliGemmaForConditionalGeneration(config).eval()
+
+
+def test_a_part_of_a_model_runs_by_the_attention_that_it_ran_by() -> None:
+    """PaliGemma 2: Gemma 2 asks for eager attention, the whole for another."""
+    parent = tiny_paligemma("gemma2")
     parent.set_attn_implementation({"text_config": "eager"})  # what transformers 5.23 chooses by itself
     child = surgery.convert(parent, "identity")
     of = {name: getattr(child.config, name)._attn_implementation for name in ("text_config", "vision_config")}
@@ -382,6 +387,25 @@ def test_a_part_of_a_model_runs_by_the_attention_that_it_ran_by() -> None:
     assert of["text_config"] == "eager" != child.config._attn_implementation == parent.config._attn_implementation
     with torch.no_grad():
         assert_close(child(input_ids=IDS).logits, parent(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_tokens_of_a_prompt_without_a_mask_see_what_those_of_the_parent_see(attention: str, tmp_path) -> None:
+    """PaliGemma hands sdpa no mask for a prompt, whose tokens then see each other; in the turn behind it, too."""
+    parent = tiny_paligemma("gemma")
+    parent.set_attn_implementation(attention)
+    child = surgery.convert(parent, "identity")
+    surgery.save(child, tmp_path / "child")
+    loaded = surgery.load(tmp_path / "child")
+    loaded.set_attn_implementation(attention)
+    said = []
+    for model in (parent, child, loaded):
+        with torch.no_grad():
+            first = model(input_ids=IDS, use_cache=True)
+            second = model(input_ids=IDS[:, :5], past_key_values=first.past_key_values, use_cache=True)
+        said.append(torch.cat([first.logits, second.logits], 1))
+    assert_close(said[1], said[0])
+    assert_close(said[2], said[0])
 
 
 def tiny_mllama() -> hf.PreTrainedModel:

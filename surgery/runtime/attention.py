@@ -253,8 +253,9 @@ class SurgeryAttention(nn.Module):
         if own or implementation in LIKE_SDPA:
             slopes = None if self.site.alibi_slopes is None else self.slope_bits
             mask = complete_mask(
-                self.site, self.call, self.plan.owner, slopes, mask, query, key, inputs.cache, skippable=not own
-            )
+                self.site, self.call, self.plan.owner, slopes, mask, query, key, inputs.cache, skippable=not own,
+                is_causal=self.is_causal,
+            )  # fmt: skip
         elif self.site.alibi_slopes is not None:
             raise ValueError(f"ALiBi runs with attn_implementation 'eager' or 'sdpa', not {implementation!r}")
 

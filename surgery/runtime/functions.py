@@ -119,6 +119,7 @@ def complete_mask(
     key: Tensor,
     cache: Any,
     skippable: bool,
+    is_causal: bool = True,
 ) -> Tensor | None:
     """The mask that eager and sdpa need: the parent's, with causality, window and ALiBi added where it lacks them.
 
@@ -126,6 +127,7 @@ def complete_mask(
         owner: layer whose cache is read.
         slope_bits: slopes of ALiBi as `as_bits` keeps them, where `site` has any.
         skippable: the attention function is causal of its own where there is no mask.
+        is_causal: no mask means causality; False where all tokens then see each other.
     """
     tokens, length = query.shape[2], key.shape[2]
     if mask is not None:
@@ -140,7 +142,7 @@ def complete_mask(
     window = None if sliding or length <= (site.window or length) else site.window
     if mask is not None and site.window_in_mask:
         window = None
-    if site.alibi_slopes is None and window is None and (mask is not None or tokens == 1):
+    if site.alibi_slopes is None and window is None and (mask is not None or tokens == 1 or not is_causal):
         return mask
     past = 0 if cache is None else cache.get_seq_length(owner) - tokens
     positions = past + torch.arange(tokens, device=key.device)

@@ -227,6 +227,8 @@ def swap_attention(
         form = (ATTENTIONS if plan.retain is None else GATED)[plan.project.kind]
         attention = form(config, site, plan, call.of_installed(replaced), {k: tuple(v) for k, v in sizes.items()})
         attention.has_readers = site.layer in lenders
+        # Without a mask the tokens of a prefix see each other in PaliGemma; other parents are causal then.
+        attention.is_causal = not site.sees_ahead or getattr(replaced, "is_causal", True)
         attention.records = records_of(model, name, replaced)
         attention.all_plans = tuple(plans)
         parameter = next(replaced.parameters())
