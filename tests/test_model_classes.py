@@ -408,6 +408,17 @@ def test_tokens_of_a_prompt_without_a_mask_see_what_those_of_the_parent_see(atte
     assert_close(said[2], said[0])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_latent_of_full_rank_is_fitted_to_text_of_a_parent_whose_prompts_see_ahead(attention: str) -> None:
+    """PaliGemma with sdpa, whose layers would read text both ways while fits are of tokens that see earlier ones."""
+    parent = tiny_paligemma("gemma")
+    parent.set_attn_implementation(attention)
+    text = torch.randint(3, 90, (16, 32), generator=torch.Generator().manual_seed(1))
+    child = surgery.convert(parent, {"steps": [{"rewriter": "lowrank", "rank": 128, "k_share": 0.5}]}, calibration=text)
+    with torch.no_grad():
+        assert_close(child(input_ids=IDS).logits, parent(input_ids=IDS).logits)
+
+
 def tiny_mllama() -> hf.PreTrainedModel:
     """One of four layers reads images."""
     text = {**VLMS["llava"].config().text_config.to_dict(), "model_type": "mllama_text_model"}

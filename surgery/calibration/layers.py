@@ -40,6 +40,9 @@ class DecoderLayers:
 
     def __init__(self, shell: PreTrainedModel, sites: Sequence[AttentionSite], read: Callable[[str], Tensor]) -> None:
         self.shell, self.read = shell.eval(), read
+        for site in sites:
+            if site.sees_ahead:  # fits are of text whose tokens see those before them, as those that are generated do
+                shell.get_submodule(site.module).is_causal = True  # type: ignore[assignment]
         self.name, self.place = stack_of(sites)
         found = shell.get_submodule(self.name)
         if not isinstance(found, nn.ModuleList):
