@@ -138,13 +138,13 @@ def write(source: Source, folder: Path, norm: Norm, text: Any, pad: bool) -> Wri
     spread: list[float] = []
     read = read_by_layers(model, [layer.site for layer in layers], windows)
     for i, (layer, x) in enumerate(zip(layers, read, strict=True)):
+        steering: CalibratedNorm | float
         if norm == "calibrated":
-            fitted = fit_norm(x, layer.down, tensors[f"model.layers.{i}.input_layernorm.weight"].cpu(), rank)
-            made = _attention(layer, rank, frequencies, config, fitted.size, fitted)
-            spread.append(fitted.spread)
+            steering = fit_norm(x, layer.down, tensors[f"model.layers.{i}.input_layernorm.weight"].cpu(), rank)
+            spread.append(steering.spread)
         else:
-            size = largest_latent(x, layer.down, layer.latent_bias)
-            made = _attention(layer, rank, frequencies, config, size)
+            steering = largest_latent(x, layer.down, layer.latent_bias)
+        made = _attention(layer, rank, frequencies, config, steering)
         tensors |= {f"model.layers.{i}.self_attn.{name}": tensor for name, tensor in made.items()}
     child = _build(config, tensors, model.dtype)
     child.generation_config = model.generation_config
@@ -323,18 +323,12 @@ def _config(
 
 
 def _attention(
-    layer: _Layer,
-    rank: int,
-    frequencies: Sequence[float],
-    config: Any,
-    size: float,
-    fitted: CalibratedNorm | None = None,
+    layer: _Layer, rank: int, frequencies: Sequence[float], config: Any, norm: CalibratedNorm | float
 ) -> dict[str, Tensor]:
     """One attention under the names of `DeepseekV3Attention`, float32.
 
     Args:
-        size: for the calibrated norm what the latents are multiplied by, for the neutral one their largest length.
-        fitted: the calibrated norm; None for the neutral one.
+        norm: the calibrated one; for the neutral one the greatest length of a latent.
     """
     w, p, site = layer.weights, layer.plan, layer.site
     D, N, R, F = site.hidden_size, site.heads, p.rank, len(frequencies)
@@ -357,16 +351,16 @@ def _attention(
     up = torch.cat([layer.up("k_up")[kv_of], layer.up("v_up")[kv_of]], 1)
     up = torch.nn.functional.pad(up, (0, rank - R))
     gain = torch.zeros(rank)
-    if fitted is None:
-        large = 2.0 ** math.ceil(math.log2(size * ROOM))
+    if not isinstance(norm, CalibratedNorm):
+        large = 2.0 ** math.ceil(math.log2(norm * ROOM))
         bias[-1] = large  # the gain of this channel is 0: it steers the norm, and is cached as 0
         wanted = math.sqrt(large**2 / rank + LATENT_EPS)
         gain[:R] = 2.0 ** round(math.log2(wanted))  # as the constant, a power of two: bfloat16 rounds neither
         up = up * (wanted / float(gain[0]))
     else:
-        gain[:R] = fitted.gain_R
-        down[R : R + len(fitted.rows_ED)] = fitted.rows_ED  # their gain is 0: they steer the norm, and are cached as 0
-        down = down * size
+        gain[:R] = norm.gain_R
+        down[R : R + len(norm.rows_ED)] = norm.rows_ED  # their gain is 0: they steer the norm, and are cached as 0
+        down = down * norm.size
     made = {
         "q_proj.weight": torch.cat([q_NHD, rope.flatten(1, 2)], 1).flatten(0, 1),
         "kv_a_proj_with_mqa.weight": torch.cat([down, k_rope.flatten(0, 1)]),

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibration.text import Windows
+from ..calibration.visit import noted
 from ..runtime.layout import AttentionSite
 
 RMS = 2.0**6
@@ -54,20 +55,15 @@ def read_by_layers(model: PreTrainedModel, sites: Sequence[AttentionSite], windo
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, sites: Sequence[AttentionSite], windows: Windows) -> list[list[Tensor]]:
+    """By layer: what its `kv_down` reads of each batch, padding left out."""
     kept: list[list[Tensor]] = [[] for _ in sites]
-    real: Tensor
-
-    def note(of_layer: list[Tensor], args: tuple[Tensor, ...]) -> None:
-        of_layer.append(args[0][real].cpu())
-
     with ExitStack() as stack:
-        for site, of_layer in zip(sites, kept, strict=True):
-            module = model.get_submodule(f"{site.module}.kv_down")
-            handle = module.register_forward_pre_hook(lambda _, args, of_layer=of_layer: note(of_layer, args))
-            stack.callback(handle.remove)
+        modules = (model.get_submodule(f"{site.module}.kv_down") for site in sites)
+        seen = [stack.enter_context(noted(module, output=False)) for module in modules]
         for ids, mask in windows.batches():
-            real = mask.to(model.device)
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
+            for of_layer, found in zip(kept, seen, strict=True):
+                of_layer.append(found.pop()[mask.to(model.device)].cpu())
     return kept
 
 
@@ -87,10 +83,10 @@ def fit_norm(x_TD: Tensor, down_RD: Tensor, weight_D: Tensor, rank: int) -> Cali
     x, down = x_TD.double(), down_RD.double()
     c = x @ down.mT
     square, rows = c.square().sum(-1), x.new_zeros(0, x.shape[-1])
-    fitted = 3 * len(x) // 4 if len(x) >= FEW else len(x)
-    held = slice(fitted if len(x) >= FEW else 0, None)
+    cut = 3 * len(x) // 4
+    fitted, held = (slice(cut), slice(cut, None)) if len(x) >= FEW else (slice(None), slice(None))
     spread = _spread(square[held])
-    for made in _steering(x[:fitted], down, weight_D.double(), rank - len(down)):
+    for made in _steering(x[fitted], down, weight_D.double(), rank - len(down)):
         if (found := _spread((square + (x @ made.mT).square().sum(-1))[held])) < spread:
             rows, spread = made, found
     rms = ((square + (x @ rows.mT).square().sum(-1)) / rank).sqrt()[:, None]
