@@ -204,6 +204,16 @@ def test_numbers_that_are_not_finite_are_named_in_compiled_steps_as_well():
     torch.compiler.reset()
 
 
+@torch.no_grad()
+def test_two_models_of_different_bits_compile_in_one_process():
+    torch.compiler.reset()
+    for bits in (3, 2):  # the compiler takes numbers for variable that differ where it has been before
+        model = converted(k_bits=bits, v_bits=bits)
+        step = torch.compile(model.forward, backend="eager", fullgraph=True)
+        through(model, model.static_cache(LENGTH), range(12, 15), step, width=LENGTH)
+    torch.compiler.reset()
+
+
 def test_scales_are_rounded_as_float16_is():
     x = torch.randn(10000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-10, 5, 10000)
     assert torch.equal(stored(x), x.clamp(-65504.0, 65504.0).half())

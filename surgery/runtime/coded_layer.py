@@ -108,7 +108,7 @@ def require_finite(layer: int, name: str, store: Codec, holds: Tensor) -> None:
         ValueError: names the layer.
     """
     message = (
-        f"layer {layer}: its {name} hold numbers that are not finite, which {store.label()} cannot keep. The model "
+        f"layer {layer}: its {name} hold numbers that are not finite, which {store.codec} cannot keep. The model "
         "overflows: run it in bfloat16 or float32."
     )
     if torch.compiler.is_compiling():
