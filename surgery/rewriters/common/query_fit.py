@@ -1,7 +1,8 @@
 """Queries that face rewritten keys: W_q by least squares on the parent's attention scores.
 
 The normal equations are never written down. A product with them is what a change of W_q does to the scores, centred
-under the parent's attention and brought back: two passes over the scores, as cheap as attention itself.
+under the parent's attention and brought back: two passes over the scores, as cheap as attention itself. Scores are
+kept in blocks of neighbouring queries, each with the keys that it sees and no others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from ...attention.forward import attend, project, rotation
+from ...attention.forward import probabilities, project, rotation
 from ...attention.linalg import damp, hermitian, to_double
 from ...attention.maths import rotate_pairs
 from ...attention.weights import AttentionWeights
@@ -29,8 +30,8 @@ STEPS = 6
 `mla-4x` from 0.849 to 0.847: what they still find is of the calibration text."""
 SOLVED_NUMBERS = 4_000_000
 """Numbers of W_q that are solved for together, whole heads: conjugate gradients keep six times as many in float64."""
-PROBED = 4
-"""Queries of each window whose own metric of W_q is written out, for the preconditioner."""
+BLOCKS = 4
+"""Parts of a window's queries. The last query of each also writes out its own metric of W_q, for the preconditioner."""
 
 
 class Keys(Protocol):
@@ -48,12 +49,15 @@ class Keys(Protocol):
     def of_heads(self, heads: slice) -> Self:
         """The keys of some of the query heads."""
 
+    def part(self, queries: slice, seen: int) -> Self:
+        """The first `seen` keys as some of the queries see them."""
+
 
 @dataclass
 class _Batch:
     x_BmD: Tensor
     p_BNmS: Tensor
-    """The parent's attention; zero for queries that are padding."""
+    """The parent's attention to the keys up to the last that a query sees; zero for queries that are padding."""
     keys: Keys
 
     def of_heads(self, heads: slice) -> _Batch:
@@ -87,18 +91,26 @@ class ScoreFit:
         self.probed = 0
 
     def take(self, x_parent_BTD: Tensor, x_BTD: Tensor, mask_BT: Tensor, time: Tensor, keys: Keys) -> None:
-        """Both streams' inputs of the projections; places `time` serve as queries and see `keys`."""
-        view = attend(self.parent, x_parent_BTD, time)
-        p, s = view.probs_BNTT[:, self.order], view.scores_BNTT[:, self.order]
+        """Both streams' inputs of the projections; places `time` serve as queries and see `keys`, all of T."""
+        q, k, _ = project(self.parent, x_parent_BTD, time)
+        q, k = q[:, self.order], k[:, self.parent.kv_of()][:, self.order]
+        x = x_BTD[:, time]
+        if self.student.q_bias_NH is not None:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        for rows in torch.arange(len(time)).tensor_split(BLOCKS):
+            if len(rows) and mask_BT[:, time[rows]].any():
+                block, seen = slice(int(rows[0]), int(rows[-1]) + 1), int(time[rows[-1]]) + 1
+                self._take(q[:, :, block], k[:, :, :seen], x[:, block], mask_BT, time[block], keys.part(block, seen))
+
+    def _take(self, q_BNmH: Tensor, k_BNSH: Tensor, x_BmD: Tensor, mask_BT: Tensor, time: Tensor, keys: Keys) -> None:
+        """A block of queries; q and k are the parent's, S the keys up to the last that one of them sees."""
+        s, p = probabilities(self.parent, q_BNmH, k_BNSH, time)
         if self.student.alibi_slopes is not None:
             slopes = torch.tensor(self.student.alibi_slopes, dtype=s.dtype)
             s = s - slopes[:, None, None] * (torch.arange(s.shape[-1])[None] - time[:, None])
         # A sink takes no part in the comparison of keys.
         p = p * (mask_BT[:, None, time, None] / p.sum(-1, keepdim=True).clamp_min(1e-30))
-        x = x_BTD[:, time]
-        if self.student.q_bias_NH is not None:
-            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-        batch = _Batch(x, p, keys)
+        batch = _Batch(x_BmD, p, keys)
         self.batches.append(batch)
         self.tokens += int(mask_BT[:, time].sum())
         self.target_NHD = self.target_NHD + to_double(self._bring_back(batch, s))
@@ -116,18 +128,15 @@ class ScoreFit:
         return torch.einsum("bnmh,bmd->nhd", back, batch.x_BmD)
 
     def _probe(self, batch: _Batch) -> None:
-        """What the preconditioner is made of: the metric of W_q's rows at a few queries, x weighted by that of each."""
+        """What the preconditioner is made of: the metric of W_q's rows at the last query, x as each weighs it."""
         p, x, scale = batch.p_BNmS, batch.x_BmD, self.student.scale
-        queries, norms = p.shape[2], None
-        for i in sorted({round((i + 1) * queries / PROBED) - 1 for i in range(PROBED)} - {-1}):
-            k_BNSH = batch.keys.seen_from(i) * scale
-            weighed = k_BNSH * p[:, :, i, :, None]
-            mean = weighed.sum(2)
-            metric = weighed.mT @ k_BNSH - mean[..., :, None] * mean[..., None, :]
-            self.metric_NHH = self.metric_NHH + to_double(metric.sum(0))
-            self.probed += int(p[:, 0, i].sum().round())  # padding looks at nothing
-            norms = k_BNSH.square().sum(-1)
-        assert norms is not None
+        k_BNSH = batch.keys.seen_from(p.shape[2] - 1) * scale
+        weighed = k_BNSH * p[:, :, -1, :, None]
+        mean = weighed.sum(2)
+        metric = weighed.mT @ k_BNSH - mean[..., :, None] * mean[..., None, :]
+        self.metric_NHH = self.metric_NHH + to_double(metric.sum(0))
+        self.probed += int(p[:, 0, -1].sum().round())  # padding looks at nothing
+        norms = k_BNSH.square().sum(-1)
         # Var of the keys under each query's attention; which place the keys are seen from hardly changes their norms.
         size = torch.einsum("bnms,bns->bnm", p, norms) - (batch.keys.pull(p) * scale).square().sum(-1)
         weight = (size.clamp_min(0) / size.mean((0, 2), keepdim=True).clamp_min(1e-30)).mean(1)
@@ -228,6 +237,11 @@ class RotatedKeys:
     def of_heads(self, heads: slice) -> Self:
         found = copy(self)
         found.k = self.k[:, heads]
+        return found
+
+    def part(self, queries: slice, seen: int) -> Self:
+        found = copy(self)
+        found.k, found.cos, found.sin = self.k[:, :, :seen], self.cos[queries], self.sin[queries]
         return found
 
     def _back(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -48,6 +48,11 @@ class LatentKeys:
         found.k_up, found.q_rope = self.k_up[heads], self.q_rope[heads]
         return found
 
+    def part(self, queries: slice, seen: int) -> Self:
+        found = copy(self)
+        found.entry, found.cos, found.sin = self.entry[:, :, :seen], self.cos[queries], self.sin[queries]
+        return found
+
     def _back(self, entry: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rank = self.k_up.shape[-1]
         turned = rotate_pairs(self.rotary, entry[..., rank:], cos, -sin)
