@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from surgery.report.figures import DPI
-from surgery.report.plots import COLOURS
+from surgery.report.plots import COLOURS, place_labels
 
 Rows = dict[str, dict[str, Any]]
 NARROW = ("95 %", "nats")
@@ -184,12 +184,12 @@ def plot(data: dict[str, Any], path: Path) -> None:
 
     Rows that save no bytes are left out.
     """
-    figure = Figure(figsize=(7.6, 5.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(9.6, 7.2), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     colours = dict(zip(FAMILIES, COLOURS, strict=False))
     rows = measured(data)
-    points, named = [], _named(rows)
+    points, spans, names, shades, named = [], [], [], [], _named(rows)
     for name, row in rows.items():
         if row["family"] not in colours or row["text"]["kl"] < NOTHING or row["text"]["part_of_parent"] > 1:
             continue
@@ -201,15 +201,17 @@ def plot(data: dict[str, Any], path: Path) -> None:
             fmt="o" if not row["refines"] else "*", markersize=8, capsize=2, elinewidth=0.8,
             markerfacecolor="white" if row["published"] else colour,
         )  # fmt: skip
-        if name in named:
-            points.append((x, kl["value"], name, row["published"]))
+        points.append(x)
+        spans.append((low, kl["value"], high))
+        names.append(name if name in named else "")
+        shades.append("#aaaaaa" if row["published"] else colour)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    if len(points) and max(p[1] for p in points) < 10 * min(p[1] for p in points):
+    values = [value for _, value, _ in spans]
+    if values and max(values) < 10 * min(values):
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))  # else there would be one number or none
-    _label(axes, points)
-    axes.set_xlim(0, max([60.0, *(p[0] + 14 for p in points)]))
+    axes.set_xlim(0, max([60.0, *(x + 10 for x in points)]))
     axes.set_xlabel("bytes of the cache, % of the parent's", fontsize=11)
     axes.set_ylabel("KL to the parent, nats per decoded token", fontsize=11)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
@@ -225,6 +227,8 @@ def plot(data: dict[str, Any], path: Path) -> None:
     figure.legend(handles=handles, fontsize=9, frameon=False, loc="outside lower center", ncols=4)
     folder = data["parent"]["name"]
     axes.set_title(f"{'SmolLM2-135M' if folder == 'smollm2' else folder}, no training", fontsize=12, loc="left")
+    if points:
+        place_labels(figure, axes, names, shades, points, spans, ())
     figure.savefig(path)
 
 
@@ -235,25 +239,3 @@ def _named(rows: Rows) -> set[str]:
         theirs = [name for name, row in rows.items() if row["published"] and row["group"] == group]
         found |= set(sorted(theirs, key=lambda name: rows[name]["text"]["kl"])[:1])
     return found
-
-
-def _label(axes: Any, points: list[tuple[float, float, str, bool]]) -> None:
-    """Names beside their points, to the left where another point is close on the right, and none upon another."""
-    height, width = 0.042, 13.0  # of a name: part of the span of all points, percent of bytes
-    logs = [math.log10(y) for _, y, *_ in points] or [0.0]
-    low, span = min(logs), max(max(logs) - min(logs), 1e-9)
-    at = [(x, (math.log10(y) - low) / span) for x, y, *_ in points]
-    placed: list[tuple[float, float]] = []
-    for x, y, name, published in sorted(points, key=lambda p: -p[1]):
-        place = (math.log10(y) - low) / span
-        close = x > width and any(0.5 < other_x - x < width and abs(other - place) < height for other_x, other in at)
-        start = x - 1.2 - width if close else x + 1.2
-        for other_x, other in placed:  # from the top down
-            if abs(other_x - start) < width and abs(other - place) < height:
-                place = other - height
-        placed.append((start, place))
-        placed.sort(key=lambda p: -p[1])
-        axes.text(
-            x - 1.2 if close else x + 1.2, 10 ** (low + place * span), name, fontsize=8, va="center",
-            ha="right" if close else "left", color="#777777" if published else "#111111",
-        )  # fmt: skip

@@ -72,7 +72,7 @@ def pareto(reports: Sequence[Report]) -> Figure:
     if xs:
         _log2_bytes(axes, xs)
         axes.margins(y=0.2)
-        _place_labels(
+        place_labels(
             figure, axes, names, colours, xs, spans, {b.nats_per_token for b in baselines.values()} - {math.nan}
         )
     return figure
@@ -329,7 +329,7 @@ def _cell(axes: Axes, i: int, j: int, shade: float, text: str) -> None:
     axes.text(i, j, text, ha="center", va="center", fontsize=8.5, color="white" if known and shade > 0.75 else "black")
 
 
-def _place_labels(
+def place_labels(
     figure: Figure,
     axes: Axes,
     names: Sequence[str],
@@ -341,6 +341,7 @@ def _place_labels(
     """Name each point near it, where the name covers no other name, point, error bar or line.
 
     Args:
+        names: empty for points that have none, which are kept clear all the same.
         spans: (low, value, high) on the y axis.
         lines: heights of horizontal lines.
     """
@@ -367,6 +368,8 @@ def _place_labels(
         taken += [around(across, up, up, 7, 7), around(across, place(x, low)[1], place(x, high)[1], 4, 2)]
     labels = []
     for name, colour, point in zip(names, colours, points, strict=True):
+        if not name:
+            continue
         label = axes.annotate(
             _wrap(name, 30), (0, 0), xycoords="figure pixels", fontsize=9, va="center", ha="center", zorder=5
         )
