@@ -328,6 +328,18 @@ def test_models_that_cannot_be_described_are_refused_with_the_reason(name):
         examine(make())
 
 
+@pytest.mark.parametrize("name", ["gptj", "codegen"])
+def test_a_table_of_sines_that_a_cast_has_rounded_is_named_and_the_way_round_it_works(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        UnsupportedModel, match=r"attn\.embed_positions is rounded to bfloat16.*dtype=torch\.bfloat16\)"
+    ):
+        examine(model.to(torch.bfloat16))
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert examine(loaded).sites[0].rotary.dims == 8
+
+
 def test_gated_output_is_noticed_and_not_passed_off_as_plain():
     model = hf.AutoModelForCausalLM.from_config(
         tiny_config("AfmoeConfig", num_experts=4, head_dim=16), dtype=torch.float32

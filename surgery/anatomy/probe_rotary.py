@@ -58,13 +58,27 @@ def read_rotary(probe: PathProbe, basis: Tensor) -> tuple[Rotary | None, Tensor]
     expected[:, low, low], expected[:, high, high] = angle.cos(), angle.cos()
     expected[:, high, low], expected[:, low, high] = angle.sin(), -angle.sin()
     if (expected - turn).abs().max() > 2e-5:
-        raise probe.refuse("positions act in a way that is no rotation at constant frequencies.")
+        what = "positions act in a way that is no rotation at constant frequencies."
+        raise probe.refuse(f"{what}{_rounded_table(probe)}")
     inside = torch.zeros(dim, dtype=torch.bool)
     inside[start : start + dims] = True
     scaling = float(here[inside].mean() / (here[~inside].mean() if (~inside).any() else 1.0))
     scaling = snap_one(scaling)
     here[inside] /= scaling
     return dataclasses.replace(rotary, scaling=scaling), here
+
+
+def _rounded_table(probe: PathProbe) -> str:
+    """What to do about a table of sines that a cast of the whole model has rounded; empty where there is none."""
+    for node in probe.path.buffers:
+        value = probe.graph.values.get(node)
+        if value is not None and value.dtype in (torch.bfloat16, torch.float16):
+            dtype = str(value.dtype).removeprefix("torch.")
+            return (
+                f" Its buffer {probe.name(node)} is rounded to {dtype}, as `model.to(torch.{dtype})` does. Load the "
+                f"model in {dtype} instead: from_pretrained(..., dtype=torch.{dtype}) leaves this buffer in float32."
+            )
+    return ""
 
 
 def read_axes(graph: Graph, found: Found, path: Path, reading: Reading) -> tuple[int, ...] | None:
