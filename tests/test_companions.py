@@ -17,6 +17,7 @@ from surgery.checkpoints import places, provenance
 from surgery.checkpoints.companions import companions, copy_companions
 from surgery.convert import convert_checkpoint
 from surgery.export import Source, target_for
+from surgery.export.target import hide_paths
 
 GQA = {"name": "half", "steps": [{"rewriter": "gqa", "kv_heads": "1/2"}]}
 TEXT = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -137,6 +138,25 @@ def test_every_path_takes_the_same_files_along(path, parent, tmp_path):
     assert json.loads((child / "generation_config.json").read_text())["temperature"] == 0.25
     named = json.loads((child / "config.json").read_text())["auto_map"]
     assert named == {"AutoTokenizer": [LETTERS, None]}
+
+
+@pytest.mark.parametrize("path", ["memory", "disk"])
+def test_a_child_that_is_converted_again_takes_the_same_files_along_and_tells_both_recipes(path, parent, tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    if path == "memory":
+        surgery.save(surgery.convert(surgery.convert(surgery.load(parent), GQA), "identity"), twice)
+    else:
+        convert_checkpoint(parent, GQA, once)
+        convert_checkpoint(once, "identity", twice)
+    assert files(twice) == {*TRAVELS, *WRITTEN}
+    origin = json.loads((twice / "surgery.json").read_text())
+    assert origin["parent"] == (None if path == "memory" else str(once))
+    assert origin["recipe"]["name"] == "identity"
+    assert origin["before"]["parent"] == str(parent)
+    assert origin["before"]["recipe"]["name"] == "half"
+    hide_paths(twice)
+    for name in ("config.json", "surgery.json"):
+        assert str(tmp_path) not in (twice / name).read_text()
 
 
 LOAD = """

@@ -365,7 +365,7 @@ def tokenizer_of(config: Any, told: dict[str, Any] | None = None) -> Any:
     `told` is what a provenance would tell of the adapter or the GGUF that the model came with.
     """
     surgery = getattr(config, "surgery", None) or {}
-    origin = surgery.get("provenance", surgery) | (told or {})
+    origin = where_named(surgery.get("provenance", surgery)) | (told or {})
     adapter, gguf = (origin.get("adapter") or {}).get("folder"), origin.get("gguf_file")
     for name in (adapter, config.name_or_path, origin.get("parent")):
         if name:
@@ -375,6 +375,13 @@ def tokenizer_of(config: Any, told: dict[str, Any] | None = None) -> Any:
             if tokenizer is not None:
                 return tokenizer
     return None
+
+
+def where_named(origin: dict[str, Any]) -> dict[str, Any]:
+    """A provenance, or the nearest before it, that names its parent: one converted twice in memory lay nowhere."""
+    while not origin.get("parent") and origin.get("before"):
+        origin = origin["before"]
+    return origin
 
 
 def load_tokenizer(name_or_path: str | Path, gguf_file: str | None = None) -> Any:

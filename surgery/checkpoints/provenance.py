@@ -35,11 +35,14 @@ def provenance(
 ) -> dict[str, Any]:
     """Parent and revision, recipe, seed, calibration digest, versions, plan with predicted bytes.
 
+    Where the parent was converted itself, into its own class, `before` is its provenance.
+
     Args:
         left_out: tensors of the parent's files that its class does not load; the result has none of them.
         told: facts about the parent beside its name: the adapter that was merged, the GGUF it came from.
         held_out: KL of the result to its parent in nats per token, on calibration windows that nothing was fitted on.
     """
+    before = getattr(config, "surgery", None)
     # Read from a file, a config names that file.
     parent = config.name_or_path.removesuffix("config.json").rstrip("/") or None
     gguf = facts_in(parent)
@@ -62,6 +65,7 @@ def provenance(
         "versions": versions(),
         "plan": plan.to_dict(),
         "left_out": list(left_out),
+        **({} if before is None else {"before": before.get("provenance", before)}),
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..anatomy.reader import load_config
-from ..calibration.text import load_tokenizer
+from ..calibration.text import load_tokenizer, where_named
 from ..runtime.modeling import converted_class, load_converted
 from ..torch_state import plain_torch
 from .adapters import base_folder, check_adapter, merged, with_adapter, without_adapter
@@ -163,6 +163,7 @@ def copy_parents_companions(data: dict[str, Any], target: Path, tokenizer: Any =
     Args:
         tokenizer: written in the place of the adapter's, or the one inside the GGUF, or else the parent's.
     """
+    data = where_named(data) | ({"adapter": data["adapter"]} if data.get("adapter") else {})
     parent, adapter = parent_folder(data), (data.get("adapter") or {}).get("folder")
     if adapter is not None and Path(adapter).is_dir():
         tokenizer = tokenizer or load_tokenizer(adapter)

@@ -242,9 +242,12 @@ def hide_paths(folder: Path) -> None:
         fields = read_json(file) if file.is_file() else {}
         surgery = fields.get("surgery") or {} if file.name == "config.json" else fields
         origin = surgery.get("provenance", surgery)
-        named = [part for part in (origin, *origin.get("uptrained", ())) if part.get("parent")]
-        for part in named:
-            part["parent"] = public_name(part["parent"], bool(origin.get("parent_revision")))
+        named = False
+        while origin:
+            for part in (origin, *origin.get("uptrained", ())):
+                if part.get("parent"):
+                    part["parent"], named = public_name(part["parent"], bool(origin.get("parent_revision"))), True
+            origin = origin.get("before")
         if named:
             file.write_text(json.dumps(fields, indent=2) + "\n")
 
