@@ -378,7 +378,7 @@ def tokenizer_of(config: Any, told: dict[str, Any] | None = None) -> Any:
 
 
 def where_named(origin: dict[str, Any]) -> dict[str, Any]:
-    """A provenance, or the nearest before it, that names its parent: one converted twice in memory lay nowhere."""
+    """A provenance, or the nearest before it that names a parent. One converted in memory has no name."""
     while not origin.get("parent") and origin.get("before"):
         origin = origin["before"]
     return origin
