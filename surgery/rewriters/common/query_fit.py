@@ -24,7 +24,8 @@ from ...calibration.visit import Visit
 from ...errors import PlanError
 
 QUERY_TOKENS = 9_000
-"""Calibration tokens whose queries are fitted: each keeps N numbers for every token of its window."""
+"""Calibration tokens whose queries are fitted: each keeps N numbers for every token of its window. On SmolLM2, 32
+windows of 512 tokens, `mqa` is 1.13 nats away with 4500, 1.02 with 9000, and 1.00 with all, for two passes more."""
 STEPS = 6
 """Of conjugate gradients. On SmolLM2 (4096 tokens) twice as many change the KL of `mqa` from 0.802 to 0.820 nats and of
 `mla-4x` from 0.849 to 0.847: what they still find is of the calibration text."""
@@ -266,9 +267,9 @@ class QueryFit(ScoreFit):
         self.take(x_parent_BTD, x_BTD, mask_BT, time, keys)
 
 
-def stride_of(visit: Visit) -> int:
-    """Every how many-th token of a window serves as a query."""
-    return max(1, round(visit.tokens / QUERY_TOKENS))
+def stride_of(visit: Visit, tokens: int = QUERY_TOKENS) -> int:
+    """Every how many-th token of a window serves as a query, so that about `tokens` of all do."""
+    return max(1, round(visit.tokens / tokens))
 
 
 def _with_queries(weights: AttentionWeights, w_NHD: Tensor) -> AttentionWeights:

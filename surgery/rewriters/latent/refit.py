@@ -16,6 +16,10 @@ from ...calibration.visit import Visit
 from ..common.query_fit import QueryFit, ScoreFit, stride_of
 from ..common.refit import Fit
 
+QUERY_TOKENS = 4_500
+"""Calibration tokens whose queries are fitted to keys from latents. On SmolLM2, 32 windows of 512 tokens, `mla-4x` is
+1.763 nats away in place of 1.783 with twice as many, `lowrank-3x` 0.573 in place of 0.569."""
+
 
 class LatentKeys:
     """Keys that depend on where their query stands: k_up c_n + q_ropeᵀ rot(k_r,n, n - m), for each query head.
@@ -85,7 +89,7 @@ def fit_queries(parent: AttentionWeights, latent: LatentWeights) -> Fit:
         else:
             found = LatentQueryFit(parent, student, latent)
         for a in visit.activations():
-            found.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT, stride_of(visit))
+            found.add(a.x_parent_BTD, a.x_student_BTD, a.mask_BT, stride_of(visit, QUERY_TOKENS))
         fitted = found.solve()
         return replace(student, q_NHD=fitted.q_NHD, q_bias_NH=fitted.q_bias_NH)
 
