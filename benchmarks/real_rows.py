@@ -151,6 +151,7 @@ def rows(kv_dims: int, layers: int, kv_heads: int) -> list[Row]:
         Row("ada-snapkv-4x-int4", "evicted", "ada-snapkv-4x-int4", calibrated=False, evicts=True),
         Row("snapkv, 12x", "evicted", step("evict", scorer="snapkv", budget="ada", ratio=12), "", True, False, True),
         Row("kvzip-2x", "evicted", "kvzip-2x", calibrated=False, evicts=True),
+        Row("kvzip-4x", "evicted", "kvzip-4x", calibrated=False, evicts=True),
         Row("duo-2x", "evicted", "duo-2x", evicts=True),
         Row("quest-4x", "evicted", "quest-4x", calibrated=False, evicts=True),
         Row("h2o-4x", "evicted", "h2o-4x", calibrated=False, evicts=True),
