@@ -2,18 +2,18 @@
 # llama.cpp as of xllamacpp 2026.10.11549 (CPU): `--swa-full`, the full cache for layers with sliding windows, and prompts that are
 # put aside and come back.
 #
-# Guess: "use full-size SWA cache" keeps all keys and values of such layers, so that a prompt can be gone back to at any place. A
-#   prompt that the server puts aside when another one comes (the store in memory, `--cache-ram`, on unless 0), or that is saved to
-#   a file of `/slots` and restored, comes back as it was: full, or marked as cut, so that more of it is computed again.
-# Behaviour: what is put aside holds of the window layers only the tokens within the window of the last one. The server takes what
-#   comes back for full: with `--swa-full` it does not look how far back the window layers reach. A request that leaves the old text
-#   within the last window (an answer that is asked for again, a message that was edited, a chat template that takes the reasoning
-#   out) is then answered with up to a whole window of keys and values missing in those layers. No error, no warning. Without
-#   `--swa-full`, which is the one that is said to forget, the server looks, and computes again what it lacks.
-# Seen, a Gemma 3 of 4 layers with random weights, window 32: a prompt of 100 tokens, another one, then the first 70, 76, 82, 88 and
-#   94 tokens of the first one with three others behind. Of 16 greedy tokens those that agree with an answer without a cache: with
-#   `--swa-full` 5, 3, 0, 2 and 10, from the store and from a file alike, all of the old tokens taken from the cache; where the first
-#   prompt stayed in its slot 16 each. Without `--swa-full` 16 each, the prompt computed again.
+# Guess: "use full-size SWA cache" keeps all keys and values of such layers, so that a request can go back to any place of a prompt.
+#   The server puts a prompt aside in memory when another one takes its slot (`--cache-ram`, on unless 0), and saves it to a file
+#   where `/slots` is asked to. When it comes back it is full, or it is marked as cut and the missing part is computed again.
+# Behaviour: What is put aside has, of the window layers, only the tokens within one window of the last token. With `--swa-full` the
+#   server does not look how far back the window layers reach, and takes for full what comes back. A request that leaves the old
+#   text within its last window (an answer is asked for again, a message is edited, a chat template takes the reasoning out) is
+#   answered with up to a whole window of keys and values missing in those layers. No error, no warning. Without `--swa-full` the
+#   server looks, and computes the prompt again.
+# Seen: a Gemma 3 of 4 layers with random weights, window 32. A prompt of 100 tokens is asked, then another one, then the first 70,
+#   76, 82, 88 and 94 tokens of the first one with three new ones behind. Of 16 greedy tokens agree with an answer without a cache:
+#   with `--swa-full` 5, 3, 0, 2 and 10, from memory and from a file alike; where the first prompt stayed in its slot 16 each.
+#   Without `--swa-full` 16 each.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

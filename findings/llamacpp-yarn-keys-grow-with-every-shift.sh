@@ -2,20 +2,20 @@
 # llama.cpp as of xllamacpp 2026.10.11549 (CPU): positions that are moved in the cache (`--cache-reuse`, `--context-shift`), for a
 # model with YaRN.
 #
-# Guess: keys that move to another place are turned by the difference of the two positions, and nothing else. In a model of one
-#   layer, whose keys and values depend on a token and its place alone, the answer from a moved cache is then exactly the answer to
-#   the text that is left. With YaRN it is so as without, or the options are switched off with a line in the log, as they are where
-#   positions cannot be moved.
-# Behaviour: the turn is made by the operator that turns new keys, and with YaRN this operator also multiplies by the attention
-#   factor, 1 + 0.1 ln(factor). Keys that have it already get it again, at each move, and every key of the cache does, those that
-#   stay where they are too. What always stays, the system prompt or the first `n_keep` tokens, grows without end, until nothing
-#   else is attended to. No error, no warning. `rope.scaling.attn_factor` set to the inverse, so that the product is 1, makes it
-#   right.
-# Seen, a Llama of one layer with random weights. A chat that keeps its first 40 tokens and loses its oldest message at each turn,
-#   where 130 of 160 tokens come from the cache: of 8 greedy tokens those that agree with the answer without a cache, in 12 turns:
-#   without scaling, and with linear scaling, 8 in each; with YaRN of factor 4: 8 0 2 1 0 0 0 1 0 0 0 0; with YaRN and the inverse
-#   attn_factor 8 in each. Context shift with 40 tokens kept, tokens that are not the best ones after the text that is left, in the
-#   stretches of 107 tokens between shifts: without scaling at most 2; with YaRN 34, 52, 65 and 88.
+# Guess: keys that move to another place are turned by the difference of the two positions, and nothing else happens to them. In a
+#   model of one layer keys and values depend on a token and its place alone, so that the answer from a moved cache is exactly the
+#   answer to the text that is left. This holds with YaRN as without, or the options are switched off with a line in the log, as
+#   they are for models whose positions cannot be moved.
+# Behaviour: the turn is made by the operator that also turns new keys, and with YaRN this operator multiplies by the attention
+#   factor, 1 + 0.1 ln(factor). Keys in the cache have that factor already and get it again at each move. All keys of the cache get
+#   it, those that stay in their places too. The tokens that always stay (the system prompt, the first `n_keep` tokens) get keys
+#   that grow without end, until nothing else is attended to. No error, no warning. With `rope.scaling.attn_factor` set to the
+#   inverse, so that the product is 1, answers are right.
+# Seen: a Llama of one layer with random weights. A chat keeps its first 40 tokens and loses its oldest message at each turn, and
+#   130 of 160 tokens come from the cache. Of 8 greedy tokens agree with an answer without a cache, in 12 turns: 8 in each without
+#   scaling and with linear scaling; 8 0 2 1 0 0 0 1 0 0 0 0 with YaRN of factor 4; 8 in each with YaRN and the inverse attn_factor.
+#   Context shift with 40 tokens kept: of the 107 tokens between two shifts at most 2 are not the best ones after the text that is
+#   left without scaling; with YaRN it is 34, 52, 65 and 88.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

@@ -2,16 +2,16 @@
 # transformers 5.24.0, torch 2.13.0 (CPU): two chats by turns, each with a cache of its own, with Qwen2-VL, Qwen2.5-VL, Qwen3-VL and
 # Qwen3.5.
 #
-# Guess: the cache that a call returns, and all tokens so far, are what the next turn of a chat needs. What was asked in between, with
-#   another cache, does not matter: the answer is the one that the whole text gets without a cache. A chat without images is that
-#   of a language model.
-# Behaviour: an image takes fewer positions than it has tokens, and by how many is kept in the model (`rope_deltas`), not in the cache.
-#   Each call of `generate` or of the model that begins a text overwrites it, and a call with a cache adds it to the positions of its
-#   tokens, whoever it is from. A chat without any image goes on dozens or thousands of places too early, among its own tokens,
-#   when somebody asked about an image in between; one with an image goes on too late after a text. No error, no warning.
-# Seen, random weights, an image of 8 x 8 tokens, 12 greedy tokens of a second turn. Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5: a
-#   text after an image: 1, 0, 0 and 1 tokens as without a cache, logits off by 4.1, 8.8, 6.6 and 8.6; an image after a text: 0, 0,
-#   0 and 1 tokens, off by 6.5, 8.9, 4.2 and 1.4. After nothing else, and after one of its own kind: all 12, off by at most 5e-6.
+# Guess: a chat goes on from the cache that its last call returned and all of its tokens so far. What was asked in between, with
+#   another cache, does not matter: the answer is the one that the whole text gets without a cache. So it is with language models.
+# Behaviour: an image takes fewer positions than it has tokens. The difference is kept in the model (`rope_deltas`) and not in the
+#   cache. Every call that begins a text overwrites it, and every call with a cache adds it to its positions, whichever text the
+#   cache is of. After a question about an image, a chat that has no image at all goes on at positions that are too small, among
+#   those of its own tokens; after a text, a chat about an image goes on at positions that are too large. No error, no warning.
+# Seen: random weights, an image of 8 x 8 tokens, 12 greedy tokens of a second turn, for Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5.
+#   A chat without images, after a question about an image: 1, 0, 0 and 1 tokens as without a cache, logits off by 4.1, 8.8, 6.6 and
+#   8.6. A chat about an image, after a text: 0, 0, 0 and 1 tokens, logits off by 6.5, 8.9, 4.2 and 1.4. After nothing else, and
+#   after a question of its own kind: all 12, logits off by at most 5e-6.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

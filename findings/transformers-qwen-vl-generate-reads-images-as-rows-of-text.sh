@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# transformers 5.24.0 (and 5.2.0, for comparison), torch 2.13.0 (CPU): `generate` of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and
-# Qwen3.5 with the inputs that it took up to 5.2: tokens, pixels and grids.
+# transformers 5.24.0 (and 5.2.0, for comparison), torch 2.13.0 (CPU): `generate` of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 with
+# the inputs that it took up to 5.2, which are tokens, pixels and grids.
 #
-# Guess: the tokens of an image are told by their id, which the config has, and the grid says how many rows and columns they make. So
-#   code that hands over `input_ids`, `pixel_values` and `image_grid_thw` by name gets the answer that it always got, or an error
-#   that names what is missing. The model itself raises one: "Multimodal data was passed (via `image_grid_thw` or
-#   `video_grid_thw`) but `mm_token_type_ids` is missing".
-# Behaviour: `generate` computes the positions itself, before the model does, and without `mm_token_type_ids` it counts all tokens in
-#   a row, as in a text. The model is given positions and has nothing to complain of. The picture is read as one line of patches, and
-#   the text behind it stands further away. No error, no warning. Processors return that input since 5.3; whoever picks the others by
-#   name, or builds inputs by hand, drops it. Qwen2.5-VL says nothing in a call of the model either.
-# Seen, random weights, an image of 8 x 8 tokens in a question of 78, 12 greedy tokens. Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5:
-#   without the types 1, 0, 0 and 1 tokens as with them, logits off by 7.6, 3.8, 2.9 and 1.7; without them exactly as with positions
-#   0, 1, 2 and so on given by hand. transformers 5.2.0 without the types (first three): all 12 tokens as 5.24.0 with them. The model
-#   itself without them: an error, in Qwen2.5-VL none.
+# Guess: the tokens of an image are known by their id, which the config has, and the grid has their rows and columns. Code that
+#   hands over `input_ids`, `pixel_values` and `image_grid_thw` by name gets the answer that it always got, or an error that names
+#   what is missing. The model itself has such an error: "Multimodal data was passed (via `image_grid_thw` or `video_grid_thw`) but
+#   `mm_token_type_ids` is missing".
+# Behaviour: `generate` computes positions before it calls the model. Without `mm_token_type_ids` it counts all tokens in a row, as
+#   in a text, and the model, which is given positions, raises nothing. The image is read as one long line of patches, and the text
+#   behind it stands further away from the text before. No error, no warning. Processors return the new input since 5.3, but code
+#   that picks the others by name, or builds its inputs by hand, does not pass it on. A direct call of Qwen2.5-VL raises nothing
+#   either.
+# Seen: random weights, an image of 8 x 8 tokens in a question of 78, 12 greedy tokens, for Qwen2-VL, Qwen2.5-VL, Qwen3-VL and
+#   Qwen3.5. Without the types 1, 0, 0 and 1 tokens as with them, logits off by 7.6, 3.8, 2.9 and 1.7, and exactly what positions 0,
+#   1, 2 and so on give. 5.2.0 without the types says what 5.24.0 says with them (the first three models, all 12 tokens). A direct
+#   call without them raises an error, except for Qwen2.5-VL.
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
