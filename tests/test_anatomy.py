@@ -332,9 +332,7 @@ def test_models_that_cannot_be_described_are_refused_with_the_reason(name):
 def test_a_table_of_sines_that_a_cast_has_rounded_is_named_and_the_way_round_it_works(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path)
-    with pytest.raises(
-        UnsupportedModel, match=r"\.embed_positions is rounded to bfloat16.*dtype=torch\.bfloat16\)"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"\.embed_positions is rounded to bfloat16.*dtype=torch\.bfloat16\)"):
         examine(model.to(torch.bfloat16))
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert examine(loaded).sites[0].rotary.dims == 8
