@@ -189,7 +189,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     colours = dict(zip(FAMILIES, COLOURS, strict=False))
     rows = measured(data)
-    points, spans, names, shades, named = [], [], [], [], _named(rows)
+    xs, spans, names, shades, named = [], [], [], [], _named(rows)
     for name, row in rows.items():
         if row["family"] not in colours or row["text"]["kl"] < NOTHING or row["text"]["part_of_parent"] > 1:
             continue
@@ -201,7 +201,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
             fmt="o" if not row["refines"] else "*", markersize=8, capsize=2, elinewidth=0.8,
             markerfacecolor="white" if row["published"] else colour,
         )  # fmt: skip
-        points.append(x)
+        xs.append(x)
         spans.append((low, kl["value"], high))
         names.append(name if name in named else "")
         shades.append("#aaaaaa" if row["published"] else colour)
@@ -211,7 +211,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     values = [value for _, value, _ in spans]
     if values and max(values) < 10 * min(values):
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))  # else there would be one number or none
-    axes.set_xlim(0, max([60.0, *(x + 10 for x in points)]))
+    axes.set_xlim(0, max([60.0, *(x + 10 for x in xs)]))
     axes.set_xlabel("bytes of the cache, % of the parent's", fontsize=11)
     axes.set_ylabel("KL to the parent, nats per decoded token", fontsize=11)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
@@ -227,8 +227,8 @@ def plot(data: dict[str, Any], path: Path) -> None:
     figure.legend(handles=handles, fontsize=9, frameon=False, loc="outside lower center", ncols=4)
     folder = data["parent"]["name"]
     axes.set_title(f"{'SmolLM2-135M' if folder == 'smollm2' else folder}, no training", fontsize=12, loc="left")
-    if points:
-        place_labels(figure, axes, names, shades, points, spans, ())
+    if xs:
+        place_labels(figure, axes, names, shades, xs, spans, ())
     figure.savefig(path)
 
 
