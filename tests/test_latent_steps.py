@@ -154,6 +154,26 @@ def test_ranks_by_sensitivity_move_numbers_between_layers_and_add_none() -> None
         assert size.bytes == size.predicted_bytes <= surgery.plan(parent, step).cache_bytes(16)
 
 
+@pytest.mark.parametrize(("processes", "windows"), [(1, 80), (8, 128)])
+def test_ranks_are_shared_out_on_ten_tokens_per_channel(monkeypatch, processes, windows) -> None:
+    parent, seen = families.tiny_model("llama"), []
+    channels = parent.config.hidden_size
+    ids = torch.randint(3, parent.config.vocab_size, (200, channels // 8))
+
+    class Stopped(Exception):
+        pass
+
+    def stop(copy, windows, *rest):
+        seen.append(len(windows))
+        raise Stopped
+
+    monkeypatch.setattr("surgery.rewriters.latent.method.errors_alone", stop)
+    monkeypatch.setattr("surgery.calibration.processes.count", lambda: processes)
+    with pytest.raises(Stopped):
+        surgery.convert(parent, one("lowrank", keep=0.5, ranks="sensitivity", **FAST), calibration=ids)
+    assert seen == [windows]
+
+
 def test_units_go_where_they_save_most_and_costs_need_not_be_convex() -> None:
     curves = {0: {4: 1.0, 6: 0.99, 8: 0.2, 11: 0.1, 16: 0.0}, 1: {4: 3.0, 6: 2.0, 8: 1.5, 11: 1.4, 16: 1.39}}
     found = share_out(lambda layer, n: curves[layer][n], {0: 8, 1: 8}, {0: 16, 1: 16})

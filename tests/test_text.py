@@ -42,6 +42,12 @@ def test_documents_give_one_window_each_and_one_document_all_of_its():
     assert windows(["abcdefghij"]).ids_BT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
+def test_the_first_windows_that_hold_so_many_tokens():
+    many = windows(["abcd", "ab", "abcd", "abc"])
+    assert [len(many.reaching(tokens)) for tokens in (1, 4, 5, 6, 7, 13, 14)] == [1, 1, 2, 2, 3, 4, 4]
+    assert many.reaching(6).ids_BT.equal(many.ids_BT[:2])
+
+
 def test_digest_tells_texts_apart_and_repeats():
     assert windows(["abcd"]).digest == windows(["abcd"]).digest != windows(["abce"]).digest
 

@@ -35,6 +35,8 @@ BATCH = 8
 """Windows that go through a layer together, at most."""
 BATCH_TOKENS = 2048
 """Tokens that go through a layer together, where a window is not longer: intermediate results grow with them."""
+TOKENS_PER_CHANNEL = 10
+"""Tokens to fit on, for each channel that a layer reads, from which moments are good."""
 ANSWERED = 128
 """Tokens whose distributions over the vocabulary are in memory together."""
 
@@ -129,7 +131,7 @@ class Pipeline:
         if self.tokens < channels:
             warnings.warn(
                 f"{self.tokens} calibration tokens to fit {channels} channels: moments are singular and damped. "
-                f"Give {10 * channels} tokens or more.",
+                f"Give {TOKENS_PER_CHANNEL * channels} tokens or more.",
                 stacklevel=2,
             )
 

@@ -58,6 +58,11 @@ class Windows:
         """The first `count` windows."""
         return self._part(slice(count), f":{count}")
 
+    def reaching(self, tokens: int) -> Windows:
+        """The first windows that hold so many tokens together; all of them where they hold fewer."""
+        held = self.mask_BT.sum(1).cumsum(0)
+        return self.take(int((held < tokens).sum()) + 1)
+
     def pick(self, places: Sequence[int]) -> Windows:
         """The windows at these places."""
         name = hashlib.sha256(str(list(places)).encode()).hexdigest()[:8]

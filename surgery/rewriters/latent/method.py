@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ...calibration import processes
+from ...calibration.pipeline import TOKENS_PER_CHANNEL, batch_size
 from ...calibration.text import Windows
 from ...calibration.visit import Visit
 from ...calibration.working_copy import WorkingCopy
@@ -46,7 +48,7 @@ class LatentMethod(Layerwise, Method):
 
         uniform = {layer: project.dims for layer, project in projects.items()}
         unit = ALIGNED if least >= ALIGNED_FROM else 1
-        errors = errors_alone(copy, windows, candidate, tried_sizes(uniform, most, unit))
+        errors = errors_alone(copy, _enough(copy, windows), candidate, tried_sizes(uniform, most, unit))
         given = share_out(lambda layer, numbers: errors[layer][numbers], uniform, most, unit)
         return [replace(plan, project=self._sized(projects[plan.layer], given[plan.layer])) for plan in plans]
 
@@ -83,3 +85,11 @@ class LatentMethod(Layerwise, Method):
         The first list is searched, the others are tried at the same place; see `fit_layer`.
         """
         raise NotImplementedError
+
+
+def _enough(copy: WorkingCopy, windows: Windows) -> Windows:
+    """As many windows as the errors of whole layers ask for, and a batch of them for each process."""
+    channels = max(site.hidden_size for site in copy.sites.values())
+    batches = 2 * processes.count() * batch_size(windows)
+    found = windows.reaching(TOKENS_PER_CHANNEL * channels)
+    return found if len(found) >= batches else windows.take(batches)
