@@ -213,7 +213,7 @@ def test_one_setting_of_a_method_is_measured_by_kl_and_the_others_by_their_error
     broken = donors.of(settings[1])
     with torch.no_grad():
         broken[1].o_proj.weight.fill_(float("nan"))
-    assert measure_by(bench, lambda *_: broken)(settings[1], {0: 1.0, 1: 1.0, 2: 1.0}, (0, 1, 2))[1][0] == float("inf")
+    assert measure_by(bench, lambda *_: broken)(settings[1], (0, 1, 2), ())[1][0] == float("inf")
 
 
 @pytest.mark.parametrize("label", ["lowrank keep 0.5 + int8", "lowrank keep 0.5 + metric 2 bits"])
@@ -273,13 +273,37 @@ def made_up(bytes_of):
 def screened(settings, nats, budget, seen):
     """Costs of made-up settings, measured as `nats` says; `seen` collects what was measured."""
 
-    def measure(setting, _, layers):
+    def measure(setting, layers, asked):
         seen.append((setting.label, tuple(layers)))
         return {layer: (nats[setting.label] * (1 + layer / 50), None) for layer in layers}
 
     layers = tuple(range(DEPTH))
     screen = Screen(settings=settings, layers=layers, budget=budget)
     return measure_costs(settings, measure, layers, None, "here", screen)
+
+
+@pytest.mark.parametrize("without", [(), (2,), (3,)])
+def test_the_kl_of_a_second_method_is_measured_in_six_layers(without):
+    """Errors cost five times as much in the last layer as in the first, and twice as much of `mla`."""
+    settings = made_up({("lowrank", 0.2): 200, ("lowrank", 0.5): 500, ("mla", 0.2): 250, ("mla", 0.5): 500})
+    errors = {"lowrank keep 0.2": 4e-2, "lowrank keep 0.5": 1e-2, "mla keep 0.2": 3e-2, "mla keep 0.5": 2e-2}
+    layers, wanted = tuple(range(DEPTH)), []
+
+    def kl(label, layer):
+        return (2 if "mla" in label else 1) * 5 ** (layer / (DEPTH - 1)) * errors[label]
+
+    def measure(setting, layers, asked):
+        wanted.append(list(asked))
+        label, found = setting.label, {}
+        for i in layers:
+            known = label != "mla keep 0.2" or i not in without
+            found[i] = (None if known and i not in asked else kl(label, i), errors[label] if known else None)
+        return found
+
+    costs = measure_costs(settings, measure, layers, None, "here")
+    assert wanted == [list(layers), [], [1, 3, 5, 7, 9, 11], list(without)]
+    for setting in settings[1:]:
+        assert [costs.of(setting, i) for i in layers] == pytest.approx([kl(setting.label, i) for i in layers])
 
 
 def test_a_method_that_cannot_help_is_measured_in_three_layers():

@@ -1,8 +1,9 @@
 """What each setting costs in each layer: few are measured, the others follow from those.
 
-KL is measured for one setting of each method. Of others the error of what the layer gives is measured, which asks for
-no other layer, and the method's KL in that layer says what such errors cost: over a layer's settings KL is nearly
-proportional to the squared error, from 1e-8 nats to 1e-2.
+The error of what a layer gives asks for no other layer, and KL is nearly proportional to the squared error: over the
+settings of a method, from 1e-8 nats to 1e-2. So KL is measured for one setting of each method, and tells what errors of
+the others cost. How much errors of one layer cost beside those of another depends on the layers far more than on the
+method: of all methods but the first, KL is measured in a few layers.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ LEAST = 1e-9
 Felt = tuple[float, float | None]
 """KL in nats per token where a layer alone has a setting, and the squared error of what the layer gives; None where
 that is not known."""
+Found = tuple[float | None, float | None]
+"""The same as it was measured: one of the two may be missing."""
 Method = tuple[str | None, ...]
 """See `method_of`."""
-Measure = Callable[[Setting, Mapping[int, float], Collection[int]], dict[int, Felt]]
-"""(setting, KL over squared error of layers where that is known, layers) -> by layer."""
+Measure = Callable[[Setting, Collection[int], Collection[int]], dict[int, Found]]
+"""(setting, layers, those of them whose KL is wanted) -> by layer. KL is also there where no error can be had."""
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,21 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..console import progress, spans, time_left
-from .costs import Costs, Felt, Measure, Method, key_of, method_of, to_measure
-from .screening import Screen
+from .costs import Costs, Felt, Found, Measure, Method, key_of, method_of, to_measure
+from .screening import FROM, Screen
 from .settings import Setting
 
 _log = logging.getLogger(__name__)
 
+GAUGED = 6
+"""Layers, spread over the depth, in which the KL of a method is measured where another method's is known in all."""
 LOOKED_AT = 1024
 """Numbers of each parameter by which models are told apart."""
 
@@ -39,7 +41,7 @@ def measure_costs(
         told: what the numbers depend on beside the step, as JSON; numbers of other circumstances are not used.
         screen: leaves methods out; None: everything is measured in all layers.
     """
-    digest = hashlib.sha256(json.dumps(["errors", told], sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(["gauged", told], sort_keys=True).encode()).hexdigest()[:16]
     ledger = _Ledger.opened(kept, digest, layers)
     methods: dict[Method, list[Setting]] = {}
     for setting in to_measure(settings):
@@ -59,7 +61,7 @@ def measure_costs(
                 continue
             for setting in todo:
                 # All layers anew: what comes on top of a setting is made from what was fitted in all of them.
-                ledger.note(setting, measure(setting, _gains(ledger.of(own[0])), layers))
+                ledger.note(setting, _felt(setting, own[0], measure, ledger, layers))
                 advance(1)
                 number = missing.index(setting) + 1
                 left = time_left((time.monotonic() - begun) / number * (len(missing) - number))
@@ -89,7 +91,7 @@ def _ruled_out(
     for setting in alone:
         rest = [layer for layer in sampled if layer not in ledger.of(setting)]
         if rest:
-            ledger.note(setting, measure(setting, _gains(ledger.of(own[0])), rest))
+            ledger.note(setting, _felt(setting, own[0], measure, ledger, rest))
     found = {key_of(s.steps): {layer: ledger.of(s)[layer][0] for layer in sampled} for s in alone}
     return tuple(sampled) if found and screen.is_beaten(method, ledger.costs(), found) else ()
 
@@ -120,6 +122,10 @@ class _Ledger:
     def has_all(self, setting: Setting) -> bool:
         return len(self.of(setting)) == len(self.layers)
 
+    def first(self) -> dict[int, Felt]:
+        """What was measured first in all layers."""
+        return next((by for by in self.felt.values() if len(by) == len(self.layers)), {})
+
     def note(self, setting: Setting, found: Mapping[int, Felt]) -> None:
         self.felt[key_of(setting.steps)] = self.of(setting) | dict(found)
         if self.kept is not None:
@@ -133,6 +139,38 @@ class _Ledger:
         return Costs({key: {layer: kl for layer, (kl, _) in by.items()} for key, by in whole.items()})
 
 
+def _felt(
+    setting: Setting, first: Setting, measure: Measure, ledger: _Ledger, layers: Sequence[int]
+) -> dict[int, Felt]:
+    """Measure a setting in some layers; `first` is the first setting of its method."""
+    gains, asked = _gains(ledger.of(first)), list[int]()
+    profile = {} if gains or len(layers) < FROM else _gains(ledger.first())
+    known = gains or profile
+    if profile:
+        asked = [layers[(2 * i + 1) * len(layers) // (2 * GAUGED)] for i in range(GAUGED)]
+    found = measure(setting, layers, [*asked, *(layer for layer in layers if layer not in known)])
+    if profile:
+        times = _times(profile, {layer: found[layer] for layer in asked})
+        known = {layer: times * gain for layer, gain in profile.items()}
+    felt = dict[int, Felt]()
+    for layer, (kl, error) in found.items():
+        if kl is None:
+            assert error is not None
+            kl = known[layer] * error
+        felt[layer] = kl, error
+    return felt
+
+
 def _gains(first: Mapping[int, Felt]) -> dict[int, float]:
     """KL over squared error by layer, where there is such a number, from what a method's first setting costs."""
     return {layer: kl / error for layer, (kl, error) in first.items() if error and 0 < kl < inf}
+
+
+def _times(profile: Mapping[int, float], found: Mapping[int, Found]) -> float:
+    """What errors of a method cost over what `profile` says: the geometric mean over the layers that tell."""
+    logs = [
+        log(kl / (profile[layer] * error))
+        for layer, (kl, error) in found.items()
+        if layer in profile and kl and error and kl < inf
+    ]
+    return exp(sum(logs) / len(logs)) if logs else 1.0

@@ -25,7 +25,7 @@ from ..errors import UnsupportedModel
 from ..measure.scoring import divergence, last_logits
 from ..runtime.attention import SurgeryAttention
 from ..runtime.calling import cache_of, going_on
-from .costs import Felt, Measure
+from .costs import Found, Measure
 from .settings import Setting
 
 SCORED = 4
@@ -243,15 +243,13 @@ def measure_by(bench: Bench, make: Callable[[Setting, Collection[int]], Mapping[
         make: the attentions of a setting in some layers, by layer.
     """
 
-    def measure(setting: Setting, gains: Mapping[int, float], layers: Collection[int]) -> dict[int, Felt]:
-        modules, found = make(setting, layers), dict[int, Felt]()
+    def measure(setting: Setting, layers: Collection[int], asked: Collection[int]) -> dict[int, Found]:
+        modules, found = make(setting, layers), dict[int, Found]()
         with progress(f"{setting.label}, layers measured", len(modules), shown=False) as advance:  # in the log alone
             for layer, module in modules.items():
                 error = bench.error(layer, module)
-                if error is not None and isfinite(error) and layer in gains:
-                    found[layer] = gains[layer] * error, error
-                else:
-                    found[layer] = bench.kl({layer: module}), error
+                is_known = error is not None and isfinite(error)
+                found[layer] = None if is_known and layer not in asked else bench.kl({layer: module}), error
                 advance(1)
         return found
 
