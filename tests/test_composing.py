@@ -187,6 +187,29 @@ def test_an_error_is_that_of_the_layer_after_a_conversion_of_it(parent, anatomy,
     assert bench.error(1, alone[1]) is None
 
 
+@pytest.mark.parametrize("first", ["", "lowrank keep 0.5 + "])
+def test_text_is_looked_at_once_for_all_bits_of_a_codec(parent, anatomy, by_label, first, monkeypatch):
+    fit = as_windows(text(8))
+    three, two = (by_label[f"{first}metric {bits} bits"] for bits in (3, 2))
+    wanted = [parameters_of(Donors(parent, anatomy, fit, 0).of(setting)) for setting in (three, two)]
+    assert any(not torch.equal(a, wanted[1][name]) for name, a in wanted[0].items())
+    makes = Donors(parent, anatomy, fit, 0)
+    if first:
+        makes.of(by_label["lowrank keep 0.5"])
+    found = [parameters_of(makes.of(three))]
+    with monkeypatch.context() as patched:
+        patched.setattr("surgery.rewriters.quantise.fits_of", None)
+        found.append(parameters_of(makes.of(two)))
+    makes.of(by_label["mla keep 0.5"])
+    found.append(parameters_of(makes.of(two)))
+    for a, b in zip(found, [*wanted, wanted[1]], strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def parameters_of(attentions):
+    return {f"{i} {name}": tensor.clone() for i, a in attentions.items() for name, tensor in a.state_dict().items()}
+
+
 @torch.inference_mode()
 def _given_by(model, layer, ids):
     given = []

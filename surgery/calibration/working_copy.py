@@ -88,6 +88,8 @@ class WorkingCopy:
         """Which tokens owners of caches keep, where the text has decided that by layer."""
         self.bits_of: dict[int, tuple[float, float]] = {}
         """Bits of a key's and of a value's number, where the text has decided that by layer."""
+        self.fits: dict[int, Any] | None = None
+        """By layer: what text says of the streams that a codec holds, whatever the bits; None: it is not kept."""
         self.choice: int | None = None
         """Candidate that the last latent layer chose: where the search of the next one starts."""
         self.held_out: float | None = None

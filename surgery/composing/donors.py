@@ -20,6 +20,8 @@ from ..calibration.working_copy import WorkingCopy
 from ..console import spans
 from ..convert import carry_out_steps
 from ..plan import plan as make_plan
+from ..rewriters.quantise import Quantise
+from ..rewriters.stored.samples import tables_of
 from ..runtime.attention import SurgeryAttention
 from .settings import Setting, Steps
 
@@ -73,6 +75,8 @@ class Donors:
         self.parent, self.anatomy, self.windows, self.seed = parent, anatomy, windows, seed
         self._base: tuple[Steps, AloneCopy, dict[int, nn.Module]] | None = None
         """What was fitted last by all of its steps: one more step on top of it needs no second fit of those."""
+        self._fits: tuple[Steps, dict[int, Any]] = ((), {})
+        """The steps of the calibrated codec that was fitted last, without its bits, and what text said by layer."""
 
     def of(self, setting: Setting, layers: Collection[int] | None = None) -> dict[int, nn.Module]:
         """By layer, in some layers or in all."""
@@ -97,7 +101,15 @@ class Donors:
         """Fit a setting on all layers or on some, on top of `base`; layers that it is not for are the parent's."""
         plan = make_plan(self.anatomy, setting.recipe(layers))
         working = AloneCopy(self.parent, self.anatomy) if base is None else base[1]
-        carry_out_steps(working, plan, self.windows, self.seed, done=0 if base is None else len(base[0]))
+        whole, done = layers is None, 0 if base is None else len(base[0])
+        if whole and done == len(setting.steps) - 1 and self._fits[0] == _without_bits(setting.steps):
+            for store_of in (p for p in plan.after if p.layer in self._fits[1]):
+                working.codecs[store_of.layer] = tables_of(self._fits[1][store_of.layer], Quantise.stored(store_of))
+        else:
+            working.fits = {}
+            carry_out_steps(working, plan, self.windows, self.seed, done=done)
+            if whole and working.fits:
+                self._fits = _without_bits(setting.steps), working.fits
         settled = plan.settled(map(working.settle, plan.after))
         for site in self.anatomy.sites:  # also layers of which only the plan changes
             working.take_form(site.layer, working.form(site.layer))
@@ -113,3 +125,9 @@ class Donors:
             made.plan = replace(made.plan, store=plan.store)
             found[plan.layer] = made
         return found
+
+
+def _without_bits(steps: Steps) -> Steps:
+    """What steps have in common for which text says the same: all of them but for the bits of the last one."""
+    last = {name: value for name, value in steps[-1].items() if name not in ("k_bits", "v_bits")} if steps else {}
+    return *steps[:-1], last

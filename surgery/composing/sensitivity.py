@@ -63,7 +63,7 @@ class Bench:
         self.cached: list[Any] = []
         """Layers of the parent's cache after the first call."""
         self.spared: tuple[int, ...] = ()
-        """Layers that the first call left out although the second one runs them."""
+        """Layers that the first call left out although the second one asks for their part of the cache."""
         self.at_once = True
         """Whether the tokens that are compared come in one call."""
         self.wanted = self._record()
@@ -90,7 +90,7 @@ class Bench:
     def error(self, layer: int, attention: nn.Module) -> float | None:
         """Mean squared error of what the decoder layer gives with this attention, on the tokens that are compared.
 
-        No other layer runs but the first one. None where layers cannot be left out.
+        No other layer runs. None where layers cannot be left out.
         """
         if not self.skips:
             return None
@@ -101,9 +101,13 @@ class Bench:
             given[self.call] = found = forward(*args, **kwargs)
             return found
 
-        others = {p: self._as_in_parent(p) for p in range(1, len(self.stack)) if p != place}
-        with self._exchanged({layer: attention}), self._replaced({**others, place: kept}):
-            self._logits(few=True)
+        others = {p: self._as_in_parent(p) for p in range(len(self.stack)) if p != place}
+        self.spared = _counting(place)
+        try:
+            with self._exchanged({layer: attention}), self._replaced({**others, place: kept}):
+                self._logits(few=True)
+        finally:
+            self.spared = ()
         a, b = (_hidden(x) for x in (given[1], self.given[1][place]))
         there = self.windows.mask_BT[:, self.prefill :].to(a.device)
         return float((a - b).float().square().mean(-1)[there].mean())
@@ -169,8 +173,8 @@ class Bench:
     def _sparing(self, changed: Sequence[int]) -> Iterator[None]:
         """Inside, layers do not run that would give what they gave in the parent.
 
-        Those before the first changed one never do, but for the first of all, which counts tokens. Those after a single
-        changed one do not in the first call, where that gave the same: formats change nothing until the cache is read.
+        Those before the first changed one never do. Those after a single changed one do not in the first call, where
+        that gave the same: formats change nothing until the cache is read.
 
         Args:
             changed: places of the changed layers; none: every layer runs.
@@ -182,7 +186,7 @@ class Bench:
         def alone(*args: Any, **kwargs: Any) -> Any:
             found = forwards[first](*args, **kwargs)
             self.is_same = self.call == 0 and _close(found, given[0][first])
-            self.spared = tuple(p for p in range(1, len(layers)) if p != first) if self.is_same else self.spared
+            self.spared = tuple(p for p in range(len(layers)) if p != first) if self.is_same else self.spared
             return found
 
         def after(place: int) -> Any:
@@ -192,11 +196,11 @@ class Bench:
 
             return forward
 
-        replaced: dict[int, Any] = {place: self._as_in_parent(place) for place in range(1, first)}
+        replaced: dict[int, Any] = {place: self._as_in_parent(place) for place in range(first)}
         if len(changed) == 1:
             replaced[first] = alone
-            replaced |= {place: after(place) for place in range(max(1, first + 1), len(layers))}
-        self.spared = ()
+            replaced |= {place: after(place) for place in range(first + 1, len(layers))}
+        self.spared = _counting(first)
         try:
             with self._replaced(replaced):
                 yield
@@ -265,3 +269,8 @@ def _hidden(given: Any) -> Tensor:
 def _close(found: Any, wanted: Any) -> bool:
     a, b = _hidden(found), _hidden(wanted)
     return bool((a - b).abs().amax() <= SAME * b.abs().amax())
+
+
+def _counting(first: int) -> tuple[int, ...]:
+    """Of the layers before the first one that runs, the one whose part of the cache says how many tokens there are."""
+    return (0,) if first else ()

@@ -251,11 +251,11 @@ class Quantise(Method):
         plan_of = {plan.layer: plan for plan in layers}
         found: dict[int, Sequence[Fitted]] = {}
         for visit in copy.visits(windows, plan_of if calibrated else (), kept=None if shared else {}):
-            plan = plan_of[visit.layer]
-            assert isinstance(plan.store, Codec)
-            store = replace(plan.store, v_bits=None) if plan.entry()[2] == 0 else plan.store
+            store = self.stored(plan_of[visit.layer])
             found[visit.layer] = fits_of(visit, store)
             copy.codecs[visit.layer] = tables_of(found[visit.layer], store)
+        if copy.fits is not None:
+            copy.fits |= found
         if shared:
             settled = [copy.settle(plan) for plan in layers]
             copy.bits_of |= bits_by_layer(copy, settled, windows, self.step.bits_per_number or 0.0, found)
@@ -263,6 +263,12 @@ class Quantise(Method):
             settled_store = copy.settle(plan_of[layer]).store
             assert isinstance(settled_store, Codec)
             copy.codecs[layer] = tables_of(directions, settled_store)
+
+    @staticmethod
+    def stored(plan: LayerPlan) -> Codec:
+        """The codec of a layer that has one, as far as there is something to hold."""
+        assert isinstance(plan.store, Codec)
+        return replace(plan.store, v_bits=None) if plan.entry()[2] == 0 else plan.store
 
     def _value(self, layer: LayerPlan) -> Codec:
         k_bits = CODECS[self.step.codec].default if self.step.k_bits is None else self.step.k_bits
