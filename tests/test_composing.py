@@ -19,7 +19,7 @@ from surgery.calibration.text import Windows, load_tokenizer
 from surgery.composing.allocation import allocate
 from surgery.composing.budget import budget_of
 from surgery.composing.choosing import Chooser
-from surgery.composing.compose import parts_of
+from surgery.composing.compose import parts_of, worth_racing
 from surgery.composing.costs import Costs, key_of, to_measure
 from surgery.composing.donors import Donors
 from surgery.composing.measuring import measure_costs
@@ -395,6 +395,16 @@ def test_a_composition_fits_converts_and_says_how_it_raced(parent, found):
     assert made.is_recommended == made.race.is_won
     assert made.verdict in made.to_yaml()
     assert json.loads(json.dumps(made.to_dict()))["choice"]["bytes_per_token"] * LENGTH == made.choice.bytes
+
+
+def test_what_is_predicted_to_cost_far_more_is_not_raced(found):
+    made = found[0]
+    good, fair, bad = (replace(made.choice, cost=cost) for cost in (0.01, 0.039, 0.041))
+    assert worth_racing([bad, good, fair]) == [good, fair] and worth_racing([]) == []
+    single = next(iter(made.singles.values()))
+    assert "Not raced" not in str(made)
+    alone = replace(made, race=replace(made.race, runners=made.race.runners[:1], lead=None))
+    assert f"Not raced: {single.settings[-1].label}, predicted to cost {single.cost:.3g} nats" in str(alone)
 
 
 def test_a_composition_costs_no_more_than_a_single_setting_is_predicted_to(found):

@@ -17,7 +17,7 @@ from ..plan import plan as make_plan
 from ..rewriters import AXES
 from ..torch_state import plain_torch
 from .budget import budget_of
-from .choosing import Chooser, check_reach
+from .choosing import Choice, Chooser, check_reach
 from .composition import Composition, recipe_of
 from .donors import Donors
 from .measuring import measure_costs, weights_digest
@@ -32,6 +32,8 @@ FITTED, JUDGED, RACED = 8, 2, 6
 """Windows of text to fit on, to measure settings on, and for the race."""
 ALONE = 2048
 """Tokens to fit each setting on where it is measured; the race fits on all of the text."""
+HOPELESS = 4.0
+"""Recipes of a single axis are not raced where they are predicted to cost more than so many times the best of them."""
 READ = 8
 """Times as many windows are read, so that those which text fills can be picked from many documents."""
 
@@ -60,8 +62,8 @@ def compose(
     """Choose for each layer how its cache is projected, kept and stored, so that the whole fits a budget at least loss.
 
     Each step that methods offer is fitted and measured in each layer alone, through the cache; costs add up; the choice
-    of least cost that fits is found exactly. It is then converted and raced against the best recipe of a single axis
-    that takes no more bytes, on text that neither was made with, and on recall questions where the parent answers some.
+    of least cost that fits is found exactly. It is then converted and raced against the best recipes of a single axis
+    that take no more bytes, on text that none was made with, and on recall questions where the parent answers some.
 
     Args:
         model_or_path: model, folder, GGUF or Hub id; the parent stays as it is.
@@ -144,10 +146,16 @@ def compose(
     if not with_race:
         return found
     recipes = {found.recipe.name: found.recipe}
-    for single in found.singles.values():
+    for single in worth_racing(found.singles.values()):
         recipes[single.settings[-1].label] = recipe_of(layers, single.settings, single.settings[-1].label, "")
     done = race(wide, recipes, fit, raced, bench=bench, dtype=parent.dtype, tokenizer=tokenizer, seed=seed)
     return replace(found, race=done)
+
+
+def worth_racing(singles: Collection[Choice]) -> list[Choice]:
+    """Those that are not predicted to cost far more than the best of them."""
+    least = min((single.cost for single in singles), default=0.0)
+    return [single for single in singles if single.cost <= HOPELESS * least]
 
 
 def parts_of(windows: Windows, samples: int) -> tuple[Windows, Windows, Windows]:

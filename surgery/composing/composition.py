@@ -128,6 +128,10 @@ class Composition:
             parts += [
                 f"On {self.race.windows} windows of {self.race.tokens} tokens that nothing was made with:",
                 table,
+                *(
+                    f"Not raced: {choice.settings[-1].label}, predicted to cost {choice.cost:.3g} nats per token."
+                    for choice in self._unraced(self.race)
+                ),
                 self._recall,
             ]
         return [*parts, f"[bold]{self.verdict}[/bold]"]
@@ -172,6 +176,11 @@ class Composition:
             f"Recall: {recall.questions} questions ({', '.join(recall.tasks)}) of {recall.length} tokens, of which the "
             f"parent answers {recall.parent:.0%}."
         )
+
+    def _unraced(self, race: Race) -> list[Choice]:
+        """Recipes of a single axis that cost far more than the best of them, as far as is known."""
+        raced = {runner.name for runner in race.runners}
+        return [choice for choice in self.singles.values() if choice.settings[-1].label not in raced]
 
     @property
     def _parent_bytes(self) -> int:
