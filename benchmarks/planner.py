@@ -72,6 +72,7 @@ class Rows:
             "seconds": round(time.monotonic() - begun, 1),
             "processor_seconds": round(time.process_time() - used, 1),
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "threads": torch.get_num_threads(),
             **measured_on(),
         }
         write("planner", {**environment(SEED), "goals": GOALS, "rows": self.all() | {name: found}})
@@ -191,9 +192,10 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="that may change in the races")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     rows = Rows(arguments)
     for name in arguments.models:
         folder, context = (SMALL, 512) if name == "small" else (arguments.smollm2, 1024)

@@ -36,6 +36,7 @@ from .plan import Plan
 from .plan import plan as make_plan
 from .recipe import Recipe
 from .rewriters import rewriter_for
+from .runtime.layout import LayerPlan
 from .runtime.modeling import SurgeryMixin
 from .torch_state import plain_torch
 
@@ -151,10 +152,20 @@ def _rewrite(copy_: WorkingCopy, plan: Plan, work: _Work) -> Plan:
 
 
 def carry_out_steps(copy_: WorkingCopy, plan: Plan, windows: Windows | None, seed: int, done: int = 0) -> None:
-    """Rewrite a working copy by the steps of a plan, in order, but for the first `done` ones."""
+    """Rewrite a working copy by the steps of a plan, in order, but for the first `done` ones.
+
+    Neighbours that go together are carried out as one.
+    """
+    together: list[tuple[str, Any, list[LayerPlan]]] = []
     for step in plan.recipe.steps[done:]:
-        copy_.doing = step.rewriter
-        rewriter_for(step, seed).convert(copy_, [layer for _, layer in plan.changed(step)], windows)
+        method, layers = rewriter_for(step, seed), [layer for _, layer in plan.changed(step)]
+        if together and getattr(method, "goes_with", lambda _: False)(together[-1][1]):
+            together[-1][2].extend(layers)
+        else:
+            together.append((step.rewriter, method, layers))
+    for name, method, layers in together:
+        copy_.doing = name
+        method.convert(copy_, layers, windows)
 
 
 def _parent(model_or_path: Any, merge_adapter: bool) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -8,6 +8,7 @@ from families import tiny_model
 from transformers import DynamicCache
 
 import surgery
+from surgery.calibration.working_copy import WorkingCopy
 from surgery.measure.memory import tensor_bytes
 from surgery.rewriters.stored.directions import directions_of, shared_out
 from surgery.rewriters.stored.levels import k_means
@@ -484,6 +485,23 @@ def test_codecs_that_read_text_say_so_and_refuse_what_they_cannot_hold():
         surgery.plan(parent, {"steps": [{"rewriter": "mla", "rank": 24, "rope_dims": 8}, step | {"codec": "oscar"}]})
     with pytest.raises(surgery.PlanError, match="tokens of text behind the first 4 are too few for 16 directions"):
         surgery.convert(parent, {"steps": [step]}, calibration=TEXT[:1, :16])
+
+
+def test_steps_of_several_codecs_read_the_text_in_one_way_through_the_layers(monkeypatch):
+    parent, ways = tiny_model("llama", num_hidden_layers=4).eval(), []
+    walk = WorkingCopy.visits
+    monkeypatch.setattr(WorkingCopy, "visits", lambda self, *a, **k: ways.append(1) or walk(self, *a, **k))
+    kinds = [{"codec": "metric", "k_bits": 2.5}, {"codec": "int8"}, {"codec": "metric", "k_bits": 4, "v_bits": 3}]
+    kinds.append({"codec": "kivi", "think": 0.5})
+    steps = [SMALL | kind | {"layers": str(layer)} for layer, kind in enumerate(kinds)]
+    child = surgery.convert(parent, {"steps": steps}, calibration=TEXT)
+    assert len(ways) == 1
+    for layer, step in enumerate(steps):
+        text = None if layer == 1 else TEXT
+        alone = surgery.convert(parent, {"steps": [step]}, calibration=text)
+        got, want = (m.model.layers[layer].self_attn.state_dict() for m in (child, alone))
+        assert got.keys() >= want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+        assert child.plans[layer] == alone.plans[layer]
 
 
 def test_bits_of_values_are_refused_where_all_layers_cache_latents():

@@ -75,7 +75,8 @@ class Rewriter(Protocol):
         """Rewrite the weights of the working copy, in place.
 
         A method whose form without text needs nothing but a layer's own weights may also have
-        `rewrite(weights, project) -> AttentionWeights`: checkpoints are then converted from disk to disk by layers.
+        `rewrite(weights, project) -> AttentionWeights`: checkpoints are then converted from disk to disk by layers. One
+        with `goes_with(other) -> bool`, true of the step before it, leaves its layers to that step's `convert`.
 
         Args:
             copy: a `WorkingCopy`.

@@ -241,16 +241,20 @@ class Quantise(Method):
             lines.append(f"quantise: layers {spans(left)} keep their windows as they are")
         return lines
 
+    def goes_with(self, other: Any) -> bool:
+        """The plan has all that steps of equal bits say of a layer: one way through the layers serves them all."""
+        return isinstance(other, Quantise) and {self.step.bits, other.step.bits} == {"equal"}
+
     def convert(self, copy: WorkingCopy, layers: Sequence[LayerPlan], windows: Windows | None) -> None:
         """The weights stay; a codec that is calibrated gets its tables, and streams may get bits of their own."""
         shared = self.step.bits == "sensitivity"
-        calibrated = CODECS[self.step.codec].calibrated or self.step.think is not None
+        plan_of = {plan.layer: plan for plan in layers}
+        calibrated = [layer for layer, plan in plan_of.items() if _reads_text(plan)]
         if not calibrated and not shared:
             return
         assert windows is not None
-        plan_of = {plan.layer: plan for plan in layers}
         found: dict[int, Sequence[Fitted]] = {}
-        for visit in copy.visits(windows, plan_of if calibrated else (), kept=None if shared else {}):
+        for visit in copy.visits(windows, calibrated, kept=None if shared else {}):
             store = self.stored(plan_of[visit.layer])
             found[visit.layer] = fits_of(visit, store)
             copy.codecs[visit.layer] = tables_of(found[visit.layer], store)
@@ -298,3 +302,9 @@ class Quantise(Method):
                 f"{unit} of them leave at a time. Give one between {unit / width:g} and {1 - unit / width:g}."
             )
         return kept
+
+
+def _reads_text(plan: LayerPlan) -> bool:
+    """Whether the codec of a layer has tables that text decides."""
+    assert isinstance(plan.store, Codec)
+    return CODECS[plan.store.codec].calibrated or plan.store.k_channels is not None
