@@ -305,12 +305,14 @@ def screened(settings, nats, budget, seen):
     return measure_costs(settings, measure, layers, None, "here", screen)
 
 
-@pytest.mark.parametrize("without", [(), (2,), (3,)])
-def test_the_kl_of_a_second_method_is_measured_in_six_layers(without):
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("without", [(), (0,), (3,)])
+def test_the_kl_of_a_second_method_is_measured_in_six_layers(without, screened):
     """Errors cost five times as much in the last layer as in the first, and twice as much of `mla`."""
     settings = made_up({("lowrank", 0.2): 200, ("lowrank", 0.5): 500, ("mla", 0.2): 250, ("mla", 0.5): 500})
     errors = {"lowrank keep 0.2": 4e-2, "lowrank keep 0.5": 1e-2, "mla keep 0.2": 3e-2, "mla keep 0.5": 2e-2}
     layers, wanted = tuple(range(DEPTH)), []
+    screen = Screen(settings=settings, layers=layers, budget=DEPTH * 400) if screened else None
 
     def kl(label, layer):
         return (2 if "mla" in label else 1) * 5 ** (layer / (DEPTH - 1)) * errors[label]
@@ -323,8 +325,9 @@ def test_the_kl_of_a_second_method_is_measured_in_six_layers(without):
             found[i] = (None if known and i not in asked else kl(label, i), errors[label] if known else None)
         return found
 
-    costs = measure_costs(settings, measure, layers, None, "here")
-    assert wanted == [list(layers), [], [1, 3, 5, 7, 9, 11], list(without)]
+    costs = measure_costs(settings, measure, layers, None, "here", screen)
+    looked_at = [[2, 6, 10], []] if screened else []
+    assert wanted == [list(layers), [], *looked_at, [1, 3, 5, 7, 9, 11], list(without)]
     for setting in settings[1:]:
         assert [costs.of(setting, i) for i in layers] == pytest.approx([kl(setting.label, i) for i in layers])
 

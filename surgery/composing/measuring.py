@@ -143,7 +143,9 @@ def _felt(
     setting: Setting, first: Setting, measure: Measure, ledger: _Ledger, layers: Sequence[int]
 ) -> dict[int, Felt]:
     """Measure a setting in some layers; `first` is the first setting of its method."""
-    gains, asked = _gains(ledger.of(first)), list[int]()
+    # Of a first setting that was measured in a few layers alone, all layers are to be told by more of them.
+    gains = _gains(ledger.of(first)) if ledger.has_all(first) or len(layers) < len(ledger.layers) else {}
+    asked = list[int]()
     profile = {} if gains or len(layers) < FROM else _gains(ledger.first())
     known = gains or profile
     if profile:
