@@ -186,8 +186,7 @@ class WorkingCopy:
 
     def facts(self) -> dict[str, Any]:
         """What has been found out beside."""
-        names = ("retain_of", "bits_of", "choice", "held_out")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("retain_of", "bits_of", "choice", "held_out")}
 
     def take_parts(self, parts: Mapping[tuple[Any, ...], Any], facts: Mapping[str, Any]) -> None:
         """Take what `parts` and `facts` gave; the same numbers may lie in another place now."""
@@ -256,8 +255,7 @@ class WorkingCopy:
     def write(self, layer: int, weights: AttentionWeights) -> None:
         """Replace the layer's parameters; a form that does not use its K and V stays in force."""
         site = self.sites[layer]
-        changed = write_changed(expand(weights, site.kv_heads, layer), site, site, self._read)
-        self._assign(changed)
+        self._assign(write_changed(expand(weights, site.kv_heads, layer), site, site, self._read))
         self.take_form(layer, replace(self.form(layer), groups=weights.groups))
 
     def write_latent(self, layer: int, latent: LatentWeights, weights: AttentionWeights | None = None) -> None:
