@@ -305,14 +305,14 @@ def screened(settings, nats, budget, seen):
     return measure_costs(settings, measure, layers, None, "here", screen)
 
 
-@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("has_screen", [False, True])
 @pytest.mark.parametrize("without", [(), (0,), (3,)])
-def test_the_kl_of_a_second_method_is_measured_in_six_layers(without, screened):
+def test_the_kl_of_a_second_method_is_measured_in_six_layers(without, has_screen):
     """Errors cost five times as much in the last layer as in the first, and twice as much of `mla`."""
     settings = made_up({("lowrank", 0.2): 200, ("lowrank", 0.5): 500, ("mla", 0.2): 250, ("mla", 0.5): 500})
     errors = {"lowrank keep 0.2": 4e-2, "lowrank keep 0.5": 1e-2, "mla keep 0.2": 3e-2, "mla keep 0.5": 2e-2}
     layers, wanted = tuple(range(DEPTH)), []
-    screen = Screen(settings=settings, layers=layers, budget=DEPTH * 400) if screened else None
+    screen = Screen(settings=settings, layers=layers, budget=DEPTH * 400) if has_screen else None
 
     def kl(label, layer):
         return (2 if "mla" in label else 1) * 5 ** (layer / (DEPTH - 1)) * errors[label]
@@ -326,10 +326,30 @@ def test_the_kl_of_a_second_method_is_measured_in_six_layers(without, screened):
         return found
 
     costs = measure_costs(settings, measure, layers, None, "here", screen)
-    looked_at = [[2, 6, 10], []] if screened else []
+    looked_at = [[2, 6, 10], []] if has_screen else []
     assert wanted == [list(layers), [], *looked_at, [1, 3, 5, 7, 9, 11], list(without)]
     for setting in settings[1:]:
         assert [costs.of(setting, i) for i in layers] == pytest.approx([kl(setting.label, i) for i in layers])
+
+
+def test_layers_that_a_method_leaves_alone_do_not_say_what_its_errors_cost():
+    """Every other layer has a window, which codes leave as it is: all six are of the others."""
+    depth = 24
+    settings = [Setting(steps=(), bytes_of=(1000,) * depth, axes=())]
+    for codec in ("int8", "int4"):
+        step = {"rewriter": "quantise", "codec": codec}
+        settings.append(Setting(steps=(step,), bytes_of=(1000, 500) * (depth // 2), axes=("store",)))
+    asked = []
+
+    def measure(setting, layers, wanted):
+        asked.append(list(wanted))
+        error = 1e-3 * (setting.label == "int8") + 2e-3 * (setting.label == "int4")
+        times = 1 + (setting.label == "int4")
+        return {i: (times * (i % 2) * error if i in wanted else None, (i % 2) * error) for i in layers}
+
+    costs = measure_costs(settings, measure, tuple(range(depth)), None, "here")
+    assert asked[1][:6] == [3, 7, 11, 15, 19, 23]
+    assert [costs.of(settings[2], i) for i in range(depth)] == pytest.approx([0, 4e-3] * (depth // 2))
 
 
 def test_a_method_that_cannot_help_is_measured_in_three_layers():

@@ -23,6 +23,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "gqa, refined": {"rewriter": "gqa", "kv_heads": 1, "refine": 6},
     "mla": {"rewriter": "mla", "keep": 0.5},
     "lowrank": {"rewriter": "lowrank", "keep": 0.5},
+    "ranks": {"rewriter": "lowrank", "keep": 0.5, "ranks": "sensitivity"},
     "shared latents": {"rewriter": "share", "layout": "cla2", "init": "latent", "keep": 0.5},
     "key norm": {"rewriter": "evict", "scorer": "key_norm", "ratio": 2, "window": 4},
     "shares of heads": {"rewriter": "evict", "scorer": "streaming", "budget": "headkv", "ratio": 2, "recent": 3},

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 T = TypeVar("T")
+_apart = False
 
 
 def count() -> int:
@@ -100,5 +101,16 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, each process does the whole work, as if it were alone: for text too short to be shared out."""
+    global _apart
+    was, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = was
+
+
 def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _apart

@@ -130,10 +130,14 @@ def _spread(settings: Sequence[Setting]) -> list[Setting]:
     return found
 
 
+def without_bits(step: dict[str, Any]) -> dict[str, Any]:
+    """A step whose bits are left open."""
+    return {name: value for name, value in step.items() if name not in ("k_bits", "v_bits")}
+
+
 def _but_bits(step: dict[str, Any]) -> dict[str, Any]:
     """What steps have in common that differ in their bits: also by how many keys have more than values."""
-    rest = {name: value for name, value in step.items() if name not in ("k_bits", "v_bits")}
-    return rest | ({"apart": step["k_bits"] - step["v_bits"]} if "v_bits" in step else {})
+    return without_bits(step) | ({"apart": step["k_bits"] - step["v_bits"]} if "v_bits" in step else {})
 
 
 def _between(points: Sequence[Any], at: float) -> float:

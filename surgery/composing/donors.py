@@ -23,6 +23,7 @@ from ..plan import plan as make_plan
 from ..rewriters.quantise import Quantise
 from ..rewriters.stored.samples import tables_of
 from ..runtime.attention import SurgeryAttention
+from .costs import without_bits
 from .settings import Setting, Steps
 
 
@@ -102,14 +103,16 @@ class Donors:
         plan = make_plan(self.anatomy, setting.recipe(layers))
         working = AloneCopy(self.parent, self.anatomy) if base is None else base[1]
         whole, done = layers is None, 0 if base is None else len(base[0])
-        if whole and done == len(setting.steps) - 1 and self._fits[0] == _without_bits(setting.steps):
-            for store_of in (p for p in plan.after if p.layer in self._fits[1]):
-                working.codecs[store_of.layer] = tables_of(self._fits[1][store_of.layer], Quantise.stored(store_of))
+        open_bits = (*setting.steps[:-1], *map(without_bits, setting.steps[-1:]))
+        known, fits = self._fits
+        if whole and done == len(setting.steps) - 1 and known == open_bits:
+            for layer_plan in (p for p in plan.after if p.layer in fits):
+                working.codecs[layer_plan.layer] = tables_of(fits[layer_plan.layer], Quantise.stored(layer_plan))
         else:
             working.fits = {}
             carry_out_steps(working, plan, self.windows, self.seed, done=done)
             if whole and working.fits:
-                self._fits = _without_bits(setting.steps), working.fits
+                self._fits = open_bits, working.fits
         settled = plan.settled(map(working.settle, plan.after))
         for site in self.anatomy.sites:  # also layers of which only the plan changes
             working.take_form(site.layer, working.form(site.layer))
@@ -125,9 +128,3 @@ class Donors:
             made.plan = replace(made.plan, store=plan.store)
             found[plan.layer] = made
         return found
-
-
-def _without_bits(steps: Steps) -> Steps:
-    """What steps have in common for which text says the same: all of them but for the bits of the last one."""
-    last = {name: value for name, value in steps[-1].items() if name not in ("k_bits", "v_bits")} if steps else {}
-    return *steps[:-1], last

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..console import progress, spans, time_left
 from .costs import Costs, Felt, Found, Measure, Method, key_of, method_of, to_measure
-from .screening import FROM, Screen
+from .screening import FROM, Screen, spread
 from .settings import Setting
 
 _log = logging.getLogger(__name__)
@@ -145,11 +145,10 @@ def _felt(
     """Measure a setting in some layers; `first` is the first setting of its method."""
     # Of a first setting that was measured in a few layers alone, all layers are to be told by more of them.
     gains = _gains(ledger.of(first)) if ledger.has_all(first) or len(layers) < len(ledger.layers) else {}
-    asked = list[int]()
     profile = {} if gains or len(layers) < FROM else _gains(ledger.first())
     known = gains or profile
-    if profile:
-        asked = [layers[(2 * i + 1) * len(layers) // (2 * GAUGED)] for i in range(GAUGED)]
+    # The profile has layers that its own setting changes; others, such as those with windows, may tell nothing.
+    asked = spread(list(profile), GAUGED) if len(profile) >= FROM else list(profile)
     found = measure(setting, layers, [*asked, *(layer for layer in layers if layer not in known)])
     if profile:
         times = _times(profile, {layer: found[layer] for layer in asked})

@@ -47,7 +47,7 @@ class Screen:
         ]
         if len(places) < FROM or least_bytes([plain, *known], self.layers, self.kept) > self.budget:
             return []
-        return [self.layers[places[(2 * i + 1) * len(places) // (2 * SAMPLED)]] for i in range(SAMPLED)]
+        return spread([self.layers[place] for place in places], SAMPLED)
 
     def is_beaten(self, method: Method, costs: Costs, found: Mapping[str, Mapping[int, float]]) -> bool:
         """Whether no setting of a method is of use in any of the layers in which it was measured.
@@ -104,3 +104,8 @@ class Screen:
             middle = (low + high) / 2
             low, high = (middle, high) if taken(middle) > self.budget else (low, middle)
         return high
+
+
+def spread(layers: Sequence[int], count: int) -> list[int]:
+    """So many of the layers, evenly over the depth."""
+    return [layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count)]

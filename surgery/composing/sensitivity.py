@@ -102,12 +102,8 @@ class Bench:
             return found
 
         others = {p: self._as_in_parent(p) for p in range(len(self.stack)) if p != place}
-        self.spared = _counting(place)
-        try:
-            with self._exchanged({layer: attention}), self._replaced({**others, place: kept}):
-                self._logits(few=True)
-        finally:
-            self.spared = ()
+        with self._exchanged({layer: attention}), self._replaced({**others, place: kept}, place):
+            self._logits(few=True)
         a, b = (_hidden(x) for x in (given[1], self.given[1][place]))
         there = self.windows.mask_BT[:, self.prefill :].to(a.device)
         return float((a - b).float().square().mean(-1)[there].mean())
@@ -200,25 +196,27 @@ class Bench:
         if len(changed) == 1:
             replaced[first] = alone
             replaced |= {place: after(place) for place in range(first + 1, len(layers))}
-        self.spared = _counting(first)
-        try:
-            with self._replaced(replaced):
-                yield
-        finally:
-            self.spared = ()
+        with self._replaced(replaced, first):
+            yield
 
     def _as_in_parent(self, place: int) -> Callable[..., Any]:
         """A forward that gives what the decoder layer gave in the parent."""
         return lambda *args, **kwargs: self.given[self.call][place]
 
     @contextmanager
-    def _replaced(self, forwards: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
-        """Inside, decoder layers have these forwards, by place."""
+    def _replaced(self, forwards: Mapping[int, Callable[..., Any]], first: int) -> Iterator[None]:
+        """Inside, decoder layers have these forwards, by place; `first` is the first that runs.
+
+        Where one before it is left out, the second call takes the first layer's part of the parent's cache: that tells
+        how many tokens there are.
+        """
+        self.spared = (0,) if first else ()
         for place, forward in forwards.items():
             self.stack[place].forward = forward
         try:
             yield
         finally:
+            self.spared = ()
             for place in forwards:
                 del self.stack[place].forward
 
@@ -269,8 +267,3 @@ def _hidden(given: Any) -> Tensor:
 def _close(found: Any, wanted: Any) -> bool:
     a, b = _hidden(found), _hidden(wanted)
     return bool((a - b).abs().amax() <= SAME * b.abs().amax())
-
-
-def _counting(first: int) -> tuple[int, ...]:
-    """Of the layers before the first one that runs, the one whose part of the cache says how many tokens there are."""
-    return (0,) if first else ()

@@ -48,7 +48,9 @@ class LatentMethod(Layerwise, Method):
 
         uniform = {layer: project.dims for layer, project in projects.items()}
         unit = ALIGNED if least >= ALIGNED_FROM else 1
-        errors = errors_alone(copy, _enough(copy, windows), candidate, tried_sizes(uniform, most, unit))
+        with processes.apart():  # few windows, and the same ones however many processes there are
+            errors = errors_alone(copy, _enough(copy, windows), candidate, tried_sizes(uniform, most, unit))
+        errors = processes.of_first(errors)
         given = share_out(lambda layer, numbers: errors[layer][numbers], uniform, most, unit)
         return [replace(plan, project=self._sized(projects[plan.layer], given[plan.layer])) for plan in plans]
 
@@ -88,8 +90,6 @@ class LatentMethod(Layerwise, Method):
 
 
 def _enough(copy: WorkingCopy, windows: Windows) -> Windows:
-    """As many windows as the errors of whole layers ask for, and a batch of them for each process."""
+    """The windows by which ranks are shared out: ten tokens per channel, and two batches at least."""
     channels = max(site.hidden_size for site in copy.sites.values())
-    batches = 2 * processes.count() * batch_size(windows)
-    found = windows.reaching(TOKENS_PER_CHANNEL * channels)
-    return found if len(found) >= batches else windows.take(batches)
+    return windows.take(max(len(windows.reaching(TOKENS_PER_CHANNEL * channels)), 2 * batch_size(windows)))
